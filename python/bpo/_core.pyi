@@ -1,0 +1,177 @@
+from collections.abc import Callable
+from os import PathLike
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, final
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = [
+    "KMeansResult",
+    "PairScores",
+    "Sketcher",
+    "StoreError",
+    "StoreReader",
+    "StoreWriter",
+    "__version__",
+    "allocate_depth",
+    "kmeans",
+    "pair_kmeans",
+    "pair_norms",
+    "ranking_keys",
+    "score_pairs",
+]
+
+__version__: str
+
+# float32, float16, or uint16 for the bits of bfloat16.
+_Rows = NDArray[np.float32] | NDArray[np.float16] | NDArray[np.uint16]
+# Called with (done, total).
+_Progress = Callable[[int, int], object]
+
+class StoreError(ValueError): ...
+
+@final
+class Sketcher:
+    def __new__(
+        cls, dim: int, *, seed: int = 0, kind: Literal["sparse", "rademacher", "normal"] = "sparse", nnz: int = 1
+    ) -> Sketcher: ...
+    @property
+    def dim(self) -> int: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def kind(self) -> Literal["sparse", "rademacher", "normal"]: ...
+    @property
+    def nnz(self) -> int: ...
+    def sketch(
+        self, gradients: _Rows, offset: int = 0, out: NDArray[np.float32] | None = None, *, threads: int | None = None
+    ) -> NDArray[np.float32]: ...
+
+@final
+class KMeansResult:
+    @property
+    def centroids(self) -> NDArray[np.float32]: ...
+    @property
+    def labels(self) -> NDArray[np.int32]: ...
+    @property
+    def distances(self) -> NDArray[np.float32]: ...
+    @property
+    def inertia(self) -> NDArray[np.float64]: ...
+    @property
+    def n_iter(self) -> int: ...
+    @property
+    def converged(self) -> bool: ...
+
+def kmeans(
+    rows: _Rows,
+    k: int,
+    *,
+    init: Literal["k-means++"] | NDArray[np.float32] = "k-means++",
+    metric: Literal["euclidean", "cosine"] = "euclidean",
+    max_iter: int = 100,
+    tol: float = 0.0001,
+    seed: int = 0,
+    threads: int | None = None,
+    progress: _Progress | None = None,
+) -> KMeansResult: ...
+def pair_kmeans(
+    rows: _Rows,
+    pairs: NDArray[np.int64],
+    coefficients: NDArray[np.float32],
+    k: int,
+    *,
+    init: Literal["k-means++"] | NDArray[np.float32] = "k-means++",
+    metric: Literal["euclidean", "cosine"] = "euclidean",
+    max_iter: int = 100,
+    tol: float = 0.0001,
+    seed: int = 0,
+    threads: int | None = None,
+    progress: _Progress | None = None,
+) -> KMeansResult: ...
+def pair_norms(
+    rows: _Rows,
+    pairs: NDArray[np.int64],
+    coefficients: NDArray[np.float32],
+    *,
+    threads: int | None = None,
+    progress: _Progress | None = None,
+) -> NDArray[np.float32]: ...
+
+@final
+class PairScores:
+    @property
+    def centrality(self) -> NDArray[np.float32]: ...
+    @property
+    def distance(self) -> NDArray[np.float32]: ...
+    @property
+    def alignment(self) -> NDArray[np.float32]: ...
+    @property
+    def direction(self) -> NDArray[np.float32]: ...
+
+def score_pairs(
+    rows: _Rows,
+    pairs: NDArray[np.int64],
+    coefficients: NDArray[np.float32],
+    centroids: NDArray[np.float32],
+    labels: NDArray[np.int32],
+    *,
+    direction: NDArray[np.float32] | None = None,
+    threads: int | None = None,
+    progress: _Progress | None = None,
+) -> PairScores: ...
+def ranking_keys(
+    scores: NDArray[np.float64] | NDArray[np.float32],
+    ranking: Literal["nearest", "farthest", "softmax", "random"] = "nearest",
+    *,
+    temperature: float = 1.0,
+    seed: int = 0,
+) -> NDArray[np.float64]: ...
+def allocate_depth(
+    prompts: NDArray[np.int64],
+    clusters: NDArray[np.int32],
+    usefulness: NDArray[np.float64],
+    budget: int,
+    *,
+    max_depth: int | None = None,
+    cluster_weights: NDArray[np.float64] | None = None,
+) -> NDArray[np.bool_]: ...
+
+@final
+class StoreWriter:
+    @staticmethod
+    def create(path: str | PathLike[str], dim: int, fingerprint_json: str) -> StoreWriter: ...
+    @staticmethod
+    def append_to(path: str | PathLike[str]) -> StoreWriter: ...
+    @property
+    def path(self) -> Path: ...
+    @property
+    def dim(self) -> int: ...
+    def append(self, sketches: NDArray[np.float32], records: NDArray[Any]) -> None: ...
+    def flush(self) -> None: ...
+    def close(self) -> None: ...
+    def __len__(self) -> int: ...
+    def __enter__(self) -> StoreWriter: ...
+    def __exit__(
+        self,
+        _exception_type: type[BaseException] | None,
+        _exception: BaseException | None,
+        _traceback: TracebackType | None,
+        /,
+    ) -> None: ...
+
+@final
+class StoreReader:
+    def __new__(cls, path: str | PathLike[str]) -> StoreReader: ...
+    @property
+    def path(self) -> Path: ...
+    @property
+    def rows_path(self) -> Path: ...
+    @property
+    def dim(self) -> int: ...
+    @property
+    def fingerprint_json(self) -> str: ...
+    def __len__(self) -> int: ...
+    def records(self) -> NDArray[np.uint8]: ...
+    def verify(self, progress: _Progress | None = None) -> NDArray[np.int64]: ...

@@ -1,0 +1,65 @@
+//! Every way in which the core can fail, each as one sentence that names the culprit and the remedy.
+
+use std::path::PathBuf;
+
+pub type Result<T> = std::result::Result<T, Error>;
+
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("`{array}` must have shape {expected}, but has shape {found}")]
+    Shape { array: &'static str, expected: String, found: String },
+
+    #[error("`{argument}` must be {requirement}, but is {value}")]
+    Argument { argument: &'static str, requirement: String, value: String },
+
+    #[error("`k` = {clusters} clusters need at least as many points, but there are {points}; lower `k`")]
+    TooManyClusters { clusters: usize, points: usize },
+
+    #[error("`{array}` row {row} holds a NaN or infinite value; remove that row first")]
+    NonFiniteRow { array: &'static str, row: usize },
+
+    #[error("`{array}` holds {value} at index {index}; remove that entry first")]
+    NotFinite { array: &'static str, index: usize, value: f64 },
+
+    #[error("point {point} is too long for float32: its squared norm overflows; scale the rows or coefficients down")]
+    Overflow { point: usize },
+
+    #[error("point {point} has zero length and so no direction; remove it, or use metric=\"euclidean\"")]
+    ZeroPoint { point: usize },
+
+    #[error("`pairs` row {pair} refers to row {row}, but `rows` has {rows} rows; every index must be in 0..{rows}")]
+    RowOutOfRange { pair: usize, row: i64, rows: usize },
+
+    #[error("`{array}` holds cluster {label} at index {index}; it must be in 0..{clusters}")]
+    ClusterOutOfRange { array: &'static str, index: usize, label: i64, clusters: usize },
+
+    #[error(
+        "`budget` = {budget} pairs cannot give each of the {prompts} prompts its best pair; \
+         raise the budget to at least {prompts} or keep fewer prompts"
+    )]
+    BudgetBelowPrompts { budget: usize, prompts: usize },
+
+    #[error("cancelled")]
+    Cancelled,
+
+    #[error("{path}: {source}")]
+    Io { path: PathBuf, source: std::io::Error },
+
+    #[error("{path}: {reason}")]
+    StoreFormat { path: PathBuf, reason: String },
+
+    #[error("{path}: another process is writing to this store; wait for it to finish, or choose another directory")]
+    StoreLocked { path: PathBuf },
+}
+
+impl Error {
+    /// An argument that is out of its range.
+    pub fn argument(argument: &'static str, requirement: impl Into<String>, value: impl ToString) -> Self {
+        Self::Argument { argument, requirement: requirement.into(), value: value.to_string() }
+    }
+
+    /// An array whose shape does not fit the others.
+    pub fn shape(array: &'static str, expected: impl Into<String>, found: impl Into<String>) -> Self {
+        Self::Shape { array, expected: expected.into(), found: found.into() }
+    }
+}

@@ -1,0 +1,26 @@
+//! The core of Balanced Preference Optimization.
+//!
+//! The data goes one way: gradients are [`sketch`]ed while they are hot, the sketches go to the [`store`], rows of the
+//! store are clustered as preference pairs by [`kmeans`], the pairs are scored by [`usefulness`], and [`depth`] gives
+//! each prompt its share of the budget. `py` exposes exactly this to Python.
+//!
+//! Results never depend on the number of threads: work is cut into pieces of a size fixed by the data alone, and the
+//! partial results are folded in the order of the pieces.
+
+pub mod depth;
+pub mod error;
+pub mod gemm;
+pub mod kmeans;
+pub mod matrix;
+pub mod points;
+pub mod progress;
+pub mod rng;
+pub mod simd;
+pub mod sketch;
+pub mod store;
+pub mod usefulness;
+
+#[cfg(feature = "python")]
+mod py;
+
+pub use error::{Error, Result};

@@ -1,0 +1,53 @@
+//! How far a long computation has come, and the wish to stop it.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use crate::error::{Error, Result};
+
+/// Shared by the thread that computes, which advances it, and the one that waits, which reads and cancels.
+///
+/// Algorithms call [`Progress::advance`] or [`Progress::check`] once a tile, which is far below 0.2 s of work.
+/// The counters carry no data between threads, so relaxed ordering is enough.
+#[derive(Debug, Default)]
+pub struct Progress {
+    done: AtomicU64,
+    total: AtomicU64,
+    cancelled: AtomicBool,
+}
+
+impl Progress {
+    /// States how many steps there will be at most.
+    pub fn start(&self, total: usize) {
+        self.total.store(total as u64, Ordering::Relaxed);
+    }
+
+    /// Counts `steps` as done.
+    ///
+    /// # Errors
+    /// [`Error::Cancelled`] once [`Progress::cancel`] was called.
+    pub fn advance(&self, steps: usize) -> Result<()> {
+        self.done.fetch_add(steps as u64, Ordering::Relaxed);
+        self.check()
+    }
+
+    /// # Errors
+    /// [`Error::Cancelled`] once [`Progress::cancel`] was called.
+    pub fn check(&self) -> Result<()> {
+        if self.cancelled.load(Ordering::Relaxed) { Err(Error::Cancelled) } else { Ok(()) }
+    }
+
+    /// Counts everything as done: an iteration may converge before its last step.
+    pub fn finish(&self) {
+        self.done.store(self.total.load(Ordering::Relaxed), Ordering::Relaxed);
+    }
+
+    /// Asks the computation to stop at its next tile.
+    pub fn cancel(&self) {
+        self.cancelled.store(true, Ordering::Relaxed);
+    }
+
+    /// Steps done and steps in total.
+    pub fn steps(&self) -> (u64, u64) {
+        (self.done.load(Ordering::Relaxed), self.total.load(Ordering::Relaxed))
+    }
+}

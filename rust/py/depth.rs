@@ -1,0 +1,54 @@
+//! Binding of the depth allocation.
+
+use numpy::PyArray1;
+use numpy::prelude::*;
+use pyo3::prelude::*;
+
+use super::convert::Vector;
+use super::run::run;
+use crate::depth::{self, Candidates};
+
+/// Chooses which pairs to keep within a budget.
+///
+/// 1. Each prompt gets its most useful pair, so no prompt is lost.
+/// 2. The rest of the budget is shared among the clusters in proportion to their pairs not yet kept, times the cluster's
+///    weight, by the method of the largest remainder (ties: the lower cluster).
+/// 3. A cluster keeps its most useful pairs first (ties: the lower pair), leaving out prompts that have max_depth.
+/// 4. What a cluster could not use is shared among the others in the same way.
+///
+/// Args:
+///     prompts: (P,) int64: the prompt of each pair; any numbers.
+///     clusters: (P,) int32: the cluster of each pair.
+///     usefulness: (P,) float64: the larger, the sooner a pair is kept.
+///     budget: Pairs to keep; at least the number of prompts.
+///     max_depth: Pairs of one prompt at most; no limit if None.
+///     cluster_weights: (k,) float64, finite and not negative; all equal if None.
+///
+/// Returns:
+///     (P,) bool, of which exactly min(budget, the pairs that max_depth allows) are True.
+///
+/// Raises:
+///     TypeError: If an array has another dtype.
+///     ValueError: If an array has another shape or layout, a usefulness is NaN, a cluster has no weight, or the budget
+///         is below the number of prompts.
+#[pyfunction]
+#[pyo3(signature = (prompts, clusters, usefulness, budget, *, max_depth = None, cluster_weights = None))]
+pub fn allocate_depth<'py>(
+    py: Python<'py>,
+    prompts: &Bound<'_, PyAny>,
+    clusters: &Bound<'_, PyAny>,
+    usefulness: &Bound<'_, PyAny>,
+    budget: usize,
+    max_depth: Option<usize>,
+    cluster_weights: Option<&Bound<'_, PyAny>>,
+) -> PyResult<Bound<'py, PyArray1<bool>>> {
+    let prompts = Vector::<i64>::new("prompts", prompts)?;
+    let clusters = Vector::<i32>::new("clusters", clusters)?;
+    let usefulness = Vector::<f64>::new("usefulness", usefulness)?;
+    let weights = cluster_weights.map(|weights| Vector::<f64>::new("cluster_weights", weights)).transpose()?;
+    let weights = weights.as_ref().map(|weights| weights.slice());
+    let candidates =
+        Candidates { prompts: prompts.slice(), clusters: clusters.slice(), usefulness: usefulness.slice() };
+    let kept = run(py, Some(1), None, |_| depth::allocate_depth(candidates, budget, max_depth, weights))?;
+    Ok(kept.into_pyarray(py))
+}

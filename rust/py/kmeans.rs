@@ -1,0 +1,219 @@
+//! Binding of k-means.
+
+use numpy::prelude::*;
+use numpy::{PyArray1, PyArray2};
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+
+use super::convert::{Matrix, RowsArray, matrix};
+use super::run::run;
+use crate::error::Error;
+use crate::kmeans::{Clustering, Init, Metric, Params, fit};
+use crate::points::Points;
+use crate::progress::Progress;
+
+/// What k-means found; labels, distances and the last inertia belong to the centroids.
+#[pyclass(frozen, get_all, module = "bpo._core")]
+pub struct KMeansResult {
+    /// (k, d) float32; of unit length with metric="cosine".
+    centroids: Py<PyArray2<f32>>,
+    /// (n,) int32: the cluster of each point.
+    labels: Py<PyArray1<i32>>,
+    /// (n,) float32: Euclidean distance to the own centroid; 1 - cosine with metric="cosine".
+    distances: Py<PyArray1<f32>>,
+    /// (n_iter + 1,) float64: entry i is the inertia with the centroids after i updates, the sum of squared distances
+    /// (of 1 - cosine with metric="cosine").
+    inertia: Py<PyArray1<f64>>,
+    /// How often the centroids were updated.
+    n_iter: usize,
+    /// Whether labels or centroids settled before max_iter.
+    converged: bool,
+}
+
+#[pymethods]
+impl KMeansResult {
+    fn __repr__(&self, py: Python<'_>) -> String {
+        let shape = self.centroids.bind(py).shape().to_vec();
+        let (n_iter, converged) = (self.n_iter, if self.converged { "True" } else { "False" });
+        format!("KMeansResult(k={}, d={}, n_iter={n_iter}, converged={converged})", shape[0], shape[1])
+    }
+}
+
+impl KMeansResult {
+    fn new(py: Python<'_>, clustering: Clustering, dim: usize) -> PyResult<Self> {
+        Ok(Self {
+            centroids: matrix(py, clustering.centroids, dim)?,
+            labels: clustering.labels.into_pyarray(py).unbind(),
+            distances: clustering.distances.into_pyarray(py).unbind(),
+            inertia: clustering.inertia.into_pyarray(py).unbind(),
+            n_iter: clustering.iterations,
+            converged: clustering.converged,
+        })
+    }
+}
+
+fn metric(name: &str) -> PyResult<Metric> {
+    match name {
+        "euclidean" => Ok(Metric::Euclidean),
+        "cosine" => Ok(Metric::Cosine),
+        _ => {
+            let message = format!("`metric` must be \"euclidean\" or \"cosine\", but is {name:?}");
+            Err(PyValueError::new_err(message))
+        }
+    }
+}
+
+/// The argument `init`: "k-means++", or an array of k centroids.
+#[derive(FromPyObject)]
+pub enum InitArgument<'py> {
+    Name(String),
+    Array(Bound<'py, PyAny>),
+}
+
+impl InitArgument<'_> {
+    fn convert(&self, clusters: usize, dim: usize) -> PyResult<Init> {
+        match self {
+            Self::Name(name) if name == "k-means++" => Ok(Init::PlusPlus),
+            Self::Name(name) => {
+                let message = format!("`init` must be \"k-means++\" or a (k, d) float32 array, but is {name:?}");
+                Err(PyValueError::new_err(message))
+            }
+            Self::Array(array) => {
+                let centroids = Matrix::<f32>::new("init", array)?;
+                if centroids.shape() != [clusters, dim] {
+                    let found = format!("{:?}", centroids.shape());
+                    return Err(Error::shape("init", format!("[{clusters}, {dim}]"), found).into());
+                }
+                Ok(Init::Centroids(centroids.slice().to_vec()))
+            }
+        }
+    }
+}
+
+/// Lloyd's k-means over rows.
+///
+/// Euclidean distances are measured from the mean of the rows, so data far from the origin lose no digits. An empty
+/// cluster takes the point farthest from its centroid. Stops as scikit-learn does: when no label changes, or when the
+/// squared shift of the centroids is at most tol times the mean variance of a coordinate.
+///
+/// Args:
+///     rows: (n, d) C-contiguous float32, float16 or uint16 (the bits of bfloat16); memory maps are fine.
+///     k: Number of clusters, at most n.
+///     init: "k-means++" (greedy, with 2 + ln k trials for each centroid), or the first centroids, (k, d) float32.
+///     metric: "euclidean", or "cosine" for spherical k-means.
+///     max_iter: Updates of the centroids at most.
+///     tol: See above.
+///     seed: Seed of "k-means++".
+///     threads: Threads to use; all cores if None. Does not change any bit of the result.
+///     progress: Called with (done, total) at most ten times a second, and at the end.
+///
+/// Returns:
+///     Centroids, labels, distances and inertia.
+///
+/// Raises:
+///     TypeError: If an array has another dtype.
+///     ValueError: If an array has another shape or layout, an argument is out of its range, a row is not finite, or a
+///         point has no direction (metric="cosine").
+#[pyfunction]
+#[expect(clippy::too_many_arguments, reason = "keywords in Python")]
+#[pyo3(
+    signature = (
+        rows, k, *, init = InitArgument::Name("k-means++".to_owned()), metric = "euclidean", max_iter = 100, tol = 1e-4,
+        seed = 0, threads = None, progress = None
+    ),
+    text_signature = "(rows, k, *, init='k-means++', metric='euclidean', max_iter=100, tol=0.0001, seed=0, \
+                      threads=None, progress=None)"
+)]
+pub fn kmeans(
+    py: Python<'_>,
+    rows: &Bound<'_, PyAny>,
+    k: usize,
+    init: InitArgument<'_>,
+    metric: &str,
+    max_iter: usize,
+    tol: f64,
+    seed: u64,
+    threads: Option<usize>,
+    progress: Option<Py<PyAny>>,
+) -> PyResult<KMeansResult> {
+    let rows = RowsArray::new("rows", rows)?;
+    let rows = rows.rows()?;
+    let params = Params {
+        clusters: k,
+        init: init.convert(k, rows.dim())?,
+        metric: self::metric(metric)?,
+        max_iterations: max_iter,
+        tolerance: tol,
+        seed,
+    };
+    let cluster = |progress: &Progress| fit(Points::from_rows(rows), &params, progress);
+    let clustering = run(py, threads, progress.as_ref(), cluster)?;
+    KMeansResult::new(py, clustering, rows.dim())
+}
+
+/// K-means over pairs z_p = a_p * rows[w_p] + b_p * rows[l_p], which are never materialised.
+///
+/// The pairs of one prompt should be adjacent: then a tile reads each of the prompt's rows once.
+///
+/// Args:
+///     rows: (n, d) C-contiguous float32, float16 or uint16 (the bits of bfloat16); memory maps are fine.
+///     pairs: (P, 2) int64: the two rows of each pair.
+///     coefficients: (P, 2) float32: a and b of each pair.
+///     k: Number of clusters, at most P.
+///     init: "k-means++" (greedy, with 2 + ln k trials for each centroid), or the first centroids, (k, d) float32.
+///     metric: "euclidean", or "cosine" for spherical k-means.
+///     max_iter: Updates of the centroids at most.
+///     tol: Stop once the squared shift of the centroids is at most tol times the mean variance of a coordinate.
+///     seed: Seed of "k-means++".
+///     threads: Threads to use; all cores if None. Does not change any bit of the result.
+///     progress: Called with (done, total) at most ten times a second, and at the end.
+///
+/// Returns:
+///     Centroids, and labels, distances and inertia of the pairs.
+///
+/// Raises:
+///     TypeError: If an array has another dtype.
+///     ValueError: If an array has another shape or layout, an argument is out of its range, a pair refers to a row that
+///         is not there or not finite, or a pair has no direction (metric="cosine").
+#[pyfunction]
+#[expect(clippy::too_many_arguments, reason = "keywords in Python")]
+#[pyo3(
+    signature = (
+        rows, pairs, coefficients, k, *, init = InitArgument::Name("k-means++".to_owned()), metric = "euclidean",
+        max_iter = 100, tol = 1e-4, seed = 0, threads = None, progress = None
+    ),
+    text_signature = "(rows, pairs, coefficients, k, *, init='k-means++', metric='euclidean', max_iter=100, \
+                      tol=0.0001, seed=0, threads=None, progress=None)"
+)]
+pub fn pair_kmeans(
+    py: Python<'_>,
+    rows: &Bound<'_, PyAny>,
+    pairs: &Bound<'_, PyAny>,
+    coefficients: &Bound<'_, PyAny>,
+    k: usize,
+    init: InitArgument<'_>,
+    metric: &str,
+    max_iter: usize,
+    tol: f64,
+    seed: u64,
+    threads: Option<usize>,
+    progress: Option<Py<PyAny>>,
+) -> PyResult<KMeansResult> {
+    let rows = RowsArray::new("rows", rows)?;
+    let rows = rows.rows()?;
+    let pairs = Matrix::<i64>::new("pairs", pairs)?;
+    let pairs = pairs.couples("pairs")?;
+    let coefficients = Matrix::<f32>::new("coefficients", coefficients)?;
+    let coefficients = coefficients.couples("coefficients")?;
+    let params = Params {
+        clusters: k,
+        init: init.convert(k, rows.dim())?,
+        metric: self::metric(metric)?,
+        max_iterations: max_iter,
+        tolerance: tol,
+        seed,
+    };
+    let cluster = |progress: &Progress| fit(Points::from_pairs(rows, pairs, coefficients)?, &params, progress);
+    let clustering = run(py, threads, progress.as_ref(), cluster)?;
+    KMeansResult::new(py, clustering, rows.dim())
+}

@@ -1,0 +1,32 @@
+//! The Python module `bpo._core`. Only the files of this folder name pyo3 or numpy; each function converts its
+//! arguments, runs the algorithm detached from the interpreter, and converts the result back.
+
+mod convert;
+mod depth;
+mod errors;
+mod kmeans;
+mod run;
+mod sketch;
+mod store;
+mod usefulness;
+
+/// The compiled core of `bpo`: sketches, k-means over pairs, scores, depth and the gradient store.
+#[pyo3::pymodule]
+mod _core {
+    #[pymodule_export]
+    use super::depth::allocate_depth;
+    #[pymodule_export]
+    use super::errors::StoreError;
+    #[pymodule_export]
+    use super::kmeans::{KMeansResult, kmeans, pair_kmeans};
+    #[pymodule_export]
+    use super::sketch::Sketcher;
+    #[pymodule_export]
+    use super::store::{StoreReader, StoreWriter};
+    #[pymodule_export]
+    use super::usefulness::{PairScores, pair_norms, ranking_keys, score_pairs};
+
+    #[pymodule_export]
+    #[expect(non_upper_case_globals, reason = "the name that Python expects")]
+    const __version__: &str = env!("CARGO_PKG_VERSION");
+}

@@ -1,0 +1,166 @@
+//! Binding of the scores.
+
+use numpy::PyArray1;
+use numpy::prelude::*;
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+
+use super::convert::{Matrix, RowsArray, Vector};
+use super::run::run;
+use crate::error::Error;
+use crate::points::Points;
+use crate::progress::Progress;
+use crate::usefulness::{self, Ranking};
+
+/// Lengths of pairs: the informativeness ||a_p * rows[w_p] + b_p * rows[l_p]||.
+///
+/// Args:
+///     rows: (n, d) C-contiguous float32, float16 or uint16 (the bits of bfloat16); memory maps are fine.
+///     pairs: (P, 2) int64: the two rows of each pair.
+///     coefficients: (P, 2) float32: a and b of each pair.
+///     threads: Threads to use; all cores if None. Does not change any bit of the result.
+///     progress: Called with (done, total) at most ten times a second, and at the end.
+///
+/// Returns:
+///     (P,) float32.
+///
+/// Raises:
+///     TypeError: If an array has another dtype.
+///     ValueError: If an array has another shape or layout, or a pair refers to a row that is not there or not finite.
+#[pyfunction]
+#[pyo3(signature = (rows, pairs, coefficients, *, threads = None, progress = None))]
+pub fn pair_norms<'py>(
+    py: Python<'py>,
+    rows: &Bound<'_, PyAny>,
+    pairs: &Bound<'_, PyAny>,
+    coefficients: &Bound<'_, PyAny>,
+    threads: Option<usize>,
+    progress: Option<Py<PyAny>>,
+) -> PyResult<Bound<'py, PyArray1<f32>>> {
+    let rows = RowsArray::new("rows", rows)?;
+    let rows = rows.rows()?;
+    let pairs = Matrix::<i64>::new("pairs", pairs)?;
+    let pairs = pairs.couples("pairs")?;
+    let coefficients = Matrix::<f32>::new("coefficients", coefficients)?;
+    let coefficients = coefficients.couples("coefficients")?;
+    let norms = |progress: &Progress| usefulness::pair_norms(&Points::from_pairs(rows, pairs, coefficients)?, progress);
+    Ok(run(py, threads, progress.as_ref(), norms)?.into_pyarray(py))
+}
+
+/// Scores of pairs against their centroids and the optimization direction.
+#[pyclass(frozen, get_all, module = "bpo._core")]
+pub struct PairScores {
+    /// (P,) float32: <z, c / ||c||>; 0 where the centroid is zero.
+    centrality: Py<PyArray1<f32>>,
+    /// (P,) float32: ||z - c||.
+    distance: Py<PyArray1<f32>>,
+    /// (P,) float32: <z, direction>.
+    alignment: Py<PyArray1<f32>>,
+    /// (d,) float32 of unit length; zeros if the pairs cancel out.
+    direction: Py<PyArray1<f32>>,
+}
+
+/// Scores pairs z_p = a_p * rows[w_p] + b_p * rows[l_p] against the centroids of their clusters.
+///
+/// Args:
+///     rows: (n, d) C-contiguous float32, float16 or uint16 (the bits of bfloat16); memory maps are fine.
+///     pairs: (P, 2) int64: the two rows of each pair.
+///     coefficients: (P, 2) float32: a and b of each pair, such that z_p has unit length.
+///     centroids: (k, d) float32.
+///     labels: (P,) int32: the cluster of each pair.
+///     direction: (d,) float32, normalised before use; the mean of the pairs if None.
+///     threads: Threads to use; all cores if None. Does not change any bit of the result.
+///     progress: Called with (done, total) at most ten times a second, and at the end.
+///
+/// Returns:
+///     Centrality, distance and alignment of each pair, and the direction.
+///
+/// Raises:
+///     TypeError: If an array has another dtype.
+///     ValueError: If an array has another shape or layout, a label has no centroid, or a value is not finite.
+#[pyfunction]
+#[expect(clippy::too_many_arguments, reason = "keywords in Python")]
+#[pyo3(signature = (rows, pairs, coefficients, centroids, labels, *, direction = None, threads = None, progress = None))]
+pub fn score_pairs(
+    py: Python<'_>,
+    rows: &Bound<'_, PyAny>,
+    pairs: &Bound<'_, PyAny>,
+    coefficients: &Bound<'_, PyAny>,
+    centroids: &Bound<'_, PyAny>,
+    labels: &Bound<'_, PyAny>,
+    direction: Option<&Bound<'_, PyAny>>,
+    threads: Option<usize>,
+    progress: Option<Py<PyAny>>,
+) -> PyResult<PairScores> {
+    let rows = RowsArray::new("rows", rows)?;
+    let rows = rows.rows()?;
+    let pairs = Matrix::<i64>::new("pairs", pairs)?;
+    let pairs = pairs.couples("pairs")?;
+    let coefficients = Matrix::<f32>::new("coefficients", coefficients)?;
+    let coefficients = coefficients.couples("coefficients")?;
+    let centroids = Matrix::<f32>::new("centroids", centroids)?;
+    if centroids.shape()[1] != rows.dim() {
+        let found = format!("{:?}", centroids.shape());
+        return Err(Error::shape("centroids", format!("(k, {})", rows.dim()), found).into());
+    }
+    let centroids = centroids.slice();
+    let labels = Vector::<i32>::new("labels", labels)?;
+    let labels = labels.slice();
+    let direction = direction.map(|direction| Vector::<f32>::new("direction", direction)).transpose()?;
+    let direction = direction.as_ref().map(|direction| direction.slice());
+    let score = |progress: &Progress| {
+        let points = Points::from_pairs(rows, pairs, coefficients)?;
+        usefulness::score_pairs(&points, centroids, labels, direction, progress)
+    };
+    let scores = run(py, threads, progress.as_ref(), score)?;
+    Ok(PairScores {
+        centrality: scores.centrality.into_pyarray(py).unbind(),
+        distance: scores.distance.into_pyarray(py).unbind(),
+        alignment: scores.alignment.into_pyarray(py).unbind(),
+        direction: scores.direction.into_pyarray(py).unbind(),
+    })
+}
+
+/// Keys to rank pairs by: the larger, the sooner a pair is kept.
+///
+/// Args:
+///     scores: (P,) float64 or float32.
+///     ranking: "nearest" (highest score first), "farthest" (lowest first), "softmax" (drawn without replacement in
+///         proportion to exp(score / temperature), by the Gumbel-top-k trick) or "random".
+///     temperature: Temperature of "softmax".
+///     seed: Seed of "softmax" and "random"; a pair's draw depends on the seed and its index alone.
+///
+/// Returns:
+///     (P,) float64.
+///
+/// Raises:
+///     TypeError: If scores has another dtype.
+///     ValueError: If a score is not finite or an argument is out of its range.
+#[pyfunction]
+#[pyo3(signature = (scores, ranking = "nearest", *, temperature = 1.0, seed = 0))]
+pub fn ranking_keys<'py>(
+    py: Python<'py>,
+    scores: &Bound<'_, PyAny>,
+    ranking: &str,
+    temperature: f64,
+    seed: u64,
+) -> PyResult<Bound<'py, PyArray1<f64>>> {
+    let ranking = match ranking {
+        "nearest" => Ranking::Nearest,
+        "farthest" => Ranking::Farthest,
+        "softmax" => Ranking::Softmax { temperature },
+        "random" => Ranking::Random,
+        _ => {
+            return Err(PyValueError::new_err(format!(
+                "`ranking` must be \"nearest\", \"farthest\", \"softmax\" or \"random\", but is {ranking:?}"
+            )));
+        }
+    };
+    let scores: Vec<f64> = if scores.cast::<PyArray1<f32>>().is_ok() {
+        Vector::<f32>::new("scores", scores)?.slice().iter().map(|&score| f64::from(score)).collect()
+    } else {
+        Vector::<f64>::new("scores", scores)?.slice().to_vec()
+    };
+    let keys = run(py, None, None, |_| usefulness::ranking_keys(&scores, ranking, seed))?;
+    Ok(keys.into_pyarray(py))
+}

@@ -1,0 +1,134 @@
+//! Random numbers addressed by (seed, stream, position), so that any part of a sequence can be drawn alone.
+//!
+//! Philox4x32-10 of Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3" (SC 2011). A counter
+//! goes through ten keyed rounds and comes out as four uniform words; nothing is carried from one counter to the next.
+
+use crate::simd::dispatch;
+
+const ROUNDS: usize = 10;
+const MULTIPLIERS: [u32; 2] = [0xD251_1F53, 0xCD9E_8D57];
+const WEYL: [u32; 2] = [0x9E37_79B9, 0xBB67_AE85];
+
+/// What a stream is used for. No two uses share a stream, so they are independent under one seed.
+#[derive(Clone, Copy, Debug)]
+#[repr(u32)]
+pub enum Purpose {
+    /// Signs of a sparse sketch; the index is the repetition, a position draws 128 signs.
+    SketchSigns = 1,
+    /// Rotations of a sparse sketch; the index is the repetition, a position is a block.
+    SketchRotations = 2,
+    /// Entries of a dense sketch; the index is a group of columns, a position is a coordinate.
+    SketchEntries = 3,
+    /// Draws of the k-means seeding; the index is the centroid, a position is a trial.
+    Seeding = 4,
+    /// Noise of the softmax ranking; a position is a pair.
+    Gumbel = 5,
+    /// Keys of the random ranking; a position is a pair.
+    Shuffle = 6,
+}
+
+/// One stream of random words.
+#[derive(Clone, Copy, Debug)]
+pub struct Stream {
+    key: [u32; 2],
+    /// The upper half of the counter.
+    stream: [u32; 2],
+}
+
+impl Stream {
+    pub fn new(seed: u64, purpose: Purpose, index: u32) -> Self {
+        Self { key: [seed as u32, (seed >> 32) as u32], stream: [index, purpose as u32] }
+    }
+
+    /// The four words at `position`.
+    pub fn words(&self, position: u64) -> [u32; 4] {
+        philox([position as u32, (position >> 32) as u32, self.stream[0], self.stream[1]], self.key)
+    }
+
+    /// The four words of each position from `first` on.
+    pub fn fill(&self, first: u64, out: &mut [[u32; 4]]) {
+        fill(out, first, self.stream, self.key);
+    }
+
+    /// A number in `[0, 1)` with 53 random bits.
+    pub fn uniform(&self, position: u64) -> f64 {
+        let words = self.words(position);
+        (wide(words[0], words[1]) >> 11) as f64 / (1u64 << 53) as f64
+    }
+
+    /// An integer in `[0, bound)`: the upper half of a 64-bit word times `bound`, so that no value is likelier than
+    /// another by more than a factor of `1 + bound / 2^64`.
+    pub fn below(&self, position: u64, bound: usize) -> usize {
+        let words = self.words(position);
+        ((u128::from(wide(words[0], words[1])) * bound as u128) >> 64) as usize
+    }
+}
+
+fn wide(low: u32, high: u32) -> u64 {
+    u64::from(low) | u64::from(high) << 32
+}
+
+/// Four uniform words of one counter.
+pub fn philox(counter: [u32; 4], key: [u32; 2]) -> [u32; 4] {
+    let mut lanes = counter.map(|word| [word]);
+    rounds(&mut lanes, key);
+    lanes.map(|[word]| word)
+}
+
+/// The ten rounds, on as many counters at once as there are lanes.
+#[inline(always)]
+fn rounds<const LANES: usize>(counter: &mut [[u32; LANES]; 4], mut key: [u32; 2]) {
+    for _ in 0..ROUNDS {
+        for lane in 0..LANES {
+            let even = u64::from(MULTIPLIERS[0]) * u64::from(counter[0][lane]);
+            let odd = u64::from(MULTIPLIERS[1]) * u64::from(counter[2][lane]);
+            counter[0][lane] = (odd >> 32) as u32 ^ counter[1][lane] ^ key[0];
+            counter[1][lane] = odd as u32;
+            counter[2][lane] = (even >> 32) as u32 ^ counter[3][lane] ^ key[1];
+            counter[3][lane] = even as u32;
+        }
+        key = [key[0].wrapping_add(WEYL[0]), key[1].wrapping_add(WEYL[1])];
+    }
+}
+
+dispatch! {
+    fn fill(out: &mut [[u32; 4]], first: u64, stream: [u32; 2], key: [u32; 2]) {
+        const LANES: usize = 16;
+        let mut position = first;
+        for chunk in out.chunks_mut(LANES) {
+            let mut counter = [[0; LANES], [0; LANES], [stream[0]; LANES], [stream[1]; LANES]];
+            for lane in 0..LANES {
+                let position = position.wrapping_add(lane as u64);
+                counter[0][lane] = position as u32;
+                counter[1][lane] = (position >> 32) as u32;
+            }
+            rounds(&mut counter, key);
+            for (lane, words) in chunk.iter_mut().enumerate() {
+                *words = [counter[0][lane], counter[1][lane], counter[2][lane], counter[3][lane]];
+            }
+            position = position.wrapping_add(LANES as u64);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::philox;
+
+    /// The known answers published with Random123 (`kat_vectors`).
+    #[test]
+    fn known_answers() {
+        let cases = [
+            ([0; 4], [0; 2], [0x6627_e8d5, 0xe169_c58d, 0xbc57_ac4c, 0x9b00_dbd8]),
+            ([u32::MAX; 4], [u32::MAX; 2], [0x408f_276d, 0x41c8_3b0e, 0xa20b_c7c6, 0x6d54_51fd]),
+            (
+                [0x243f_6a88, 0x85a3_08d3, 0x1319_8a2e, 0x0370_7344],
+                [0xa409_3822, 0x299f_31d0],
+                [0xd16c_fe09, 0x94fd_cceb, 0x5001_e420, 0x2412_6ea1],
+            ),
+        ];
+        for (counter, key, expected) in cases {
+            assert_eq!(philox(counter, key), expected);
+        }
+    }
+}

@@ -1,0 +1,101 @@
+//! Random linear maps from p coordinates to a few, which keep inner products: E⟨Rx, Ry⟩ = ⟨x, y⟩.
+//!
+//! Every entry of R is addressed by (seed, coordinate), so a slice of the coordinates can be sketched alone and added to
+//! what is there. Each output receives its additions in ascending order of the coordinates, so slices that are fed in
+//! that order give the same bits as the whole, for any number of rows or threads.
+
+mod dense;
+mod sparse;
+
+use crate::error::{Error, Result};
+use crate::matrix::{Element, MAX_DIM, Rows, Values};
+use crate::progress::Progress;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Rotated blocks, `nnz` entries for each coordinate.
+    Sparse,
+    /// Dense ±1 entries.
+    Rademacher,
+    /// Dense normal entries.
+    Normal,
+}
+
+#[derive(Clone, Copy, Debug)]
+pub struct Sketcher {
+    dim: usize,
+    seed: u64,
+    kind: Kind,
+    nnz: usize,
+}
+
+impl Sketcher {
+    /// # Errors
+    /// If `dim` is out of range, or `nnz` does not divide it, or `nnz` is not 1 for a dense sketch.
+    pub fn new(dim: usize, seed: u64, kind: Kind, nnz: usize) -> Result<Self> {
+        if !(1..=MAX_DIM).contains(&dim) {
+            return Err(Error::argument("dim", format!("in 1..={MAX_DIM}"), dim));
+        }
+        if nnz == 0 || !dim.is_multiple_of(nnz) {
+            return Err(Error::argument("nnz", format!("a divisor of dim = {dim}"), nnz));
+        }
+        if kind != Kind::Sparse && nnz != 1 {
+            return Err(Error::argument("nnz", "1 unless kind=\"sparse\"", nnz));
+        }
+        Ok(Self { dim, seed, kind, nnz })
+    }
+
+    pub fn dim(&self) -> usize {
+        self.dim
+    }
+
+    pub fn seed(&self) -> u64 {
+        self.seed
+    }
+
+    pub fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    pub fn nnz(&self) -> usize {
+        self.nnz
+    }
+
+    /// Adds the sketch of each row to the row of `out`, row-major (rows, dim). The first value of a row is coordinate
+    /// `offset`.
+    ///
+    /// # Errors
+    /// If `out` has another size, the coordinates do not fit into 64 bits, or the computation was cancelled.
+    pub fn sketch(&self, gradients: Rows, offset: u64, out: &mut [f32], progress: &Progress) -> Result<()> {
+        if out.len() != gradients.count() * self.dim {
+            let expected = format!("({}, {})", gradients.count(), self.dim);
+            return Err(Error::shape("out", expected, format!("({},)", out.len())));
+        }
+        if offset.checked_add(gradients.dim() as u64).is_none_or(|end| end > 1 << 62) {
+            return Err(Error::argument("offset", "below 2^62 with the coordinates that follow", offset));
+        }
+        if gradients.dim() == 0 || gradients.count() == 0 {
+            return Ok(());
+        }
+        match gradients.values() {
+            Values::F32(values) => self.add(values, gradients.dim(), offset, out, progress),
+            Values::F16(values) => self.add(values, gradients.dim(), offset, out, progress),
+            Values::Bf16(values) => self.add(values, gradients.dim(), offset, out, progress),
+        }
+    }
+
+    fn add<T: Element>(
+        &self,
+        values: &[T],
+        width: usize,
+        offset: u64,
+        out: &mut [f32],
+        progress: &Progress,
+    ) -> Result<()> {
+        match self.kind {
+            Kind::Sparse => sparse::add(self, values, width, offset, out, progress),
+            Kind::Rademacher => dense::add(self, dense::rademacher, values, width, offset, out, progress),
+            Kind::Normal => dense::add(self, dense::normal, values, width, offset, out, progress),
+        }
+    }
+}

@@ -1,0 +1,87 @@
+//! Kernels: every level gives the same bits, and the plain answer.
+
+use bpo::rng::{Purpose, Stream, philox};
+use bpo::simd::{self, Level};
+use proptest::prelude::*;
+
+fn values(count: usize, seed: u64) -> Vec<f32> {
+    let stream = Stream::new(seed, Purpose::Shuffle, 0);
+    (0..count).map(|index| stream.uniform(index as u64) as f32 - 0.5).collect()
+}
+
+/// Every kernel on one input, as bits.
+fn all_kernels(size: usize, seed: u64, first: usize) -> Vec<u64> {
+    let (left, right, offsets) = (values(size, seed), values(size, seed + 1), values(size, seed + 2));
+    let signs: Vec<u32> = (0..(first + size).div_ceil(32) as u32).map(|i| philox([i, 0, 0, 0], [0, 0])[0]).collect();
+    let (index, lowest) = simd::lowest(&offsets, [0.3, -0.7], [&left, &right]);
+    let mut bits = vec![index as u64, u64::from(lowest.to_bits())];
+    bits.push(u64::from(simd::dot(&left, &right).to_bits()));
+    bits.push(u64::from(simd::squared_distance(&left, &right).to_bits()));
+    let mut narrow = left.clone();
+    simd::add_scaled(&mut narrow, 0.3, &right);
+    simd::add_signed(&mut narrow, 0.7, &offsets, &signs, first);
+    simd::subtract(&mut narrow, &right);
+    let mut combined = vec![0.0; size];
+    simd::combine(&mut combined, [0.3, -0.7], [&left, &right]);
+    let mut wide = vec![0.0f64; size];
+    simd::add_scaled_wide(&mut wide, 0.1, &combined);
+    let mut words = vec![[0; 4]; size];
+    Stream::new(seed, Purpose::Gumbel, 3).fill(u64::from(u32::MAX) - 3, &mut words);
+    bits.extend(narrow.iter().chain(&combined).map(|value| u64::from(value.to_bits())));
+    bits.extend(wide.iter().map(|value| value.to_bits()));
+    bits.extend(words.as_flattened().iter().map(|&word| u64::from(word)));
+    bits
+}
+
+proptest! {
+    #[test]
+    fn levels_give_the_same_bits(size in 1usize..300, seed in 0u64..1000, first in 0usize..200) {
+        simd::set_level(Level::Plain);
+        let plain = all_kernels(size, seed, first);
+        for level in [Level::Avx2, Level::Avx512] {
+            simd::set_level(level);
+            prop_assert_eq!(&all_kernels(size, seed, first), &plain);
+        }
+    }
+
+    #[test]
+    fn reductions_agree_with_float64(size in 0usize..400, seed in 0u64..1000) {
+        let (left, right) = (values(size, seed), values(size, seed + 1));
+        let pairs = || left.iter().zip(&right).map(|(&left, &right)| (f64::from(left), f64::from(right)));
+        let dot: f64 = pairs().map(|(left, right)| left * right).sum();
+        let distance: f64 = pairs().map(|(left, right)| (left - right).powi(2)).sum();
+        prop_assert!((f64::from(simd::dot(&left, &right)) - dot).abs() < 1e-4);
+        prop_assert!((f64::from(simd::squared_distance(&left, &right)) - distance).abs() < 1e-4);
+    }
+
+    #[test]
+    fn lowest_is_the_first_minimum(offsets in prop::collection::vec(0u8..6, 1..100)) {
+        let offsets: Vec<f32> = offsets.into_iter().map(f32::from).collect();
+        let zeros = vec![0.0; offsets.len()];
+        let minimum = offsets.iter().copied().fold(f32::INFINITY, f32::min);
+        let first = offsets.iter().position(|&offset| offset == minimum).unwrap();
+        prop_assert_eq!(simd::lowest(&offsets, [1.0], [&zeros]), (first, minimum));
+    }
+
+    #[test]
+    fn signs_are_taken_bit_by_bit(size in 0usize..200, first in 0usize..100, seed in 0u32..1000) {
+        let signs: Vec<u32> = (0..10).map(|i| philox([i, seed, 0, 0], [0, 0])[0]).collect();
+        let values = values(size, u64::from(seed));
+        let mut sums = vec![1.0; size];
+        simd::add_signed(&mut sums, 0.5, &values, &signs, first);
+        for (index, (sum, value)) in sums.iter().zip(&values).enumerate() {
+            let negative = signs[(first + index) / 32] >> ((first + index) % 32) & 1 == 1;
+            prop_assert_eq!(*sum, 1.0 + if negative { -0.5 * value } else { 0.5 * value });
+        }
+    }
+
+    #[test]
+    fn words_are_addressed_one_by_one(first in 0u64..u64::MAX - 100, count in 0usize..70, seed in any::<u64>()) {
+        let stream = Stream::new(seed, Purpose::SketchSigns, 2);
+        let mut words = vec![[0; 4]; count];
+        stream.fill(first, &mut words);
+        for (index, words) in words.iter().enumerate() {
+            prop_assert_eq!(*words, stream.words(first + index as u64));
+        }
+    }
+}

@@ -1,0 +1,58 @@
+//! Scores against their definition in float64.
+
+use bpo::matrix::{Rows, Values};
+use bpo::points::Points;
+use bpo::progress::Progress;
+use bpo::rng::{Purpose, Stream};
+use bpo::usefulness::{Ranking, pair_norms, ranking_keys, score_pairs};
+use proptest::prelude::*;
+
+fn values(count: usize, seed: u64) -> Vec<f32> {
+    let stream = Stream::new(seed, Purpose::Shuffle, 0);
+    (0..count).map(|index| stream.uniform(index as u64) as f32 - 0.5).collect()
+}
+
+fn dot(left: &[f64], right: &[f64]) -> f64 {
+    left.iter().zip(right).map(|(left, right)| left * right).sum()
+}
+
+proptest! {
+    #[test]
+    fn scores_are_what_they_are_defined_to_be(count in 1usize..400, dim in 1usize..40, seed in 0u64..1000) {
+        let (row_count, clusters) = (17, 3);
+        let rows = values(row_count * dim, seed);
+        let centroids = values(clusters * dim, seed + 1);
+        let coefficients: Vec<[f32; 2]> = values(2 * count, seed + 2).as_chunks().0.to_vec();
+        let pairs: Vec<[i64; 2]> = (0..count).map(|pair| [pair % 17, (pair * 5 + 1) % 17].map(|row| row as i64)).collect();
+        let labels: Vec<i32> = (0..count).map(|pair| (pair % clusters) as i32).collect();
+        let view = Rows::new(Values::F32(&rows), row_count, dim).unwrap();
+        let points = Points::from_pairs(view, &pairs, &coefficients).unwrap();
+        let scores = score_pairs(&points, &centroids, &labels, None, &Progress::default()).unwrap();
+        let norms = pair_norms(&points, &Progress::default()).unwrap();
+        let direction: Vec<f64> = scores.direction.iter().map(|&value| f64::from(value)).collect();
+        for pair in 0..count {
+            let point: Vec<f64> = (0..dim)
+                .map(|column| {
+                    let term = |side: usize| {
+                        f64::from(coefficients[pair][side]) * f64::from(rows[pairs[pair][side] as usize * dim + column])
+                    };
+                    term(0) + term(1)
+                })
+                .collect();
+            let centroid = &centroids[labels[pair] as usize * dim..][..dim];
+            let centroid: Vec<f64> = centroid.iter().map(|&value| f64::from(value)).collect();
+            let difference: Vec<f64> = point.iter().zip(&centroid).map(|(point, centroid)| point - centroid).collect();
+            let close = |found: f32, expected: f64| (f64::from(found) - expected).abs() < 1e-4;
+            prop_assert!(close(norms[pair], dot(&point, &point).sqrt()));
+            prop_assert!(close(scores.centrality[pair], dot(&point, &centroid) / dot(&centroid, &centroid).sqrt()));
+            prop_assert!(close(scores.distance[pair], dot(&difference, &difference).sqrt()));
+            prop_assert!(close(scores.alignment[pair], dot(&point, &direction)));
+        }
+    }
+}
+
+#[test]
+fn softmax_keys_are_finite() {
+    let keys = ranking_keys(&vec![0.0; 100_000], Ranking::Softmax { temperature: 1.0 }, 0).unwrap();
+    assert!(keys.iter().all(|key| key.is_finite()));
+}
