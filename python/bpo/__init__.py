@@ -1,0 +1,68 @@
+"""Balanced Preference Optimization: choose which preference pairs to train on.
+
+A reconstruction of arXiv 2411.10914. ``bpo.select`` compresses breadth (prompts), augments depth (pairs of each prompt)
+and decides each prompt's depth by clustering the model's own DPO gradients; TRL then trains on what it returns.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from bpo._core import StoreError, __version__
+
+if TYPE_CHECKING:
+    from bpo._core import allocate_depth as allocate_depth
+    from bpo.breadth import compress_breadth as compress_breadth
+    from bpo.breadth import embed_prompts as embed_prompts
+    from bpo.clustering import PairClusters as PairClusters
+    from bpo.clustering import cluster_pairs as cluster_pairs
+    from bpo.config import SelectConfig as SelectConfig
+    from bpo.data import InvalidDataWarning as InvalidDataWarning
+    from bpo.data import read_candidates as read_candidates
+    from bpo.evaluate import evaluate_preferences as evaluate_preferences
+    from bpo.gradients import UnsupportedModelError as UnsupportedModelError
+    from bpo.gradients import collect_gradients as collect_gradients
+    from bpo.losses import pair_coefficients as pair_coefficients
+    from bpo.pipeline import select as select
+    from bpo.selection import Selection as Selection
+    from bpo.store import GradientStore as GradientStore
+    from bpo.store import StoreMismatchError as StoreMismatchError
+    from bpo.train import BPOConfig as BPOConfig
+    from bpo.train import BPOTrainer as BPOTrainer
+
+# Imported when first used: torch, transformers and trl take seconds, `import bpo` takes milliseconds.
+_LAZY = {
+    "allocate_depth": "bpo._core",
+    "compress_breadth": "bpo.breadth",
+    "embed_prompts": "bpo.breadth",
+    "PairClusters": "bpo.clustering",
+    "cluster_pairs": "bpo.clustering",
+    "SelectConfig": "bpo.config",
+    "InvalidDataWarning": "bpo.data",
+    "read_candidates": "bpo.data",
+    "evaluate_preferences": "bpo.evaluate",
+    "UnsupportedModelError": "bpo.gradients",
+    "collect_gradients": "bpo.gradients",
+    "pair_coefficients": "bpo.losses",
+    "select": "bpo.pipeline",
+    "Selection": "bpo.selection",
+    "GradientStore": "bpo.store",
+    "StoreMismatchError": "bpo.store",
+    "BPOConfig": "bpo.train",
+    "BPOTrainer": "bpo.train",
+}
+
+__all__ = ["StoreError", "__version__", *_LAZY]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'bpo' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_LAZY[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,156 @@
+"""Everything that can be chosen about a selection, validated once."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+Strategy = Literal["bpo", "uniform", "random", "margin"]
+Ranking = Literal["nearest", "softmax", "farthest", "random"]
+Features = Literal["lora", "full"]
+SketchKind = Literal["sparse", "rademacher", "normal"]
+Metric = Literal["euclidean", "cosine"]
+ClusterWeighting = Literal["size", "informativeness"]
+OnInvalid = Literal["skip", "raise"]
+LossType = Literal["sigmoid"]
+DType = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SelectConfig:
+    """Settings of :func:`bpo.select` beyond its arguments.
+
+    Each default marked *(ours)* is a choice of this reconstruction; the paper (arXiv 2411.10914) leaves it open.
+
+    Attributes:
+        loss_type: Preference loss whose gradients are clustered. TRL's name; ``"sigmoid"`` is DPO.
+        beta: DPO's β, TRL's default. With the policy as its own reference it scales every gradient alike.
+        ref_model: Reference policy, a model or a path. ``None`` means the policy as given, as in TRL.
+        max_length: Tokens of prompt and response together; a longer response is cut at its end (TRL's
+            ``truncation_mode="keep_start"`` and its default length).
+        max_pairs_per_prompt: Most candidate pairs of one prompt, those with the largest score gap first;
+            ``None`` keeps all pairs of unequal score *(ours)*.
+        on_invalid: ``"skip"`` sets unusable rows aside, counts and names them; ``"raise"`` stops at them.
+        embedder: What embeds the prompts for breadth compression: a sentence encoder (path or hub id, mean pooling),
+            or ``None`` for the mean of the policy's own last hidden states *(ours)*.
+        features: Parameters whose gradients are the features of a pair. ``"lora"``: the adapter of a ``PeftModel``;
+            for a model without one, the B-gradients of a fresh LoRA on every linear layer but the output head.
+            ``"full"``: every parameter.
+        lora_rank: Rank of the fresh adapter.
+        sketch_dim: Numbers kept of each gradient (d). The cosine of two gradients is kept to about 1/√d.
+        sketch_kind: ``"sparse"`` (rotated blocks), ``"rademacher"`` or ``"normal"`` (dense).
+        sketch_nnz: Numbers of the sparse sketch that each coordinate goes to; divides ``sketch_dim``.
+        tokens_per_batch: Tokens, padding included, of one forward and backward.
+        dtype: Type in which a model given by path is loaded. A model object is used as it is.
+        device: Where a model given by path is put; ``None`` is the first GPU, else the CPU.
+        n_clusters: Clusters of pair gradients (k); ``None`` is √(number of pairs), at most 256 *(ours)*.
+        metric: ``"euclidean"`` or ``"cosine"`` k-means over the unit-length pair features.
+        max_iter: Most k-means iterations.
+        ranking: Who is taken first within a cluster: ``"nearest"`` to the centre, ``"softmax"`` (sampled in proportion
+            to exp(centrality / temperature)), or the controls ``"farthest"`` and ``"random"``.
+        temperature: Temperature of ``"softmax"``.
+        max_depth: Most pairs of one prompt; ``None`` for no cap.
+        cluster_weighting: Budget of a cluster in proportion to its pairs (``"size"``) or to their summed gradient norm
+            (``"informativeness"``).
+        threads: Threads of the Rust core; ``None`` is all cores. Results do not depend on it.
+        trust_remote_code: Whether code shipped with a model may run. Off unless asked for.
+
+    Raises:
+        ValueError: A value outside its range; the message names the field.
+
+    Example:
+        >>> import bpo
+        >>> bpo.SelectConfig(sketch_dim=512).sketch_dim
+        512
+        >>> bpo.SelectConfig(beta=-1)
+        Traceback (most recent call last):
+        ...
+        ValueError: SelectConfig.beta must be above 0, got -1
+    """
+
+    loss_type: LossType = "sigmoid"
+    beta: float = 0.1
+    ref_model: Any = None
+    max_length: int = 1024
+    max_pairs_per_prompt: int | None = None
+    on_invalid: OnInvalid = "skip"
+    embedder: str | None = None
+    features: Features = "lora"
+    lora_rank: int = 8
+    sketch_dim: int = 1024
+    sketch_kind: SketchKind = "sparse"
+    sketch_nnz: int = 1
+    tokens_per_batch: int = 2048
+    dtype: DType = "float32"
+    device: str | None = None
+    n_clusters: int | None = None
+    metric: Metric = "euclidean"
+    max_iter: int = 100
+    ranking: Ranking = "nearest"
+    temperature: float = 0.1
+    max_depth: int | None = None
+    cluster_weighting: ClusterWeighting = "size"
+    threads: int | None = None
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        choices = {
+            "loss_type": LossType,
+            "on_invalid": OnInvalid,
+            "features": Features,
+            "sketch_kind": SketchKind,
+            "dtype": DType,
+            "metric": Metric,
+            "ranking": Ranking,
+            "cluster_weighting": ClusterWeighting,
+        }
+        for name, literal in choices.items():
+            value = getattr(self, name)
+            if value not in get_args(literal):
+                raise ValueError(f"SelectConfig.{name} must be one of {list(get_args(literal))}, got {value!r}")
+        for name in ("beta", "temperature"):
+            value = getattr(self, name)
+            if not (isinstance(value, (int, float)) and value > 0 and value != float("inf")):
+                raise ValueError(f"SelectConfig.{name} must be above 0, got {value!r}")
+        counts = ("max_length", "lora_rank", "sketch_dim", "sketch_nnz", "tokens_per_batch", "max_iter")
+        optional_counts = ("max_pairs_per_prompt", "n_clusters", "max_depth", "threads")
+        for name in counts + optional_counts:
+            value = getattr(self, name)
+            if value is None and name in optional_counts:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"SelectConfig.{name} must be a whole number of at least 1, got {value!r}")
+        if self.sketch_dim % self.sketch_nnz or (self.sketch_kind != "sparse" and self.sketch_nnz != 1):
+            raise ValueError(
+                f"SelectConfig.sketch_nnz must divide sketch_dim ({self.sketch_dim}), and be 1 for a dense sketch, got "
+                f"{self.sketch_nnz}"
+            )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> SelectConfig:
+        """Builds a configuration from a mapping, for example one read from JSON or YAML.
+
+        Args:
+            values: Field names and values; fields left out keep their defaults.
+
+        Returns:
+            The validated configuration.
+
+        Raises:
+            ValueError: A name that is not a field, or a value out of range.
+        """
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(f"SelectConfig has no field {', '.join(unknown)}; it has {', '.join(sorted(known))}")
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the fields as plain values; a model object is named by its class."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        if not isinstance(self.ref_model, (str, type(None))):
+            values["ref_model"] = type(self.ref_model).__name__
+        return values

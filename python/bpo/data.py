@@ -1,0 +1,572 @@
+"""Any TRL preference format, or scored responses, to one form: prompts, their responses, scores and candidate pairs."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import datasets
+    import numpy.typing as npt
+
+    from bpo.config import OnInvalid
+
+Text = str | list[dict[str, Any]]
+"""A prompt or a response: plain text, or a list of chat messages."""
+
+ACCEPTED_FORMATS = (
+    "preference rows (`chosen`, `rejected`, with or without `prompt`, `score_chosen`, `score_rejected`), "
+    "scored responses (`prompt`, `responses` and `scores`, or `responses` as a list of {text, score}), "
+    "or UltraFeedback-like rows (`instruction` or `prompt`, and `completions` as a list of {response, overall_score})"
+)
+_KNOWN_COLUMNS = (
+    "prompt",
+    "chosen",
+    "rejected",
+    "score_chosen",
+    "score_rejected",
+    "responses",
+    "scores",
+    "instruction",
+    "completions",
+)
+_NAMED_ROWS = 5
+
+
+class InvalidDataWarning(UserWarning):
+    """Some rows of the data cannot be used; the message counts and names them."""
+
+
+@dataclasses.dataclass
+class Skipped:
+    """What of the data is not used, and why: reason → places, such as ``"row 3"`` or ``"row 3, response 1"``."""
+
+    places: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+
+    def add(self, reason: str, place: str) -> None:
+        """Records one place under its reason."""
+        self.places.setdefault(reason, []).append(place)
+
+    def merge(self, other: Skipped) -> None:
+        """Takes over everything that ``other`` recorded."""
+        for reason, places in other.places.items():
+            self.places.setdefault(reason, []).extend(places)
+
+    def counts(self) -> dict[str, int]:
+        """Returns how many places each reason has."""
+        return {reason: len(places) for reason, places in self.places.items()}
+
+    def describe(self) -> str:
+        """Returns one line a reason: the count and the first few places."""
+        lines = []
+        for reason, places in self.places.items():
+            named = "; ".join(places[:_NAMED_ROWS]) + ("; …" if len(places) > _NAMED_ROWS else "")
+            lines.append(f"{len(places)} × {reason} ({named})")
+        return "\n".join(lines)
+
+    def __bool__(self) -> bool:
+        return bool(self.places)
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidates:
+    """The one form in which the rest of ``bpo`` sees preference data.
+
+    Responses are grouped by prompt; a *row* is the index of a response in that order. Pairs are grouped by prompt, too.
+
+    Attributes:
+        prompts: (n,) the distinct prompts with at least one candidate pair.
+        prompt_rows: (n,) int64, the first row of the data that holds the prompt.
+        prompt_ids: (n, 16) uint8, content hash of each prompt.
+        responses: (R,) the distinct responses, grouped by prompt.
+        response_ids: (R, 16) uint8, content hash of prompt and response.
+        prompt_of_response: (R,) int64.
+        scores: (R,) float64, NaN where the data gives none.
+        pairs: (P, 2) int64, rows of the preferred and of the other response.
+        prompt_of_pair: (P,) int64.
+        score_gaps: (P,) float64, NaN where the data gives no scores.
+        skipped: What was set aside.
+    """
+
+    prompts: list[Text]
+    prompt_rows: npt.NDArray[np.int64]
+    prompt_ids: npt.NDArray[np.uint8]
+    responses: list[Text]
+    response_ids: npt.NDArray[np.uint8]
+    prompt_of_response: npt.NDArray[np.int64]
+    scores: npt.NDArray[np.float64]
+    pairs: npt.NDArray[np.int64]
+    prompt_of_pair: npt.NDArray[np.int64]
+    score_gaps: npt.NDArray[np.float64]
+    skipped: Skipped
+
+    @property
+    def conversational(self) -> bool:
+        """Whether prompts and responses are chat messages."""
+        return isinstance(self.prompts[0], list)
+
+    def keep_prompts(
+        self, kept: npt.NDArray[np.bool_]
+    ) -> tuple[Candidates, npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Restricts the candidates to some prompts.
+
+        Args:
+            kept: (n,) bool.
+
+        Returns:
+            The restricted candidates, and the index in ``self`` of each of its pairs and of each of its responses
+            (int64).
+        """
+        new_prompt = np.cumsum(kept) - 1
+        used = kept[self.prompt_of_response]
+        new_response = np.cumsum(used) - 1
+        pair_index = np.flatnonzero(kept[self.prompt_of_pair])
+        return (
+            Candidates(
+                prompts=[self.prompts[i] for i in np.flatnonzero(kept)],
+                prompt_rows=self.prompt_rows[kept],
+                prompt_ids=self.prompt_ids[kept],
+                responses=[self.responses[i] for i in np.flatnonzero(used)],
+                response_ids=self.response_ids[used],
+                prompt_of_response=new_prompt[self.prompt_of_response[used]],
+                scores=self.scores[used],
+                pairs=new_response[self.pairs[pair_index]],
+                prompt_of_pair=new_prompt[self.prompt_of_pair[pair_index]],
+                score_gaps=self.score_gaps[pair_index],
+                skipped=self.skipped,
+            ),
+            pair_index,
+            np.flatnonzero(used),
+        )
+
+
+def read_candidates(
+    dataset: Any,
+    *,
+    max_pairs_per_prompt: int | None = None,
+    on_invalid: OnInvalid = "skip",
+) -> Candidates:
+    """Reads preference data of any accepted format.
+
+    Rows are grouped by the exact prompt, messages included. Rows with scored responses give every pair of unequal
+    scores; preference rows give the pairs that they state.
+
+    Args:
+        dataset: A ``datasets.Dataset``, a list of rows, a ``DatasetDict`` with a ``train`` split, or what
+            ``datasets.load_dataset`` takes: a directory, a .jsonl, .json, .parquet or .csv file, a hub id.
+        max_pairs_per_prompt: Cap on the pairs of a prompt; the largest score gaps are kept, ties in data order.
+        on_invalid: ``"skip"`` warns once with the counts and the places; ``"raise"`` makes that an error.
+
+    Returns:
+        The candidates.
+
+    Raises:
+        ValueError: Missing or misnamed columns, an empty dataset, a value of the wrong type, or no usable pair.
+        FileNotFoundError: A path that does not exist.
+
+    Example:
+        >>> rows = [{"prompt": "2+2?", "responses": ["4", "5", "four"], "scores": [1.0, 0.0, 0.5]}]
+        >>> candidates = read_candidates(rows)
+        >>> candidates.pairs.tolist(), candidates.score_gaps.tolist()
+        ([[0, 1], [0, 2], [2, 1]], [1.0, 0.5, 0.5])
+    """
+    rows = load_rows(dataset)
+    columns = list(rows.column_names)
+    reader: _PreferenceReader | _ScoredReader
+    if {"chosen", "rejected"} <= set(columns):
+        reader = _PreferenceReader(columns)
+    elif "responses" in columns and "prompt" in columns:
+        reader = _ScoredReader(columns, prompt="prompt", responses="responses")
+    elif "completions" in columns and ("instruction" in columns or "prompt" in columns):
+        reader = _ScoredReader(
+            columns, prompt="prompt" if "prompt" in columns else "instruction", responses="completions"
+        )
+    else:
+        raise ValueError(_column_error(columns))
+    for column in ("images", "image", "tools"):
+        if column in columns:
+            raise ValueError(
+                f"The column '{column}' is not supported: bpo reads text only. Remove it with "
+                f"dataset.remove_columns('{column}') if the responses do not depend on it."
+            )
+    if len(rows) == 0:
+        raise ValueError("The dataset is empty: it has the right columns but no rows.")
+    groups = _Groups()
+    for index, row in enumerate(rows):
+        reader.read(index, row, groups)
+    candidates = groups.build(max_pairs_per_prompt)
+    report_skipped(candidates.skipped, on_invalid)
+    return candidates
+
+
+def report_skipped(skipped: Skipped, on_invalid: OnInvalid) -> None:
+    """Warns about what was set aside, or raises where the user asked for that."""
+    if not skipped:
+        return
+    message = f"Some of the data cannot be used:\n{skipped.describe()}"
+    if on_invalid == "raise":
+        raise ValueError(message)
+    warnings.warn(message, InvalidDataWarning, stacklevel=3)
+
+
+def load_rows(dataset: Any) -> datasets.Dataset:
+    """Turns whatever the user holds into a ``datasets.Dataset``.
+
+    Raises:
+        FileNotFoundError: A path that does not exist.
+        ValueError: A dataset without a train split, a streaming dataset, or an empty list.
+        TypeError: Anything else.
+    """
+    import datasets
+
+    if isinstance(dataset, datasets.Dataset):
+        return dataset
+    if isinstance(dataset, datasets.DatasetDict):
+        if "train" not in dataset:
+            raise ValueError(f"The DatasetDict has no 'train' split, only {sorted(dataset)}; pass dataset['<split>'].")
+        return dataset["train"]
+    if isinstance(dataset, (datasets.IterableDataset, datasets.IterableDatasetDict)):
+        raise ValueError(
+            "A streaming dataset cannot be selected from, since every pair is compared with every other. Load it "
+            "without streaming=True."
+        )
+    if isinstance(dataset, (str, Path)):
+        return _load_path(str(dataset))
+    if isinstance(dataset, Mapping):
+        return datasets.Dataset.from_dict(dict(dataset))
+    if isinstance(dataset, Sequence):
+        if not dataset:
+            raise ValueError("The dataset is empty: a list of no rows.")
+        return datasets.Dataset.from_list(list(dataset))
+    raise TypeError(f"dataset must be a datasets.Dataset, a list of rows or a path, not {type(dataset).__name__}.")
+
+
+def _load_path(name: str) -> datasets.Dataset:
+    import datasets
+
+    path = Path(name)
+    if path.is_file():
+        builder = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+        suffix = "".join(s for s in path.suffixes if s != ".gz")[-8:]
+        kind = next((builder[s] for s in builder if suffix.endswith(s)), None)
+        if kind is None:
+            raise ValueError(f"{name}: cannot tell the format; use a .jsonl, .json, .parquet or .csv file.")
+        return datasets.load_dataset(kind, data_files=name, split="train")
+    if (path / "state.json").is_file():
+        return load_rows(datasets.load_from_disk(name))
+    if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") != 1):
+        raise FileNotFoundError(f"{name}: no such file or directory, and not the form of a hub id (owner/name).")
+    return datasets.load_dataset(name, split="train")
+
+
+def _column_error(columns: list[str]) -> str:
+    hints = []
+    for column in columns:
+        close = difflib.get_close_matches(column, _KNOWN_COLUMNS, n=1, cutoff=0.75)
+        if close and close[0] != column and close[0] not in columns:
+            hints.append(f"'{column}' looks like '{close[0]}': dataset.rename_column('{column}', '{close[0]}')")
+    hint = f" Perhaps {'; '.join(hints)}." if hints else ""
+    return f"The columns {columns} are none of the accepted formats: {ACCEPTED_FORMATS}.{hint}"
+
+
+def _is_messages(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) > 0
+        and all(isinstance(message, dict) and "role" in message and "content" in message for message in value)
+    )
+
+
+def _canonical(text: Text) -> bytes:
+    return json.dumps(text, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode()
+
+
+def content_id(*texts: Text) -> bytes:
+    """Returns the 16-byte content hash by which a prompt, or a prompt and its response, is known in a store."""
+    digest = hashlib.sha256()
+    for text in texts:
+        data = _canonical(text)
+        digest.update(len(data).to_bytes(8, "little") + data)
+    return digest.digest()[:16]
+
+
+def _as_text(value: Any, index: int, column: str, role: str | None = None) -> Text:
+    """Checks one prompt or response; ``role`` wraps plain text into a message of a conversational row."""
+    if isinstance(value, str):
+        return [{"role": role, "content": value}] if role else value
+    if _is_messages(value):
+        # Arrow fills keys that other messages have with None; they are not part of the message.
+        return [{key: item for key, item in message.items() if item is not None} for message in value]
+    raise ValueError(
+        f"Row {index}, column '{column}': expected text or a list of {{role, content}} messages, got {_short(value)}."
+    )
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
+
+
+def _score(value: Any, index: int, column: str) -> float:
+    """Returns the score as a float, NaN where there is none."""
+    if value is None:
+        return math.nan
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            raise ValueError(f"Row {index}, column '{column}': the score {_short(value)} is not a number.") from None
+    return float(value)
+
+
+def extract_prompt(chosen: Text, rejected: Text) -> tuple[Text, Text, Text]:
+    """Splits two responses that carry their prompt into prompt, chosen and rejected: the common prefix is the prompt.
+
+    A space before the point where texts part stays with the responses, as in TRL.
+    """
+    shared = 0
+    for left, right in zip(chosen, rejected, strict=False):
+        if left != right:
+            break
+        shared += 1
+    if isinstance(chosen, str) and shared and chosen[shared - 1] == " ":
+        shared -= 1
+    return chosen[:shared], chosen[shared:], rejected[shared:]
+
+
+class _Groups:
+    """Collects responses and pairs by exact prompt."""
+
+    def __init__(self) -> None:
+        self.prompts: dict[bytes, _Group] = {}
+        self.skipped = Skipped()
+        self.conversational: bool | None = None
+
+    def group(self, index: int, prompt: Text) -> _Group:
+        conversational = isinstance(prompt, list)
+        if self.conversational is None:
+            self.conversational = conversational
+        elif self.conversational != conversational:
+            kinds = ("chat messages", "plain text")
+            raise ValueError(
+                f"Row {index}: the prompt is {kinds[not conversational]}, but earlier rows hold {kinds[conversational]}"
+                ". Bring all rows into one form."
+            )
+        key = content_id(prompt)
+        if key not in self.prompts:
+            self.prompts[key] = _Group(prompt, index, key)
+        return self.prompts[key]
+
+    def build(self, max_pairs_per_prompt: int | None) -> Candidates:
+        groups: list[_Group] = []
+        kept_pairs: list[list[tuple[int, int, float]]] = []
+        for group in self.prompts.values():
+            pairs = group.candidate_pairs(self.skipped)
+            if pairs and max_pairs_per_prompt is not None:
+                # NaN gaps (no scores) keep the order of the data: the sort is stable.
+                pairs = sorted(pairs, key=lambda pair: -pair[2] if pair[2] == pair[2] else 0.0)
+                pairs = sorted(pairs[:max_pairs_per_prompt])
+            if pairs:
+                groups.append(group)
+                kept_pairs.append(pairs)
+        if not groups:
+            raise ValueError(
+                "No prompt has two responses of which one is preferred, so there is nothing to select.\n"
+                + self.skipped.describe()
+            )
+        offsets = np.cumsum([0] + [len(group.responses) for group in groups])
+        pairs_flat = [
+            (offset + chosen, offset + rejected)
+            for offset, pairs in zip(offsets, kept_pairs, strict=False)
+            for chosen, rejected, _ in pairs
+        ]
+        return Candidates(
+            prompts=[group.prompt for group in groups],
+            prompt_rows=np.array([group.row for group in groups], dtype=np.int64),
+            prompt_ids=_id_array([group.key for group in groups]),
+            responses=[response for group in groups for response in group.responses],
+            response_ids=_id_array([key for group in groups for key in group.keys]),
+            prompt_of_response=np.repeat(np.arange(len(groups)), np.diff(offsets)).astype(np.int64),
+            scores=np.array([score for group in groups for score in group.scores], dtype=np.float64),
+            pairs=np.array(pairs_flat, dtype=np.int64).reshape(-1, 2),
+            prompt_of_pair=np.repeat(np.arange(len(groups)), [len(pairs) for pairs in kept_pairs]).astype(np.int64),
+            score_gaps=np.array([gap for pairs in kept_pairs for _, _, gap in pairs], dtype=np.float64),
+            skipped=self.skipped,
+        )
+
+
+def _id_array(ids: Iterable[bytes]) -> npt.NDArray[np.uint8]:
+    return np.frombuffer(b"".join(ids), dtype=np.uint8).reshape(-1, 16)
+
+
+class _Group:
+    """One prompt: its distinct responses and, where the data states them, its pairs."""
+
+    def __init__(self, prompt: Text, row: int, key: bytes) -> None:
+        self.prompt = prompt
+        self.row = row
+        self.key = key
+        self.responses: list[Text] = []
+        self.keys: list[bytes] = []
+        self.scores: list[float] = []
+        self.stated: dict[tuple[int, int], float] = {}
+        self.scored = False
+        self._index: dict[bytes, int] = {}
+
+    def add(self, response: Text, score: float) -> tuple[int, bool]:
+        """Returns the index of the response and whether it is new."""
+        key = content_id(self.prompt, response)
+        if key in self._index:
+            return self._index[key], False
+        self._index[key] = len(self.responses)
+        self.responses.append(response)
+        self.keys.append(key)
+        self.scores.append(score)
+        return self._index[key], True
+
+    def candidate_pairs(self, skipped: Skipped) -> list[tuple[int, int, float]]:
+        if not self.scored:
+            return [(chosen, rejected, gap) for (chosen, rejected), gap in self.stated.items()]
+        place = f"row {self.row}"
+        if len(self.responses) < 2:
+            skipped.add("prompt with fewer than two usable responses", place)
+            return []
+        pairs = []
+        for first in range(len(self.responses)):
+            for second in range(first + 1, len(self.responses)):
+                gap = self.scores[first] - self.scores[second]
+                if gap > 0:
+                    pairs.append((first, second, gap))
+                elif gap < 0:
+                    pairs.append((second, first, -gap))
+        if not pairs:
+            skipped.add("prompt whose responses all have equal scores", place)
+        return sorted(pairs)
+
+
+class _PreferenceReader:
+    """Rows that state a chosen and a rejected response."""
+
+    def __init__(self, columns: list[str]) -> None:
+        self.has_prompt = "prompt" in columns
+        scores = [column for column in ("score_chosen", "score_rejected") if column in columns]
+        if len(scores) == 1:
+            raise ValueError(f"The dataset has the column '{scores[0]}' but not its counterpart; give both or none.")
+        self.has_scores = bool(scores)
+
+    def read(self, index: int, row: Mapping[str, Any], groups: _Groups) -> None:
+        skipped, place = groups.skipped, f"row {index}"
+        if row["chosen"] is None or row["rejected"] is None:
+            skipped.add("chosen or rejected is missing", place)
+            return
+        prompt = row["prompt"] if self.has_prompt else None
+        wrap = "assistant" if _is_messages(prompt) else None
+        chosen = _as_text(row["chosen"], index, "chosen", wrap)
+        rejected = _as_text(row["rejected"], index, "rejected", wrap)
+        # Some sets repeat the prompt as text beside chosen and rejected conversations that already contain it.
+        if prompt is None or (isinstance(prompt, str) and isinstance(chosen, list)):
+            prompt, chosen, rejected = extract_prompt(chosen, rejected)
+            if chosen == rejected:
+                skipped.add("chosen equals rejected", place)
+                return
+            if not prompt:
+                skipped.add("chosen and rejected share no prompt", place)
+                return
+        prompt = _as_text(prompt, index, "prompt")
+        if not chosen or not rejected:
+            skipped.add("empty response", place)
+            return
+        if chosen == rejected:
+            skipped.add("chosen equals rejected", place)
+            return
+        score_chosen = score_rejected = math.nan
+        if self.has_scores:
+            score_chosen = _score(row["score_chosen"], index, "score_chosen")
+            score_rejected = _score(row["score_rejected"], index, "score_rejected")
+            if not (math.isfinite(score_chosen) and math.isfinite(score_rejected)):
+                skipped.add("score missing, NaN or infinite", place)
+                return
+            if score_chosen == score_rejected:
+                skipped.add("chosen and rejected have equal scores", place)
+                return
+            if score_chosen < score_rejected:
+                skipped.add("chosen has a lower score than rejected", place)
+                return
+        group = groups.group(index, prompt)
+        pair = (group.add(chosen, score_chosen)[0], group.add(rejected, score_rejected)[0])
+        if pair in group.stated:
+            skipped.add("duplicate of an earlier pair", place)
+            return
+        group.stated[pair] = score_chosen - score_rejected
+
+
+class _ScoredReader:
+    """Rows that hold one prompt and several scored responses."""
+
+    def __init__(self, columns: list[str], *, prompt: str, responses: str) -> None:
+        self.prompt = prompt
+        self.responses = responses
+        self.has_scores = "scores" in columns
+
+    def read(self, index: int, row: Mapping[str, Any], groups: _Groups) -> None:
+        skipped = groups.skipped
+        items = row[self.responses]
+        if not isinstance(items, list):
+            raise ValueError(f"Row {index}, column '{self.responses}': expected a list, got {_short(items)}.")
+        if row[self.prompt] is None:
+            skipped.add("prompt is missing", f"row {index}")
+            return
+        prompt = _as_text(row[self.prompt], index, self.prompt)
+        texts, scores = self._texts_and_scores(index, row, items)
+        group = groups.group(index, prompt)
+        group.scored = True
+        role = "assistant" if isinstance(prompt, list) else None
+        for position, (text, score) in enumerate(zip(texts, scores, strict=True)):
+            place = f"row {index}, response {position}"
+            if text is None or text in ("", []):
+                skipped.add("empty response", place)
+            elif not math.isfinite(score):
+                skipped.add("score missing, NaN or infinite", place)
+            else:
+                response = _as_text(text, index, self.responses, role)
+                if isinstance(response, list) and role is None:
+                    raise ValueError(
+                        f"Row {index}: the prompt is plain text but response {position} holds chat messages. "
+                        "Give the prompt as messages, too."
+                    )
+                if not group.add(response, score)[1]:
+                    skipped.add("duplicate response of the same prompt", place)
+
+    def _texts_and_scores(self, index: int, row: Mapping[str, Any], items: list[Any]) -> tuple[list[Any], list[float]]:
+        if self.has_scores:
+            scores = row["scores"]
+            if not isinstance(scores, list) or len(scores) != len(items):
+                length = len(scores) if isinstance(scores, list) else 0
+                raise ValueError(f"Row {index}: {len(items)} responses but {length} scores.")
+            return items, [_score(score, index, "scores") for score in scores]
+        texts, values = [], []
+        for item in items:
+            if not isinstance(item, dict):
+                raise ValueError(
+                    f"Row {index}, column '{self.responses}': without a 'scores' column each response must be a "
+                    f"{{text, score}} record, got {_short(item)}."
+                )
+            text_key = next((key for key in ("text", "response", "content") if key in item), None)
+            score_key = next((key for key in ("score", "overall_score") if key in item), None)
+            if text_key is None or score_key is None:
+                raise ValueError(
+                    f"Row {index}, column '{self.responses}': a response needs 'text' (or 'response') and 'score' "
+                    f"(or 'overall_score'), got the keys {sorted(item)}."
+                )
+            texts.append(item[text_key])
+            values.append(_score(item[score_key], index, f"{self.responses}.{score_key}"))
+        return texts, values

@@ -1,0 +1,135 @@
+"""Policies and tokenizers: loading by path, and fingerprints that tell two of them apart."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from bpo.config import SelectConfig
+
+# Settings that trainers and loaders change without changing what the model computes.
+_VOLATILE_CONFIG = {"_name_or_path", "transformers_version", "use_cache", "pad_token_id", "dtype", "torch_dtype"}
+
+
+def check_path(name: str) -> None:
+    """Fails early, and in one sentence, on a model path that cannot be one; hub ids pass."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
+            raise FileNotFoundError(f"{name}: the directory holds no config.json, so it is not a saved model.")
+    elif path.is_file() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise FileNotFoundError(f"{name}: no such model directory.")
+
+
+def load_tokenizer(model: Any, processing_class: Any, config: SelectConfig) -> PreTrainedTokenizerBase:
+    """Returns the tokenizer given, or the one saved with the model.
+
+    Raises:
+        FileNotFoundError: A model path that does not exist.
+        OSError: A hub id that cannot be loaded, or a model object whose origin is not known.
+    """
+    from transformers import AutoTokenizer
+
+    if isinstance(processing_class, (str, Path)):
+        model, processing_class = str(processing_class), None
+    if processing_class is not None:
+        return getattr(processing_class, "tokenizer", processing_class)
+    name = model if isinstance(model, (str, Path)) else getattr(model.config, "_name_or_path", "")
+    if not name:
+        raise OSError("The model does not say where it was loaded from; pass its tokenizer as processing_class.")
+    check_path(str(name))
+    return AutoTokenizer.from_pretrained(str(name), trust_remote_code=config.trust_remote_code)
+
+
+def load_policy(model: Any, config: SelectConfig) -> PreTrainedModel:
+    """Returns the model object given, or loads a causal language model (or a saved PEFT adapter) by path or hub id.
+
+    Raises:
+        FileNotFoundError: A path that does not exist, or that holds no model.
+        OSError: A hub id that cannot be loaded.
+    """
+    if not isinstance(model, (str, Path)):
+        return model
+    from transformers import AutoModelForCausalLM
+
+    name = str(model)
+    check_path(name)
+    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    # transformers loads a directory with an adapter_config.json as base model plus adapter, but not as a PeftModel.
+    loader = AutoModelForCausalLM
+    if (Path(name).expanduser() / "adapter_config.json").is_file():
+        from peft import AutoPeftModelForCausalLM
+
+        loader = AutoPeftModelForCausalLM
+    dtype = getattr(torch, config.dtype)
+    return loader.from_pretrained(name, dtype=dtype, trust_remote_code=config.trust_remote_code).to(device)
+
+
+def window(model: Any, config: SelectConfig) -> int:
+    """Returns the longest sequence that both the settings and the model's positions allow, in tokens."""
+    if isinstance(model, (str, Path)):
+        from transformers import AutoConfig
+
+        check_path(str(model))
+        directory = Path(model).expanduser()
+        if directory.is_dir() and not (directory / "config.json").is_file():
+            return config.max_length  # a saved adapter; its base model says more once it is loaded
+        model_config = AutoConfig.from_pretrained(str(model), trust_remote_code=config.trust_remote_code)
+    else:
+        model_config = model.config
+    positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    return min(config.max_length, positions) if positions else config.max_length
+
+
+@contextlib.contextmanager
+def inference_state(model: PreTrainedModel) -> Iterator[None]:
+    """Turns off dropout and freezes every parameter for the duration, and restores both."""
+    training = {name: module.training for name, module in model.named_modules()}
+    trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    model.eval()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for name, module in model.named_modules():
+            module.training = training[name]
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(trainable[name])
+
+
+def model_fingerprint(model: PreTrainedModel) -> str:
+    """Returns the SHA-256 of the architecture and of every weight (hex)."""
+    digest = hashlib.sha256(type(model).__name__.encode())
+    settings = {key: value for key, value in model.config.to_dict().items() if key not in _VOLATILE_CONFIG}
+    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
+        data = parameter.detach().reshape(-1).contiguous().cpu()
+        digest.update(data.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def tokenizer_fingerprint(processing_class: PreTrainedTokenizerBase) -> str:
+    """Returns the SHA-256 of vocabulary, special tokens, text normalisation and chat template (hex)."""
+    digest = hashlib.sha256(str(getattr(processing_class, "chat_template", None)).encode())
+    digest.update(json.dumps(sorted(processing_class.get_vocab().items())).encode())
+    digest.update(json.dumps(processing_class.special_tokens_map, sort_keys=True, default=str).encode())
+    backend = getattr(processing_class, "backend_tokenizer", None)
+    if backend is not None:
+        # Padding and truncation are set by whoever used the tokenizer last and are not part of its identity.
+        state = json.loads(backend.to_str())
+        state.pop("padding", None)
+        state.pop("truncation", None)
+        digest.update(json.dumps(state, sort_keys=True).encode())
+    return digest.hexdigest()

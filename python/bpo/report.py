@@ -1,0 +1,139 @@
+"""What a person looks at: one self-contained page of what was chosen."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+import numpy as np
+
+import bpo
+from bpo.breadth import prompt_text
+from bpo.selection import SELECTED
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from bpo.selection import Selection
+
+_MOST_POINTS = 4000
+_MOST_PROMPTS = 60
+
+
+def write_report(selection: Selection, path: str | os.PathLike[str]) -> Path:
+    """Writes the page: numbers, depths, clusters, usefulness against score gap, and the chosen pairs to read.
+
+    Args:
+        selection: What to show.
+        path: File to write; replaced whole or not at all.
+
+    Returns:
+        The path.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("bpo", "templates"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    page = environment.get_template("report.html").render(
+        selection=selection,
+        version=bpo.__version__,
+        fates=selection.fates(),
+        kept_prompts=int((selection.depth > 0).sum()),
+        depths=_depths(selection),
+        clusters=_clusters(selection),
+        scatter=_scatter(selection),
+        prompts=_prompts(selection),
+        skipped={reason: (len(places), places[:5]) for reason, places in selection.skipped.items()},
+    )
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.tmp")
+    scratch.write_text(page, encoding="utf-8")
+    scratch.replace(path)
+    return path
+
+
+def _depths(selection: Selection) -> list[dict[str, float]]:
+    """How many prompts have each depth, from 1 to the deepest."""
+    counts = np.bincount(selection.depth)[1:]
+    most = max(int(counts.max()), 1)
+    return [
+        {"depth": depth, "prompts": int(count), "share": count / most} for depth, count in enumerate(counts, start=1)
+    ]
+
+
+def _clusters(selection: Selection) -> list[dict[str, Any]]:
+    """Candidates and selected pairs of each cluster, largest first."""
+    labels = selection.pairs["cluster"].to_pylist()
+    candidates = Counter(label for label in labels if label is not None)
+    chosen = Counter(
+        label for label, fate in zip(labels, selection.pairs["fate"].to_pylist(), strict=True) if fate == SELECTED
+    )
+    most = max(candidates.values(), default=1)
+    return [
+        {
+            "label": label,
+            "candidates": count,
+            "selected": chosen[label],
+            "share": count / most,
+            "selected_share": chosen[label] / most,
+        }
+        for label, count in sorted(candidates.items(), key=lambda item: (-item[1], item[0]))
+    ]
+
+
+def _scatter(selection: Selection) -> dict[str, Any] | None:
+    """Centrality against score gap of every pair, in the unit square, thinned evenly where there are many."""
+    centrality = selection.pairs["centrality"].to_numpy().astype(np.float64)
+    gap = selection.pairs["score_gap"].to_numpy().astype(np.float64)
+    selected = np.array(selection.pairs["fate"].to_pylist()) == SELECTED
+    shown = np.flatnonzero(np.isfinite(centrality) & np.isfinite(gap))
+    if len(shown) == 0:
+        return None
+    ranges = {"gap": _range(gap[shown]), "centrality": _range(centrality[shown])}
+    shown = shown[:: max(1, len(shown) // _MOST_POINTS)]
+    # Selected pairs are drawn last, on top of the others.
+    shown = shown[np.argsort(selected[shown], kind="stable")]
+    points = [
+        {
+            "x": round((gap[i] - ranges["gap"][0]) / (ranges["gap"][1] - ranges["gap"][0]), 4),
+            "y": round((centrality[i] - ranges["centrality"][0]) / np.ptp(ranges["centrality"]), 4),
+            "selected": bool(selected[i]),
+        }
+        for i in shown
+    ]
+    return {"points": points, **ranges}
+
+
+def _range(values: npt.NDArray[np.float64]) -> tuple[float, float]:
+    low, high = float(values.min()), float(values.max())
+    return (low, high) if high > low else (low - 0.5, high + 0.5)
+
+
+def _prompts(selection: Selection) -> list[dict[str, Any]]:
+    """The deepest prompts with their chosen pairs."""
+    candidates = Counter(selection.pairs["prompt"].to_pylist())
+    groups: dict[int, list[dict[str, Any]]] = {}
+    for row in selection.dataset:
+        groups.setdefault(row["bpo_prompt"], []).append(row)
+    deepest = sorted(groups, key=lambda prompt: (-len(groups[prompt]), prompt))[:_MOST_PROMPTS]
+    return [
+        {
+            "text": prompt_text(groups[prompt][0]["prompt"]),
+            "depth": len(groups[prompt]),
+            "candidates": candidates[prompt],
+            "pairs": [
+                {
+                    "chosen": prompt_text(row["chosen"]),
+                    "rejected": prompt_text(row["rejected"]),
+                    "cluster": row.get("bpo_cluster"),
+                    "centrality": row.get("bpo_centrality"),
+                    "gap": row.get("bpo_score_gap"),
+                }
+                for row in sorted(groups[prompt], key=lambda row: (-row.get("bpo_usefulness", 0.0), row["bpo_pair"]))
+            ],
+        }
+        for prompt in deepest
+    ]

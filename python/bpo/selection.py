@@ -1,0 +1,207 @@
+"""What a selection returns: the training set, every candidate pair with its fate, and the depth of each prompt."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+import bpo
+from bpo.data import Skipped
+
+if TYPE_CHECKING:
+    import datasets
+    import numpy.typing as npt
+
+_FORMAT = "bpo-selection"
+_FORMAT_VERSION = 1
+_DATASET = "dataset/train.parquet"
+_PAIRS = "pairs.parquet"
+_MANIFEST = "selection.json"
+
+SELECTED = "selected"
+FATES = (SELECTED, "depth", "breadth", "unusable")
+"""Fates of a pair: selected, or what it fell to: the depth of its prompt, breadth compression, an unusable gradient."""
+
+
+class SelectionError(ValueError):
+    """A saved selection that cannot be read: not one, of an unknown version, or with a changed file."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """The pairs to train on, and why.
+
+    Attributes:
+        dataset: ``datasets.Dataset`` for TRL's ``DPOTrainer``: ``prompt``, ``chosen``, ``rejected`` (text or messages,
+            as in the data) and the provenance in ``bpo_*`` columns.
+        pairs: ``pyarrow.Table``, one row a candidate pair: ``pair``, ``prompt``, ``prompt_row`` (row of the data),
+            ``chosen`` and ``rejected`` (positions among the prompt's responses), ``score_chosen``, ``score_rejected``,
+            ``score_gap``, ``length_chosen`` and ``length_rejected`` (tokens), ``logp_chosen``, ``logp_rejected``,
+            ``informativeness``, ``cluster``, ``centrality``, ``distance``, ``alignment``, ``usefulness`` (what the
+            strategy ranked by, larger first) and ``fate``. What a strategy does not use is null.
+        depth: (n,) int64, pairs kept of each prompt.
+        strategy: Its name.
+        budget: Pairs asked for.
+        seed: Of every random choice.
+        config: The settings, as plain values.
+        skipped: What of the data could not be used: reason → places.
+    """
+
+    dataset: datasets.Dataset
+    pairs: pa.Table
+    depth: npt.NDArray[np.int64]
+    strategy: str
+    budget: int
+    seed: int
+    config: dict[str, Any]
+    skipped: dict[str, list[str]]
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __repr__(self) -> str:
+        return (
+            f"Selection({len(self)} of {self.pairs.num_rows} pairs, {int((self.depth > 0).sum())} of {len(self.depth)} "
+            f"prompts, strategy={self.strategy!r}, seed={self.seed})"
+        )
+
+    def fates(self) -> dict[str, int]:
+        """Returns how many candidate pairs met each fate."""
+        counted = {entry["values"]: entry["counts"] for entry in self.pairs["fate"].value_counts().to_pylist()}
+        return {fate: counted.get(fate, 0) for fate in FATES}
+
+    def summary(self) -> str:
+        """Returns a few lines: what was kept, how depth is spread, and what could not be used."""
+        kept = self.depth[self.depth > 0]
+        fates = self.fates()
+        lines = [
+            f"strategy {self.strategy}, budget {self.budget}, seed {self.seed}",
+            f"pairs    {fates[SELECTED]} kept of {self.pairs.num_rows}; not kept: {fates['depth']} by depth, "
+            f"{fates['breadth']} by breadth, {fates['unusable']} with an unusable gradient",
+            f"prompts  {len(kept)} kept of {len(self.depth)}",
+            f"depth    {kept.min()} to {kept.max()} pairs a prompt, mean {kept.mean():.2f}",
+        ]
+        selected = self.pairs.filter(pc.equal(self.pairs["fate"], SELECTED))
+        if self.pairs["cluster"].null_count < self.pairs.num_rows:
+            clusters = pc.count_distinct(self.pairs["cluster"]).as_py()
+            lines.append(
+                f"clusters {pc.count_distinct(selected['cluster']).as_py()} of {clusters} represented; mean centrality "
+                f"{pc.mean(selected['centrality']).as_py():.3f} kept, {pc.mean(self.pairs['centrality']).as_py():.3f} "
+                "all"
+            )
+        if selected["score_gap"].null_count < selected.num_rows:
+            lines.append(
+                f"gap      mean score gap {pc.mean(selected['score_gap']).as_py():.3f} kept, "
+                f"{pc.mean(self.pairs['score_gap']).as_py():.3f} all"
+            )
+        lines.extend(f"unusable {line}" for line in Skipped(self.skipped).describe().splitlines())
+        return "\n".join(lines)
+
+    def report(self, path: str | os.PathLike[str]) -> Path:
+        """Writes one self-contained HTML page of what was chosen; returns its path."""
+        from bpo.report import write_report
+
+        return write_report(self, path)
+
+    def save(self, directory: str | os.PathLike[str]) -> Path:
+        """Saves the selection as Parquet and JSON, all of it or nothing.
+
+        ``DIRECTORY/dataset`` is what ``trl dpo --dataset_name`` takes.
+
+        Args:
+            directory: A new or empty directory, or an earlier selection, which is replaced.
+
+        Returns:
+            The directory.
+
+        Raises:
+            FileExistsError: The directory holds something else.
+        """
+        directory = Path(directory)
+        if directory.exists() and not (directory / _MANIFEST).is_file() and any(directory.iterdir()):
+            raise FileExistsError(f"{directory} is not empty and holds no selection; name another directory.")
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+        try:
+            (scratch / _DATASET).parent.mkdir()
+            self.dataset.to_parquet(str(scratch / _DATASET))
+            pq.write_table(self.pairs, scratch / _PAIRS)
+            manifest = {
+                "format": _FORMAT,
+                "format_version": _FORMAT_VERSION,
+                "bpo": bpo.__version__,
+                "strategy": self.strategy,
+                "budget": self.budget,
+                "seed": self.seed,
+                "config": self.config,
+                "depth": self.depth.tolist(),
+                "skipped": self.skipped,
+                "sha256": {name: _sha256(scratch / name) for name in (_DATASET, _PAIRS)},
+            }
+            (scratch / _MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+            scratch.chmod(0o755)
+            if directory.exists():
+                shutil.rmtree(directory)
+            scratch.rename(directory)
+        except BaseException:
+            shutil.rmtree(scratch, ignore_errors=True)
+            raise
+        return directory
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike[str]) -> Selection:
+        """Loads a saved selection and checks its files.
+
+        Raises:
+            FileNotFoundError: No selection there.
+            SelectionError: An unknown version, or a file that changed since it was saved.
+        """
+        import datasets
+
+        directory = Path(directory)
+        if not (directory / _MANIFEST).is_file():
+            raise FileNotFoundError(f"{directory} holds no saved selection (no {_MANIFEST}).")
+        try:
+            manifest = json.loads((directory / _MANIFEST).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise SelectionError(f"{directory / _MANIFEST} is not JSON: {error}") from None
+        if manifest.get("format") != _FORMAT or manifest.get("format_version") != _FORMAT_VERSION:
+            raise SelectionError(
+                f"{directory / _MANIFEST}: format {manifest.get('format')!r} version "
+                f"{manifest.get('format_version')!r} is not {_FORMAT!r} version {_FORMAT_VERSION}, which this bpo "
+                f"{bpo.__version__} reads."
+            )
+        for name, expected in manifest["sha256"].items():
+            if name not in (_DATASET, _PAIRS) or not (directory / name).is_file():
+                raise SelectionError(f"{directory / name} is missing.")
+            if _sha256(directory / name) != expected:
+                raise SelectionError(f"{directory / name} was changed after it was saved (its SHA-256 differs).")
+        return cls(
+            dataset=datasets.Dataset(pq.read_table(directory / _DATASET)),
+            pairs=pq.read_table(directory / _PAIRS),
+            depth=np.array(manifest["depth"], dtype=np.int64),
+            strategy=manifest["strategy"],
+            budget=manifest["budget"],
+            seed=manifest["seed"],
+            config=manifest["config"],
+            skipped=manifest["skipped"],
+        )
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,227 @@
+"""The gradient store: a directory with one row a response, written as the gradients come and memory-mapped to read."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from bpo import _core
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    import numpy.typing as npt
+
+RECORD = np.dtype(
+    [
+        ("prompt_id", "u1", 16),
+        ("response_id", "u1", 16),
+        ("score", "<f8"),
+        ("logp", "<f4"),
+        ("ref_logp", "<f4"),
+        ("length", "<u4"),
+        ("flags", "<u4"),
+        ("crc32", "<u4"),
+        ("reserved", "<u4"),
+    ]
+)
+"""One response: content hashes, score, log-probabilities, tokens of the response, flags, checksum of row and record."""
+
+NONFINITE = 1
+"""Flag: the gradient or a log-probability is NaN or infinite; its row is stored as zeros."""
+ZERO = 2
+"""Flag: the gradient is exactly zero."""
+
+_MISMATCH = {
+    "bpo": ("version of bpo", "install that version"),
+    "model": ("model", "pass the model it was made with"),
+    "reference": ("reference model", "pass the reference it was made with"),
+    "tokenizer": ("tokenizer or chat template", "pass the tokenizer it was made with"),
+    "features": ("set of differentiated parameters, or seed", "use the same features, lora_rank and seed"),
+    "sketch": ("sketch", "use the same sketch settings and seed"),
+    "max_length": ("max_length", "use the same max_length"),
+    "dtype": ("compute type", "load the model in that type"),
+}
+
+
+class StoreMismatchError(ValueError):
+    """A store was made with another model, data, sketch or version than it is now asked to serve."""
+
+
+class GradientStore:
+    """A gradient store, open for reading.
+
+    Attributes:
+        path: Its directory.
+        fingerprint: What it was made with: model, tokenizer, features, sketch, version.
+        rows: (R, d) float32, read-only and memory-mapped: the sketch of ∇log π(response | prompt).
+        records: (R,) structured array of dtype :data:`RECORD`.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        reader = _core.StoreReader(os.fspath(path))
+        self.path = Path(path)
+        self.fingerprint: dict[str, Any] = json.loads(reader.fingerprint_json)
+        self.records = reader.records().view(RECORD)
+        shape = (len(reader), reader.dim)
+        self.rows: npt.NDArray[np.float32] = (
+            np.memmap(reader.rows_path, dtype="<f4", mode="r", shape=shape)
+            if shape[0]
+            else np.zeros(shape, dtype=np.float32)  # an empty file cannot be mapped
+        )
+        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> GradientStore:
+        """Opens a store for reading.
+
+        Raises:
+            FileNotFoundError: No store there.
+            bpo.StoreError: Not a store, or one of an unknown format version.
+        """
+        return cls(path)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def rows_of(self, response_ids: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
+        """Finds responses by content hash.
+
+        Args:
+            response_ids: (n, 16) uint8.
+
+        Returns:
+            (n,) int64 row of each, −1 where the store lacks it.
+        """
+        known = {identifier.tobytes(): row for row, identifier in enumerate(self.records["response_id"])}
+        return np.array([known.get(identifier.tobytes(), -1) for identifier in response_ids], dtype=np.int64)
+
+    def verify(self) -> npt.NDArray[np.int64]:
+        """Reads everything and returns the rows whose checksum does not match (int64, empty when all is well)."""
+        return _core.StoreReader(os.fspath(self.path)).verify()
+
+
+class GradientWriter:
+    """A gradient store, open for appending; created where there is none."""
+
+    def __init__(self, path: Path, writer: _core.StoreWriter, present: GradientStore | None) -> None:
+        self.path = path
+        self._writer = writer
+        self._present = present
+        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+
+    @classmethod
+    def open(
+        cls,
+        path: str | os.PathLike[str] | None,
+        dim: int,
+        fingerprint: dict[str, Any],
+        known_response_ids: npt.NDArray[np.uint8],
+    ) -> GradientWriter:
+        """Creates a store, or reopens one after checking that it was made with the same things.
+
+        Args:
+            path: Directory; ``None`` for a temporary one.
+            dim: Numbers a row.
+            fingerprint: What the rows depend on.
+            known_response_ids: (·, 16) every response of the data; the store may hold no other.
+
+        Raises:
+            StoreMismatchError: Another model, tokenizer, sketch, version or data.
+            bpo.StoreError: The directory holds something else.
+        """
+        temporary = None
+        if path is None:
+            temporary = tempfile.TemporaryDirectory(prefix="bpo-store-")
+            path = Path(temporary.name) / "store"
+        path = Path(path)
+        if (path / "manifest.json").exists():
+            present = GradientStore(path)
+            _check_fingerprint(path, present.fingerprint, fingerprint)
+            _check_data(present, known_response_ids)
+            # The writer drops a row that was torn by a crash, so it goes first.
+            writer = _core.StoreWriter.append_to(os.fspath(path))
+        else:
+            if path.exists() and any(path.iterdir()):
+                raise _core.StoreError(f"{path} is not empty and holds no gradient store; name another directory.")
+            present = None
+            path.parent.mkdir(parents=True, exist_ok=True)
+            writer = _core.StoreWriter.create(os.fspath(path), dim, json.dumps(fingerprint))
+        opened = cls(path, writer, present)
+        opened._temporary = temporary
+        return opened
+
+    def rows_of(self, response_ids: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
+        """Row of each response that the store held when it was opened, −1 for the others; see GradientStore."""
+        if self._present is None:
+            return np.full(len(response_ids), -1, dtype=np.int64)
+        return self._present.rows_of(response_ids)
+
+    def append(
+        self,
+        sketches: npt.NDArray[np.float32],
+        *,
+        prompt_ids: npt.NDArray[np.uint8],
+        response_ids: npt.NDArray[np.uint8],
+        scores: npt.NDArray[np.float64],
+        logps: npt.NDArray[np.float32],
+        ref_logps: npt.NDArray[np.float32],
+        lengths: npt.NDArray[np.int64],
+        flags: npt.NDArray[np.int64],
+    ) -> None:
+        """Appends one row a response; all arguments have the same first dimension."""
+        records = np.zeros(len(sketches), dtype=RECORD)
+        records["prompt_id"] = prompt_ids
+        records["response_id"] = response_ids
+        records["score"] = scores
+        records["logp"] = logps
+        records["ref_logp"] = ref_logps
+        records["length"] = lengths
+        records["flags"] = flags
+        self._writer.append(sketches, records)
+
+    def reopen(self) -> GradientStore:
+        """Opens for reading what was written; a temporary store lives as long as the returned object."""
+        store = GradientStore(self.path)
+        store._temporary = self._temporary
+        return store
+
+    def __enter__(self) -> GradientWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._writer.close()
+
+
+def _check_fingerprint(path: Path, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
+    for key, (name, remedy) in _MISMATCH.items():
+        if stored.get(key) != wanted[key]:
+            raise StoreMismatchError(
+                f"The gradient store {path} was made with another {name}: {_brief(stored.get(key))} there, "
+                f"{_brief(wanted[key])} here. Name another store directory, or {remedy}."
+            )
+
+
+def _brief(value: Any) -> str:
+    text = str(value)
+    return text[:12] + "…" if len(text) == 64 else text
+
+
+def _check_data(present: GradientStore, known_response_ids: npt.NDArray[np.uint8]) -> None:
+    known = {identifier.tobytes() for identifier in known_response_ids}
+    foreign = [
+        row for row, identifier in enumerate(present.records["response_id"]) if identifier.tobytes() not in known
+    ]
+    if foreign:
+        raise StoreMismatchError(
+            f"The gradient store {present.path} was made with other data: {len(foreign)} of its {len(present)} "
+            f"responses are not in this data set (the first is row {foreign[0]} of the store). Name another store "
+            "directory, or pass the data it was made with; rows may be added to that, not taken away."
+        )

@@ -1,0 +1,170 @@
+"""Prompts and responses to token ids: the same ids that TRL's ``DPOTrainer`` trains on."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from bpo.data import Candidates, Skipped, Text
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizedResponses:
+    """Token ids of every response with its prompt in front.
+
+    Attributes:
+        ids: (R,) lists of token ids, prompt and response, cut to ``max_length``.
+        prompt_lengths: (R,) int64, tokens of the prompt; the log-probability of a response sums over the rest.
+        truncated: How many responses were cut at their end.
+        moved_boundaries: How many prompts are no token prefix of prompt + response; as in TRL their response starts
+            where the two part.
+    """
+
+    ids: list[list[int]]
+    prompt_lengths: npt.NDArray[np.int64]
+    truncated: int
+    moved_boundaries: int
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """(R,) int64, tokens of prompt and response together."""
+        return np.array([len(ids) for ids in self.ids], dtype=np.int64)
+
+    def take(self, rows: npt.NDArray[np.int64]) -> TokenizedResponses:
+        """Returns those of some responses."""
+        return dataclasses.replace(self, ids=[self.ids[row] for row in rows], prompt_lengths=self.prompt_lengths[rows])
+
+
+def check_tokenizer(processing_class: PreTrainedTokenizerBase, conversational: bool) -> None:
+    """Checks that the tokenizer can do what training will ask of it.
+
+    Raises:
+        ValueError: No padding or end token, or no chat template for conversational rows.
+    """
+    if processing_class.pad_token_id is None and processing_class.eos_token_id is None:
+        raise ValueError(
+            "The tokenizer has neither a pad_token nor an eos_token, so batches cannot be padded. Set "
+            "tokenizer.pad_token to a token of its vocabulary."
+        )
+    if conversational and getattr(processing_class, "chat_template", None) is None:
+        raise ValueError(
+            "The rows are conversations but the tokenizer has no chat template. Use the tokenizer of a chat model, set "
+            "tokenizer.chat_template, or give prompt and responses as plain text."
+        )
+    if not conversational and processing_class.eos_token is None:
+        raise ValueError("The tokenizer has no eos_token, which ends every plain-text response. Set one.")
+
+
+def padding_id(processing_class: PreTrainedTokenizerBase) -> int:
+    """Returns the id that fills batches: the pad token, else, as in TRL, the end token."""
+    pad = processing_class.pad_token_id
+    return int(processing_class.eos_token_id if pad is None else pad)
+
+
+def tokenize_responses(
+    candidates: Candidates, processing_class: PreTrainedTokenizerBase, max_length: int
+) -> tuple[TokenizedResponses, npt.NDArray[np.bool_], Skipped]:
+    """Tokenizes every response behind its prompt, as TRL 1.x does for the same rows.
+
+    Conversations go through the chat template; plain text gets the end token. A response starts where the tokens of
+    the prompt alone and of prompt + response part, the earliest such place over the responses of a prompt. Sequences
+    are cut to ``max_length`` from the start (``truncation_mode="keep_start"``).
+
+    Args:
+        candidates: Prompts and responses.
+        processing_class: The tokenizer.
+        max_length: Longest sequence, in tokens.
+
+    Returns:
+        The token ids; for each prompt whether it fits the window with room for a response ((n,) bool); and which do
+        not fit.
+
+    Raises:
+        ValueError: A tokenizer that cannot do this (see :func:`check_tokenizer`).
+    """
+    check_tokenizer(processing_class, candidates.conversational)
+    fits = np.ones(len(candidates.prompts), dtype=bool)
+    skipped = Skipped()
+    all_ids: list[list[int]] = []
+    prompt_lengths = np.zeros(len(candidates.responses), dtype=np.int64)
+    truncated = moved = row = 0
+    per_prompt = np.bincount(candidates.prompt_of_response, minlength=len(candidates.prompts))
+    for index, prompt in enumerate(candidates.prompts):
+        prompt_ids = _ids(processing_class, prompt, add_generation_prompt=True)
+        sequences = [
+            _ids(processing_class, _joined(prompt, response, processing_class.eos_token))
+            for response in candidates.responses[row : row + per_prompt[index]]
+        ]
+        boundary = min(_common_prefix_length(prompt_ids, sequence) for sequence in sequences)
+        moved += boundary < len(prompt_ids)
+        if boundary >= max_length:
+            fits[index] = False
+            place = f"row {candidates.prompt_rows[index]}, {boundary} tokens"
+            skipped.add(f"prompt fills the window of {max_length} tokens", place)
+        truncated += sum(len(sequence) > max_length for sequence in sequences) if fits[index] else 0
+        all_ids.extend(sequence[:max_length] for sequence in sequences)
+        prompt_lengths[row : row + len(sequences)] = min(boundary, max_length)
+        row += len(sequences)
+    if moved:
+        warnings.warn(
+            f"{moved} of {len(candidates.prompts)} tokenized prompts are not a prefix of prompt + response; as in TRL, "
+            "their response starts where the two part. End prompts on a token boundary to avoid it.",
+            stacklevel=2,
+        )
+    return TokenizedResponses(all_ids, prompt_lengths, truncated, moved), fits, skipped
+
+
+def _joined(prompt: Text, response: Text, end: str) -> Text:
+    """Prompt and response as one; plain text is closed by the end token, conversations by their template."""
+    if isinstance(prompt, str) and isinstance(response, str):
+        return prompt + response + ("" if response.endswith(end) else end)
+    assert isinstance(prompt, list) and isinstance(response, list)
+    return prompt + response
+
+
+def _ids(processing_class: PreTrainedTokenizerBase, text: Any, **template: Any) -> list[int]:
+    if isinstance(text, list):
+        encoded = processing_class.apply_chat_template(text, tokenize=True, return_dict=True, **template)
+        return list(encoded["input_ids"])
+    return list(processing_class(text=text)["input_ids"])
+
+
+def _common_prefix_length(left: list[int], right: list[int]) -> int:
+    for index, (a, b) in enumerate(zip(left, right, strict=False)):
+        if a != b:
+            return index
+    return min(len(left), len(right))
+
+
+def batches_by_tokens(lengths: npt.NDArray[np.int64], tokens_per_batch: int) -> list[npt.NDArray[np.int64]]:
+    """Cuts sequences, longest first, into batches of at most ``tokens_per_batch`` padded tokens.
+
+    Longest first means that memory peaks in the first batch. The order does not depend on the batch size, so a store
+    filled in this order has the same rows in the same places whatever the batches.
+
+    Args:
+        lengths: (R,) tokens of each sequence.
+        tokens_per_batch: Budget; a longer sequence forms a batch of its own.
+
+    Returns:
+        Index arrays that together cover all sequences once.
+
+    Example:
+        >>> [batch.tolist() for batch in batches_by_tokens(np.array([3, 9, 4, 4]), 9)]
+        [[1], [2, 3], [0]]
+    """
+    order = np.argsort(-lengths, kind="stable")
+    batches, start = [], 0
+    while start < len(order):
+        longest = max(int(lengths[order[start]]), 1)
+        stop = start + max(1, tokens_per_batch // longest)
+        batches.append(order[start:stop])
+        start = stop
+    return batches
