@@ -141,7 +141,7 @@ def embed_prompts(
 
 
 def embed_with_policy(
-    model: Any, prompt_ids: Sequence[Sequence[int]], pad_id: int, *, tokens_per_batch: int = 2048
+    model: Any, prompt_ids: Sequence[Sequence[int]], pad_id: int, *, tokens_per_batch: int = 1024
 ) -> npt.NDArray[np.float32]:
     """Embeds prompts as the mean of the policy's own last hidden states, at unit length.
 

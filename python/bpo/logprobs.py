@@ -71,7 +71,7 @@ def response_logps(
     tokenized: TokenizedResponses,
     pad_id: int,
     *,
-    tokens_per_batch: int = 2048,
+    tokens_per_batch: int = 1024,
     on_batch: Callable[[int], None] | None = None,
 ) -> npt.NDArray[np.float32]:
     """Returns log π(response | prompt) of every response, without gradients.

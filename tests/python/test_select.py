@@ -1,0 +1,273 @@
+import json
+import warnings
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pytest
+
+import bpo
+from bpo import InvalidDataWarning, SelectConfig, Selection
+from bpo.selection import SelectionError
+from bpo.strategies import STRATEGIES
+from conftest import scored_rows, tiny_llama
+
+CONFIG = SelectConfig(sketch_dim=128, lora_rank=4)
+
+
+@pytest.fixture
+def select(model, tokenizer):
+    def run(rows, **arguments):
+        arguments = {"config": CONFIG, "processing_class": tokenizer, "progress": False, **arguments}
+        return bpo.select(arguments.pop("model", model), rows, **arguments)
+
+    return run
+
+
+def as_bytes(table):
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table.combine_chunks())
+    return sink.getvalue().to_pybytes()
+
+
+@pytest.mark.parametrize("strategy", list(STRATEGIES))
+@pytest.mark.parametrize("conversational", [False, True])
+def test_every_strategy_keeps_exactly_the_budget(select, strategy, conversational):
+    rows = scored_rows(conversational=conversational)
+    selection = select(rows, budget=23, breadth=6, strategy=strategy)
+    assert len(selection.dataset) == 23 == selection.depth.sum()
+    assert (selection.depth > 0).sum() <= 6
+    assert selection.fates() == {"selected": 23, "depth": 37, "breadth": 40, "unusable": 0}
+    by_row = {json.dumps(row["prompt"]): row for row in rows}
+    for pair in selection.dataset:
+        row = by_row[json.dumps(pair["prompt"])]
+        score = dict(zip(map(json.dumps, row["responses"]), row["scores"], strict=True))
+        assert score[json.dumps(pair["chosen"])] > score[json.dumps(pair["rejected"])]
+
+
+@pytest.mark.parametrize("strategy", ["bpo", "uniform"])
+def test_depth_is_balanced_on_breadth(select, rows, strategy):
+    selection = select(rows, budget=34, strategy=strategy)
+    assert selection.depth.min() >= 1 and selection.depth.sum() == 34
+    if strategy == "uniform":
+        assert sorted(selection.depth) == [3] * 6 + [4] * 4
+
+
+def test_uniform_leaves_the_share_of_shallow_prompts_to_the_others(select, rows):
+    rows[0]["responses"], rows[0]["scores"] = rows[0]["responses"][:2], [0.0, 1.0]
+    selection = select(rows, budget=50, strategy="uniform")
+    assert selection.depth[0] == 1 and set(selection.depth[1:]) <= {5, 6}
+
+
+def test_margin_takes_the_largest_gaps(rows):
+    selection = bpo.select(None, rows, budget=10, strategy="margin", progress=False)
+    assert selection.dataset["bpo_score_gap"][:] == [4.0] * 10
+    assert selection.pairs["cluster"].null_count == 100
+
+
+def test_bpo_takes_the_best_pair_of_each_prompt_first(select, rows):
+    selection = select(rows, budget=10)
+    table = selection.pairs.to_pandas()
+    best = table.loc[table.groupby("prompt")["centrality"].idxmax(), "pair"].tolist()
+    assert selection.dataset["bpo_pair"][:] == best
+    assert selection.depth.tolist() == [1] * 10
+
+
+def test_farthest_is_less_central_than_nearest(select, rows):
+    means = []
+    for ranking in ("nearest", "random", "farthest"):
+        config = SelectConfig(sketch_dim=128, lora_rank=4, n_clusters=5, ranking=ranking)
+        means.append(np.mean(select(rows, budget=30, config=config).dataset["bpo_centrality"][:]))
+    assert means[0] > means[1] > means[2]
+
+
+@pytest.mark.parametrize("strategy", list(STRATEGIES))
+def test_max_depth_caps_a_prompt(select, rows, strategy):
+    config = SelectConfig(sketch_dim=128, max_depth=2)
+    selection = select(rows, budget=60, strategy=strategy, config=config)
+    assert selection.depth.max() == 2 and len(selection) == 20
+
+
+@pytest.mark.parametrize("strategy", list(STRATEGIES))
+def test_same_seed_same_bytes_for_any_number_of_threads(select, rows, strategy):
+    one, two = (
+        select(rows, budget=30, breadth=8, strategy=strategy, config=SelectConfig(sketch_dim=128, threads=threads))
+        for threads in (1, 2)
+    )
+    assert as_bytes(one.pairs) == as_bytes(two.pairs)
+    assert one.dataset.to_list() == two.dataset.to_list()
+    if strategy in ("random", "uniform"):
+        other = select(rows, budget=30, breadth=8, strategy=strategy, seed=1)
+        assert one.dataset.to_list() != other.dataset.to_list()
+
+
+def test_two_batch_sizes_select_the_same_pairs(select, rows):
+    """The model's matrix products round differently for other batch shapes; everything after them is exact."""
+    small, large = (
+        select(rows, budget=30, config=SelectConfig(sketch_dim=128, tokens_per_batch=tokens)) for tokens in (1, 4096)
+    )
+    for name in small.pairs.column_names:
+        left, right = small.pairs[name].to_numpy(), large.pairs[name].to_numpy()
+        if left.dtype.kind == "f":
+            np.testing.assert_allclose(left, right, rtol=1e-4, atol=1e-5)
+        else:
+            np.testing.assert_array_equal(left, right)
+
+
+def test_fractions(select, rows):
+    selection = select(rows, budget=0.5, breadth=0.4)
+    assert (selection.depth > 0).sum() == 4 and len(selection) == 20
+    assert len(select(rows, budget=1.0)) == 100
+
+
+def test_full_parameters_and_a_trained_adapter(select, rows, tokenizer):
+    from peft import LoraConfig, get_peft_model
+
+    full = select(rows, budget=20, config=SelectConfig(sketch_dim=128, features="full"))
+    wrapped = get_peft_model(tiny_llama(tokenizer), LoraConfig(r=2, target_modules="all-linear"))
+    adapted = select(rows, budget=20, model=wrapped)
+    assert len(full) == len(adapted) == 20
+
+
+def test_preference_rows_keep_their_pairs(select):
+    rows = [{"prompt": f"p{i // 3}", "chosen": f" yes {i}", "rejected": f" no {i}"} for i in range(12)]
+    selection = select(rows, budget=6)
+    assert selection.pairs.num_rows == 12 and selection.depth.sum() == 6
+    assert "bpo_score_gap" not in selection.dataset.column_names
+    with pytest.raises(ValueError, match="'margin' needs scores"):
+        select(rows, budget=6, strategy="margin")
+
+
+def test_breadth_by_an_encoder(select, rows, tmp_path, tokenizer):
+    from transformers import BertConfig, BertModel
+
+    BertModel(
+        BertConfig(
+            vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+        )
+    ).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    selection = select(rows, budget=10, breadth=5, config=SelectConfig(sketch_dim=64, embedder=str(tmp_path)))
+    assert (selection.depth > 0).sum() == 5
+
+
+def test_store_is_reused_for_another_budget(select, rows, tmp_path, model, monkeypatch):
+    first = select(rows, budget=20, store=tmp_path / "store")
+
+    def refuse(*_, **__):
+        raise AssertionError("the model ran")
+
+    monkeypatch.setattr(type(model), "forward", refuse)
+    second = select(rows, budget=40, store=tmp_path / "store")
+    assert len(second) == 40
+    np.testing.assert_array_equal(first.pairs["centrality"], second.pairs["centrality"])
+
+
+def test_breadth_then_all_prompts_from_one_store(select, rows, tmp_path):
+    select(rows, budget=20, breadth=4, store=tmp_path / "store")
+    assert len(bpo.GradientStore.open(tmp_path / "store")) == 20
+    select(rows, budget=20, store=tmp_path / "store")
+    assert len(bpo.GradientStore.open(tmp_path / "store")) == 50
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({"budget": 9}, "budget=9 is below the 10 prompts.*breadth=9"),
+        ({"budget": 9, "strategy": "uniform"}, "below the 10 prompts"),
+        ({"budget": 101}, "budget=101 is above the 100 candidate pairs"),
+        ({"budget": 41, "breadth": 4}, "budget=41 is above the 40 candidate pairs"),
+        ({"budget": 0}, "at least 1"),
+        ({"budget": -3}, "at least 1"),
+        ({"budget": 1.5}, "neither a whole number nor a fraction"),
+        ({"budget": float("nan")}, "neither a whole number nor a fraction"),
+        ({"budget": "20"}, "must be a whole number or a fraction, got '20'"),
+        ({"budget": True}, "must be a whole number or a fraction"),
+        ({"budget": 0.01}, "budget=1 is below the 10 prompts"),
+        ({"budget": 20, "breadth": 11}, "breadth=11 is above the 10 usable prompts"),
+        ({"budget": 20, "strategy": "best"}, "strategy must be one of"),
+        ({"budget": 20, "seed": -1}, "seed must be"),
+        ({"budget": 20, "model": "./nowhere"}, "no such model directory"),
+        ({"budget": 20, "model": None}, "needs a model"),
+    ],
+)
+def test_bad_arguments_are_refused(select, rows, arguments, expected, model, monkeypatch):
+    if "breadth" not in arguments:
+        monkeypatch.setattr(type(model), "forward", None)  # before any model runs
+    with pytest.raises((ValueError, OSError), match=f"(?s){expected}"):
+        select(rows, **arguments)
+
+
+def test_bad_data_is_refused_before_the_model_runs(select, rows, model, tokenizer, monkeypatch):
+    import copy
+
+    monkeypatch.setattr(type(model), "forward", None)
+    bare = copy.deepcopy(tokenizer)
+    bare.chat_template = None
+    with pytest.raises(ValueError, match="no chat template"):
+        select(scored_rows(conversational=True), budget=10, processing_class=bare)
+    bare.pad_token = bare.eos_token = None
+    with pytest.raises(ValueError, match="neither a pad_token nor an eos_token"):
+        select(rows, budget=10, processing_class=bare)
+    with pytest.raises(ValueError, match="Every prompt fills the window of 4 tokens"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", InvalidDataWarning)
+        select(rows, budget=10, config=SelectConfig(max_length=4))
+
+
+def test_a_prompt_beyond_the_window_is_named(select, rows):
+    rows[3]["prompt"] = "red " * 300
+    with pytest.warns(InvalidDataWarning, match=r"prompt fills the window of 256 tokens \(row 3, \d+ tokens\)"):
+        selection = select(rows, budget=20)
+    assert len(selection.depth) == 9
+    assert "prompt fills the window" in selection.summary()
+
+
+def test_a_model_without_gradients_is_refused(select, rows, tokenizer):
+    dead = tiny_llama(tokenizer)
+    dead.lm_head.weight.data.zero_()
+    with pytest.raises(ValueError, match="every pair is zero or not finite"):
+        select(rows, budget=20, model=dead)
+
+
+def test_save_and_load(select, rows, tmp_path):
+    selection = select(rows, budget=30, breadth=8)
+    selection.save(tmp_path / "s")
+    loaded = Selection.load(tmp_path / "s")
+    assert loaded.pairs.equals(selection.pairs)
+    assert loaded.dataset.to_list() == selection.dataset.to_list()
+    assert loaded.dataset.features == selection.dataset.features
+    np.testing.assert_array_equal(loaded.depth, selection.depth)
+    assert loaded.summary() == selection.summary() and repr(loaded) == repr(selection)
+    trained_on = datasets.load_dataset(str(tmp_path / "s" / "dataset"), split="train")
+    assert trained_on.to_list() == selection.dataset.to_list()
+    selection.save(tmp_path / "s")  # replaces an earlier selection
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").touch()
+    with pytest.raises(FileExistsError, match="holds no selection"):
+        selection.save(tmp_path / "other")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "s"]
+
+
+def test_a_damaged_selection_is_refused(select, rows, tmp_path):
+    select(rows, budget=30).save(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no saved selection"):
+        Selection.load(tmp_path / "dataset")
+    data = (tmp_path / "pairs.parquet").read_bytes()
+    (tmp_path / "pairs.parquet").write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(SelectionError, match=r"pairs\.parquet was changed"):
+        Selection.load(tmp_path)
+    manifest = json.loads((tmp_path / "selection.json").read_text())
+    (tmp_path / "selection.json").write_text(json.dumps({**manifest, "format_version": 9}))
+    with pytest.raises(SelectionError, match="version 9"):
+        Selection.load(tmp_path)
+
+
+def test_report_is_one_page_that_escapes_what_it_shows(select, rows, tmp_path):
+    rows[0]["prompt"] = "<script>alert(1)</script> & co"
+    selection = select(rows, budget=30)
+    page = selection.report(tmp_path / "report.html").read_text()
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; co" in page and "<script" not in page
+    assert page.count("<circle") == 100
+    plain = bpo.select(None, rows, budget=5, strategy="margin", progress=False)
+    assert "<svg" not in plain.report(tmp_path / "plain.html").read_text()

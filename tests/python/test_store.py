@@ -1,0 +1,107 @@
+import json
+
+import numpy as np
+import pytest
+
+import bpo
+from bpo import GradientStore, SelectConfig, StoreError, StoreMismatchError, collect_gradients
+from conftest import scored_rows, tiny_llama
+
+
+@pytest.fixture
+def made(tokenizer, tmp_path):
+    """A function that fills one store, with whatever is changed."""
+    model = tiny_llama(tokenizer)
+
+    def make(model=model, rows=None, seed=0, tokenizer=tokenizer, **settings):
+        return collect_gradients(
+            model,
+            rows or scored_rows(2, 3),
+            processing_class=tokenizer,
+            store=tmp_path / "store",
+            config=SelectConfig(**{"sketch_dim": 64, **settings}),
+            seed=seed,
+            progress=False,
+        )
+
+    make()
+    return make
+
+
+def test_it_names_what_it_was_made_with(made, tmp_path):
+    store = GradientStore.open(tmp_path / "store")
+    assert store.fingerprint["bpo"] == bpo.__version__
+    assert store.fingerprint["sketch"] == {"kind": "sparse", "dim": 64, "nnz": 1, "seed": 0}
+    assert len(store.fingerprint["model"]) == 64
+    assert json.loads((tmp_path / "store" / "manifest.json").read_text())["format"] == "bpo-store"
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"seed": 1}, "differentiated parameters, or seed"),
+        ({"lora_rank": 4}, "differentiated parameters"),
+        ({"features": "full"}, "differentiated parameters"),
+        ({"sketch_dim": 32}, "sketch"),
+        ({"sketch_nnz": 2}, "sketch"),
+        ({"max_length": 30}, "max_length"),
+    ],
+)
+def test_other_settings_are_refused(made, change, named):
+    with pytest.raises(StoreMismatchError, match=f"made with another .*{named}.*Name another store directory"):
+        made(**change)
+
+
+def test_another_model_is_refused(made, tokenizer):
+    other = tiny_llama(tokenizer)
+    other.model.layers[1].mlp.up_proj.weight.data[3, 2] += 1e-3
+    with pytest.raises(StoreMismatchError, match="made with another model"):
+        made(model=other)
+
+
+def test_another_template_is_refused(made, tokenizer):
+    import copy
+
+    other = copy.deepcopy(tokenizer)
+    other.chat_template += " "
+    with pytest.raises(StoreMismatchError, match="tokenizer or chat template"):
+        made(tokenizer=other)
+
+
+def test_another_version_is_refused(made, monkeypatch):
+    monkeypatch.setattr(bpo, "__version__", "99.0")
+    with pytest.raises(StoreMismatchError, match=r"another version of bpo: .* there, 99\.0 here"):
+        made()
+
+
+def test_other_data_is_refused_and_more_data_extends(made):
+    with pytest.raises(StoreMismatchError, match="6 of its 6 responses are not in this data set"):
+        made(rows=scored_rows(2, 3, seed=5))
+    assert len(made(rows=scored_rows(2, 3) + scored_rows(1, 3, seed=5))) == 9
+
+
+def test_a_directory_of_something_else_is_left_alone(tokenizer, tmp_path):
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "thesis.tex").write_text("x")
+    with pytest.raises(StoreError, match="not empty and holds no gradient store"):
+        collect_gradients(
+            tiny_llama(tokenizer),
+            scored_rows(1, 2),
+            processing_class=tokenizer,
+            store=tmp_path / "store",
+            progress=False,
+        )
+    assert [path.name for path in (tmp_path / "store").iterdir()] == ["thesis.tex"]
+
+
+def test_opening_nothing(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        GradientStore.open(tmp_path / "nowhere")
+
+
+def test_rows_are_mapped_read_only(made, tmp_path):
+    store = GradientStore.open(tmp_path / "store")
+    assert isinstance(store.rows, np.memmap)
+    with pytest.raises(ValueError, match="read-only"):
+        store.rows[0, 0] = 1
+    assert store.rows_of(np.zeros((1, 16), dtype=np.uint8)).tolist() == [-1]

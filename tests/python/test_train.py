@@ -1,0 +1,104 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import bpo
+from conftest import scored_rows, tiny_llama
+
+SETTINGS = {
+    "report_to": "none",
+    "bf16": False,
+    "use_cpu": True,
+    "max_steps": 2,
+    "per_device_train_batch_size": 2,
+    "save_strategy": "no",
+    "disable_tqdm": True,
+}
+
+
+@pytest.fixture(params=[False, True], ids=["standard", "conversational"])
+def rows(request):
+    return scored_rows(6, 4, conversational=request.param)
+
+
+def test_bpo_trainer_selects_then_trains(model_path, rows, tmp_path):
+    args = bpo.BPOConfig(
+        output_dir=str(tmp_path),
+        budget=12,
+        breadth=0.5,
+        store=str(tmp_path / "store"),
+        select_config=bpo.SelectConfig(sketch_dim=64),
+        **SETTINGS,
+    )
+    trainer = bpo.BPOTrainer(model_path, args=args, train_dataset=rows)
+    assert len(trainer.selection) == 12 == len(trainer.train_dataset)
+    result = trainer.train()
+    assert result.global_step == 2 and result.training_loss > 0
+
+
+def test_bpo_trainer_takes_a_peft_config_and_a_model_object(tokenizer, rows, tmp_path):
+    from peft import LoraConfig
+
+    args = bpo.BPOConfig(output_dir=str(tmp_path), budget=8, strategy="uniform", **SETTINGS)
+    trainer = bpo.BPOTrainer(
+        tiny_llama(tokenizer),
+        args=args,
+        train_dataset=rows,
+        processing_class=tokenizer,
+        peft_config=LoraConfig(r=2, target_modules="all-linear"),
+    )
+    trainer.train()
+    assert len(trainer.selection) == 8
+
+
+def test_bpo_trainer_says_what_is_missing(model_path, rows, tmp_path):
+    with pytest.raises(ValueError, match="budget"):
+        bpo.BPOTrainer(model_path, args=bpo.BPOConfig(output_dir=str(tmp_path), **SETTINGS), train_dataset=rows)
+    args = bpo.BPOConfig(output_dir=str(tmp_path), budget=10, loss_type=["ipo"], **SETTINGS)
+    with pytest.raises(ValueError, match="loss_type"):
+        bpo.BPOTrainer(model_path, args=args, train_dataset=rows)
+
+
+def test_selected_dataset_trains_through_the_trl_command(model_path, rows, tmp_path):
+    selection = bpo.select(model_path, rows, budget=8, config=bpo.SelectConfig(sketch_dim=64), progress=False)
+    selection.save(tmp_path / "selection")
+    command = [
+        str(Path(sys.executable).with_name("trl")),
+        "dpo",
+        *("--dataset_name", str(tmp_path / "selection" / "dataset")),
+        *("--model_name_or_path", model_path),
+        *("--output_dir", str(tmp_path / "out")),
+        *("--max_steps", "1", "--report_to", "none", "--bf16", "False", "--use_cpu", "True"),
+        *("--per_device_train_batch_size", "2", "--save_strategy", "no"),
+    ]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_evaluation_rewards_what_training_taught(tokenizer, tmp_path):
+    from trl import DPOConfig, DPOTrainer
+
+    model, rows = tiny_llama(tokenizer), scored_rows(6, 4)
+    before = bpo.evaluate_preferences(model, rows, processing_class=tokenizer, progress=False)
+    assert before.accuracy == 0.5 and before.margin == 0 and before.n_pairs == 36
+    selection = bpo.select(None, rows, budget=1.0, strategy="random", progress=False)
+    args = DPOConfig(output_dir=str(tmp_path), learning_rate=3e-3, **{**SETTINGS, "max_steps": 40})
+    DPOTrainer(
+        model,
+        ref_model=tiny_llama(tokenizer),
+        args=args,
+        train_dataset=selection.dataset,
+        processing_class=tokenizer,
+    ).train()
+    after = bpo.evaluate_preferences(
+        model, rows, reference_logps=before.logps, processing_class=tokenizer, progress=False
+    )
+    assert after.accuracy > 0.8 and after.margin > 0
+    assert 0 < after.standard_error < 0.2
+    with pytest.raises(ValueError, match="evaluate both on the same data"):
+        bpo.evaluate_preferences(
+            model, rows[:3], reference_logps=before.logps, processing_class=tokenizer, progress=False
+        )
