@@ -32,7 +32,7 @@ lint: $(VENV)/.installed ## Formatting, clippy, ruff, mypy, stubtest
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --python-executable $(BIN)/python
-	$(BIN)/stubtest bpo._core --ignore-missing-stub
+	$(BIN)/stubtest bpo._core
 
 bench: $(VENV)/.installed ## Benchmarks in short mode: criterion for the core, pytest-benchmark against peers
 	cargo bench --quiet -- --quick --noplot

@@ -192,11 +192,11 @@ def read_candidates(
         )
     else:
         raise ValueError(_column_error(columns))
-    for column in ("images", "image", "tools"):
+    for column in ("images", "image", "tools", "chat_template_kwargs"):
         if column in columns:
             raise ValueError(
-                f"The column '{column}' is not supported: bpo reads text only. Remove it with "
-                f"dataset.remove_columns('{column}') if the responses do not depend on it."
+                f"The column '{column}' is not supported: bpo reads prompts and responses of text alone. Remove it "
+                f"with dataset.remove_columns('{column}') if the responses do not depend on it."
             )
     if len(rows) == 0:
         raise ValueError("The dataset is empty: it has the right columns but no rows.")
@@ -253,19 +253,19 @@ def load_rows(dataset: Any) -> datasets.Dataset:
 def _load_path(name: str) -> datasets.Dataset:
     import datasets
 
-    path = Path(name)
+    path = Path(name).expanduser()
     if path.is_file():
         builder = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
         suffix = "".join(s for s in path.suffixes if s != ".gz")[-8:]
         kind = next((builder[s] for s in builder if suffix.endswith(s)), None)
         if kind is None:
             raise ValueError(f"{name}: cannot tell the format; use a .jsonl, .json, .parquet or .csv file.")
-        return datasets.load_dataset(kind, data_files=name, split="train")
-    if (path / "state.json").is_file():
-        return load_rows(datasets.load_from_disk(name))
+        return datasets.load_dataset(kind, data_files=str(path), split="train")
+    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        return load_rows(datasets.load_from_disk(str(path)))
     if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") != 1):
         raise FileNotFoundError(f"{name}: no such file or directory, and not the form of a hub id (owner/name).")
-    return datasets.load_dataset(name, split="train")
+    return datasets.load_dataset(str(path) if path.exists() else name, split="train")
 
 
 def _column_error(columns: list[str]) -> str:

@@ -97,15 +97,13 @@ class FreshAdapter:
     def _hook(
         name: str, module: nn.Module, a: torch.Tensor, offset: int, batch: _Batch, consume: Consumer
     ) -> Callable[..., None]:
-        placed: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
+        placed: dict[torch.device, torch.Tensor] = {}
 
         def hook(_: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
             x = batch.by_sample(name, inputs[0].detach())
-            key = (x.device, x.dtype)
-            if key not in placed:
-                placed.clear()
-                placed[key] = a.to(x.device, x.dtype)
-            reduced = (x @ placed[key].T).float()  # (n, t, r)
+            if x.device not in placed:
+                placed[x.device] = a.to(x.device)
+            reduced = x.float() @ placed[x.device].T  # (n, t, r)
 
             def on_gradient(gradient: torch.Tensor) -> None:
                 g = batch.by_sample(name, gradient).float()  # (n, t, out)

@@ -31,6 +31,17 @@ def check_path(name: str) -> None:
         raise FileNotFoundError(f"{name}: no such model directory.")
 
 
+@contextlib.contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Says which model could not be loaded, which the loader's own message does not."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            f"{name} is no local directory, or not a whole model, and the hub does not give it: {error}"
+        ) from error
+
+
 def load_tokenizer(model: Any, processing_class: Any, config: SelectConfig) -> PreTrainedTokenizerBase:
     """Returns the tokenizer given, or the one saved with the model.
 
@@ -48,7 +59,8 @@ def load_tokenizer(model: Any, processing_class: Any, config: SelectConfig) -> P
     if not name:
         raise OSError("The model does not say where it was loaded from; pass its tokenizer as processing_class.")
     check_path(str(name))
-    return AutoTokenizer.from_pretrained(str(name), trust_remote_code=config.trust_remote_code)
+    with _naming(str(name)):
+        return AutoTokenizer.from_pretrained(str(name), trust_remote_code=config.trust_remote_code)
 
 
 def load_policy(model: Any, config: SelectConfig) -> PreTrainedModel:
@@ -72,7 +84,8 @@ def load_policy(model: Any, config: SelectConfig) -> PreTrainedModel:
 
         loader = AutoPeftModelForCausalLM
     dtype = getattr(torch, config.dtype)
-    return loader.from_pretrained(name, dtype=dtype, trust_remote_code=config.trust_remote_code).to(device)
+    with _naming(name):
+        return loader.from_pretrained(name, dtype=dtype, trust_remote_code=config.trust_remote_code).to(device)
 
 
 def window(model: Any, config: SelectConfig) -> int:
@@ -84,7 +97,8 @@ def window(model: Any, config: SelectConfig) -> int:
         directory = Path(model).expanduser()
         if directory.is_dir() and not (directory / "config.json").is_file():
             return config.max_length  # a saved adapter; its base model says more once it is loaded
-        model_config = AutoConfig.from_pretrained(str(model), trust_remote_code=config.trust_remote_code)
+        with _naming(str(model)):
+            model_config = AutoConfig.from_pretrained(str(model), trust_remote_code=config.trust_remote_code)
     else:
         model_config = model.config
     positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)

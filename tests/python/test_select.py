@@ -189,6 +189,7 @@ def test_breadth_then_all_prompts_from_one_store(select, rows, tmp_path):
         ({"budget": 20, "strategy": "best"}, "strategy must be one of"),
         ({"budget": 20, "seed": -1}, "seed must be"),
         ({"budget": 20, "model": "./nowhere"}, "no such model directory"),
+        ({"budget": 20, "model": "no/such-model", "processing_class": None}, "no/such-model is no local directory"),
         ({"budget": 20, "model": None}, "needs a model"),
     ],
 )
