@@ -156,13 +156,13 @@ def embed_with_policy(
     """
     import torch
 
+    from bpo.models import inference_state
+
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     device = model.get_input_embeddings().weight.device
     embeddings: npt.NDArray[np.float32] | None = None
     lengths = np.array([len(ids) for ids in prompt_ids], dtype=np.int64)
-    was_training = model.training
-    model.eval()
-    with torch.inference_mode():
+    with inference_state(model), torch.inference_mode():
         for rows in batches_by_tokens(lengths, tokens_per_batch):
             width = int(lengths[rows].max())
             ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
@@ -176,7 +176,6 @@ def embed_with_policy(
             if embeddings is None:
                 embeddings = np.zeros((len(prompt_ids), pooled.shape[1]), dtype=np.float32)
             embeddings[rows] = torch.nn.functional.normalize(pooled, dim=1).cpu().numpy()
-    model.train(was_training)
     assert embeddings is not None
     return embeddings
 

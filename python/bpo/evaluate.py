@@ -9,10 +9,10 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from bpo.config import SelectConfig
-from bpo.data import read_candidates, report_skipped
+from bpo.data import read_candidates
 from bpo.logprobs import response_logps
-from bpo.models import load_policy, load_tokenizer, window
-from bpo.tokens import padding_id, tokenize_responses
+from bpo.models import inference_state, load_policy, load_tokenizer, window
+from bpo.tokens import padding_id, tokenize_candidates
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -76,29 +76,28 @@ def evaluate_preferences(
         dataset, max_pairs_per_prompt=config.max_pairs_per_prompt, on_invalid=config.on_invalid
     )
     tokenizer = load_tokenizer(model, processing_class, config)
-    tokenized, fits, skipped = tokenize_responses(candidates, tokenizer, window(model, config))
-    report_skipped(skipped, config.on_invalid)
-    candidates, _, rows = candidates.keep_prompts(fits)
-    tokenized = tokenized.take(rows)
+    candidates, tokenized = tokenize_candidates(
+        candidates, tokenizer, window(model, config), on_invalid=config.on_invalid
+    )
+    if reference_logps is not None and len(reference_logps) != len(tokenized.ids):
+        raise ValueError(
+            f"The reference was evaluated on {len(reference_logps)} responses, this data has {len(tokenized.ids)}; "
+            "evaluate both on the same data."
+        )
     policy = load_policy(model, config)
-    was_training = policy.training
-    policy.eval()
-    with tqdm(total=len(tokenized.ids), desc="Evaluation", unit="response", disable=not progress) as bar:
+    bar = tqdm(
+        total=int(tokenized.lengths.sum()), desc="Evaluation", unit="token", unit_scale=True, disable=not progress
+    )
+    with inference_state(policy), bar:
         logps = response_logps(
             policy,
             tokenized,
             padding_id(tokenizer),
             tokens_per_batch=config.tokens_per_batch,
-            on_batch=lambda n: bar.update(n) and None,
+            on_batch=bar.update,
         )
-    policy.train(was_training)
     if reference_logps is None:
         reference_logps = logps
-    if len(reference_logps) != len(logps):
-        raise ValueError(
-            f"The reference was evaluated on {len(reference_logps)} responses, this data has {len(logps)}; evaluate "
-            "both on the same data."
-        )
     chosen, rejected = candidates.pairs.T
     rewards = config.beta * (logps - reference_logps)
     margins = rewards[chosen] - rewards[rejected]

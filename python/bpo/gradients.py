@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 import bpo
 from bpo import _core
 from bpo.config import SelectConfig
-from bpo.data import Candidates, read_candidates, report_skipped
+from bpo.data import Candidates, read_candidates
 from bpo.logprobs import completion_logps
 from bpo.models import (
     inference_state,
@@ -31,7 +31,7 @@ from bpo.models import (
     window,
 )
 from bpo.store import NONFINITE, ZERO, GradientStore, GradientWriter
-from bpo.tokens import TokenizedResponses, batches_by_tokens, padding_id, tokenize_responses
+from bpo.tokens import TokenizedResponses, batches_by_tokens, padding_id, tokenize_candidates
 
 if TYPE_CHECKING:
     import os
@@ -424,11 +424,13 @@ def collect(
     missing = np.flatnonzero(writer.rows_of(candidates.response_ids) < 0)
     pad_id = padding_id(processing_class)
     sketcher = _core.Sketcher(config.sketch_dim, seed=seed, kind=config.sketch_kind, nnz=config.sketch_nnz)
+    # In tokens, since the longest responses go first: counted in responses, the time left would be far too long.
     bar = tqdm(
-        total=len(candidates.responses),
-        initial=len(candidates.responses) - len(missing),
+        total=int(tokenized.lengths.sum()),
+        initial=int(tokenized.lengths.sum() - tokenized.lengths[missing].sum()),
         desc="Gradients",
-        unit="response",
+        unit="token",
+        unit_scale=True,
         disable=not progress,
     )
     with contextlib.ExitStack() as stack:
@@ -469,7 +471,7 @@ def collect(
                 lengths=tokenized.lengths[rows] - tokenized.prompt_lengths[rows],
                 flags=flags,
             )
-            bar.update(len(rows))
+            bar.update(int(tokenized.lengths[rows].sum()))
     return writer.reopen()
 
 
@@ -508,13 +510,11 @@ def collect_gradients(
     )
     tokenizer = load_tokenizer(model, processing_class, config)
     policy = load_policy(model, config)
-    tokenized, fits, skipped = tokenize_responses(candidates, tokenizer, window(policy, config))
-    report_skipped(skipped, config.on_invalid)
-    kept, _, rows = candidates.keep_prompts(fits)
+    kept, tokenized = tokenize_candidates(candidates, tokenizer, window(policy, config), on_invalid=config.on_invalid)
     return collect(
         policy,
         kept,
-        tokenized.take(rows),
+        tokenized,
         tokenizer,
         config=config,
         seed=seed,

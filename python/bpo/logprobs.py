@@ -72,7 +72,7 @@ def response_logps(
     pad_id: int,
     *,
     tokens_per_batch: int = 1024,
-    on_batch: Callable[[int], None] | None = None,
+    on_batch: Callable[[int], object] | None = None,
 ) -> npt.NDArray[np.float32]:
     """Returns log π(response | prompt) of every response, without gradients.
 
@@ -81,7 +81,7 @@ def response_logps(
         tokenized: Token ids of the responses.
         pad_id: Padding token.
         tokens_per_batch: Padded tokens of one forward.
-        on_batch: Called with the number of responses after each batch.
+        on_batch: Called after each batch with its tokens.
 
     Returns:
         (R,) float32.
@@ -91,5 +91,5 @@ def response_logps(
         for rows in batches_by_tokens(tokenized.lengths, tokens_per_batch):
             logps[rows] = completion_logps(model, tokenized, rows, pad_id).cpu().numpy()
             if on_batch is not None:
-                on_batch(len(rows))
+                on_batch(int(tokenized.lengths[rows].sum()))
     return logps

@@ -18,14 +18,13 @@ from bpo.losses import pair_coefficients
 from bpo.models import load_policy, load_tokenizer, window
 from bpo.selection import SELECTED, Selection
 from bpo.strategies import KEEPS_EVERY_PROMPT, NEEDS_GRADIENTS, STRATEGIES, Candidacy
-from bpo.tokens import TokenizedResponses, padding_id, tokenize_responses
+from bpo.tokens import TokenizedResponses, padding_id, tokenize_candidates
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Iterator
 
     import numpy.typing as npt
-    from transformers import PreTrainedTokenizerBase
 
     from bpo.clustering import PairClusters
     from bpo.config import Strategy
@@ -101,7 +100,9 @@ def select(
     tokenizer = tokenized = None
     if model is not None:
         tokenizer = load_tokenizer(model, processing_class, config)
-        candidates, tokenized = _tokenize(candidates, tokenizer, window(model, config), config)
+        candidates, tokenized = tokenize_candidates(
+            candidates, tokenizer, window(model, config), on_invalid=config.on_invalid
+        )
     n_prompts = len(candidates.prompts) if breadth is None else _count("breadth", breadth, len(candidates.prompts))
     if not isinstance(budget, float):
         _check_budget(_count("budget", budget, len(candidates.pairs)), n_prompts, strategy)
@@ -177,21 +178,6 @@ def select(
         config=config.to_dict(),
         skipped=candidates.skipped.places,
     )
-
-
-def _tokenize(
-    candidates: Candidates, tokenizer: PreTrainedTokenizerBase, max_length: int, config: SelectConfig
-) -> tuple[Candidates, TokenizedResponses]:
-    """Tokenizes, and sets aside the prompts that fill the window, as TRL does."""
-    tokenized, fits, skipped = tokenize_responses(candidates, tokenizer, max_length)
-    if fits.all():
-        return candidates, tokenized
-    report_skipped(skipped, config.on_invalid)
-    candidates.skipped.merge(skipped)
-    if not fits.any():
-        raise ValueError(f"Every prompt fills the window of {max_length} tokens; raise SelectConfig.max_length.")
-    kept, _, rows = candidates.keep_prompts(fits)
-    return kept, tokenized.take(rows)
 
 
 def _prompt_ids(candidates: Candidates, tokenized: TokenizedResponses) -> list[list[int]]:

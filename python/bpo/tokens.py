@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bpo.data import Candidates, Skipped, Text
+from bpo.data import Candidates, Skipped, Text, report_skipped
 
 if TYPE_CHECKING:
     import numpy.typing as npt
     from transformers import PreTrainedTokenizerBase
+
+    from bpo.config import OnInvalid
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +121,23 @@ def tokenize_responses(
             stacklevel=2,
         )
     return TokenizedResponses(all_ids, prompt_lengths, truncated, moved), fits, skipped
+
+
+def tokenize_candidates(
+    candidates: Candidates, processing_class: PreTrainedTokenizerBase, max_length: int, *, on_invalid: OnInvalid
+) -> tuple[Candidates, TokenizedResponses]:
+    """Tokenizes, and sets aside the prompts that leave no room for a response, as TRL does.
+
+    Raises:
+        ValueError: No prompt fits; or one does not and ``on_invalid`` is ``"raise"``.
+    """
+    tokenized, fits, skipped = tokenize_responses(candidates, processing_class, max_length)
+    report_skipped(skipped, on_invalid)
+    candidates.skipped.merge(skipped)
+    if not fits.any():
+        raise ValueError(f"Every prompt fills the window of {max_length} tokens; raise SelectConfig.max_length.")
+    kept, _, rows = candidates.keep_prompts(fits)
+    return kept, tokenized.take(rows)
 
 
 def _joined(prompt: Text, response: Text, end: str) -> Text:
