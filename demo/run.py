@@ -9,6 +9,7 @@ Run `make demo`, or `python demo/run.py --help`.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import os
@@ -17,12 +18,13 @@ import shutil
 import sys
 import time
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 # No hub is needed: both models come from the package index. Asking for one would only wait for a network.
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Decided before the imports, which read it once.
+if not any(argument.startswith("--model") for argument in sys.argv):
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import datasets
@@ -43,7 +45,7 @@ LORA_RANK = 8
 BETA = 0.1
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Size:
     """How much the demo does."""
 
@@ -72,8 +74,6 @@ def main() -> None:
         help="folder for everything the demo leaves",
     )
     options = parser.parse_args()
-    if options.model:
-        os.environ.pop("HF_HUB_OFFLINE")
     # Their bars and notes would bury the demo's own output.
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
@@ -98,8 +98,9 @@ def main() -> None:
     print(selections["bpo"].summary())
 
     heading("Preference accuracy before training")
-    before = evaluate(model, None, heldout, output / "before.json", identity(model, heldout))
-    print(f"  {before['n_pairs']} pairs of {before['n_prompts']} held-out prompts")
+    before_key = identity(model, heldout)
+    before = evaluate(model, None, heldout, output / "before.npz", before_key)
+    print(f"  {before.n_pairs} pairs of {before.n_prompts} held-out prompts")
     after = {}
     for arm, selection in selections.items():
         heading(f"DPO training on the {len(selection)} pairs chosen by {arm}")
@@ -110,7 +111,7 @@ def main() -> None:
             print(f"  adapter reused from {directory / 'adapter'}")
         else:
             fit(model, selection.dataset, directory / "adapter", settings, key)
-        after[arm] = evaluate(directory / "adapter", before, heldout, directory / "after.json", key + before["key"])
+        after[arm] = evaluate(directory / "adapter", before, heldout, directory / "after.npz", key + before_key)
     table(before, after, selections, output)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"\n{time.perf_counter() - started:.0f} s, peak memory {peak:.1f} GiB")
@@ -197,39 +198,31 @@ class ProgressBar(ProgressCallback):
 
 
 def evaluate(
-    model: str | Path, reference: dict[str, Any] | None, heldout: list[dict[str, Any]], cache: Path, key: str
-) -> dict[str, Any]:
+    model: str | Path,
+    reference: bpo.PreferenceEvaluation | None,
+    heldout: list[dict[str, Any]],
+    cache: Path,
+    key: str,
+) -> bpo.PreferenceEvaluation:
     """Measures held-out preference accuracy, or reads what an earlier run measured on the same things."""
     if cache.is_file():
-        stored = json.loads(cache.read_text())
-        if stored["key"] == key:
-            print(f"  evaluation reused from {cache}")
-            return stored
+        with np.load(cache, allow_pickle=False) as stored:
+            if str(stored["key"]) == key:
+                print(f"  evaluation reused from {cache}")
+                fields = {name: stored[name] for name in stored.files if name != "key"}
+                return bpo.PreferenceEvaluation(
+                    **{name: value if value.ndim else value.item() for name, value in fields.items()}
+                )
     rows = [{name: row[name] for name in ("prompt", "responses", "scores")} for row in heldout]
+    tokenizer = None
     if isinstance(model, Path):
-        loaded = AutoPeftModelForCausalLM.from_pretrained(str(model), dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(str(model))
-    else:
-        loaded, tokenizer = model, None
+        model = AutoPeftModelForCausalLM.from_pretrained(str(model), dtype=torch.float32)
     result = bpo.evaluate_preferences(
-        loaded,
-        rows,
-        reference_logps=None if reference is None else np.array(reference["logps"], dtype=np.float32),
-        processing_class=tokenizer,
-        config=bpo.SelectConfig(beta=BETA),
+        model, rows, reference=reference, processing_class=tokenizer, config=bpo.SelectConfig(beta=BETA)
     )
-    stored = {
-        "key": key,
-        "accuracy": result.accuracy,
-        "standard_error": result.standard_error,
-        "margin": result.margin,
-        "likelihood_accuracy": result.likelihood_accuracy,
-        "n_pairs": result.n_pairs,
-        "n_prompts": result.n_prompts,
-        "logps": result.logps.tolist(),
-    }
-    cache.write_text(json.dumps(stored))
-    return stored
+    np.savez(cache, key=key, **dataclasses.asdict(result))
+    return result
 
 
 def identity(*parts: Any) -> str:
@@ -244,7 +237,10 @@ def reusable(directory: Path, key: str) -> bool:
 
 
 def table(
-    before: dict[str, Any], after: dict[str, dict[str, Any]], selections: dict[str, bpo.Selection], output: Path
+    before: bpo.PreferenceEvaluation,
+    after: dict[str, bpo.PreferenceEvaluation],
+    selections: dict[str, bpo.Selection],
+    output: Path,
 ) -> None:
     """Prints the result and where everything is."""
     heading("Result")
@@ -255,10 +251,10 @@ def table(
         ("pairs trained on", ["0", *(str(len(selections[arm])) for arm in after)]),
         ("prompts among them", ["0", *(str(int((selections[arm].depth > 0).sum())) for arm in after)]),
         ("mean depth", depths),
-        ("held-out accuracy (implicit reward)", [f"{r['accuracy']:.3f}" for r in results]),
-        ("  standard error", ["", *(f"{r['standard_error']:.3f}" for r in results[1:])]),
-        ("  reward margin", [f"{r['margin']:+.3f}" for r in results]),
-        ("held-out accuracy (mean log-probability)", [f"{r['likelihood_accuracy']:.3f}" for r in results]),
+        ("held-out accuracy (implicit reward)", [f"{r.accuracy:.3f}" for r in results]),
+        ("  standard error", ["", *(f"{r.standard_error:.3f}" for r in results[1:])]),
+        ("  reward margin", [f"{r.margin:+.3f}" for r in results]),
+        ("held-out accuracy (mean log-probability)", [f"{r.likelihood_accuracy:.3f}" for r in results]),
     ]
     print(f"  {'':<42}" + "".join(f"{column:>10}" for column in columns))
     for label, cells in lines:

@@ -20,12 +20,14 @@ if TYPE_CHECKING:
     from bpo.config import SelectConfig as SelectConfig
     from bpo.data import InvalidDataWarning as InvalidDataWarning
     from bpo.data import read_candidates as read_candidates
+    from bpo.evaluate import PreferenceEvaluation as PreferenceEvaluation
     from bpo.evaluate import evaluate_preferences as evaluate_preferences
     from bpo.gradients import UnsupportedModelError as UnsupportedModelError
     from bpo.gradients import collect_gradients as collect_gradients
     from bpo.losses import pair_coefficients as pair_coefficients
     from bpo.pipeline import select as select
     from bpo.selection import Selection as Selection
+    from bpo.selection import SelectionError as SelectionError
     from bpo.store import GradientStore as GradientStore
     from bpo.store import StoreMismatchError as StoreMismatchError
     from bpo.train import BPOConfig as BPOConfig
@@ -41,12 +43,14 @@ _LAZY = {
     "SelectConfig": "bpo.config",
     "InvalidDataWarning": "bpo.data",
     "read_candidates": "bpo.data",
+    "PreferenceEvaluation": "bpo.evaluate",
     "evaluate_preferences": "bpo.evaluate",
     "UnsupportedModelError": "bpo.gradients",
     "collect_gradients": "bpo.gradients",
     "pair_coefficients": "bpo.losses",
     "select": "bpo.pipeline",
     "Selection": "bpo.selection",
+    "SelectionError": "bpo.selection",
     "GradientStore": "bpo.store",
     "StoreMismatchError": "bpo.store",
     "BPOConfig": "bpo.train",

@@ -115,11 +115,12 @@ def embed_prompts(
     import torch
     from transformers import AutoModel, AutoTokenizer
 
-    from bpo.models import check_path
+    from bpo.models import check_path, naming
 
     check_path(embedder)
-    tokenizer = AutoTokenizer.from_pretrained(embedder, trust_remote_code=trust_remote_code)
-    model = AutoModel.from_pretrained(embedder, trust_remote_code=trust_remote_code).eval()
+    with naming(embedder):
+        tokenizer = AutoTokenizer.from_pretrained(embedder, trust_remote_code=trust_remote_code)
+        model = AutoModel.from_pretrained(embedder, trust_remote_code=trust_remote_code).eval()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device)
     longest = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 512), 512)

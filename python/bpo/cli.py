@@ -40,10 +40,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     show.set_defaults(run=_show)
 
     options = parser.parse_args(arguments)
-    warnings.showwarning = _print_warning
     try:
-        options.run(options)
-    except (ValueError, OSError) as error:
+        with warnings.catch_warnings():
+            warnings.showwarning = _print_warning
+            options.run(options)
+    except (ValueError, TypeError, OSError) as error:
         print(f"bpo: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -53,6 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _select(options: argparse.Namespace) -> None:
+    from bpo.selection import check_directory
+
+    check_directory(options.output)
     selection = bpo.select(
         options.model,
         options.dataset,
@@ -94,7 +98,7 @@ def _field(text: str) -> tuple[str, Any]:
 
 
 def _print_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
-    if issubclass(category, bpo.InvalidDataWarning):
+    if issubclass(category, UserWarning):
         print(f"bpo: {message}", file=sys.stderr)
 
 

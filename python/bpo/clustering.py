@@ -79,7 +79,7 @@ def cluster_pairs(
         >>> bool(clusters.labels[0] == clusters.labels[1] != clusters.labels[2])
         True
     """
-    config = config or SelectConfig()
+    config = SelectConfig.of(config)
     norms = _core.pair_norms(rows, pairs, coefficients, threads=config.threads, progress=progress)
     usable = np.isfinite(norms) & (norms > 0)
     index = np.flatnonzero(usable)

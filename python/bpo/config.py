@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any, Literal, get_args
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
+import numbers
+import os
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
 
 Strategy = Literal["bpo", "uniform", "random", "margin"]
 Ranking = Literal["nearest", "softmax", "farthest", "random"]
@@ -40,6 +40,8 @@ class SelectConfig:
             for a model without one, the B-gradients of a fresh LoRA on every linear layer but the output head.
             ``"full"``: every parameter.
         lora_rank: Rank of the fresh adapter.
+        sketch_seed: Of the sketch and of the fresh adapter's A. Not that of :func:`bpo.select`, so that one store of
+            gradients serves every seed.
         sketch_dim: Numbers kept of each gradient (d). The cosine of two gradients is kept to about 1/√d.
         sketch_kind: ``"sparse"`` (rotated blocks), ``"rademacher"`` or ``"normal"`` (dense).
         sketch_nnz: Numbers of the sparse sketch that each coordinate goes to; divides ``sketch_dim``.
@@ -81,6 +83,7 @@ class SelectConfig:
     embedder: str | None = None
     features: Features = "lora"
     lora_rank: int = 8
+    sketch_seed: int = 0
     sketch_dim: int = 1024
     sketch_kind: SketchKind = "sparse"
     sketch_nnz: int = 1
@@ -112,23 +115,46 @@ class SelectConfig:
             value = getattr(self, name)
             if value not in get_args(literal):
                 raise ValueError(f"SelectConfig.{name} must be one of {list(get_args(literal))}, got {value!r}")
+        for name in ("embedder", "ref_model"):
+            if isinstance(getattr(self, name), os.PathLike):
+                object.__setattr__(self, name, os.fspath(getattr(self, name)))
         for name in ("beta", "temperature"):
             value = getattr(self, name)
-            if not (isinstance(value, (int, float)) and value > 0 and value != float("inf")):
+            if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < float(value) < float("inf"):
                 raise ValueError(f"SelectConfig.{name} must be above 0, got {value!r}")
+            object.__setattr__(self, name, float(value))
         counts = ("max_length", "lora_rank", "sketch_dim", "sketch_nnz", "tokens_per_batch", "max_iter")
         optional_counts = ("max_pairs_per_prompt", "n_clusters", "max_depth", "threads")
         for name in counts + optional_counts:
             value = getattr(self, name)
             if value is None and name in optional_counts:
                 continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"SelectConfig.{name} must be a whole number of at least 1, got {value!r}")
+            object.__setattr__(self, name, int(value))
+        if isinstance(self.sketch_seed, bool) or not isinstance(self.sketch_seed, int) or self.sketch_seed < 0:
+            raise ValueError(f"SelectConfig.sketch_seed must be a whole number of at least 0, got {self.sketch_seed!r}")
         if self.sketch_dim % self.sketch_nnz or (self.sketch_kind != "sparse" and self.sketch_nnz != 1):
             raise ValueError(
                 f"SelectConfig.sketch_nnz must divide sketch_dim ({self.sketch_dim}), and be 1 for a dense sketch, got "
                 f"{self.sketch_nnz}"
             )
+
+    @classmethod
+    def of(cls, value: SelectConfig | Mapping[str, Any] | None) -> SelectConfig:
+        """Returns a configuration given as such, as a mapping, or not at all.
+
+        Raises:
+            TypeError: Anything else.
+            ValueError: A name that is not a field, or a value out of range.
+        """
+        if value is None:
+            return cls()
+        if isinstance(value, cls):
+            return value
+        if isinstance(value, Mapping):
+            return cls.from_dict(value)
+        raise TypeError(f"config must be a bpo.SelectConfig or a mapping of its fields, not {type(value).__name__}")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SelectConfig:

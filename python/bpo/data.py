@@ -7,8 +7,9 @@ import difflib
 import hashlib
 import json
 import math
+import sys
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,7 @@ _KNOWN_COLUMNS = (
     "instruction",
     "completions",
 )
+_FILE_KINDS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 _NAMED_ROWS = 5
 
 
@@ -93,7 +95,9 @@ class Candidates:
         scores: (R,) float64, NaN where the data gives none.
         pairs: (P, 2) int64, rows of the preferred and of the other response.
         prompt_of_pair: (P,) int64.
-        score_gaps: (P,) float64, NaN where the data gives no scores.
+        pair_rows: (P,) int64, the row of the data that states the pair, or that holds its preferred response.
+        pair_scores: (P, 2) float64, scores of the preferred and of the other response, NaN where the data gives none.
+        known_ids: (·, 16) uint8, content hash of every response of the data, usable or not.
         skipped: What was set aside.
     """
 
@@ -106,8 +110,15 @@ class Candidates:
     scores: npt.NDArray[np.float64]
     pairs: npt.NDArray[np.int64]
     prompt_of_pair: npt.NDArray[np.int64]
-    score_gaps: npt.NDArray[np.float64]
+    pair_rows: npt.NDArray[np.int64]
+    pair_scores: npt.NDArray[np.float64]
+    known_ids: npt.NDArray[np.uint8]
     skipped: Skipped
+
+    @property
+    def score_gaps(self) -> npt.NDArray[np.float64]:
+        """(P,) float64, how much higher the preferred response scored; NaN where the data gives no scores."""
+        return self.pair_scores[:, 0] - self.pair_scores[:, 1]
 
     @property
     def conversational(self) -> bool:
@@ -141,7 +152,9 @@ class Candidates:
                 scores=self.scores[used],
                 pairs=new_response[self.pairs[pair_index]],
                 prompt_of_pair=new_prompt[self.prompt_of_pair[pair_index]],
-                score_gaps=self.score_gaps[pair_index],
+                pair_rows=self.pair_rows[pair_index],
+                pair_scores=self.pair_scores[pair_index],
+                known_ids=self.known_ids,
                 skipped=self.skipped,
             ),
             pair_index,
@@ -215,25 +228,50 @@ def report_skipped(skipped: Skipped, on_invalid: OnInvalid) -> None:
     message = f"Some of the data cannot be used:\n{skipped.describe()}"
     if on_invalid == "raise":
         raise ValueError(message)
-    warnings.warn(message, InvalidDataWarning, stacklevel=3)
+    warn(message, InvalidDataWarning)
 
 
-def load_rows(dataset: Any) -> datasets.Dataset:
-    """Turns whatever the user holds into a ``datasets.Dataset``.
+def warn(message: str, category: type[Warning] = UserWarning) -> None:
+    """Warns at the line of the user's code that called into bpo, where the interpreter can tell (CPython 3.12)."""
+    here: dict[str, Any] = {"skip_file_prefixes": (str(Path(__file__).parent),)}
+    warnings.warn(message, category, **(here if sys.version_info >= (3, 12) else {"stacklevel": 4}))
+
+
+class _ListRows:
+    """A list of rows as it is: Arrow would refuse to mix what the readers can tell apart, or name no row."""
+
+    def __init__(self, rows: Sequence[Any]) -> None:
+        for index, row in enumerate(rows):
+            if not isinstance(row, Mapping):
+                raise ValueError(f"Row {index} is {_short(row)}; each row must be a mapping of columns to values.")
+        self.column_names = list(dict.fromkeys(column for row in rows for column in row))
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        empty = dict.fromkeys(self.column_names)
+        return ({**empty, **row} for row in self._rows)
+
+
+def load_rows(dataset: Any) -> datasets.Dataset | _ListRows:
+    """Turns whatever the user holds into rows with ``column_names``.
 
     Raises:
-        FileNotFoundError: A path that does not exist.
-        ValueError: A dataset without a train split, a streaming dataset, or an empty list.
+        FileNotFoundError: A path that does not exist, or a hub id that the hub does not give.
+        ValueError: A dataset without a train split, a streaming dataset, an empty list, or a file that is damaged.
         TypeError: Anything else.
     """
     import datasets
 
     if isinstance(dataset, datasets.Dataset):
-        return dataset
+        # A format such as "torch" would turn lists of scores into tensors and hide columns.
+        return dataset.with_format(None)
     if isinstance(dataset, datasets.DatasetDict):
         if "train" not in dataset:
             raise ValueError(f"The DatasetDict has no 'train' split, only {sorted(dataset)}; pass dataset['<split>'].")
-        return dataset["train"]
+        return dataset["train"].with_format(None)
     if isinstance(dataset, (datasets.IterableDataset, datasets.IterableDatasetDict)):
         raise ValueError(
             "A streaming dataset cannot be selected from, since every pair is compared with every other. Load it "
@@ -246,26 +284,32 @@ def load_rows(dataset: Any) -> datasets.Dataset:
     if isinstance(dataset, Sequence):
         if not dataset:
             raise ValueError("The dataset is empty: a list of no rows.")
-        return datasets.Dataset.from_list(list(dataset))
+        return _ListRows(dataset)
     raise TypeError(f"dataset must be a datasets.Dataset, a list of rows or a path, not {type(dataset).__name__}.")
 
 
-def _load_path(name: str) -> datasets.Dataset:
+def _load_path(name: str) -> datasets.Dataset | _ListRows:
     import datasets
 
     path = Path(name).expanduser()
-    if path.is_file():
-        builder = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-        suffix = "".join(s for s in path.suffixes if s != ".gz")[-8:]
-        kind = next((builder[s] for s in builder if suffix.endswith(s)), None)
-        if kind is None:
-            raise ValueError(f"{name}: cannot tell the format; use a .jsonl, .json, .parquet or .csv file.")
-        return datasets.load_dataset(kind, data_files=str(path), split="train")
-    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-        return load_rows(datasets.load_from_disk(str(path)))
-    if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") != 1):
+    if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") != 1 or path.suffix in _FILE_KINDS):
         raise FileNotFoundError(f"{name}: no such file or directory, and not the form of a hub id (owner/name).")
-    return datasets.load_dataset(str(path) if path.exists() else name, split="train")
+    try:
+        if path.is_file():
+            kinds = [_FILE_KINDS[suffix.lower()] for suffix in path.suffixes if suffix.lower() in _FILE_KINDS]
+            if not kinds:
+                raise ValueError(f"use a file of one of the types {', '.join(_FILE_KINDS)}")
+            if path.stat().st_size == 0:
+                raise ValueError("the file is empty")
+            return datasets.load_dataset(kinds[-1], data_files=str(path), split="train")
+        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+            return load_rows(datasets.load_from_disk(str(path)))
+        return datasets.load_dataset(str(path) if path.exists() else name, split="train")
+    except ConnectionError as error:
+        raise FileNotFoundError(f"{name}: no such file or directory, and the hub does not give it: {error}") from error
+    except Exception as error:
+        # datasets wraps the reason, and not all of its exceptions name the file.
+        raise ValueError(f"{name}: cannot be read: {error.__cause__ or error}") from error
 
 
 def _column_error(columns: list[str]) -> str:
@@ -304,6 +348,8 @@ def _as_text(value: Any, index: int, column: str, role: str | None = None) -> Te
     if isinstance(value, str):
         return [{"role": role, "content": value}] if role else value
     if _is_messages(value):
+        if not all(isinstance(message["content"], str) for message in value):
+            raise ValueError(f"Row {index}, column '{column}': a message has no text content; bpo reads text only.")
         # Arrow fills keys that other messages have with None; they are not part of the message.
         return [{key: item for key, item in message.items() if item is not None} for message in value]
     raise ValueError(
@@ -368,13 +414,13 @@ class _Groups:
 
     def build(self, max_pairs_per_prompt: int | None) -> Candidates:
         groups: list[_Group] = []
-        kept_pairs: list[list[tuple[int, int, float]]] = []
+        kept_pairs: list[list[_Pair]] = []
         for group in self.prompts.values():
             pairs = group.candidate_pairs(self.skipped)
-            if pairs and max_pairs_per_prompt is not None:
+            if max_pairs_per_prompt is not None and len(pairs) > max_pairs_per_prompt:
                 # NaN gaps (no scores) keep the order of the data: the sort is stable.
-                pairs = sorted(pairs, key=lambda pair: -pair[2] if pair[2] == pair[2] else 0.0)
-                pairs = sorted(pairs[:max_pairs_per_prompt])
+                order = sorted(range(len(pairs)), key=lambda index: -gap if (gap := pairs[index].gap) == gap else 0.0)
+                pairs = [pairs[index] for index in sorted(order[:max_pairs_per_prompt])]
             if pairs:
                 groups.append(group)
                 kept_pairs.append(pairs)
@@ -384,11 +430,10 @@ class _Groups:
                 + self.skipped.describe()
             )
         offsets = np.cumsum([0] + [len(group.responses) for group in groups])
-        pairs_flat = [
-            (offset + chosen, offset + rejected)
-            for offset, pairs in zip(offsets, kept_pairs, strict=False)
-            for chosen, rejected, _ in pairs
-        ]
+        flat = [pair for pairs in kept_pairs for pair in pairs]
+        prompt_of_pair = np.repeat(np.arange(len(groups)), [len(pairs) for pairs in kept_pairs]).astype(np.int64)
+        pairs_in_prompt = np.array([(pair.chosen, pair.rejected) for pair in flat], dtype=np.int64)
+        known = [key for group in self.prompts.values() for key in (*group.keys, *group.set_aside)]
         return Candidates(
             prompts=[group.prompt for group in groups],
             prompt_rows=np.array([group.row for group in groups], dtype=np.int64),
@@ -397,15 +442,32 @@ class _Groups:
             response_ids=_id_array([key for group in groups for key in group.keys]),
             prompt_of_response=np.repeat(np.arange(len(groups)), np.diff(offsets)).astype(np.int64),
             scores=np.array([score for group in groups for score in group.scores], dtype=np.float64),
-            pairs=np.array(pairs_flat, dtype=np.int64).reshape(-1, 2),
-            prompt_of_pair=np.repeat(np.arange(len(groups)), [len(pairs) for pairs in kept_pairs]).astype(np.int64),
-            score_gaps=np.array([gap for pairs in kept_pairs for _, _, gap in pairs], dtype=np.float64),
+            pairs=pairs_in_prompt + offsets[prompt_of_pair, None],
+            prompt_of_pair=prompt_of_pair,
+            pair_rows=np.array([pair.row for pair in flat], dtype=np.int64),
+            pair_scores=np.array([(pair.score_chosen, pair.score_rejected) for pair in flat], dtype=np.float64),
+            known_ids=_id_array(known),
             skipped=self.skipped,
         )
 
 
 def _id_array(ids: Iterable[bytes]) -> npt.NDArray[np.uint8]:
     return np.frombuffer(b"".join(ids), dtype=np.uint8).reshape(-1, 16)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pair:
+    """Positions of two responses among those of the prompt, their scores (NaN if unknown), and the row of the data."""
+
+    chosen: int
+    rejected: int
+    score_chosen: float
+    score_rejected: float
+    row: int
+
+    @property
+    def gap(self) -> float:
+        return self.score_chosen - self.score_rejected
 
 
 class _Group:
@@ -418,12 +480,14 @@ class _Group:
         self.responses: list[Text] = []
         self.keys: list[bytes] = []
         self.scores: list[float] = []
-        self.stated: dict[tuple[int, int], float] = {}
+        self.rows: list[int] = []
+        self.stated: dict[tuple[int, int], _Pair] = {}
         self.scored = False
+        self.set_aside: list[bytes] = []
         self._index: dict[bytes, int] = {}
 
-    def add(self, response: Text, score: float) -> tuple[int, bool]:
-        """Returns the index of the response and whether it is new."""
+    def add(self, response: Text, score: float, row: int) -> tuple[int, bool]:
+        """Returns the position of the response and whether it is new."""
         key = content_id(self.prompt, response)
         if key in self._index:
             return self._index[key], False
@@ -431,26 +495,25 @@ class _Group:
         self.responses.append(response)
         self.keys.append(key)
         self.scores.append(score)
+        self.rows.append(row)
         return self._index[key], True
 
-    def candidate_pairs(self, skipped: Skipped) -> list[tuple[int, int, float]]:
+    def candidate_pairs(self, skipped: Skipped) -> list[_Pair]:
         if not self.scored:
-            return [(chosen, rejected, gap) for (chosen, rejected), gap in self.stated.items()]
+            return list(self.stated.values())
         place = f"row {self.row}"
         if len(self.responses) < 2:
             skipped.add("prompt with fewer than two usable responses", place)
             return []
-        pairs = []
-        for first in range(len(self.responses)):
-            for second in range(first + 1, len(self.responses)):
-                gap = self.scores[first] - self.scores[second]
-                if gap > 0:
-                    pairs.append((first, second, gap))
-                elif gap < 0:
-                    pairs.append((second, first, -gap))
+        pairs = [
+            _Pair(chosen, rejected, self.scores[chosen], self.scores[rejected], self.rows[chosen])
+            for chosen in range(len(self.responses))
+            for rejected in range(len(self.responses))
+            if self.scores[chosen] > self.scores[rejected]
+        ]
         if not pairs:
             skipped.add("prompt whose responses all have equal scores", place)
-        return sorted(pairs)
+        return pairs
 
 
 class _PreferenceReader:
@@ -472,8 +535,13 @@ class _PreferenceReader:
         wrap = "assistant" if _is_messages(prompt) else None
         chosen = _as_text(row["chosen"], index, "chosen", wrap)
         rejected = _as_text(row["rejected"], index, "rejected", wrap)
-        # Some sets repeat the prompt as text beside chosen and rejected conversations that already contain it.
-        if prompt is None or (isinstance(prompt, str) and isinstance(chosen, list)):
+        if isinstance(chosen, str) != isinstance(rejected, str):
+            raise ValueError(f"Row {index}: chosen and rejected must both be text or both be messages.")
+        if isinstance(prompt, str) and isinstance(chosen, list):
+            # Some sets repeat the prompt as text beside conversations that contain it; else it is the user's turn.
+            contained = bool(extract_prompt(chosen, rejected)[0])
+            prompt = None if contained else [{"role": "user", "content": prompt}]
+        if prompt is None:
             prompt, chosen, rejected = extract_prompt(chosen, rejected)
             if chosen == rejected:
                 skipped.add("chosen equals rejected", place)
@@ -482,6 +550,8 @@ class _PreferenceReader:
                 skipped.add("chosen and rejected share no prompt", place)
                 return
         prompt = _as_text(prompt, index, "prompt")
+        if isinstance(prompt, list) and chosen[: len(prompt)] == prompt == rejected[: len(prompt)]:
+            chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
         if not chosen or not rejected:
             skipped.add("empty response", place)
             return
@@ -502,11 +572,14 @@ class _PreferenceReader:
                 skipped.add("chosen has a lower score than rejected", place)
                 return
         group = groups.group(index, prompt)
-        pair = (group.add(chosen, score_chosen)[0], group.add(rejected, score_rejected)[0])
-        if pair in group.stated:
+        first = group.add(chosen, score_chosen, index)[0]
+        second = group.add(rejected, score_rejected, index)[0]
+        if (first, second) in group.stated:
             skipped.add("duplicate of an earlier pair", place)
-            return
-        group.stated[pair] = score_chosen - score_rejected
+        elif (second, first) in group.stated:
+            skipped.add("contradicts an earlier pair", f"{place}, against row {group.stated[second, first].row}")
+        else:
+            group.stated[first, second] = _Pair(first, second, score_chosen, score_rejected, index)
 
 
 class _ScoredReader:
@@ -520,7 +593,10 @@ class _ScoredReader:
     def read(self, index: int, row: Mapping[str, Any], groups: _Groups) -> None:
         skipped = groups.skipped
         items = row[self.responses]
-        if not isinstance(items, list):
+        if items is None:
+            skipped.add("responses are missing", f"row {index}")
+            return
+        if not isinstance(items, (list, tuple)):
             raise ValueError(f"Row {index}, column '{self.responses}': expected a list, got {_short(items)}.")
         if row[self.prompt] is None:
             skipped.add("prompt is missing", f"row {index}")
@@ -534,25 +610,31 @@ class _ScoredReader:
             place = f"row {index}, response {position}"
             if text is None or text in ("", []):
                 skipped.add("empty response", place)
-            elif not math.isfinite(score):
+                continue
+            response = _as_text(text, index, self.responses, role)
+            if isinstance(response, list) and role is None:
+                raise ValueError(
+                    f"Row {index}: the prompt is plain text but response {position} holds chat messages. "
+                    "Give the prompt as messages, too."
+                )
+            if not math.isfinite(score):
                 skipped.add("score missing, NaN or infinite", place)
-            else:
-                response = _as_text(text, index, self.responses, role)
-                if isinstance(response, list) and role is None:
-                    raise ValueError(
-                        f"Row {index}: the prompt is plain text but response {position} holds chat messages. "
-                        "Give the prompt as messages, too."
-                    )
-                if not group.add(response, score)[1]:
-                    skipped.add("duplicate response of the same prompt", place)
+                group.set_aside.append(content_id(prompt, response))
+                continue
+            earlier, new = group.add(response, score, index)
+            if not new and group.scores[earlier] == score:
+                skipped.add("duplicate response of the same prompt", place)
+            elif not new:
+                skipped.add("duplicate response with another score than before", place)
 
-    def _texts_and_scores(self, index: int, row: Mapping[str, Any], items: list[Any]) -> tuple[list[Any], list[float]]:
+    def _texts_and_scores(
+        self, index: int, row: Mapping[str, Any], items: Sequence[Any]
+    ) -> tuple[list[Any], list[float]]:
         if self.has_scores:
-            scores = row["scores"]
-            if not isinstance(scores, list) or len(scores) != len(items):
-                length = len(scores) if isinstance(scores, list) else 0
-                raise ValueError(f"Row {index}: {len(items)} responses but {length} scores.")
-            return items, [_score(score, index, "scores") for score in scores]
+            scores = [] if row["scores"] is None else list(row["scores"])
+            if len(scores) != len(items):
+                raise ValueError(f"Row {index}: {len(items)} responses but {len(scores)} scores.")
+            return list(items), [_score(score, index, "scores") for score in scores]
         texts, values = [], []
         for item in items:
             if not isinstance(item, dict):

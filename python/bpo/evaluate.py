@@ -15,6 +15,8 @@ from bpo.models import inference_state, load_policy, load_tokenizer, window
 from bpo.tokens import padding_id, tokenize_candidates
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import numpy.typing as npt
 
 
@@ -31,7 +33,8 @@ class PreferenceEvaluation:
             the policy prefers without a reference.
         n_pairs: Pairs.
         n_prompts: Prompts.
-        logps: (R,) float32, log π(response | prompt), to serve as a later evaluation's reference.
+        logps: (R,) float32, log π(response | prompt).
+        response_ids: (R, 16) uint8, content hash of prompt and response, by which a reference is known to fit.
         correct: (P,) float64 in {0, ½, 1}, for paired comparison of two policies on the same pairs.
     """
 
@@ -42,6 +45,7 @@ class PreferenceEvaluation:
     n_pairs: int
     n_prompts: int
     logps: npt.NDArray[np.float32]
+    response_ids: npt.NDArray[np.uint8]
     correct: npt.NDArray[np.float64]
 
 
@@ -49,9 +53,9 @@ def evaluate_preferences(
     model: Any,
     dataset: Any,
     *,
-    reference_logps: npt.NDArray[np.float32] | None = None,
+    reference: PreferenceEvaluation | None = None,
     processing_class: Any = None,
-    config: SelectConfig | None = None,
+    config: SelectConfig | Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> PreferenceEvaluation:
     """Ranks every candidate pair of a held-out data set by a policy.
@@ -59,8 +63,7 @@ def evaluate_preferences(
     Args:
         model: Path, hub id, ``PreTrainedModel`` or ``PeftModel``.
         dataset: Preference data in any format of :func:`bpo.select`.
-        reference_logps: (R,) ``logps`` of the reference policy's evaluation on the same data; ``None`` takes the model
-            as its own reference.
+        reference: The reference policy's evaluation on the same data; ``None`` takes the model as its own reference.
         processing_class: The tokenizer; by default the one saved with the model.
         config: Uses ``beta``, ``max_length``, ``tokens_per_batch`` and how a model is loaded.
         progress: Whether to show a progress bar.
@@ -71,7 +74,7 @@ def evaluate_preferences(
     Raises:
         ValueError: Unusable data, or a reference of other data.
     """
-    config = config or SelectConfig()
+    config = SelectConfig.of(config)
     candidates = read_candidates(
         dataset, max_pairs_per_prompt=config.max_pairs_per_prompt, on_invalid=config.on_invalid
     )
@@ -79,10 +82,10 @@ def evaluate_preferences(
     candidates, tokenized = tokenize_candidates(
         candidates, tokenizer, window(model, config), on_invalid=config.on_invalid
     )
-    if reference_logps is not None and len(reference_logps) != len(tokenized.ids):
+    if reference is not None and not np.array_equal(reference.response_ids, candidates.response_ids):
         raise ValueError(
-            f"The reference was evaluated on {len(reference_logps)} responses, this data has {len(tokenized.ids)}; "
-            "evaluate both on the same data."
+            f"The reference was evaluated on {len(reference.logps)} other responses than the {len(tokenized.ids)} of "
+            "this data; evaluate both on the same data."
         )
     policy = load_policy(model, config)
     bar = tqdm(
@@ -96,8 +99,7 @@ def evaluate_preferences(
             tokens_per_batch=config.tokens_per_batch,
             on_batch=bar.update,
         )
-    if reference_logps is None:
-        reference_logps = logps
+    reference_logps = logps if reference is None else reference.logps
     chosen, rejected = candidates.pairs.T
     rewards = config.beta * (logps - reference_logps)
     margins = rewards[chosen] - rewards[rejected]
@@ -111,6 +113,7 @@ def evaluate_preferences(
         n_pairs=len(correct),
         n_prompts=len(candidates.prompts),
         logps=logps,
+        response_ids=candidates.response_ids,
         correct=correct,
     )
 

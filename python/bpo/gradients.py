@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,8 +20,8 @@ from tqdm.auto import tqdm
 import bpo
 from bpo import _core
 from bpo.config import SelectConfig
-from bpo.data import Candidates, read_candidates
-from bpo.logprobs import completion_logps
+from bpo.data import Candidates, read_candidates, warn
+from bpo.logprobs import check_vocabulary, completion_logps
 from bpo.models import (
     inference_state,
     load_policy,
@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
 # Per-sample gradients of one parameter are formed for so many samples at a time that they stay below this.
 _GRADIENT_BUFFER_BYTES = 256 << 20
+# Norms, linear biases and the like stay below this; packed experts are far above.
+_UNADAPTED_SHARE = 0.05
 # Largest relative error of the self-check, by the precision of the model's arithmetic.
 _SELF_CHECK_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
 
@@ -66,6 +68,7 @@ class FreshAdapter:
     def __init__(self, model: PreTrainedModel, rank: int, seed: int) -> None:
         head = model.get_output_embeddings()
         self.layers: list[tuple[str, nn.Module, torch.Tensor, int]] = []
+        self.seen: set[int] = set()  # coordinates of the layers that gave a gradient
         self.dim = 0
         for name, module in model.named_modules():
             if module is head or not _is_linear(module):
@@ -89,14 +92,11 @@ class FreshAdapter:
     def attach(self, batch: _Batch, consume: Consumer) -> list[Any]:
         """Registers the hooks; returns their handles."""
         return [
-            module.register_forward_hook(self._hook(name, module, a, offset, batch, consume))
+            module.register_forward_hook(self._hook(name, a, offset, batch, consume))
             for name, module, a, offset in self.layers
         ]
 
-    @staticmethod
-    def _hook(
-        name: str, module: nn.Module, a: torch.Tensor, offset: int, batch: _Batch, consume: Consumer
-    ) -> Callable[..., None]:
+    def _hook(self, name: str, a: torch.Tensor, offset: int, batch: _Batch, consume: Consumer) -> Callable[..., None]:
         placed: dict[torch.device, torch.Tensor] = {}
 
         def hook(_: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -106,6 +106,7 @@ class FreshAdapter:
             reduced = x.float() @ placed[x.device].T  # (n, t, r)
 
             def on_gradient(gradient: torch.Tensor) -> None:
+                self.seen.add(offset)
                 g = batch.by_sample(name, gradient).float()  # (n, t, out)
                 consume(offset, torch.bmm(g.transpose(1, 2), reduced).flatten(1), _WHOLE_BATCH)  # (n, out * r)
 
@@ -115,6 +116,27 @@ class FreshAdapter:
 
     def self_check(self, *_: Any) -> None:
         """Nothing to compare with: the adapter exists in the algebra only (its exactness is a test of bpo)."""
+
+    def warn_of_gaps(self, model: PreTrainedModel) -> None:
+        """Says which layers never gave a gradient, and how much of the model has no linear layer to adapt.
+
+        Packed experts of a mixture are such a case: no linear layer, so no adapter, in PEFT as here.
+        """
+        silent = [name for name, _, _, offset in self.layers if offset not in self.seen]
+        if silent:
+            warn(f"{len(silent)} of {len(self.layers)} linear layers gave no gradient, such as {silent[0]}.")
+        embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+        adapted = {id(parameter) for _, module, _, _ in self.layers for parameter in module.parameters()}
+        head = model.get_output_embeddings()
+        adapted |= embeddings | ({id(parameter) for parameter in head.parameters()} if head is not None else set())
+        left = {name: p.numel() for name, p in model.named_parameters() if id(p) not in adapted}
+        share = sum(left.values()) / sum(parameter.numel() for parameter in model.parameters())
+        if share > _UNADAPTED_SHARE:
+            largest = max(left, key=lambda name: left[name])
+            warn(
+                f"{share:.0%} of the weights are outside linear layers, such as {largest}: a LoRA adapter does not "
+                "train them, and the gradients say nothing of them."
+            )
 
 
 class Parameters:
@@ -201,7 +223,7 @@ class Parameters:
         sum_gradients(self.model, self, tokenized, rows, pad_id, keep)
         parameters = dict(self.model.named_parameters())
         chosen = [parameters[name] for name in self.slots]
-        worst: list[tuple[float, str]] = []
+        errors: dict[str, float] = {}
         tolerance = _SELF_CHECK_TOLERANCE.get(self.model.dtype, 0.1)
         for parameter in chosen:
             parameter.requires_grad_(True)
@@ -213,20 +235,25 @@ class Parameters:
                 for parameter, gradient in zip(chosen, exact, strict=True)
             ]
             norm = torch.cat(flat).norm()
+            if not (torch.isfinite(norm) and norm > 0):
+                continue  # NaN and zero gradients are flagged in the store and named later
             for (name, (offset, shape)), gradient in zip(self.slots.items(), flat, strict=True):
                 error = float((hooked[index, offset : offset + shape.numel()] - gradient).norm() / norm)
                 if not error <= tolerance:
-                    worst.append((error, name))
+                    errors[name] = max(error, errors.get(name, 0.0))
         for parameter in chosen:
             parameter.requires_grad_(False)
-        if worst:
-            worst.sort(reverse=True)
-            named = ", ".join(f"{name} ({error:.1e})" for error, name in worst[:5])
+        if errors:
+            worst = sorted(errors, key=lambda name: -errors[name])[:5]
+            named = ", ".join(f"{name} ({errors[name]:.1e})" for name in worst)
             raise UnsupportedModelError(
-                f"The per-sample gradients of {len(worst)} parameters differ from autograd's by more than {tolerance} "
-                f"of the whole gradient: {named}. Their modules do not treat the samples of a batch one by one, or "
-                "their parameters are used without calling the module. Use features='lora'."
+                f"The per-sample gradients of {len(errors)} parameters differ from autograd's by more than {tolerance} "
+                f"of the whole gradient: {named}. Their modules mix the samples of a batch, or their parameters are "
+                "used without calling the module. Pass the model without adapter and features='lora'."
             )
+
+    def warn_of_gaps(self, _: PreTrainedModel) -> None:
+        """Nothing is left out: these are the parameters that were asked for."""
 
 
 class _Batch:
@@ -293,6 +320,11 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
+def _has_closed_form(module: nn.Module) -> bool:
+    """Whether the module is a linear layer that does nothing but its product: a subclass may scale or quantise."""
+    return type(module).forward is nn.Linear.forward or type(module).__name__ == "Conv1D"
+
+
 def _linear_shape(module: nn.Module) -> tuple[int, int]:
     if isinstance(module, nn.Linear):
         return module.out_features, module.in_features
@@ -315,7 +347,7 @@ def _per_sample(
 ) -> torch.Tensor:
     """Returns the (n', size) float32 gradients of one parameter of one module, for a slice of the batch."""
     parameter = getattr(module, attribute)
-    if _is_linear(module):
+    if _has_closed_form(module):
         g = batch.by_sample(name, gradient)[samples].float()  # (n', t, out)
         if attribute == "bias":
             return g.sum(dim=1)
@@ -327,7 +359,7 @@ def _per_sample(
             f"{name} ({type(module).__name__}) gets an input of shape {tuple(x.shape)}, whose first dimension is not "
             f"the {batch.size} samples of the batch. Use features='lora'."
         )
-    if isinstance(module, nn.Embedding):
+    if isinstance(module, nn.Embedding) and type(module).forward is nn.Embedding.forward:
         g, ids = gradient[samples].float(), x[samples]  # (n', t, d), (n', t)
         rows = torch.zeros(g.shape[0], *parameter.shape, device=g.device)
         for index in range(g.shape[0]):
@@ -349,7 +381,7 @@ def _per_sample(
     return torch.stack(gradients)
 
 
-def choose_features(model: PreTrainedModel, config: SelectConfig, seed: int) -> FreshAdapter | Parameters:
+def choose_features(model: PreTrainedModel, config: SelectConfig) -> FreshAdapter | Parameters:
     """Decides what is differentiated (``SelectConfig.features``).
 
     A ``PeftModel`` gives the gradients of its trainable adapter; where every B is zero (never trained) those of B
@@ -362,12 +394,18 @@ def choose_features(model: PreTrainedModel, config: SelectConfig, seed: int) -> 
     if config.features == "full":
         return Parameters(model, [name for name, _ in model.named_parameters()])
     if peft_config is None:
-        return FreshAdapter(model, config.lora_rank, seed)
+        return FreshAdapter(model, config.lora_rank, config.sketch_seed)
     kinds = {str(getattr(entry.peft_type, "value", entry.peft_type)) for entry in peft_config.values()}
     if kinds != {"LORA"}:
         raise UnsupportedModelError(f"Only LoRA adapters are supported, the model has {sorted(kinds)}.")
     if any(getattr(entry, "use_dora", False) for entry in peft_config.values()):
         raise UnsupportedModelError("DoRA adapters are not supported: their magnitudes mix with the LoRA gradients.")
+    for name, module in model.named_modules():
+        if getattr(module, "merged", False) is True or getattr(module, "disable_adapters", False) is True:
+            raise UnsupportedModelError(
+                f"{name}: its adapter is merged or disabled, so it takes no part in the forward pass. Unmerge or "
+                "enable it, or pass the model without adapter."
+            )
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     if not trainable:
         active = model.active_adapter
@@ -386,9 +424,7 @@ def collect(
     processing_class: PreTrainedTokenizerBase,
     *,
     config: SelectConfig,
-    seed: int,
     store: str | os.PathLike[str] | None,
-    known_response_ids: npt.NDArray[np.uint8],
     progress: bool,
 ) -> GradientStore:
     """Adds the sketched gradient of every response that the store lacks.
@@ -399,31 +435,37 @@ def collect(
         tokenized: Their token ids.
         processing_class: The tokenizer.
         config: Settings.
-        seed: Of the sketch and of a fresh adapter.
         store: Directory; ``None`` is a temporary one.
-        known_response_ids: (·, 16) all responses of the data, of which ``candidates`` may be a part.
         progress: Whether to show a progress bar.
 
     Returns:
         The store, open for reading.
     """
+    check_vocabulary(model, tokenized)
     # Decided before freezing, since what is trainable says what the features are.
-    features = choose_features(model, config, seed)
+    features = choose_features(model, config)
     reference = None if config.ref_model is None else load_policy(config.ref_model, config)
     fingerprint = {
         "bpo": bpo.__version__,
         "model": model_fingerprint(model),
         "reference": "the policy" if reference is None else model_fingerprint(reference),
         "tokenizer": tokenizer_fingerprint(processing_class),
-        "features": {**features.describe(), "seed": seed},
-        "sketch": {"kind": config.sketch_kind, "dim": config.sketch_dim, "nnz": config.sketch_nnz, "seed": seed},
-        "max_length": window(model, config),
+        "features": {**features.describe(), "seed": config.sketch_seed},
+        "sketch": {
+            "kind": config.sketch_kind,
+            "dim": config.sketch_dim,
+            "nnz": config.sketch_nnz,
+            "seed": config.sketch_seed,
+        },
+        "max_length": tokenized.max_length,
         "dtype": str(model.dtype).removeprefix("torch."),
     }
-    writer = GradientWriter.open(store, config.sketch_dim, fingerprint, known_response_ids)
+    writer = GradientWriter.open(store, config.sketch_dim, fingerprint, candidates.known_ids)
     missing = np.flatnonzero(writer.rows_of(candidates.response_ids) < 0)
     pad_id = padding_id(processing_class)
-    sketcher = _core.Sketcher(config.sketch_dim, seed=seed, kind=config.sketch_kind, nnz=config.sketch_nnz)
+    sketcher = _core.Sketcher(
+        config.sketch_dim, seed=config.sketch_seed, kind=config.sketch_kind, nnz=config.sketch_nnz
+    )
     # In tokens, since the longest responses go first: counted in responses, the time left would be far too long.
     bar = tqdm(
         total=int(tokenized.lengths.sum()),
@@ -458,7 +500,9 @@ def collect(
             else:
                 with torch.inference_mode():
                     ref_logps = completion_logps(reference, tokenized, rows, pad_id).cpu().numpy()
-            finite = np.isfinite(sketch).all(axis=1) & np.isfinite(logps) & np.isfinite(ref_logps)
+            # A row whose squared norm overflows is as useless to k-means as an infinite one.
+            with np.errstate(over="ignore", invalid="ignore"):
+                finite = np.isfinite(np.square(sketch).sum(axis=1)) & np.isfinite(logps) & np.isfinite(ref_logps)
             flags = NONFINITE * ~finite + ZERO * ~sketch.any(axis=1)
             sketch[~finite] = 0.0
             writer.append(
@@ -472,6 +516,8 @@ def collect(
                 flags=flags,
             )
             bar.update(int(tokenized.lengths[rows].sum()))
+    if len(missing):
+        features.warn_of_gaps(model)
     return writer.reopen()
 
 
@@ -481,8 +527,7 @@ def collect_gradients(
     *,
     processing_class: Any = None,
     store: str | os.PathLike[str] | None = None,
-    config: SelectConfig | None = None,
-    seed: int = 0,
+    config: SelectConfig | Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> GradientStore:
     """Sketches the gradient of log π(response | prompt) of every response of a data set.
@@ -494,7 +539,6 @@ def collect_gradients(
         store: Directory of the gradient store. Responses that it already holds are not computed again. ``None`` is a
             temporary directory that goes with the returned object.
         config: Settings.
-        seed: Of the sketch and of a fresh adapter.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -504,7 +548,7 @@ def collect_gradients(
         ValueError: Unusable data, an unsupported model, or a store made with something else.
         FileNotFoundError: A model path that does not exist.
     """
-    config = config or SelectConfig()
+    config = SelectConfig.of(config)
     candidates = read_candidates(
         dataset, max_pairs_per_prompt=config.max_pairs_per_prompt, on_invalid=config.on_invalid
     )
@@ -517,8 +561,6 @@ def collect_gradients(
         tokenized,
         tokenizer,
         config=config,
-        seed=seed,
         store=store,
-        known_response_ids=candidates.response_ids,
         progress=progress,
     )

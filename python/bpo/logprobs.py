@@ -66,6 +66,21 @@ def _forward_arguments(model: PreTrainedModel) -> Collection[str]:
     return inspect.signature(base.forward).parameters.keys()
 
 
+def check_vocabulary(model: PreTrainedModel, tokenized: TokenizedResponses) -> None:
+    """Checks that the model knows every token.
+
+    Raises:
+        ValueError: A token id beyond the model's embeddings: the tokenizer belongs to another model.
+    """
+    known = model.get_input_embeddings().weight.shape[0]
+    largest = max(max(ids) for ids in tokenized.ids)
+    if largest >= known:
+        raise ValueError(
+            f"The tokenizer gives token {largest}, but {type(model).__name__} has embeddings for {known} tokens only: "
+            "pass the tokenizer of this model as processing_class."
+        )
+
+
 def response_logps(
     model: PreTrainedModel,
     tokenized: TokenizedResponses,
@@ -86,6 +101,7 @@ def response_logps(
     Returns:
         (R,) float32.
     """
+    check_vocabulary(model, tokenized)
     logps = np.zeros(len(tokenized.ids), dtype=np.float32)
     with torch.inference_mode():
         for rows in batches_by_tokens(tokenized.lengths, tokens_per_batch):

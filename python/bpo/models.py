@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 # Settings that trainers and loaders change without changing what the model computes.
 _VOLATILE_CONFIG = {"_name_or_path", "transformers_version", "use_cache", "pad_token_id", "dtype", "torch_dtype"}
+_VOLATILE_ADAPTER = {"base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping"}
 
 
 def check_path(name: str) -> None:
@@ -31,8 +32,20 @@ def check_path(name: str) -> None:
         raise FileNotFoundError(f"{name}: no such model directory.")
 
 
+def check_model(model: Any) -> None:
+    """Checks that an object given as a model is one.
+
+    Raises:
+        TypeError: It is not.
+    """
+    if not isinstance(model, torch.nn.Module) or not hasattr(model, "get_input_embeddings"):
+        raise TypeError(
+            f"model must be a path, a hub id, a PreTrainedModel or a PeftModel, not {type(model).__name__}."
+        )
+
+
 @contextlib.contextmanager
-def _naming(name: str) -> Iterator[None]:
+def naming(name: str) -> Iterator[None]:
     """Says which model could not be loaded, which the loader's own message does not."""
     try:
         yield
@@ -54,12 +67,15 @@ def load_tokenizer(model: Any, processing_class: Any, config: SelectConfig) -> P
     if isinstance(processing_class, (str, Path)):
         model, processing_class = str(processing_class), None
     if processing_class is not None:
-        return getattr(processing_class, "tokenizer", processing_class)
-    name = model if isinstance(model, (str, Path)) else getattr(model.config, "_name_or_path", "")
+        tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        if not hasattr(tokenizer, "apply_chat_template"):
+            raise TypeError(f"processing_class must be a tokenizer or a path, not {type(processing_class).__name__}")
+        return tokenizer
+    name = model if isinstance(model, (str, Path)) else getattr(getattr(model, "config", None), "_name_or_path", "")
     if not name:
         raise OSError("The model does not say where it was loaded from; pass its tokenizer as processing_class.")
     check_path(str(name))
-    with _naming(str(name)):
+    with naming(str(name)):
         return AutoTokenizer.from_pretrained(str(name), trust_remote_code=config.trust_remote_code)
 
 
@@ -69,8 +85,10 @@ def load_policy(model: Any, config: SelectConfig) -> PreTrainedModel:
     Raises:
         FileNotFoundError: A path that does not exist, or that holds no model.
         OSError: A hub id that cannot be loaded.
+        TypeError: Something that is no model.
     """
     if not isinstance(model, (str, Path)):
+        check_model(model)
         return model
     from transformers import AutoModelForCausalLM
 
@@ -84,7 +102,7 @@ def load_policy(model: Any, config: SelectConfig) -> PreTrainedModel:
 
         loader = AutoPeftModelForCausalLM
     dtype = getattr(torch, config.dtype)
-    with _naming(name):
+    with naming(name):
         return loader.from_pretrained(name, dtype=dtype, trust_remote_code=config.trust_remote_code).to(device)
 
 
@@ -94,12 +112,15 @@ def window(model: Any, config: SelectConfig) -> int:
         from transformers import AutoConfig
 
         check_path(str(model))
-        directory = Path(model).expanduser()
-        if directory.is_dir() and not (directory / "config.json").is_file():
-            return config.max_length  # a saved adapter; its base model says more once it is loaded
-        with _naming(str(model)):
-            model_config = AutoConfig.from_pretrained(str(model), trust_remote_code=config.trust_remote_code)
+        name = str(model)
+        if (Path(name).expanduser() / "adapter_config.json").is_file():
+            from peft import PeftConfig
+
+            name = PeftConfig.from_pretrained(name).base_model_name_or_path
+        with naming(name):
+            model_config = AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code)
     else:
+        check_model(model)
         model_config = model.config
     positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     return min(config.max_length, positions) if positions else config.max_length
@@ -123,15 +144,29 @@ def inference_state(model: PreTrainedModel) -> Iterator[None]:
 
 
 def model_fingerprint(model: PreTrainedModel) -> str:
-    """Returns the SHA-256 of the architecture and of every weight (hex)."""
+    """Returns the SHA-256 of the architecture, of every weight and of how adapters are applied (hex).
+
+    It reads every weight, about a second for each GB.
+    """
     digest = hashlib.sha256(type(model).__name__.encode())
     settings = {key: value for key, value in model.config.to_dict().items() if key not in _VOLATILE_CONFIG}
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
+    adapters = {
+        name: {key: value for key, value in adapter.to_dict().items() if key not in _VOLATILE_ADAPTER}
+        for name, adapter in getattr(model, "peft_config", {}).items()
+    }
+    active = getattr(model, "active_adapters", []) if adapters else []
+    digest.update(json.dumps([adapters, list(active)], sort_keys=True, default=_sorted_set).encode())
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
         data = parameter.detach().reshape(-1).contiguous().cpu()
         digest.update(data.view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _sorted_set(value: Any) -> Any:
+    """JSON for what PEFT keeps in its configurations: sets and enumerations."""
+    return sorted(value) if isinstance(value, (set, frozenset)) else str(value)
 
 
 def tokenizer_fingerprint(processing_class: PreTrainedTokenizerBase) -> str:

@@ -12,17 +12,18 @@ from tqdm.auto import tqdm
 from bpo.breadth import compress_breadth, embed_prompts, embed_with_policy
 from bpo.clustering import cluster_pairs
 from bpo.config import SelectConfig
-from bpo.data import Candidates, read_candidates, report_skipped
+from bpo.data import Candidates, Skipped, read_candidates, report_skipped, warn
 from bpo.gradients import collect
 from bpo.losses import pair_coefficients
 from bpo.models import load_policy, load_tokenizer, window
 from bpo.selection import SELECTED, Selection
-from bpo.strategies import KEEPS_EVERY_PROMPT, NEEDS_GRADIENTS, STRATEGIES, Candidacy
+from bpo.store import NONFINITE
+from bpo.strategies import KEEPS_EVERY_PROMPT, NEEDS_GRADIENTS, NEEDS_SCORES, STRATEGIES, Candidacy
 from bpo.tokens import TokenizedResponses, padding_id, tokenize_candidates
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     import numpy.typing as npt
 
@@ -40,7 +41,7 @@ def select(
     breadth: int | float | None = None,
     strategy: Strategy = "bpo",
     store: str | os.PathLike[str] | None = None,
-    config: SelectConfig | None = None,
+    config: SelectConfig | Mapping[str, Any] | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> Selection:
@@ -61,10 +62,11 @@ def select(
         strategy: ``"bpo"``, ``"uniform"`` (the same depth for every prompt), ``"random"`` or ``"margin"`` (the largest
             score gaps).
         store: Directory of the gradient store, reused and completed when it is there. None computes anew and keeps
-            nothing.
-        config: Everything else.
-        seed: Of every random choice. The same seed gives the same selection for any number of threads, and, up to the
-            rounding of the model's own arithmetic, for any batch size.
+            nothing. Strategies without gradients leave it alone.
+        config: Everything else, as a :class:`bpo.SelectConfig` or a mapping of its fields.
+        seed: Of every random choice but the sketch (``SelectConfig.sketch_seed``). The same seed gives the same
+            selection for any number of threads, and, up to the rounding of the model's own arithmetic, for any batch
+            size.
         progress: Whether to show progress bars.
 
     Returns:
@@ -84,19 +86,26 @@ def select(
         >>> selection.depth.tolist()
         [2]
     """
-    config = config or SelectConfig()
+    config = SelectConfig.of(config)
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy must be one of {sorted(STRATEGIES)}, got {strategy!r}")
     if not isinstance(seed, (int, np.integer)) or isinstance(seed, bool) or not 0 <= seed < 2**63:
         raise ValueError(f"seed must be a whole number from 0 to 2**63 - 1, got {seed!r}")
     seed = int(seed)
     needs_gradients = strategy in NEEDS_GRADIENTS
-    if model is None and (needs_gradients or breadth is not None):
+    embeds_with_policy = breadth is not None and config.embedder is None
+    if model is None and (needs_gradients or embeds_with_policy):
         raise ValueError(f"strategy={strategy!r} with breadth={breadth!r} needs a model; model is None.")
 
     candidates = read_candidates(
         dataset, max_pairs_per_prompt=config.max_pairs_per_prompt, on_invalid=config.on_invalid
     )
+    if strategy in NEEDS_SCORES and np.isnan(candidates.score_gaps).any():
+        raise ValueError(
+            f"strategy={strategy!r} needs scores, but {int(np.isnan(candidates.score_gaps).sum())} of "
+            f"{len(candidates.pairs)} pairs have none. Give the columns score_chosen and score_rejected, or scored "
+            "responses."
+        )
     tokenizer = tokenized = None
     if model is not None:
         tokenizer = load_tokenizer(model, processing_class, config)
@@ -104,18 +113,18 @@ def select(
             candidates, tokenizer, window(model, config), on_invalid=config.on_invalid
         )
     n_prompts = len(candidates.prompts) if breadth is None else _count("breadth", breadth, len(candidates.prompts))
-    if not isinstance(budget, float):
-        _check_budget(_count("budget", budget, len(candidates.pairs)), n_prompts, strategy)
-    embeds_with_policy = breadth is not None and config.embedder is None
+    # No choice of prompts can have more pairs than the deepest ones, so most bad budgets are known by now.
+    most_pairs = np.sort(np.bincount(candidates.prompt_of_pair))[::-1][:n_prompts].sum()
+    _check_budget(budget, _count("budget", budget, int(most_pairs)), n_prompts, strategy)
     policy = load_policy(model, config) if needs_gradients or embeds_with_policy else None
 
     # Breadth: representative prompts.
     kept_prompts = np.ones(len(candidates.prompts), dtype=bool)
     if n_prompts < len(candidates.prompts):
-        assert tokenizer is not None and tokenized is not None
         if config.embedder is not None:
             embeddings = embed_prompts(candidates.prompts, config.embedder, trust_remote_code=config.trust_remote_code)
         else:
+            assert policy is not None and tokenizer is not None and tokenized is not None
             embeddings = embed_with_policy(
                 policy,
                 _prompt_ids(candidates, tokenized),
@@ -125,7 +134,7 @@ def select(
         kept_prompts = compress_breadth(embeddings, n_prompts, seed=seed, threads=config.threads).kept
     kept, pair_index, rows_kept = candidates.keep_prompts(kept_prompts)
     n_pairs = _count("budget", budget, len(kept.pairs))
-    _check_budget(n_pairs, n_prompts, strategy)
+    _check_budget(budget, n_pairs, n_prompts, strategy)
 
     # Gradients: one sketch a response; clusters and scores of the pairs.
     gradients = clusters = None
@@ -139,30 +148,36 @@ def select(
             tokenized.take(rows_kept),
             tokenizer,
             config=config,
-            seed=seed,
             store=store,
-            known_response_ids=candidates.response_ids,
             progress=progress,
         )
         rows = gradients.rows_of(kept.response_ids)
         pairs = rows[kept.pairs]
-        log_ratios = gradients.records["logp"] - gradients.records["ref_logp"]
+        usable = gradients.records["flags"] & NONFINITE == 0
+        log_ratios = np.where(usable, gradients.records["logp"], 0) - np.where(usable, gradients.records["ref_logp"], 0)
+        coefficients = pair_coefficients(log_ratios, pairs, loss_type=config.loss_type, beta=config.beta)
+        coefficients[~usable[pairs].all(axis=1)] = 0
         with _core_progress("Clusters", progress) as report:
             clusters = cluster_pairs(
                 gradients.rows,
                 pairs,
-                pair_coefficients(log_ratios, pairs, loss_type=config.loss_type, beta=config.beta),
+                coefficients,
                 config=config,
                 seed=seed,
                 progress=report,
             )
         eligible = clusters.usable
-        n_pairs = _without_unusable(kept, eligible, n_pairs, config)
+        _report_unusable(kept, eligible, config)
 
     # Depth: which pairs of each prompt.
     chosen, usefulness = STRATEGIES[strategy](
         Candidacy(kept.prompt_of_pair, kept.score_gaps, eligible, n_pairs, config, seed, clusters)
     )
+    if chosen.sum() < n_pairs:
+        warn(
+            f"{int(chosen.sum())} pairs are kept of the {n_pairs} asked for: max_depth={config.max_depth} and the "
+            f"{int((~eligible).sum())} pairs without a usable gradient allow no more."
+        )
     fate = np.full(len(candidates.pairs), "breadth", dtype=object)
     fate[pair_index] = np.where(eligible, np.where(chosen, SELECTED, "depth"), "unusable")
     table = _pair_table(candidates, tokenized, fate, pair_index, usefulness, clusters)
@@ -188,7 +203,7 @@ def _prompt_ids(candidates: Candidates, tokenized: TokenizedResponses) -> list[l
 
 def _count(name: str, value: Any, total: int) -> int:
     """Returns a count given as a whole number or as a fraction (a float in (0, 1])."""
-    of = {"breadth": "usable prompts", "budget": "candidate pairs"}[name]
+    of = {"breadth": "usable prompts", "budget": "candidate pairs of the prompts that can be kept"}[name]
     if isinstance(value, (float, np.floating)):
         if not 0 < value <= 1:
             raise ValueError(f"{name}={value} is neither a whole number nor a fraction above 0 and at most 1.")
@@ -199,29 +214,27 @@ def _count(name: str, value: Any, total: int) -> int:
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
     if value > total:
-        raise ValueError(f"{name}={value} is above the {total} {of} of the data; give at most {total}.")
+        raise ValueError(f"{name}={value} is above the {total} {of}; give at most {total}.")
     return int(value)
 
 
-def _check_budget(budget: int, n_prompts: int, strategy: str) -> None:
-    if strategy in KEEPS_EVERY_PROMPT and budget < n_prompts:
+def _check_budget(budget: Any, n_pairs: int, n_prompts: int, strategy: str) -> None:
+    if strategy in KEEPS_EVERY_PROMPT and n_pairs < n_prompts:
+        given = f"budget={budget}" + (f", which makes {n_pairs}," if isinstance(budget, float) else "")
+        fewer = "breadth" if isinstance(budget, float) else f"breadth={n_pairs}"
         raise ValueError(
-            f"budget={budget} is below the {n_prompts} prompts: strategy={strategy!r} keeps at least one pair of each. "
-            f"Give a budget of at least {n_prompts} pairs, or keep fewer prompts with breadth={budget}."
+            f"{given} is below the {n_prompts} prompts: strategy={strategy!r} keeps at least one pair of each. Give a "
+            f"budget of at least {n_prompts} pairs, or keep fewer prompts with {fewer}."
         )
 
 
-def _without_unusable(kept: Candidates, usable: npt.NDArray[np.bool_], n_pairs: int, config: SelectConfig) -> int:
-    """Names the pairs whose gradient is zero or not finite; returns the budget that the others can fill."""
-    from bpo.data import Skipped
-
+def _report_unusable(kept: Candidates, usable: npt.NDArray[np.bool_], config: SelectConfig) -> None:
+    """Names the pairs whose gradient is zero or not finite."""
     skipped = Skipped()
-    for pair in np.flatnonzero(~usable):
-        prompt = kept.prompt_of_pair[pair]
-        skipped.add("pair whose gradient is zero or not finite", f"row {kept.prompt_rows[prompt]}")
+    for row in kept.pair_rows[~usable]:
+        skipped.add("pair whose gradient is zero or not finite", f"row {row}")
     report_skipped(skipped, config.on_invalid)
     kept.skipped.merge(skipped)
-    return min(n_pairs, int(usable.sum()))
 
 
 def _pair_table(
@@ -252,11 +265,11 @@ def _pair_table(
     columns = {
         "pair": pa.array(np.arange(n)),
         "prompt": pa.array(candidates.prompt_of_pair),
-        "prompt_row": pa.array(candidates.prompt_rows[candidates.prompt_of_pair]),
+        "row": pa.array(candidates.pair_rows),
         "chosen": pa.array(chosen - first_response),
         "rejected": pa.array(rejected - first_response),
-        "score_chosen": pa.array(candidates.scores[chosen], from_pandas=True),
-        "score_rejected": pa.array(candidates.scores[rejected], from_pandas=True),
+        "score_chosen": pa.array(candidates.pair_scores[:, 0], from_pandas=True),
+        "score_rejected": pa.array(candidates.pair_scores[:, 1], from_pandas=True),
         "score_gap": pa.array(candidates.score_gaps, from_pandas=True),
         "length_chosen": pa.nulls(n, pa.int64()) if lengths is None else pa.array(lengths[chosen]),
         "length_rejected": pa.nulls(n, pa.int64()) if lengths is None else pa.array(lengths[rejected]),

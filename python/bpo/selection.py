@@ -38,21 +38,21 @@ class SelectionError(ValueError):
     """A saved selection that cannot be read: not one, of an unknown version, or with a changed file."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Selection:
     """The pairs to train on, and why.
 
     Attributes:
         dataset: ``datasets.Dataset`` for TRL's ``DPOTrainer``: ``prompt``, ``chosen``, ``rejected`` (text or messages,
             as in the data) and the provenance in ``bpo_*`` columns.
-        pairs: ``pyarrow.Table``, one row a candidate pair: ``pair``, ``prompt``, ``prompt_row`` (row of the data),
+        pairs: ``pyarrow.Table``, one row a candidate pair: ``pair``, ``prompt``, ``row`` (of the data),
             ``chosen`` and ``rejected`` (positions among the prompt's responses), ``score_chosen``, ``score_rejected``,
             ``score_gap``, ``length_chosen`` and ``length_rejected`` (tokens), ``logp_chosen``, ``logp_rejected``,
             ``informativeness``, ``cluster``, ``centrality``, ``distance``, ``alignment``, ``usefulness`` (what the
             strategy ranked by, larger first) and ``fate``. What a strategy does not use is null.
         depth: (n,) int64, pairs kept of each prompt.
         strategy: Its name.
-        budget: Pairs asked for.
+        budget: Pairs asked for, as a count.
         seed: Of every random choice.
         config: The settings, as plain values.
         skipped: What of the data could not be used: reason → places.
@@ -115,24 +115,23 @@ class Selection:
         return write_report(self, path)
 
     def save(self, directory: str | os.PathLike[str]) -> Path:
-        """Saves the selection as Parquet and JSON, all of it or nothing.
+        """Saves the selection as Parquet and JSON.
 
-        ``DIRECTORY/dataset`` is what ``trl dpo --dataset_name`` takes.
+        ``DIRECTORY/dataset`` is what ``trl dpo --dataset_name`` takes. Everything is written before the first file of
+        an earlier selection is replaced; other files of the directory stay.
 
         Args:
-            directory: A new or empty directory, or an earlier selection, which is replaced.
+            directory: A new or empty directory, or one with an earlier selection.
 
         Returns:
             The directory.
 
         Raises:
-            FileExistsError: The directory holds something else.
+            FileExistsError: The directory holds something else, or is a file.
         """
-        directory = Path(directory)
-        if directory.exists() and not (directory / _MANIFEST).is_file() and any(directory.iterdir()):
-            raise FileExistsError(f"{directory} is not empty and holds no selection; name another directory.")
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+        directory = check_directory(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=".saving-", dir=directory))
         try:
             (scratch / _DATASET).parent.mkdir()
             self.dataset.to_parquet(str(scratch / _DATASET))
@@ -150,13 +149,12 @@ class Selection:
                 "sha256": {name: _sha256(scratch / name) for name in (_DATASET, _PAIRS)},
             }
             (scratch / _MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-            scratch.chmod(0o755)
-            if directory.exists():
-                shutil.rmtree(directory)
-            scratch.rename(directory)
-        except BaseException:
+            (directory / _DATASET).parent.mkdir(exist_ok=True)
+            # The manifest goes last: with another one, load() refuses files that it was not written with.
+            for name in (_DATASET, _PAIRS, _MANIFEST):
+                (scratch / name).replace(directory / name)
+        finally:
             shutil.rmtree(scratch, ignore_errors=True)
-            raise
         return directory
 
     @classmethod
@@ -176,16 +174,21 @@ class Selection:
             manifest = json.loads((directory / _MANIFEST).read_text(encoding="utf-8"))
         except ValueError as error:
             raise SelectionError(f"{directory / _MANIFEST} is not JSON: {error}") from None
+        if not isinstance(manifest, dict):
+            raise SelectionError(f"{directory / _MANIFEST} holds no manifest.")
         if manifest.get("format") != _FORMAT or manifest.get("format_version") != _FORMAT_VERSION:
             raise SelectionError(
                 f"{directory / _MANIFEST}: format {manifest.get('format')!r} version "
                 f"{manifest.get('format_version')!r} is not {_FORMAT!r} version {_FORMAT_VERSION}, which this bpo "
                 f"{bpo.__version__} reads."
             )
-        for name, expected in manifest["sha256"].items():
-            if name not in (_DATASET, _PAIRS) or not (directory / name).is_file():
+        missing = {"strategy", "budget", "seed", "config", "depth", "skipped", "sha256"} - set(manifest)
+        if missing:
+            raise SelectionError(f"{directory / _MANIFEST} lacks {', '.join(sorted(missing))}.")
+        for name in (_DATASET, _PAIRS):
+            if not (directory / name).is_file():
                 raise SelectionError(f"{directory / name} is missing.")
-            if _sha256(directory / name) != expected:
+            if _sha256(directory / name) != manifest["sha256"].get(name):
                 raise SelectionError(f"{directory / name} was changed after it was saved (its SHA-256 differs).")
         return cls(
             dataset=datasets.Dataset(pq.read_table(directory / _DATASET)),
@@ -197,6 +200,20 @@ class Selection:
             config=manifest["config"],
             skipped=manifest["skipped"],
         )
+
+
+def check_directory(directory: str | os.PathLike[str]) -> Path:
+    """Returns the directory if a selection may be saved there.
+
+    Raises:
+        FileExistsError: It holds something else, or is a file.
+    """
+    directory = Path(directory)
+    if directory.exists() and not directory.is_dir():
+        raise FileExistsError(f"{directory} is a file; name a directory.")
+    if directory.exists() and not (directory / _MANIFEST).is_file() and any(directory.iterdir()):
+        raise FileExistsError(f"{directory} is not empty and holds no selection; name another directory.")
+    return directory
 
 
 def _sha256(path: Path) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
+import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +35,7 @@ RECORD = np.dtype(
 """One response: content hashes, score, log-probabilities, tokens of the response, flags, checksum of row and record."""
 
 NONFINITE = 1
-"""Flag: the gradient or a log-probability is NaN or infinite; its row is stored as zeros."""
+"""Flag: the gradient or a log-probability is NaN, infinite or beyond float32; its row is stored as zeros."""
 ZERO = 2
 """Flag: the gradient is exactly zero."""
 
@@ -42,8 +44,8 @@ _MISMATCH = {
     "model": ("model", "pass the model it was made with"),
     "reference": ("reference model", "pass the reference it was made with"),
     "tokenizer": ("tokenizer or chat template", "pass the tokenizer it was made with"),
-    "features": ("set of differentiated parameters, or seed", "use the same features, lora_rank and seed"),
-    "sketch": ("sketch", "use the same sketch settings and seed"),
+    "features": ("set of differentiated parameters, or seed", "use the same features, lora_rank and sketch_seed"),
+    "sketch": ("sketch", "use the same sketch settings and sketch_seed"),
     "max_length": ("max_length", "use the same max_length"),
     "dtype": ("compute type", "load the model in that type"),
 }
@@ -74,7 +76,6 @@ class GradientStore:
             if shape[0]
             else np.zeros(shape, dtype=np.float32)  # an empty file cannot be mapped
         )
-        self._temporary: tempfile.TemporaryDirectory[str] | None = None
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> GradientStore:
@@ -107,13 +108,19 @@ class GradientStore:
 
 
 class GradientWriter:
-    """A gradient store, open for appending; created where there is none."""
+    """A gradient store to which rows may be added; created where there is none.
 
-    def __init__(self, path: Path, writer: _core.StoreWriter, present: GradientStore | None) -> None:
+    Nothing is locked, or written to an existing store, before the first row is added, so that any number of processes
+    may serve themselves from a finished store, also from a read-only directory.
+    """
+
+    def __init__(self, path: Path, dim: int, fingerprint: dict[str, Any], present: GradientStore | None) -> None:
         self.path = path
-        self._writer = writer
+        self._dim = dim
+        self._fingerprint = fingerprint
         self._present = present
-        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+        self._writer: _core.StoreWriter | None = None
+        self._temporary = False
 
     @classmethod
     def open(
@@ -123,36 +130,31 @@ class GradientWriter:
         fingerprint: dict[str, Any],
         known_response_ids: npt.NDArray[np.uint8],
     ) -> GradientWriter:
-        """Creates a store, or reopens one after checking that it was made with the same things.
+        """Opens a store after checking that it was made with the same things; prepares one where there is none.
 
         Args:
             path: Directory; ``None`` for a temporary one.
             dim: Numbers a row.
             fingerprint: What the rows depend on.
-            known_response_ids: (·, 16) every response of the data; the store may hold no other.
+            known_response_ids: (·, 16) every response of the data. It must contain the store's, or they it: anything
+                else is other data.
 
         Raises:
             StoreMismatchError: Another model, tokenizer, sketch, version or data.
             bpo.StoreError: The directory holds something else.
         """
-        temporary = None
-        if path is None:
-            temporary = tempfile.TemporaryDirectory(prefix="bpo-store-")
-            path = Path(temporary.name) / "store"
-        path = Path(path)
-        if (path / "manifest.json").exists():
-            present = GradientStore(path)
-            _check_fingerprint(path, present.fingerprint, fingerprint)
+        temporary = path is None
+        directory = Path(tempfile.mkdtemp(prefix="bpo-store-") if path is None else path)
+        present = None
+        if (directory / "manifest.json").exists():
+            present = GradientStore(directory)
+            _check_fingerprint(directory, present.fingerprint, fingerprint)
             _check_data(present, known_response_ids)
-            # The writer drops a row that was torn by a crash, so it goes first.
-            writer = _core.StoreWriter.append_to(os.fspath(path))
-        else:
-            if path.exists() and any(path.iterdir()):
-                raise _core.StoreError(f"{path} is not empty and holds no gradient store; name another directory.")
-            present = None
-            path.parent.mkdir(parents=True, exist_ok=True)
-            writer = _core.StoreWriter.create(os.fspath(path), dim, json.dumps(fingerprint))
-        opened = cls(path, writer, present)
+        elif directory.exists() and not (
+            directory.is_dir() and {path.name for path in directory.iterdir()} <= {"lock"}
+        ):
+            raise _core.StoreError(f"{directory} is no empty directory and no gradient store; name another directory.")
+        opened = cls(directory, dim, fingerprint, present)
         opened._temporary = temporary
         return opened
 
@@ -183,12 +185,25 @@ class GradientWriter:
         records["ref_logp"] = ref_logps
         records["length"] = lengths
         records["flags"] = flags
+        if self._writer is None:
+            self._writer = self._open_writer()
         self._writer.append(sketches, records)
+
+    def _open_writer(self) -> _core.StoreWriter:
+        if self._present is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            return _core.StoreWriter.create(os.fspath(self.path), self._dim, json.dumps(self._fingerprint))
+        writer = _core.StoreWriter.append_to(os.fspath(self.path))
+        if len(writer) != len(self._present):
+            writer.close()
+            raise _core.StoreError(f"{self.path}: another process added rows just now; run again to go on from there.")
+        return writer
 
     def reopen(self) -> GradientStore:
         """Opens for reading what was written; a temporary store lives as long as the returned object."""
         store = GradientStore(self.path)
-        store._temporary = self._temporary
+        if self._temporary:
+            weakref.finalize(store, shutil.rmtree, self.path, ignore_errors=True)
         return store
 
     def __enter__(self) -> GradientWriter:
@@ -197,7 +212,10 @@ class GradientWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()
+        if kind is not None and self._temporary:
+            shutil.rmtree(self.path, ignore_errors=True)
 
 
 def _check_fingerprint(path: Path, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -215,13 +233,13 @@ def _brief(value: Any) -> str:
 
 
 def _check_data(present: GradientStore, known_response_ids: npt.NDArray[np.uint8]) -> None:
+    stored = {identifier.tobytes() for identifier in present.records["response_id"]}
     known = {identifier.tobytes() for identifier in known_response_ids}
-    foreign = [
-        row for row, identifier in enumerate(present.records["response_id"]) if identifier.tobytes() not in known
-    ]
-    if foreign:
-        raise StoreMismatchError(
-            f"The gradient store {present.path} was made with other data: {len(foreign)} of its {len(present)} "
-            f"responses are not in this data set (the first is row {foreign[0]} of the store). Name another store "
-            "directory, or pass the data it was made with; rows may be added to that, not taken away."
-        )
+    if stored <= known or known <= stored:
+        return
+    foreign = next(row for row, key in enumerate(present.records["response_id"]) if key.tobytes() not in known)
+    raise StoreMismatchError(
+        f"The gradient store {present.path} was made with other data: {len(stored - known)} of its {len(stored)} "
+        f"responses are not in this data set (the first is row {foreign} of the store), and {len(known - stored)} of "
+        "the data set are not in it. Name another store directory, or pass the data it was made with, or more of it."
+    )

@@ -111,22 +111,13 @@ def random(candidacy: Candidacy) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.
 
 
 def margin(candidacy: Candidacy) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.float64]]:
-    """The largest score gaps overall (the external margin of arXiv 2502.14560); ties go to the earlier pair.
-
-    Raises:
-        ValueError: Pairs without scores.
-    """
+    """The largest score gaps overall (the external margin of arXiv 2502.14560); ties go to the earlier pair."""
     index = np.flatnonzero(candidacy.eligible)
-    gaps = candidacy.score_gaps[index]
-    if np.isnan(gaps).any():
-        raise ValueError(
-            f"strategy='margin' needs scores, but {int(np.isnan(gaps).sum())} of {len(gaps)} pairs have none. Give the "
-            "columns score_chosen and score_rejected, or scored responses."
-        )
-    return _largest(candidacy, index, gaps)
+    return _largest(candidacy, index, candidacy.score_gaps[index])
 
 
 STRATEGIES: dict[Strategy, Choice] = {"bpo": bpo, "uniform": uniform, "random": random, "margin": margin}
+NEEDS_SCORES: frozenset[Strategy] = frozenset({"margin"})
 NEEDS_GRADIENTS: frozenset[Strategy] = frozenset({"bpo"})
 KEEPS_EVERY_PROMPT: frozenset[Strategy] = frozenset({"bpo", "uniform"})
 """Strategies that give each kept prompt at least one pair, so their budget is at least the number of prompts."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from typing import TYPE_CHECKING, Any
 
+import jinja2
 import numpy as np
 
-from bpo.data import Candidates, Skipped, Text, report_skipped
+from bpo.data import Candidates, Skipped, Text, report_skipped, warn
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -27,10 +27,12 @@ class TokenizedResponses:
         truncated: How many responses were cut at their end.
         moved_boundaries: How many prompts are no token prefix of prompt + response; as in TRL their response starts
             where the two part.
+        max_length: The window to which sequences were cut.
     """
 
     ids: list[list[int]]
     prompt_lengths: npt.NDArray[np.int64]
+    max_length: int
     truncated: int
     moved_boundaries: int
 
@@ -76,8 +78,9 @@ def tokenize_responses(
     """Tokenizes every response behind its prompt, as TRL 1.x does for the same rows.
 
     Conversations go through the chat template; plain text gets the end token. A response starts where the tokens of
-    the prompt alone and of prompt + response part, the earliest such place over the responses of a prompt. Sequences
-    are cut to ``max_length`` from the start (``truncation_mode="keep_start"``).
+    the prompt alone and of prompt + response part, the earliest such place over the responses of a prompt (TRL takes
+    the earliest over the two of a pair, which differs only where tokens merge across the boundary). Sequences are cut
+    to ``max_length`` from the start (``truncation_mode="keep_start"``).
 
     Args:
         candidates: Prompts and responses.
@@ -99,28 +102,28 @@ def tokenize_responses(
     truncated = moved = row = 0
     per_prompt = np.bincount(candidates.prompt_of_response, minlength=len(candidates.prompts))
     for index, prompt in enumerate(candidates.prompts):
-        prompt_ids = _ids(processing_class, prompt, add_generation_prompt=True)
+        data_row = int(candidates.prompt_rows[index])
+        prompt_ids = _ids(processing_class, prompt, data_row, add_generation_prompt=True)
         sequences = [
-            _ids(processing_class, _joined(prompt, response, processing_class.eos_token))
+            _ids(processing_class, _joined(prompt, response, processing_class.eos_token), data_row)
             for response in candidates.responses[row : row + per_prompt[index]]
         ]
         boundary = min(_common_prefix_length(prompt_ids, sequence) for sequence in sequences)
         moved += boundary < len(prompt_ids)
         if boundary >= max_length:
             fits[index] = False
-            place = f"row {candidates.prompt_rows[index]}, {boundary} tokens"
+            place = f"row {data_row}, {boundary} tokens"
             skipped.add(f"prompt fills the window of {max_length} tokens", place)
         truncated += sum(len(sequence) > max_length for sequence in sequences) if fits[index] else 0
         all_ids.extend(sequence[:max_length] for sequence in sequences)
         prompt_lengths[row : row + len(sequences)] = min(boundary, max_length)
         row += len(sequences)
     if moved:
-        warnings.warn(
+        warn(
             f"{moved} of {len(candidates.prompts)} tokenized prompts are not a prefix of prompt + response; as in TRL, "
-            "their response starts where the two part. End prompts on a token boundary to avoid it.",
-            stacklevel=2,
+            "their response starts where the two part. End prompts on a token boundary to avoid it."
         )
-    return TokenizedResponses(all_ids, prompt_lengths, truncated, moved), fits, skipped
+    return TokenizedResponses(all_ids, prompt_lengths, max_length, truncated, moved), fits, skipped
 
 
 def tokenize_candidates(
@@ -148,9 +151,13 @@ def _joined(prompt: Text, response: Text, end: str) -> Text:
     return prompt + response
 
 
-def _ids(processing_class: PreTrainedTokenizerBase, text: Any, **template: Any) -> list[int]:
+def _ids(processing_class: PreTrainedTokenizerBase, text: Text, row: int, **template: Any) -> list[int]:
     if isinstance(text, list):
-        encoded = processing_class.apply_chat_template(text, tokenize=True, return_dict=True, **template)
+        try:
+            encoded = processing_class.apply_chat_template(text, tokenize=True, return_dict=True, **template)
+        except jinja2.TemplateError as error:
+            roles = [message["role"] for message in text]
+            raise ValueError(f"Row {row}: the chat template refuses the roles {roles}: {error}") from error
         return list(encoded["input_ids"])
     return list(processing_class(text=text)["input_ids"])
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+from transformers import AutoModelForCausalLM
 from trl import DPOConfig, DPOTrainer
 
 from bpo.config import SelectConfig
+from bpo.models import check_path, load_tokenizer, naming
 from bpo.pipeline import select
 
 
@@ -21,7 +25,8 @@ class BPOConfig(DPOConfig):  # type: ignore[misc]
         breadth: Prompts to keep, likewise; None for all.
         strategy: Name of the strategy.
         store: Directory of the gradient store; None for a temporary one.
-        select_config: Fields of :class:`bpo.SelectConfig`, as a mapping or as an object.
+        select_config: Fields of :class:`bpo.SelectConfig`, as a mapping or as an object, but for those that
+            ``DPOConfig`` has, too.
 
     Example:
         >>> import bpo
@@ -47,20 +52,37 @@ class BPOConfig(DPOConfig):  # type: ignore[misc]
         if isinstance(self.select_config, SelectConfig):
             if self.select_config.ref_model is not None:
                 raise ValueError("Pass ref_model to BPOTrainer instead of putting it into select_config.")
-            self.select_config = self.select_config.to_dict()
+            # What was left at its default must not stand against the field of the same name here.
+            defaults = SelectConfig().to_dict()
+            fields = self.select_config.to_dict()
+            self.select_config = {name: value for name, value in fields.items() if value != defaults[name]}
+
+
+# What would change the gradients of the loss in training but not in the selection.
+_UNSUPPORTED = {
+    "label_smoothing": 0.0,
+    "f_divergence_type": "reverse_kl",
+    "ld_alpha": None,
+    "use_weighting": False,
+    "truncation_mode": "keep_start",
+}
 
 
 class BPOTrainer(DPOTrainer):  # type: ignore[misc]
     """A ``DPOTrainer`` that first selects its training pairs with :func:`bpo.select`.
 
     All arguments are those of TRL's ``DPOTrainer``; ``train_dataset`` is any format that :func:`bpo.select` takes, and
-    ``args`` is a :class:`BPOConfig` with a budget.
+    ``args`` is a :class:`BPOConfig` with a budget. The gradients are those of a fresh adapter on every linear layer, of
+    the rank of ``peft_config`` where one is given, or of the adapter that the model has. With several processes the
+    first fills the store and the others read it, so a ``store`` on a shared disk is required.
 
     Attributes:
         selection: The :class:`bpo.Selection` that is trained on.
 
     Raises:
-        ValueError: No budget, or whatever :func:`bpo.select` refuses.
+        ValueError: No budget, a setting of the loss that selection does not know, or whatever :func:`bpo.select`
+            refuses.
+        TypeError: A reference given by path.
     """
 
     _tag_names = ("trl", "dpo", "bpo")
@@ -79,30 +101,31 @@ class BPOTrainer(DPOTrainer):  # type: ignore[misc]
     ) -> None:
         if not isinstance(args, BPOConfig) or args.budget is None:
             raise ValueError("BPOTrainer needs args=bpo.BPOConfig(budget=...): how many pairs to keep.")
-        if len(args.loss_type) != 1:
-            raise ValueError(f"BPOTrainer selects for one loss, got loss_type={args.loss_type}.")
-        if args.max_length is None:
-            raise ValueError("BPOTrainer needs max_length, since selection truncates as training does.")
-        settings = {
-            **_mapping(args.select_config),
-            "beta": args.beta,
-            "loss_type": args.loss_type[0],
-            "max_length": args.max_length,
-            "ref_model": ref_model,
-            "trust_remote_code": args.trust_remote_code,
-        }
-        self.selection = select(
-            model,
-            train_dataset,
-            budget=_count_or_fraction(args.budget),
-            breadth=None if args.breadth is None else _count_or_fraction(args.breadth),
-            processing_class=processing_class,
-            strategy=args.strategy,  # type: ignore[arg-type]
-            store=args.store,
-            config=SelectConfig.from_dict(settings),
-            seed=args.seed,
-            progress=not args.disable_tqdm,
-        )
+        if isinstance(ref_model, (str, Path)):
+            raise TypeError("ref_model must be a model object, as in TRL's DPOTrainer.")
+        settings = _select_settings(args, ref_model, kwargs.get("peft_config"))
+        processing_class = load_tokenizer(model, processing_class, settings)
+        if eval_dataset is not None and not {"chosen", "rejected"} <= set(getattr(eval_dataset, "column_names", [])):
+            # Scored responses: every pair of them is evaluated.
+            eval_dataset = select(None, eval_dataset, budget=1.0, strategy="random", progress=False).dataset
+        state = PartialState()
+        if state.num_processes > 1 and args.store is None:
+            raise ValueError(
+                "With several processes BPOTrainer needs BPOConfig.store, a directory that all of them see."
+            )
+        with state.main_process_first():
+            self.selection = select(
+                _load(model, args),
+                train_dataset,
+                budget=_count_or_fraction(args.budget),
+                breadth=None if args.breadth is None else _count_or_fraction(args.breadth),
+                processing_class=processing_class,
+                strategy=args.strategy,  # type: ignore[arg-type]
+                store=args.store,
+                config=settings,
+                seed=args.seed,
+                progress=not args.disable_tqdm and state.is_main_process,
+            )
         super().__init__(
             model,
             ref_model,
@@ -115,13 +138,45 @@ class BPOTrainer(DPOTrainer):  # type: ignore[misc]
         )
 
 
+def _select_settings(args: BPOConfig, ref_model: Any, peft_config: Any) -> SelectConfig:
+    """Brings together the settings of training and of selection, which must agree."""
+    for name, supported in _UNSUPPORTED.items():
+        if getattr(args, name, supported) != supported:
+            raise ValueError(
+                f"BPOTrainer selects for {name}={supported!r} only, got {getattr(args, name)!r}. Select with bpo.select"
+                " and train with TRL's DPOTrainer if the difference does not matter to you."
+            )
+    if len(args.loss_type) != 1:
+        raise ValueError(f"BPOTrainer selects for one loss, got loss_type={args.loss_type}.")
+    if args.max_length is None:
+        raise ValueError("BPOTrainer needs max_length, since selection truncates as training does.")
+    given = json.loads(args.select_config) if isinstance(args.select_config, str) else dict(args.select_config or {})
+    shared = {"beta": args.beta, "loss_type": args.loss_type[0], "max_length": args.max_length}
+    for name, value in shared.items():
+        if given.get(name, value) != value:
+            raise ValueError(
+                f"select_config has {name}={given[name]!r}, but BPOConfig has {value!r}; set it there only."
+            )
+    if hasattr(peft_config, "r"):
+        given.setdefault("lora_rank", peft_config.r)
+    given["trust_remote_code"] = args.trust_remote_code
+    return SelectConfig.from_dict({**given, **shared, "ref_model": ref_model})
+
+
+def _load(model: Any, args: BPOConfig) -> Any:
+    """Loads a model given by path as TRL will: with ``model_init_kwargs``, in float32 unless they say otherwise."""
+    if not isinstance(model, str):
+        return model
+    settings: dict[str, Any] = {"dtype": "float32", "trust_remote_code": args.trust_remote_code}
+    if isinstance(args.model_init_kwargs, dict):
+        settings.update(args.model_init_kwargs)
+    check_path(model)
+    with naming(model):
+        return AutoModelForCausalLM.from_pretrained(model, **settings).to(args.device)
+
+
 def _count_or_fraction(value: float) -> int | float:
     """A command line gives every number as a float: above 1 it is a count."""
     if value > 1 and value != int(value):
         raise ValueError(f"{value} is neither a whole number nor a fraction of at most 1.0.")
     return int(value) if value > 1 or isinstance(value, int) else value
-
-
-def _mapping(value: dict[str, Any] | str | None) -> dict[str, Any]:
-    """A command line gives a mapping as JSON."""
-    return json.loads(value) if isinstance(value, str) else (value or {})

@@ -1,3 +1,4 @@
+import gzip
 import math
 import warnings
 
@@ -31,6 +32,8 @@ def simple(candidates):
         ({"prompt": USER, "chosen": BLUE, "rejected": GREEN}, USER, BLUE, GREEN),
         ({"prompt": USER, "chosen": "Blue.", "rejected": "Green."}, USER, BLUE, GREEN),
         ({"chosen": USER + BLUE, "rejected": USER + GREEN}, USER, BLUE, GREEN),
+        ({"prompt": USER, "chosen": USER + BLUE, "rejected": USER + GREEN}, USER, BLUE, GREEN),
+        ({"prompt": "Sky?", "chosen": BLUE, "rejected": GREEN}, USER, BLUE, GREEN),
         ({"prompt": "Sky?", "chosen": USER + BLUE, "rejected": USER + GREEN}, USER, BLUE, GREEN),
         (
             {"prompt": "Sky?", "responses": [" Green.", " Blue."], "scores": [0.1, 0.9]},
@@ -64,10 +67,30 @@ def test_every_accepted_format(row, prompt, chosen, rejected):
         assert simple(read_candidates(dataset)) == ([prompt], [(chosen, rejected)])
 
 
-def test_a_file_of_rows(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    datasets.Dataset.from_list([{"prompt": "Sky?", "responses": ["a", "b"], "scores": [1.0, 0.0]}]).to_json(path)
-    assert simple(read_candidates(str(path))) == (["Sky?"], [("a", "b")])
+def test_every_kind_of_file_and_directory(tmp_path):
+    dataset = datasets.Dataset.from_list([{"prompt": "Sky?", "responses": ["a", "b"], "scores": [1.0, 0.0]}])
+    dataset.to_json(tmp_path / "rows.jsonl")
+    with gzip.open(tmp_path / "rows.JSONL.gz", "wb") as file:
+        file.write((tmp_path / "rows.jsonl").read_bytes())
+    (tmp_path / "directory").mkdir()
+    dataset.to_parquet(tmp_path / "directory" / "rows.parquet")
+    dataset.save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict(train=dataset).save_to_disk(tmp_path / "splits")
+    for name in ("rows.jsonl", "rows.JSONL.gz", "directory", "directory/rows.parquet", "saved", "splits"):
+        assert simple(read_candidates(tmp_path / name)) == (["Sky?"], [("a", "b")]), name
+    assert simple(read_candidates(datasets.DatasetDict(train=dataset))) == (["Sky?"], [("a", "b")])
+    assert simple(read_candidates(dataset.with_format("numpy"))) == (["Sky?"], [("a", "b")])
+    assert simple(read_candidates(dataset.with_format("torch", columns=["scores"]))) == (["Sky?"], [("a", "b")])
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("bad.jsonl", "{"), ("empty.jsonl", ""), ("bad.parquet", "PAR"), ("rows.txt", "text")],
+)
+def test_files_that_cannot_be_read_are_named(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=f"{name}: cannot be read"):
+        read_candidates(tmp_path / name)
 
 
 def test_rows_group_by_exact_prompt_and_share_responses():
@@ -118,6 +141,18 @@ def test_message_keys_that_arrow_fills_with_none_are_dropped():
         ([{"prompt": "p", "responses": ["a", "b"]}], "must be a {text, score} record"),
         ([{"prompt": 3, "responses": ["a", "b"], "scores": [1, 2]}], "Row 0, column 'prompt'"),
         ([{"prompt": "p", "chosen": "a", "rejected": "a"}], "chosen equals rejected"),
+        ([None], "Row 0 is NoneType None"),
+        ([{"prompt": "p", "responses": ["a", "b"], "scores": [1, 2]}, 7], "Row 1 is int 7"),
+        (
+            [
+                {"prompt": "p", "responses": ["a", "b"], "scores": [1, 2]},
+                {"prompt": USER, "responses": ["a", "b"], "scores": [1, 2]},
+            ],
+            "Row 1: the prompt is chat messages, but earlier rows hold plain text",
+        ),
+        ([{"prompt": "p", "responses": ["a", BLUE], "scores": [1, 2]}], "response 1 holds chat messages"),
+        ([{"prompt": [{"role": "user", "content": None}], "responses": ["a"], "scores": [1]}], "no text content"),
+        ([{"prompt": "p", "chosen": "a", "rejected": BLUE}], "must both be text or both be messages"),
         ([{"prompt": "p", "chosen": "a", "rejected": "b", "score_chosen": 1.0}], "not its counterpart"),
         ([{"prompt": "p", "chosen": "a", "rejected": "b", "images": [1]}], "'images' is not supported"),
     ],
@@ -129,10 +164,28 @@ def test_bad_data_is_refused_with_what_to_do(dataset, expected):
     assert expected in str(error.value)
 
 
-def test_mixed_prompts_are_refused():
+def test_streaming_is_refused():
     rows = datasets.IterableDataset.from_generator(lambda: iter([{}]))
     with pytest.raises(ValueError, match="streaming"):
         read_candidates(rows)
+
+
+def test_scores_stay_with_their_pair_and_pairs_with_their_row():
+    """A response that two judges scored differently in two rows."""
+    rows = [
+        {"prompt": "p", "chosen": "a", "rejected": "b", "score_chosen": 5.0, "score_rejected": 1.0},
+        {"prompt": "q", "chosen": "a", "rejected": "b", "score_chosen": 2.0, "score_rejected": 1.0},
+        {"prompt": "p", "chosen": "c", "rejected": "a", "score_chosen": 3.0, "score_rejected": 2.0},
+    ]
+    candidates = read_candidates(rows)
+    assert candidates.pair_scores.tolist() == [[5, 1], [3, 2], [2, 1]]
+    assert candidates.pair_rows.tolist() == [0, 2, 1]
+
+
+def test_contradictions_are_named():
+    rows = [{"prompt": "p", "chosen": "a", "rejected": "b"}, {"prompt": "p", "chosen": "b", "rejected": "a"}]
+    with pytest.warns(InvalidDataWarning, match=r"contradicts an earlier pair \(row 1, against row 0\)"):
+        assert len(read_candidates(rows).pairs) == 1
 
 
 def test_missing_path():
@@ -142,7 +195,7 @@ def test_missing_path():
 
 def test_unusable_rows_are_counted_and_named():
     rows = [
-        {"prompt": "good", "responses": ["a", "b", "a", ""], "scores": [1.0, 0.0, 0.5, 0.2]},
+        {"prompt": "good", "responses": ["a", "b", "a", "", "b"], "scores": [1.0, 0.0, 1.0, 0.2, 0.7]},
         {"prompt": "one", "responses": ["a"], "scores": [1.0]},
         {"prompt": "equal", "responses": ["a", "b"], "scores": [2.0, 2.0]},
         {"prompt": "nan", "responses": ["a", "b", "c"], "scores": [math.nan, 1.0, 2.0]},
@@ -154,6 +207,7 @@ def test_unusable_rows_are_counted_and_named():
     assert candidates.skipped.places == {
         "duplicate response of the same prompt": ["row 0, response 2"],
         "empty response": ["row 0, response 3"],
+        "duplicate response with another score than before": ["row 0, response 4"],
         "score missing, NaN or infinite": ["row 3, response 0", "row 4, response 0"],
         "prompt with fewer than two usable responses": ["row 1", "row 4"],
         "prompt whose responses all have equal scores": ["row 2"],

@@ -1,5 +1,7 @@
 """Per-sample gradients against autograd, one sample at a time."""
 
+import gc
+
 import numpy as np
 import pytest
 import torch
@@ -47,7 +49,7 @@ def relative_error(left, right):
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2, lambda t: tiny_llama(t, tie_word_embeddings=True)])
 def test_full_parameters(tokenizer, tokenized, make):
     model = make(tokenizer)
-    features = choose_features(model, SelectConfig(features="full"), 0)
+    features = choose_features(model, SelectConfig(features="full"))
     assert features.dim == sum(parameter.numel() for parameter in model.parameters())
     rows = np.arange(len(tokenized.ids))
     gradients, _ = hooked(model, features, tokenized, rows)
@@ -78,13 +80,13 @@ def test_fresh_adapter_equals_the_b_gradients_of_pefts(tokenizer, tokenized, mak
 
 def test_trained_adapter_gives_a_and_b_and_a_fresh_one_only_b(tokenizer, tokenized):
     model = get_peft_model(tiny_llama(tokenizer), LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.5))
-    fresh = choose_features(model, SelectConfig(), 0)
+    fresh = choose_features(model, SelectConfig())
     assert all(".lora_B." in name for name in fresh.slots)
     torch.manual_seed(1)
     for name, parameter in model.named_parameters():
         if ".lora_B." in name:
             parameter.data.normal_(std=0.1)
-    features = choose_features(model, SelectConfig(), 0)
+    features = choose_features(model, SelectConfig())
     assert features.dim == sum(p.numel() for p in model.parameters() if p.requires_grad)
     rows = np.array([0, 5, 7])
     gradients, _ = hooked(model, features, tokenized, rows)
@@ -121,7 +123,7 @@ def test_the_model_is_left_as_it_was(tokenizer, tokenized):
 def test_pair_gradient_of_sketches_is_the_sketch_of_the_dpo_gradient(tokenizer, tokenized):
     """a·h_w + b·h_l equals the sketch of autograd through DPO's loss, for a policy that is not its own reference."""
     model, beta = tiny_llama(tokenizer), 0.3
-    features = choose_features(model, SelectConfig(features="full"), 0)
+    features = choose_features(model, SelectConfig(features="full"))
     names = list(features.slots)
     gradients, logps = hooked(model, features, tokenized, np.arange(12))
     reference = logps.numpy() + np.random.default_rng(0).normal(size=12).astype(np.float32)
@@ -212,7 +214,7 @@ def test_parameters_used_outside_their_module_are_refused(tokenizer, tokenized):
         return output
 
     model.model.forward = forward
-    features = choose_features(model, SelectConfig(features="full"), 0)
+    features = choose_features(model, SelectConfig(features="full"))
     with inference_state(model), pytest.raises(UnsupportedModelError, match=r"model\.norm\.weight"):
         features.self_check(tokenized, 0)
 
@@ -224,10 +226,10 @@ def test_adapters_that_are_not_lora_are_refused(tokenizer):
         tiny_llama(tokenizer), IA3Config(target_modules=["k_proj"], feedforward_modules=[], task_type="CAUSAL_LM")
     )
     with pytest.raises(UnsupportedModelError, match="IA3"):
-        choose_features(model, SelectConfig(), 0)
+        choose_features(model, SelectConfig())
     dora = get_peft_model(tiny_llama(tokenizer), LoraConfig(use_dora=True, target_modules="all-linear"))
     with pytest.raises(UnsupportedModelError, match="DoRA"):
-        choose_features(dora, SelectConfig(), 0)
+        choose_features(dora, SelectConfig())
 
 
 def test_reference_model_changes_the_log_ratios_only(tokenizer):
@@ -254,6 +256,70 @@ def test_reference_model_changes_the_log_ratios_only(tokenizer):
 def _order(store, candidates):
     """For each row of a store, the index of its response."""
     return np.argsort(store.rows_of(candidates.response_ids))
+
+
+def test_scaled_embeddings_are_exact(tokenizer, tokenized):
+    """Gemma multiplies its embeddings: a subclass that must not be taken for a plain lookup."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    torch.manual_seed(0)
+    model = Gemma2ForCausalLM(
+        Gemma2Config(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            initializer_range=0.2,
+        )
+    ).eval()
+    features = choose_features(model, SelectConfig(features="full"))
+    gradients, _ = hooked(model, features, tokenized, np.array([0, 5]))
+    for index, row in enumerate([0, 5]):
+        assert relative_error(gradients[index], autograd(model, features.slots, tokenized, row)) < 1e-5
+
+
+def test_experts_outside_linear_layers_are_pointed_out(tokenizer):
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    model = MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            num_local_experts=4,
+        )
+    )
+    with pytest.warns(UserWarning, match="of the weights are outside linear layers, such as .*experts"):
+        collect_gradients(model, scored_rows(1, 2), processing_class=tokenizer, progress=False)
+
+
+def test_a_merged_or_disabled_adapter_is_refused(tokenizer):
+    model = get_peft_model(tiny_llama(tokenizer), LoraConfig(r=2, target_modules=["q_proj"]))
+    model.merge_adapter()
+    with pytest.raises(UnsupportedModelError, match="merged or disabled"):
+        choose_features(model, SelectConfig())
+
+
+def test_a_tokenizer_of_another_model_is_refused(tokenizer):
+    model = tiny_llama(tokenizer, vocab_size=50)
+    with pytest.raises(ValueError, match=r"token \d+, but LlamaForCausalLM has embeddings for 50 tokens only"):
+        collect_gradients(model, scored_rows(1, 2), processing_class=tokenizer, progress=False)
+
+
+def test_a_temporary_store_goes_with_its_object(tokenizer):
+    model = tiny_llama(tokenizer)
+    store = collect_gradients(model, scored_rows(1, 2), processing_class=tokenizer, progress=False)
+    path = store.path
+    assert path.exists()
+    del store
+    gc.collect()
+    assert not path.exists()
 
 
 def test_parameters_names_every_slot_once(tokenizer):

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +63,47 @@ def test_gradients_are_exact(policy):
         logp = completion_logps(wrapped, tokenized, batch[index : index + 1], padding_id(tokenizer))
         exact = torch.cat([g.flatten() for g in torch.autograd.grad(logp.sum(), parameters)])
         assert float((gradients[index] - exact).norm() / exact.norm()) < 1e-5
+
+
+def test_sketch_error_on_real_pair_gradients(policy):
+    """RMS error of the cosines of real DPO pair gradients, against the figures that the sketch was chosen by."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from bpo import _core
+    from bpo.gradients import FreshAdapter, sum_gradients
+    from bpo.models import inference_state
+    from bpo.tokens import padding_id, tokenize_responses
+
+    tokenizer = AutoTokenizer.from_pretrained(policy)
+    model = AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", bpo.InvalidDataWarning)
+        candidates = bpo.read_candidates(rows(4), max_pairs_per_prompt=3)
+    used = np.unique(candidates.pairs)
+    tokenized = tokenize_responses(candidates, tokenizer, 1024)[0]
+    features = FreshAdapter(model, rank=8, seed=0)
+    gradients = torch.zeros(len(candidates.responses), features.dim)
+
+    with inference_state(model):
+        for row in used:
+
+            def keep(offset, values, samples, row=row):
+                gradients[row, offset : offset + values.shape[1]] += values[0]
+
+            sum_gradients(model, features, tokenized, np.array([row]), padding_id(tokenizer), keep)
+    differences = (gradients[candidates.pairs[:, 0]] - gradients[candidates.pairs[:, 1]]).numpy()
+    assert differences.shape == (12, 1_244_160)
+    off_diagonal = ~np.eye(12, dtype=bool)
+
+    def cosines(vectors):
+        unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+        return (unit @ unit.T)[off_diagonal]
+
+    exact = cosines(differences)
+    for dim, expected in ((256, 0.0599), (1024, 0.0307), (4096, 0.0152)):
+        errors = [cosines(_core.Sketcher(dim, seed=seed).sketch(differences)) - exact for seed in range(30)]
+        assert np.sqrt(np.mean(np.square(errors))) == pytest.approx(expected, rel=0.15)
+        assert abs(np.mean(errors)) < 3 * expected / np.sqrt(30)  # unbiased
 
 
 def test_select_end_to_end(policy, tmp_path):

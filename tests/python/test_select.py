@@ -85,8 +85,9 @@ def test_farthest_is_less_central_than_nearest(select, rows):
 @pytest.mark.parametrize("strategy", list(STRATEGIES))
 def test_max_depth_caps_a_prompt(select, rows, strategy):
     config = SelectConfig(sketch_dim=128, max_depth=2)
-    selection = select(rows, budget=60, strategy=strategy, config=config)
-    assert selection.depth.max() == 2 and len(selection) == 20
+    with pytest.warns(UserWarning, match="20 pairs are kept of the 60 asked for: max_depth=2"):
+        selection = select(rows, budget=60, strategy=strategy, config=config)
+    assert selection.depth.max() == 2 and len(selection) == 20 and selection.budget == 60
 
 
 @pytest.mark.parametrize("strategy", list(STRATEGIES))
@@ -126,8 +127,14 @@ def test_full_parameters_and_a_trained_adapter(select, rows, tokenizer):
 
     full = select(rows, budget=20, config=SelectConfig(sketch_dim=128, features="full"))
     wrapped = get_peft_model(tiny_llama(tokenizer), LoraConfig(r=2, target_modules="all-linear"))
-    adapted = select(rows, budget=20, model=wrapped)
-    assert len(full) == len(adapted) == 20
+    fresh = select(rows, budget=20, model=wrapped)
+    for name, parameter in wrapped.named_parameters():
+        if ".lora_B." in name:
+            parameter.data.fill_(0.05)
+    trained = select(rows, budget=20, model=wrapped)
+    assert len(full) == len(fresh) == len(trained) == 20
+    means = [np.mean(selection.pairs["informativeness"].to_numpy()) for selection in (full, fresh, trained)]
+    assert means[0] > means[2] > 0 and means[1] != means[2]
 
 
 def test_preference_rows_keep_their_pairs(select):
@@ -178,13 +185,18 @@ def test_breadth_then_all_prompts_from_one_store(select, rows, tmp_path):
         ({"budget": 9, "strategy": "uniform"}, "below the 10 prompts"),
         ({"budget": 101}, "budget=101 is above the 100 candidate pairs"),
         ({"budget": 41, "breadth": 4}, "budget=41 is above the 40 candidate pairs"),
+        ({"budget": 0.05, "breadth": 0.9}, r"budget=0.05, which makes 4, is below the 9 prompts"),
+        ({"budget": 20, "config": 3}, "config must be a bpo.SelectConfig"),
+        ({"budget": 20, "config": {"colour": 1}}, "no field colour"),
+        ({"budget": 20, "model": 3}, "model must be a path"),
+        ({"budget": 20, "processing_class": 3}, "processing_class must be a tokenizer"),
         ({"budget": 0}, "at least 1"),
         ({"budget": -3}, "at least 1"),
         ({"budget": 1.5}, "neither a whole number nor a fraction"),
         ({"budget": float("nan")}, "neither a whole number nor a fraction"),
         ({"budget": "20"}, "must be a whole number or a fraction, got '20'"),
         ({"budget": True}, "must be a whole number or a fraction"),
-        ({"budget": 0.01}, "budget=1 is below the 10 prompts"),
+        ({"budget": 0.01}, "budget=0.01, which makes 1, is below the 10 prompts"),
         ({"budget": 20, "breadth": 11}, "breadth=11 is above the 10 usable prompts"),
         ({"budget": 20, "strategy": "best"}, "strategy must be one of"),
         ({"budget": 20, "seed": -1}, "seed must be"),
@@ -194,9 +206,8 @@ def test_breadth_then_all_prompts_from_one_store(select, rows, tmp_path):
     ],
 )
 def test_bad_arguments_are_refused(select, rows, arguments, expected, model, monkeypatch):
-    if "breadth" not in arguments:
-        monkeypatch.setattr(type(model), "forward", None)  # before any model runs
-    with pytest.raises((ValueError, OSError), match=f"(?s){expected}"):
+    monkeypatch.setattr(type(model), "forward", None)  # before any model runs
+    with pytest.raises((ValueError, TypeError, OSError), match=f"(?s){expected}"):
         select(rows, **arguments)
 
 
@@ -231,6 +242,75 @@ def test_a_model_without_gradients_is_refused(select, rows, tokenizer):
         select(rows, budget=20, model=dead)
 
 
+def test_one_bad_response_costs_its_own_pairs_only(select, rows, tokenizer):
+    """A token whose embedding is NaN, in one response: its pairs are named and the others selected."""
+    bad = tiny_llama(tokenizer)
+    rows[2]["responses"][1] = " moon zzz"
+    token = tokenizer("zzz")["input_ids"][0]
+    assert not any(token in tokenizer(text)["input_ids"] for row in scored_rows() for text in row["responses"])
+    bad.model.embed_tokens.weight.data[token] = float("nan")
+    with pytest.warns(InvalidDataWarning, match=r"4 × pair whose gradient is zero or not finite \(row 2; row 2"):
+        selection = select(rows, budget=30, model=bad)
+    assert len(selection) == 30
+    assert selection.fates() == {"selected": 30, "depth": 66, "breadth": 0, "unusable": 4}
+
+
+def test_pairs_name_their_row(select):
+    rows = [{"prompt": f"p{i % 2}", "chosen": f" yes {i}", "rejected": f" no {i}"} for i in range(4)]
+    assert select(rows, budget=1.0).pairs["row"].to_pylist() == [0, 2, 1, 3]
+
+
+def test_seeds_share_a_store(select, rows, tmp_path):
+    for seed in (0, 1):
+        select(rows, budget=20, store=tmp_path / "store", seed=seed)
+    assert len(bpo.GradientStore.open(tmp_path / "store")) == 50
+
+
+def test_an_adapter_by_path_knows_its_window(tokenizer, model_path, tmp_path, rows):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(model_path)
+    get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+    rows[0]["responses"][0] = "red " * 400
+    selection = bpo.select(
+        str(tmp_path / "adapter"), rows, budget=10, processing_class=tokenizer, config=CONFIG, progress=False
+    )
+    longest = max(selection.pairs["length_chosen"].to_pylist() + selection.pairs["length_rejected"].to_pylist())
+    assert 200 < longest < 256
+
+
+def test_the_model_and_random_state_are_left_alone(select, rows, tokenizer):
+    import random
+
+    import torch
+
+    model = tiny_llama(tokenizer).train()
+    model.model.layers[0].eval()
+    states = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    select(rows, budget=10, breadth=5, model=model)
+    assert model.training and model.model.layers[1].training and not model.model.layers[0].training
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert np.random.get_state()[1].tolist() == states[1] and random.getstate() == states[2]
+
+
+def test_saving_keeps_what_it_did_not_write(select, rows, tmp_path, monkeypatch):
+    first, second = select(rows, budget=20), select(rows, budget=30)
+    first.save(tmp_path / "s")
+    (tmp_path / "s" / "notes.txt").write_text("mine")
+    monkeypatch.chdir(tmp_path / "s")
+    second.save(".")
+    assert len(Selection.load(".")) == 30
+    assert sorted(path.name for path in (tmp_path / "s").iterdir()) == [
+        "dataset",
+        "notes.txt",
+        "pairs.parquet",
+        "selection.json",
+    ]
+    with pytest.raises(FileExistsError, match="is a file"):
+        second.save("notes.txt")
+
+
 def test_save_and_load(select, rows, tmp_path):
     selection = select(rows, budget=30, breadth=8)
     selection.save(tmp_path / "s")
@@ -259,9 +339,14 @@ def test_a_damaged_selection_is_refused(select, rows, tmp_path):
     with pytest.raises(SelectionError, match=r"pairs\.parquet was changed"):
         Selection.load(tmp_path)
     manifest = json.loads((tmp_path / "selection.json").read_text())
-    (tmp_path / "selection.json").write_text(json.dumps({**manifest, "format_version": 9}))
-    with pytest.raises(SelectionError, match="version 9"):
-        Selection.load(tmp_path)
+    for content, expected in (
+        ({**manifest, "format_version": 9}, "version 9"),
+        ({name: value for name, value in manifest.items() if name != "depth"}, "lacks depth"),
+        ([1], "holds no manifest"),
+    ):
+        (tmp_path / "selection.json").write_text(json.dumps(content))
+        with pytest.raises(SelectionError, match=expected):
+            Selection.load(tmp_path)
 
 
 def test_report_is_one_page_that_escapes_what_it_shows(select, rows, tmp_path):

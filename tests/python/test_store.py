@@ -2,6 +2,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 import bpo
 from bpo import GradientStore, SelectConfig, StoreError, StoreMismatchError, collect_gradients
@@ -13,14 +14,13 @@ def made(tokenizer, tmp_path):
     """A function that fills one store, with whatever is changed."""
     model = tiny_llama(tokenizer)
 
-    def make(model=model, rows=None, seed=0, tokenizer=tokenizer, **settings):
+    def make(model=model, rows=None, tokenizer=tokenizer, **settings):
         return collect_gradients(
             model,
             rows or scored_rows(2, 3),
             processing_class=tokenizer,
             store=tmp_path / "store",
             config=SelectConfig(**{"sketch_dim": 64, **settings}),
-            seed=seed,
             progress=False,
         )
 
@@ -39,7 +39,7 @@ def test_it_names_what_it_was_made_with(made, tmp_path):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"seed": 1}, "differentiated parameters, or seed"),
+        ({"sketch_seed": 1}, "differentiated parameters, or seed"),
         ({"lora_rank": 4}, "differentiated parameters"),
         ({"features": "full"}, "differentiated parameters"),
         ({"sketch_dim": 32}, "sketch"),
@@ -74,16 +74,49 @@ def test_another_version_is_refused(made, monkeypatch):
         made()
 
 
-def test_other_data_is_refused_and_more_data_extends(made):
+def test_other_data_is_refused_more_data_extends_and_less_is_served(made):
     with pytest.raises(StoreMismatchError, match="6 of its 6 responses are not in this data set"):
         made(rows=scored_rows(2, 3, seed=5))
     assert len(made(rows=scored_rows(2, 3) + scored_rows(1, 3, seed=5))) == 9
+    assert len(made(rows=scored_rows(1, 3))) == 9
+
+
+def test_changed_scores_need_no_new_gradients(made):
+    rows = scored_rows(2, 3)
+    rows[0]["scores"] = [1.0, 1.0, 1.0]
+    rows[1]["scores"][2] = float("nan")
+    with pytest.warns(bpo.InvalidDataWarning):
+        assert len(made(rows=rows)) == 6
+
+
+def test_another_scaling_of_an_adapter_is_another_model(tokenizer, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    for alpha, matching in ((2, True), (200, False)):
+        torch.manual_seed(0)
+        model = get_peft_model(tiny_llama(tokenizer), LoraConfig(r=2, lora_alpha=alpha, target_modules=["q_proj"]))
+        arguments = {"processing_class": tokenizer, "store": tmp_path, "progress": False}
+        if matching:
+            collect_gradients(model, scored_rows(1, 2), **arguments)
+        else:
+            with pytest.raises(StoreMismatchError, match="another model"):
+                collect_gradients(model, scored_rows(1, 2), **arguments)
+
+
+def test_a_finished_store_serves_while_another_process_writes(made, tmp_path):
+    writer = bpo._core.StoreWriter.append_to(str(tmp_path / "store"))
+    try:
+        assert len(made()) == 6
+        with pytest.raises(StoreError, match="another process is writing"):
+            made(rows=scored_rows(3, 3))
+    finally:
+        writer.close()
 
 
 def test_a_directory_of_something_else_is_left_alone(tokenizer, tmp_path):
     (tmp_path / "store").mkdir()
     (tmp_path / "store" / "thesis.tex").write_text("x")
-    with pytest.raises(StoreError, match="not empty and holds no gradient store"):
+    with pytest.raises(StoreError, match="no empty directory and no gradient store"):
         collect_gradients(
             tiny_llama(tokenizer),
             scored_rows(1, 2),

@@ -61,6 +61,39 @@ def test_bpo_trainer_says_what_is_missing(model_path, rows, tmp_path):
         bpo.BPOTrainer(model_path, args=args, train_dataset=rows)
 
 
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ({"ld_alpha": 0.5}, "ld_alpha"),
+        ({"label_smoothing": 0.4}, "label_smoothing"),
+        ({"f_divergence_type": "js_divergence"}, "f_divergence_type"),
+        ({"truncation_mode": "keep_end"}, "truncation_mode"),
+        ({"select_config": {"beta": 0.7}}, "select_config has beta=0.7, but BPOConfig has 0.1"),
+    ],
+)
+def test_bpo_trainer_refuses_losses_that_it_does_not_select_for(model_path, tmp_path, setting, expected):
+    args = bpo.BPOConfig(output_dir=str(tmp_path), budget=10, **setting, **SETTINGS)
+    with pytest.raises(ValueError, match=expected):
+        bpo.BPOTrainer(model_path, args=args, train_dataset=scored_rows(4, 3))
+
+
+def test_bpo_trainer_evaluates_scored_responses_and_loads_as_trl_does(model_path, tmp_path):
+    args = bpo.BPOConfig(
+        output_dir=str(tmp_path),
+        budget=8,
+        store=str(tmp_path / "store"),
+        model_init_kwargs={"dtype": "bfloat16"},
+        **SETTINGS,
+    )
+    trainer = bpo.BPOTrainer(
+        model_path, args=args, train_dataset=scored_rows(4, 3), eval_dataset=scored_rows(2, 3, seed=1)
+    )
+    assert len(trainer.eval_dataset) == 6
+    assert bpo.GradientStore.open(tmp_path / "store").fingerprint["dtype"] == "bfloat16"
+    with pytest.raises(TypeError, match="ref_model must be a model object"):
+        bpo.BPOTrainer(model_path, "reference", args=args, train_dataset=scored_rows(4, 3))
+
+
 def test_selected_dataset_trains_through_the_trl_command(model_path, rows, tmp_path):
     selection = bpo.select(model_path, rows, budget=8, config=bpo.SelectConfig(sketch_dim=64), progress=False)
     selection.save(tmp_path / "selection")
@@ -93,12 +126,8 @@ def test_evaluation_rewards_what_training_taught(tokenizer, tmp_path):
         train_dataset=selection.dataset,
         processing_class=tokenizer,
     ).train()
-    after = bpo.evaluate_preferences(
-        model, rows, reference_logps=before.logps, processing_class=tokenizer, progress=False
-    )
+    after = bpo.evaluate_preferences(model, rows, reference=before, processing_class=tokenizer, progress=False)
     assert after.accuracy > 0.8 and after.margin > 0
     assert 0 < after.standard_error < 0.2
     with pytest.raises(ValueError, match="evaluate both on the same data"):
-        bpo.evaluate_preferences(
-            model, rows[:3], reference_logps=before.logps, processing_class=tokenizer, progress=False
-        )
+        bpo.evaluate_preferences(model, rows[::-1], reference=before, processing_class=tokenizer, progress=False)
