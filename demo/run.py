@@ -57,7 +57,7 @@ class Size:
 
 
 # What fits into four minutes on two cores, and everything.
-SHORT = Size(breadth=18, budget=36, heldout=24, heldout_responses=4, epochs=1)
+SHORT = Size(breadth=16, budget=32, heldout=24, heldout_responses=4, epochs=1)
 FULL = Size(breadth=None, budget=0.1, heldout=None, heldout_responses=8, epochs=2)
 
 
