@@ -98,7 +98,8 @@ def main() -> None:
     print(selections["bpo"].summary())
 
     heading("Preference accuracy before training")
-    before_key = identity(model, heldout)
+    model_key = weights_of(model)
+    before_key = identity(model_key, heldout)
     before = evaluate(model, None, heldout, output / "before.npz", before_key)
     print(f"  {before.n_pairs} pairs of {before.n_prompts} held-out prompts")
     after = {}
@@ -106,7 +107,7 @@ def main() -> None:
         heading(f"DPO training on the {len(selection)} pairs chosen by {arm}")
         directory = output / arm
         settings = train_settings(size, options.seed)
-        key = identity(model, settings, selection.dataset.to_list())
+        key = identity(model_key, settings, selection.dataset.to_list())
         if reusable(directory / "adapter", key):
             print(f"  adapter reused from {directory / 'adapter'}")
         else:
@@ -223,6 +224,12 @@ def evaluate(
     )
     np.savez(cache, key=key, **dataclasses.asdict(result))
     return result
+
+
+def weights_of(model: str) -> Any:
+    """Returns what tells the weights of a local model apart without reading them; a hub id as it is."""
+    files = sorted(Path(model).glob("*.safetensors")) if Path(model).is_dir() else []
+    return [model, *((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files)]
 
 
 def identity(*parts: Any) -> str:

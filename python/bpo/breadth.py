@@ -117,7 +117,7 @@ def embed_prompts(
 
     from bpo.models import check_path, naming
 
-    check_path(embedder)
+    embedder = check_path(embedder)
     with naming(embedder):
         tokenizer = AutoTokenizer.from_pretrained(embedder, trust_remote_code=trust_remote_code)
         model = AutoModel.from_pretrained(embedder, trust_remote_code=trust_remote_code).eval()

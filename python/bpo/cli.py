@@ -24,8 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     select = commands.add_parser("select", help="choose the pairs to train on")
     select.add_argument("model", help="path or hub id of the policy")
     select.add_argument("dataset", help="file, directory or hub id of the preference data")
-    select.add_argument("--budget", type=_number, required=True, help="pairs to keep: a count, or a fraction (0.25)")
-    select.add_argument("--breadth", type=_number, help="prompts to keep: a count, or a fraction; all by default")
+    select.add_argument("--budget", type=count_or_fraction, required=True, help="pairs to keep: a count or a fraction")
+    select.add_argument("--breadth", type=count_or_fraction, help="prompts to keep, likewise; all by default")
     select.add_argument("--strategy", default="bpo", help="bpo, uniform, random or margin")
     select.add_argument("--store", type=Path, help="directory of the gradient store, reused when it is there")
     select.add_argument("--output", type=Path, required=True, help="directory for the selection")
@@ -83,7 +83,8 @@ def _show(options: argparse.Namespace) -> None:
     print(json.dumps(store.fingerprint, indent=1))
 
 
-def _number(text: str) -> int | float:
+def count_or_fraction(text: str) -> int | float:
+    """Reads ``500`` as a count and ``0.5`` as a fraction."""
     return float(text) if "." in text or "e" in text.lower() else int(text)
 
 

@@ -132,8 +132,16 @@ class SelectConfig:
             if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"SelectConfig.{name} must be a whole number of at least 1, got {value!r}")
             object.__setattr__(self, name, int(value))
-        if isinstance(self.sketch_seed, bool) or not isinstance(self.sketch_seed, int) or self.sketch_seed < 0:
-            raise ValueError(f"SelectConfig.sketch_seed must be a whole number of at least 0, got {self.sketch_seed!r}")
+        seed = self.sketch_seed
+        if isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or not 0 <= seed < 2**64:
+            raise ValueError(f"SelectConfig.sketch_seed must be a whole number from 0 to 2**64 - 1, got {seed!r}")
+        object.__setattr__(self, "sketch_seed", int(seed))
+        for name in ("embedder", "device"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                raise ValueError(f"SelectConfig.{name} must be text or None, got {value!r}")
+        if not isinstance(self.trust_remote_code, bool):
+            raise ValueError(f"SelectConfig.trust_remote_code must be True or False, got {self.trust_remote_code!r}")
         if self.sketch_dim % self.sketch_nnz or (self.sketch_kind != "sparse" and self.sketch_nnz != 1):
             raise ValueError(
                 f"SelectConfig.sketch_nnz must divide sketch_dim ({self.sketch_dim}), and be 1 for a dense sketch, got "
@@ -170,7 +178,7 @@ class SelectConfig:
             ValueError: A name that is not a field, or a value out of range.
         """
         known = {field.name for field in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - known)
+        unknown = sorted(str(name) for name in set(values) - known)
         if unknown:
             raise ValueError(f"SelectConfig has no field {', '.join(unknown)}; it has {', '.join(sorted(known))}")
         return cls(**values)
@@ -179,5 +187,5 @@ class SelectConfig:
         """Returns the fields as plain values; a model object is named by its class."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         if not isinstance(self.ref_model, (str, type(None))):
-            values["ref_model"] = type(self.ref_model).__name__
+            values["ref_model"] = f"<{type(self.ref_model).__name__}>"
         return values

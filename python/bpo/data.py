@@ -7,6 +7,7 @@ import difflib
 import hashlib
 import json
 import math
+import os
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -42,6 +43,7 @@ _KNOWN_COLUMNS = (
 )
 _FILE_KINDS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 _NAMED_ROWS = 5
+_LARGEST_SCORE = 1e300
 
 
 class InvalidDataWarning(UserWarning):
@@ -232,9 +234,12 @@ def report_skipped(skipped: Skipped, on_invalid: OnInvalid) -> None:
 
 
 def warn(message: str, category: type[Warning] = UserWarning) -> None:
-    """Warns at the line of the user's code that called into bpo, where the interpreter can tell (CPython 3.12)."""
-    here: dict[str, Any] = {"skip_file_prefixes": (str(Path(__file__).parent),)}
-    warnings.warn(message, category, **(here if sys.version_info >= (3, 12) else {"stacklevel": 4}))
+    """Warns at the line of the user's code that called into bpo."""
+    here = str(Path(__file__).parent) + os.sep
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(here):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)
 
 
 class _ListRows:
@@ -244,6 +249,9 @@ class _ListRows:
         for index, row in enumerate(rows):
             if not isinstance(row, Mapping):
                 raise ValueError(f"Row {index} is {_short(row)}; each row must be a mapping of columns to values.")
+            for column in row:
+                if not isinstance(column, str):
+                    raise ValueError(f"Row {index}: the column {column!r} has no text for a name.")
         self.column_names = list(dict.fromkeys(column for row in rows for column in row))
         self._rows = rows
 
@@ -303,13 +311,17 @@ def _load_path(name: str) -> datasets.Dataset | _ListRows:
                 raise ValueError("the file is empty")
             return datasets.load_dataset(kinds[-1], data_files=str(path), split="train")
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-            return load_rows(datasets.load_from_disk(str(path)))
-        return datasets.load_dataset(str(path) if path.exists() else name, split="train")
-    except ConnectionError as error:
+            saved = datasets.load_from_disk(str(path))
+        else:
+            saved = datasets.load_dataset(str(path) if path.exists() else name, split="train")
+    except (ConnectionError, FileNotFoundError) as error:
         raise FileNotFoundError(f"{name}: no such file or directory, and the hub does not give it: {error}") from error
+    except MemoryError:
+        raise
     except Exception as error:
         # datasets wraps the reason, and not all of its exceptions name the file.
         raise ValueError(f"{name}: cannot be read: {error.__cause__ or error}") from error
+    return load_rows(saved)
 
 
 def _column_error(columns: list[str]) -> str:
@@ -331,7 +343,7 @@ def _is_messages(value: Any) -> bool:
 
 
 def _canonical(text: Text) -> bytes:
-    return json.dumps(text, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode()
+    return json.dumps(text, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode(errors="surrogatepass")
 
 
 def content_id(*texts: Text) -> bytes:
@@ -350,8 +362,14 @@ def _as_text(value: Any, index: int, column: str, role: str | None = None) -> Te
     if _is_messages(value):
         if not all(isinstance(message["content"], str) for message in value):
             raise ValueError(f"Row {index}, column '{column}': a message has no text content; bpo reads text only.")
-        # Arrow fills keys that other messages have with None; they are not part of the message.
-        return [{key: item for key, item in message.items() if item is not None} for message in value]
+        # Arrow fills keys that other messages have with None or nothing; they are not part of the message.
+        messages = [{key: item for key, item in message.items() if item or key == "content"} for message in value]
+        for key, item in (pair for message in messages for pair in message.items()):
+            if not isinstance(item, str):
+                raise ValueError(
+                    f"Row {index}, column '{column}': the message key '{key}' holds {_short(item)}, not text."
+                )
+        return messages
     raise ValueError(
         f"Row {index}, column '{column}': expected text or a list of {{role, content}} messages, got {_short(value)}."
     )
@@ -371,7 +389,15 @@ def _score(value: Any, index: int, column: str) -> float:
             return float(value)
         except (TypeError, ValueError):
             raise ValueError(f"Row {index}, column '{column}': the score {_short(value)} is not a number.") from None
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
+def _is_score(value: float) -> bool:
+    """Whether differences of such scores are finite."""
+    return abs(value) <= _LARGEST_SCORE
 
 
 def extract_prompt(chosen: Text, rejected: Text) -> tuple[Text, Text, Text]:
@@ -528,7 +554,7 @@ class _PreferenceReader:
 
     def read(self, index: int, row: Mapping[str, Any], groups: _Groups) -> None:
         skipped, place = groups.skipped, f"row {index}"
-        if row["chosen"] is None or row["rejected"] is None:
+        if row["chosen"] in (None, []) or row["rejected"] in (None, []):
             skipped.add("chosen or rejected is missing", place)
             return
         prompt = row["prompt"] if self.has_prompt else None
@@ -558,20 +584,22 @@ class _PreferenceReader:
         if chosen == rejected:
             skipped.add("chosen equals rejected", place)
             return
+        group = groups.group(index, prompt)
         score_chosen = score_rejected = math.nan
         if self.has_scores:
             score_chosen = _score(row["score_chosen"], index, "score_chosen")
             score_rejected = _score(row["score_rejected"], index, "score_rejected")
-            if not (math.isfinite(score_chosen) and math.isfinite(score_rejected)):
-                skipped.add("score missing, NaN or infinite", place)
+            reason = None
+            if not (_is_score(score_chosen) and _is_score(score_rejected)):
+                reason = "score missing, NaN or infinite"
+            elif score_chosen == score_rejected:
+                reason = "chosen and rejected have equal scores"
+            elif score_chosen < score_rejected:
+                reason = "chosen has a lower score than rejected"
+            if reason is not None:
+                skipped.add(reason, place)
+                group.set_aside += [content_id(prompt, chosen), content_id(prompt, rejected)]
                 return
-            if score_chosen == score_rejected:
-                skipped.add("chosen and rejected have equal scores", place)
-                return
-            if score_chosen < score_rejected:
-                skipped.add("chosen has a lower score than rejected", place)
-                return
-        group = groups.group(index, prompt)
         first = group.add(chosen, score_chosen, index)[0]
         second = group.add(rejected, score_rejected, index)[0]
         if (first, second) in group.stated:
@@ -593,8 +621,8 @@ class _ScoredReader:
     def read(self, index: int, row: Mapping[str, Any], groups: _Groups) -> None:
         skipped = groups.skipped
         items = row[self.responses]
-        if items is None:
-            skipped.add("responses are missing", f"row {index}")
+        if items is None or (self.has_scores and row["scores"] is None):
+            skipped.add("responses or scores are missing", f"row {index}")
             return
         if not isinstance(items, (list, tuple)):
             raise ValueError(f"Row {index}, column '{self.responses}': expected a list, got {_short(items)}.")
@@ -617,7 +645,7 @@ class _ScoredReader:
                     f"Row {index}: the prompt is plain text but response {position} holds chat messages. "
                     "Give the prompt as messages, too."
                 )
-            if not math.isfinite(score):
+            if not _is_score(score):
                 skipped.add("score missing, NaN or infinite", place)
                 group.set_aside.append(content_id(prompt, response))
                 continue
@@ -631,7 +659,7 @@ class _ScoredReader:
         self, index: int, row: Mapping[str, Any], items: Sequence[Any]
     ) -> tuple[list[Any], list[float]]:
         if self.has_scores:
-            scores = [] if row["scores"] is None else list(row["scores"])
+            scores = list(row["scores"])
             if len(scores) != len(items):
                 raise ValueError(f"Row {index}: {len(items)} responses but {len(scores)} scores.")
             return list(items), [_score(score, index, "scores") for score in scores]

@@ -35,6 +35,7 @@ class PreferenceEvaluation:
         n_prompts: Prompts.
         logps: (R,) float32, log π(response | prompt).
         response_ids: (R, 16) uint8, content hash of prompt and response, by which a reference is known to fit.
+        lengths: (R,) int64, tokens of each response.
         correct: (P,) float64 in {0, ½, 1}, for paired comparison of two policies on the same pairs.
     """
 
@@ -46,6 +47,7 @@ class PreferenceEvaluation:
     n_prompts: int
     logps: npt.NDArray[np.float32]
     response_ids: npt.NDArray[np.uint8]
+    lengths: npt.NDArray[np.int64]
     correct: npt.NDArray[np.float64]
 
 
@@ -82,10 +84,15 @@ def evaluate_preferences(
     candidates, tokenized = tokenize_candidates(
         candidates, tokenizer, window(model, config), on_invalid=config.on_invalid
     )
-    if reference is not None and not np.array_equal(reference.response_ids, candidates.response_ids):
+    lengths = tokenized.lengths - tokenized.prompt_lengths
+    if reference is not None and not isinstance(reference, PreferenceEvaluation):
+        raise TypeError("reference must be what evaluate_preferences returned for the reference policy.")
+    if reference is not None and not (
+        np.array_equal(reference.response_ids, candidates.response_ids) and np.array_equal(reference.lengths, lengths)
+    ):
         raise ValueError(
-            f"The reference was evaluated on {len(reference.logps)} other responses than the {len(tokenized.ids)} of "
-            "this data; evaluate both on the same data."
+            f"The reference was evaluated on {len(reference.logps)} other responses, or other tokens of them, than the "
+            f"{len(tokenized.ids)} of this data; evaluate both on the same data with the same tokenizer and max_length."
         )
     policy = load_policy(model, config)
     bar = tqdm(
@@ -99,12 +106,16 @@ def evaluate_preferences(
             tokens_per_batch=config.tokens_per_batch,
             on_batch=bar.update,
         )
+    bad = np.flatnonzero(~np.isfinite(logps))
+    if len(bad):
+        row = candidates.prompt_rows[candidates.prompt_of_response[bad[0]]]
+        raise ValueError(f"The log-probabilities of {len(bad)} responses are not finite (the first is of row {row}).")
     reference_logps = logps if reference is None else reference.logps
     chosen, rejected = candidates.pairs.T
     rewards = config.beta * (logps - reference_logps)
     margins = rewards[chosen] - rewards[rejected]
     correct = _wins(margins)
-    per_token = logps / np.maximum(tokenized.lengths - tokenized.prompt_lengths, 1)
+    per_token = logps / lengths
     return PreferenceEvaluation(
         accuracy=float(correct.mean()),
         standard_error=_clustered_standard_error(correct, candidates.prompt_of_pair),
@@ -114,6 +125,7 @@ def evaluate_preferences(
         n_prompts=len(candidates.prompts),
         logps=logps,
         response_ids=candidates.response_ids,
+        lengths=lengths,
         correct=correct,
     )
 

@@ -2,7 +2,8 @@
 
 The log-probabilities of the responses of a batch are summed and differentiated once. Hooks on the layers catch each
 layer's inputs and output gradients, from which the gradient of every sample follows, since samples do not mix. Autograd
-itself never computes a parameter gradient: parameters are frozen and no ``.grad`` is allocated.
+itself computes no parameter gradient, but for a self-check on two short responses: parameters are frozen and no
+``.grad`` is allocated.
 """
 
 from __future__ import annotations
@@ -391,6 +392,11 @@ def choose_features(model: PreTrainedModel, config: SelectConfig) -> FreshAdapte
         UnsupportedModelError: An adapter type whose gradients cannot be had by sample.
     """
     peft_config = getattr(model, "peft_config", None)
+    if peft_config is not None and not hasattr(model, "get_base_model"):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} carries an adapter without being a PeftModel. Pass the path of the adapter, or a "
+            "model made by PeftModel.from_pretrained or get_peft_model."
+        )
     if config.features == "full":
         return Parameters(model, [name for name, _ in model.named_parameters()])
     if peft_config is None:
@@ -445,6 +451,11 @@ def collect(
     # Decided before freezing, since what is trainable says what the features are.
     features = choose_features(model, config)
     reference = None if config.ref_model is None else load_policy(config.ref_model, config)
+    if reference is not None:
+        check_vocabulary(reference, tokenized)
+    sketcher = _core.Sketcher(
+        config.sketch_dim, seed=config.sketch_seed, kind=config.sketch_kind, nnz=config.sketch_nnz
+    )
     fingerprint = {
         "bpo": bpo.__version__,
         "model": model_fingerprint(model),
@@ -463,9 +474,6 @@ def collect(
     writer = GradientWriter.open(store, config.sketch_dim, fingerprint, candidates.known_ids)
     missing = np.flatnonzero(writer.rows_of(candidates.response_ids) < 0)
     pad_id = padding_id(processing_class)
-    sketcher = _core.Sketcher(
-        config.sketch_dim, seed=config.sketch_seed, kind=config.sketch_kind, nnz=config.sketch_nnz
-    )
     # In tokens, since the longest responses go first: counted in responses, the time left would be far too long.
     bar = tqdm(
         total=int(tokenized.lengths.sum()),
@@ -481,6 +489,7 @@ def collect(
         if reference is not None:
             stack.enter_context(inference_state(reference))
         if len(missing):
+            writer.lock()  # before any work that another writer would make useless
             features.self_check(tokenized, pad_id)
         for batch in batches_by_tokens(tokenized.lengths[missing], config.tokens_per_batch):
             rows = missing[batch]

@@ -19,17 +19,30 @@ if TYPE_CHECKING:
 
 # Settings that trainers and loaders change without changing what the model computes.
 _VOLATILE_CONFIG = {"_name_or_path", "transformers_version", "use_cache", "pad_token_id", "dtype", "torch_dtype"}
-_VOLATILE_ADAPTER = {"base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping"}
+# Settings of an adapter that do not change what it computes.
+_VOLATILE_ADAPTER = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "inference_mode",
+    "peft_version",
+    "revision",
+    "task_type",
+}
 
 
-def check_path(name: str) -> None:
-    """Fails early, and in one sentence, on a model path that cannot be one; hub ids pass."""
+def check_path(name: str) -> str:
+    """Returns a model path with ``~`` expanded, or a hub id; fails early on a path that cannot be a model's.
+
+    Raises:
+        FileNotFoundError: No such directory, or no model in it.
+    """
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
             raise FileNotFoundError(f"{name}: the directory holds no config.json, so it is not a saved model.")
     elif path.is_file() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise FileNotFoundError(f"{name}: no such model directory.")
+    return str(path) if path.is_dir() else name
 
 
 def check_model(model: Any) -> None:
@@ -74,9 +87,9 @@ def load_tokenizer(model: Any, processing_class: Any, config: SelectConfig) -> P
     name = model if isinstance(model, (str, Path)) else getattr(getattr(model, "config", None), "_name_or_path", "")
     if not name:
         raise OSError("The model does not say where it was loaded from; pass its tokenizer as processing_class.")
-    check_path(str(name))
-    with naming(str(name)):
-        return AutoTokenizer.from_pretrained(str(name), trust_remote_code=config.trust_remote_code)
+    name = check_path(str(name))
+    with naming(name):
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=config.trust_remote_code)
 
 
 def load_policy(model: Any, config: SelectConfig) -> PreTrainedModel:
@@ -92,12 +105,14 @@ def load_policy(model: Any, config: SelectConfig) -> PreTrainedModel:
         return model
     from transformers import AutoModelForCausalLM
 
-    name = str(model)
-    check_path(name)
-    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    name = check_path(str(model))
+    try:
+        device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise ValueError(f"SelectConfig.device={config.device!r} is no device: {error}") from None
     # transformers loads a directory with an adapter_config.json as base model plus adapter, but not as a PeftModel.
     loader = AutoModelForCausalLM
-    if (Path(name).expanduser() / "adapter_config.json").is_file():
+    if (Path(name) / "adapter_config.json").is_file():
         from peft import AutoPeftModelForCausalLM
 
         loader = AutoPeftModelForCausalLM
@@ -107,13 +122,20 @@ def load_policy(model: Any, config: SelectConfig) -> PreTrainedModel:
 
 
 def window(model: Any, config: SelectConfig) -> int:
-    """Returns the longest sequence that both the settings and the model's positions allow, in tokens."""
+    """Returns the longest sequence that the settings, the model and its reference allow, in tokens."""
+    longest = [config.max_length, _positions(model, config)]
+    if config.ref_model is not None:
+        longest.append(_positions(config.ref_model, config))
+    return min(length for length in longest if length)
+
+
+def _positions(model: Any, config: SelectConfig) -> int | None:
+    """Returns how many positions a model was made for, None where it does not say."""
     if isinstance(model, (str, Path)):
         from transformers import AutoConfig
 
-        check_path(str(model))
-        name = str(model)
-        if (Path(name).expanduser() / "adapter_config.json").is_file():
+        name = check_path(str(model))
+        if (Path(name) / "adapter_config.json").is_file():
             from peft import PeftConfig
 
             name = PeftConfig.from_pretrained(name).base_model_name_or_path
@@ -122,8 +144,8 @@ def window(model: Any, config: SelectConfig) -> int:
     else:
         check_model(model)
         model_config = model.config
-    positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)
-    return min(config.max_length, positions) if positions else config.max_length
+    positions: int | None = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    return positions
 
 
 @contextlib.contextmanager
@@ -148,15 +170,19 @@ def model_fingerprint(model: PreTrainedModel) -> str:
 
     It reads every weight, about a second for each GB.
     """
-    digest = hashlib.sha256(type(model).__name__.encode())
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    digest = hashlib.sha256(type(base).__name__.encode())
     settings = {key: value for key, value in model.config.to_dict().items() if key not in _VOLATILE_CONFIG}
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     adapters = {
         name: {key: value for key, value in adapter.to_dict().items() if key not in _VOLATILE_ADAPTER}
         for name, adapter in getattr(model, "peft_config", {}).items()
     }
-    active = getattr(model, "active_adapters", []) if adapters else []
-    digest.update(json.dumps([adapters, list(active)], sort_keys=True, default=_sorted_set).encode())
+    if adapters:
+        # Scaling can be changed at run time, past the configuration.
+        scaling = {name: module.scaling for name, module in model.named_modules() if hasattr(module, "scaling")}
+        state = [adapters, list(model.active_adapters), scaling]
+        digest.update(json.dumps(state, sort_keys=True, default=_sorted_set).encode())
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
         data = parameter.detach().reshape(-1).contiguous().cpu()

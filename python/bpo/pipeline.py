@@ -174,10 +174,9 @@ def select(
         Candidacy(kept.prompt_of_pair, kept.score_gaps, eligible, n_pairs, config, seed, clusters)
     )
     if chosen.sum() < n_pairs:
-        warn(
-            f"{int(chosen.sum())} pairs are kept of the {n_pairs} asked for: max_depth={config.max_depth} and the "
-            f"{int((~eligible).sum())} pairs without a usable gradient allow no more."
-        )
+        limits = [] if config.max_depth is None else [f"max_depth={config.max_depth}"]
+        limits += [] if eligible.all() else [f"{int((~eligible).sum())} pairs without a usable gradient"]
+        warn(f"{int(chosen.sum())} pairs are kept of the {n_pairs} asked for, because of {' and '.join(limits)}.")
     fate = np.full(len(candidates.pairs), "breadth", dtype=object)
     fate[pair_index] = np.where(eligible, np.where(chosen, SELECTED, "depth"), "unusable")
     table = _pair_table(candidates, tokenized, fate, pair_index, usefulness, clusters)

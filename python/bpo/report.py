@@ -109,7 +109,8 @@ def _scatter(selection: Selection) -> dict[str, Any] | None:
 
 def _range(values: npt.NDArray[np.float64]) -> tuple[float, float]:
     low, high = float(values.min()), float(values.max())
-    return (low, high) if high > low else (low - 0.5, high + 0.5)
+    pad = 0.5 * max(1.0, abs(low))
+    return (low, high) if high > low else (low - pad, high + pad)
 
 
 def _prompts(selection: Selection) -> list[dict[str, Any]]:

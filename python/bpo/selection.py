@@ -28,6 +28,7 @@ _FORMAT_VERSION = 1
 _DATASET = "dataset/train.parquet"
 _PAIRS = "pairs.parquet"
 _MANIFEST = "selection.json"
+_SCRATCH = ".saving-"
 
 SELECTED = "selected"
 FATES = (SELECTED, "depth", "breadth", "unusable")
@@ -53,7 +54,7 @@ class Selection:
         depth: (n,) int64, pairs kept of each prompt.
         strategy: Its name.
         budget: Pairs asked for, as a count.
-        seed: Of every random choice.
+        seed: Of every random choice but the sketch.
         config: The settings, as plain values.
         skipped: What of the data could not be used: reason → places.
     """
@@ -131,7 +132,9 @@ class Selection:
         """
         directory = check_directory(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=".saving-", dir=directory))
+        for stale in directory.glob(f"{_SCRATCH}*"):
+            shutil.rmtree(stale, ignore_errors=True)
+        scratch = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=directory))
         try:
             (scratch / _DATASET).parent.mkdir()
             self.dataset.to_parquet(str(scratch / _DATASET))
@@ -211,8 +214,18 @@ def check_directory(directory: str | os.PathLike[str]) -> Path:
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():
         raise FileExistsError(f"{directory} is a file; name a directory.")
-    if directory.exists() and not (directory / _MANIFEST).is_file() and any(directory.iterdir()):
-        raise FileExistsError(f"{directory} is not empty and holds no selection; name another directory.")
+    if (directory / _MANIFEST).is_file():
+        try:
+            ours = json.loads((directory / _MANIFEST).read_text(encoding="utf-8")).get("format") == _FORMAT
+        except (ValueError, AttributeError):
+            ours = False
+        if not ours:
+            raise FileExistsError(f"{directory / _MANIFEST} is not bpo's; name another directory.")
+    elif directory.exists():
+        # What an interrupted save leaves is ours to replace.
+        left = {"dataset", _PAIRS, *(path.name for path in directory.glob(f"{_SCRATCH}*"))}
+        if not {path.name for path in directory.iterdir()} <= left:
+            raise FileExistsError(f"{directory} is not empty and holds no selection; name another directory.")
     return directory
 
 

@@ -66,6 +66,8 @@ class GradientStore:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
+        if not (Path(path) / "manifest.json").is_file():
+            raise FileNotFoundError(f"{path} holds no gradient store (no manifest.json).")
         reader = _core.StoreReader(os.fspath(path))
         self.path = Path(path)
         self.fingerprint: dict[str, Any] = json.loads(reader.fingerprint_json)
@@ -110,7 +112,7 @@ class GradientStore:
 class GradientWriter:
     """A gradient store to which rows may be added; created where there is none.
 
-    Nothing is locked, or written to an existing store, before the first row is added, so that any number of processes
+    Nothing is locked, or written, before :meth:`lock`, so that any number of processes
     may serve themselves from a finished store, also from a read-only directory.
     """
 
@@ -186,18 +188,23 @@ class GradientWriter:
         records["length"] = lengths
         records["flags"] = flags
         if self._writer is None:
-            self._writer = self._open_writer()
+            raise ValueError(f"{self.path}: lock() comes before append()")
         self._writer.append(sketches, records)
 
-    def _open_writer(self) -> _core.StoreWriter:
+    def lock(self) -> None:
+        """Creates the store where there is none, and keeps every other writer out until this one is closed.
+
+        Raises:
+            bpo.StoreError: Another process is writing, or has been since this store was opened.
+        """
         if self._present is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            return _core.StoreWriter.create(os.fspath(self.path), self._dim, json.dumps(self._fingerprint))
-        writer = _core.StoreWriter.append_to(os.fspath(self.path))
-        if len(writer) != len(self._present):
-            writer.close()
+            self._writer = _core.StoreWriter.create(os.fspath(self.path), self._dim, json.dumps(self._fingerprint))
+            return
+        self._writer = _core.StoreWriter.append_to(os.fspath(self.path))
+        if len(self._writer) != len(self._present):
+            self._writer.close()
             raise _core.StoreError(f"{self.path}: another process added rows just now; run again to go on from there.")
-        return writer
 
     def reopen(self) -> GradientStore:
         """Opens for reading what was written; a temporary store lives as long as the returned object."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-import jinja2
 import numpy as np
 
 from bpo.data import Candidates, Skipped, Text, report_skipped, warn
@@ -25,8 +24,6 @@ class TokenizedResponses:
         ids: (R,) lists of token ids, prompt and response, cut to ``max_length``.
         prompt_lengths: (R,) int64, tokens of the prompt; the log-probability of a response sums over the rest.
         truncated: How many responses were cut at their end.
-        moved_boundaries: How many prompts are no token prefix of prompt + response; as in TRL their response starts
-            where the two part.
         max_length: The window to which sequences were cut.
     """
 
@@ -34,7 +31,6 @@ class TokenizedResponses:
     prompt_lengths: npt.NDArray[np.int64]
     max_length: int
     truncated: int
-    moved_boundaries: int
 
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
@@ -108,7 +104,11 @@ def tokenize_responses(
             _ids(processing_class, _joined(prompt, response, processing_class.eos_token), data_row)
             for response in candidates.responses[row : row + per_prompt[index]]
         ]
+        if not all(sequences):
+            raise ValueError(f"Row {data_row}: the tokenizer gives no tokens for prompt and response.")
         boundary = min(_common_prefix_length(prompt_ids, sequence) for sequence in sequences)
+        if any(len(sequence) <= boundary for sequence in sequences):
+            raise ValueError(f"Row {data_row}: no token of a response follows the prompt; look at the chat template.")
         moved += boundary < len(prompt_ids)
         if boundary >= max_length:
             fits[index] = False
@@ -123,7 +123,7 @@ def tokenize_responses(
             f"{moved} of {len(candidates.prompts)} tokenized prompts are not a prefix of prompt + response; as in TRL, "
             "their response starts where the two part. End prompts on a token boundary to avoid it."
         )
-    return TokenizedResponses(all_ids, prompt_lengths, max_length, truncated, moved), fits, skipped
+    return TokenizedResponses(all_ids, prompt_lengths, max_length, truncated), fits, skipped
 
 
 def tokenize_candidates(
@@ -139,6 +139,8 @@ def tokenize_candidates(
     candidates.skipped.merge(skipped)
     if not fits.any():
         raise ValueError(f"Every prompt fills the window of {max_length} tokens; raise SelectConfig.max_length.")
+    if tokenized.truncated:
+        warn(f"{tokenized.truncated} of {len(tokenized.ids)} responses are cut to the window of {max_length} tokens.")
     kept, _, rows = candidates.keep_prompts(fits)
     return kept, tokenized.take(rows)
 
@@ -155,9 +157,9 @@ def _ids(processing_class: PreTrainedTokenizerBase, text: Text, row: int, **temp
     if isinstance(text, list):
         try:
             encoded = processing_class.apply_chat_template(text, tokenize=True, return_dict=True, **template)
-        except jinja2.TemplateError as error:
+        except Exception as error:  # templates are programs: they raise what they like
             roles = [message["role"] for message in text]
-            raise ValueError(f"Row {row}: the chat template refuses the roles {roles}: {error}") from error
+            raise ValueError(f"Row {row}: the chat template fails on the roles {roles}: {error}") from error
         return list(encoded["input_ids"])
     return list(processing_class(text=text)["input_ids"])
 

@@ -49,13 +49,26 @@ class BPOConfig(DPOConfig):  # type: ignore[misc]
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if isinstance(self.select_config, str):
+            try:
+                self.select_config = json.loads(self.select_config)
+            except ValueError as error:
+                raise ValueError(f"select_config is not JSON: {error}") from None
         if isinstance(self.select_config, SelectConfig):
-            if self.select_config.ref_model is not None:
-                raise ValueError("Pass ref_model to BPOTrainer instead of putting it into select_config.")
             # What was left at its default must not stand against the field of the same name here.
             defaults = SelectConfig().to_dict()
             fields = self.select_config.to_dict()
             self.select_config = {name: value for name, value in fields.items() if value != defaults[name]}
+        if self.select_config is not None and not isinstance(self.select_config, dict):
+            raise ValueError(
+                f"select_config must be a mapping of bpo.SelectConfig's fields, got {self.select_config!r}"
+            )
+        elsewhere = {"ref_model", "trust_remote_code", "dtype", "device"} & set(self.select_config or {})
+        if elsewhere:
+            raise ValueError(
+                f"select_config has {', '.join(sorted(elsewhere))}, but the trainer decides how models are loaded: use "
+                "its ref_model, trust_remote_code or model_init_kwargs."
+            )
 
 
 # What would change the gradients of the loss in training but not in the selection.
@@ -103,11 +116,25 @@ class BPOTrainer(DPOTrainer):  # type: ignore[misc]
             raise ValueError("BPOTrainer needs args=bpo.BPOConfig(budget=...): how many pairs to keep.")
         if isinstance(ref_model, (str, Path)):
             raise TypeError("ref_model must be a model object, as in TRL's DPOTrainer.")
+        model = str(model) if isinstance(model, Path) else model
+        if (
+            not isinstance(model, str)
+            and not getattr(model.config, "_name_or_path", "")
+            and ref_model is None
+            and kwargs.get("peft_config") is None
+            and not hasattr(model, "peft_config")
+            and not args.precompute_ref_log_probs
+        ):
+            raise ValueError(
+                "TRL loads the reference from where the model came from, which this model object does not say. Pass "
+                "ref_model or a peft_config, or set precompute_ref_log_probs."
+            )
         settings = _select_settings(args, ref_model, kwargs.get("peft_config"))
         processing_class = load_tokenizer(model, processing_class, settings)
-        if eval_dataset is not None and not {"chosen", "rejected"} <= set(getattr(eval_dataset, "column_names", [])):
-            # Scored responses: every pair of them is evaluated.
-            eval_dataset = select(None, eval_dataset, budget=1.0, strategy="random", progress=False).dataset
+        if isinstance(eval_dataset, dict):  # a DatasetDict is one, too
+            eval_dataset = {name: _all_pairs(part, settings) for name, part in eval_dataset.items()}
+        elif eval_dataset is not None:
+            eval_dataset = _all_pairs(eval_dataset, settings)
         state = PartialState()
         if state.num_processes > 1 and args.store is None:
             raise ValueError(
@@ -115,7 +142,7 @@ class BPOTrainer(DPOTrainer):  # type: ignore[misc]
             )
         with state.main_process_first():
             self.selection = select(
-                _load(model, args),
+                _load(model, args, kwargs.get("quantization_config")),
                 train_dataset,
                 budget=_count_or_fraction(args.budget),
                 breadth=None if args.breadth is None else _count_or_fraction(args.breadth),
@@ -150,7 +177,7 @@ def _select_settings(args: BPOConfig, ref_model: Any, peft_config: Any) -> Selec
         raise ValueError(f"BPOTrainer selects for one loss, got loss_type={args.loss_type}.")
     if args.max_length is None:
         raise ValueError("BPOTrainer needs max_length, since selection truncates as training does.")
-    given = json.loads(args.select_config) if isinstance(args.select_config, str) else dict(args.select_config or {})
+    given: dict[str, Any] = dict(args.select_config or {})  # type: ignore[arg-type]
     shared = {"beta": args.beta, "loss_type": args.loss_type[0], "max_length": args.max_length}
     for name, value in shared.items():
         if given.get(name, value) != value:
@@ -163,16 +190,29 @@ def _select_settings(args: BPOConfig, ref_model: Any, peft_config: Any) -> Selec
     return SelectConfig.from_dict({**given, **shared, "ref_model": ref_model})
 
 
-def _load(model: Any, args: BPOConfig) -> Any:
+def _all_pairs(dataset: Any, settings: SelectConfig) -> Any:
+    """Returns preference rows as they are, and every pair of scored responses."""
+    if {"chosen", "rejected"} <= set(getattr(dataset, "column_names", None) or []):
+        return dataset
+    return select(None, dataset, budget=1.0, strategy="random", config=settings, progress=False).dataset
+
+
+def _load(model: Any, args: BPOConfig, quantization_config: Any) -> Any:
     """Loads a model given by path as TRL will: with ``model_init_kwargs``, in float32 unless they say otherwise."""
     if not isinstance(model, str):
         return model
     settings: dict[str, Any] = {"dtype": "float32", "trust_remote_code": args.trust_remote_code}
     if isinstance(args.model_init_kwargs, dict):
         settings.update(args.model_init_kwargs)
-    check_path(model)
-    with naming(model):
-        return AutoModelForCausalLM.from_pretrained(model, **settings).to(args.device)
+    if quantization_config is not None:
+        settings["quantization_config"] = quantization_config
+    name = check_path(model)
+    if (Path(name) / "adapter_config.json").is_file():
+        raise ValueError(f"{model} is a saved adapter; pass it as a PeftModel, as TRL's DPOTrainer asks for.")
+    with naming(name):
+        loaded = AutoModelForCausalLM.from_pretrained(name, **settings)
+    placed = quantization_config is not None or "device_map" in settings
+    return loaded if placed else loaded.to(args.device)
 
 
 def _count_or_fraction(value: float) -> int | float:

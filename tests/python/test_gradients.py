@@ -306,6 +306,13 @@ def test_a_merged_or_disabled_adapter_is_refused(tokenizer):
         choose_features(model, SelectConfig())
 
 
+def test_an_adapter_inside_a_plain_model_is_refused(tokenizer):
+    model = tiny_llama(tokenizer)
+    model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(UnsupportedModelError, match="without being a PeftModel"):
+        choose_features(model, SelectConfig())
+
+
 def test_a_tokenizer_of_another_model_is_refused(tokenizer):
     model = tiny_llama(tokenizer, vocab_size=50)
     with pytest.raises(ValueError, match=r"token \d+, but LlamaForCausalLM has embeddings for 50 tokens only"):

@@ -85,7 +85,7 @@ def test_farthest_is_less_central_than_nearest(select, rows):
 @pytest.mark.parametrize("strategy", list(STRATEGIES))
 def test_max_depth_caps_a_prompt(select, rows, strategy):
     config = SelectConfig(sketch_dim=128, max_depth=2)
-    with pytest.warns(UserWarning, match="20 pairs are kept of the 60 asked for: max_depth=2"):
+    with pytest.warns(UserWarning, match="20 pairs are kept of the 60 asked for, because of max_depth=2"):
         selection = select(rows, budget=60, strategy=strategy, config=config)
     assert selection.depth.max() == 2 and len(selection) == 20 and selection.budget == 60
 
@@ -188,6 +188,9 @@ def test_breadth_then_all_prompts_from_one_store(select, rows, tmp_path):
         ({"budget": 0.05, "breadth": 0.9}, r"budget=0.05, which makes 4, is below the 9 prompts"),
         ({"budget": 20, "config": 3}, "config must be a bpo.SelectConfig"),
         ({"budget": 20, "config": {"colour": 1}}, "no field colour"),
+        ({"budget": 20, "config": {"trust_remote_code": "no"}}, "trust_remote_code must be True or False"),
+        ({"budget": 20, "config": {"sketch_seed": 2**70}}, "sketch_seed must be"),
+        ({"budget": 20, "config": {"embedder": 5}}, "embedder must be text"),
         ({"budget": 20, "model": 3}, "model must be a path"),
         ({"budget": 20, "processing_class": 3}, "processing_class must be a tokenizer"),
         ({"budget": 0}, "at least 1"),
@@ -260,6 +263,15 @@ def test_pairs_name_their_row(select):
     assert select(rows, budget=1.0).pairs["row"].to_pylist() == [0, 2, 1, 3]
 
 
+def test_a_smaller_reference_is_refused_or_narrows_the_window(select, rows, tokenizer):
+    small = SelectConfig(sketch_dim=64, ref_model=tiny_llama(tokenizer, vocab_size=50))
+    with pytest.raises(ValueError, match="embeddings for 50 tokens only"):
+        select(rows, budget=20, config=small)
+    narrow = SelectConfig(sketch_dim=64, ref_model=tiny_llama(tokenizer, max_position_embeddings=24))
+    with pytest.warns(UserWarning, match="are cut to the window of 24 tokens"):
+        assert len(select(rows, budget=20, config=narrow)) == 20
+
+
 def test_seeds_share_a_store(select, rows, tmp_path):
     for seed in (0, 1):
         select(rows, budget=20, store=tmp_path / "store", seed=seed)
@@ -309,6 +321,17 @@ def test_saving_keeps_what_it_did_not_write(select, rows, tmp_path, monkeypatch)
     ]
     with pytest.raises(FileExistsError, match="is a file"):
         second.save("notes.txt")
+
+
+def test_an_interrupted_save_can_be_done_again_and_foreign_files_stay(select, rows, tmp_path):
+    (tmp_path / ".saving-abc").mkdir()
+    (tmp_path / "dataset").mkdir()
+    select(rows, budget=20).save(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dataset", "pairs.parquet", "selection.json"]
+    (tmp_path / "selection.json").write_text('{"mine": 1}')
+    with pytest.raises(FileExistsError, match=r"selection\.json is not bpo's"):
+        select(rows, budget=20).save(tmp_path)
+    assert (tmp_path / "selection.json").read_text() == '{"mine": 1}'
 
 
 def test_save_and_load(select, rows, tmp_path):

@@ -87,6 +87,10 @@ def test_changed_scores_need_no_new_gradients(made):
     rows[1]["scores"][2] = float("nan")
     with pytest.warns(bpo.InvalidDataWarning):
         assert len(made(rows=rows)) == 6
+    stated = [{"prompt": p, "chosen": "a", "rejected": "b", "score_chosen": 1.0, "score_rejected": 0.0} for p in "xyz"]
+    stated[1]["score_rejected"] = float("nan")
+    with pytest.warns(bpo.InvalidDataWarning):
+        assert len(bpo.read_candidates(stated).known_ids) == 6
 
 
 def test_another_scaling_of_an_adapter_is_another_model(tokenizer, tmp_path):
@@ -101,6 +105,19 @@ def test_another_scaling_of_an_adapter_is_another_model(tokenizer, tmp_path):
         else:
             with pytest.raises(StoreMismatchError, match="another model"):
                 collect_gradients(model, scored_rows(1, 2), **arguments)
+
+
+def test_scaling_changed_at_run_time_is_another_model(tokenizer, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(tiny_llama(tokenizer), LoraConfig(r=2, target_modules=["q_proj"]))
+    arguments = {"processing_class": tokenizer, "store": tmp_path, "progress": False}
+    collect_gradients(model, scored_rows(1, 2), **arguments)
+    for module in model.modules():
+        if hasattr(module, "scaling"):
+            module.scaling = {"default": 50.0} if isinstance(module.scaling, dict) else module.scaling
+    with pytest.raises(StoreMismatchError, match="another model"):
+        collect_gradients(model, scored_rows(1, 2), **arguments)
 
 
 def test_a_finished_store_serves_while_another_process_writes(made, tmp_path):

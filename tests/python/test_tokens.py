@@ -34,8 +34,7 @@ def test_same_tokens_as_dpo_trainer(tokenizer, model_path, tmp_path, conversatio
 def test_a_prompt_that_is_no_token_prefix_is_counted(tokenizer):
     rows = [{"prompt": "re", "responses": ["d green", "gg"], "scores": [1, 0]}]
     with pytest.warns(UserWarning, match="not a prefix"):
-        tokenized, _, _ = tokenize_responses(read_candidates(rows), tokenizer, 100)
-    assert tokenized.moved_boundaries == 1
+        tokenize_responses(read_candidates(rows), tokenizer, 100)
 
 
 def test_prompts_that_fill_the_window_are_named(tokenizer):
@@ -48,6 +47,24 @@ def test_prompts_that_fill_the_window_are_named(tokenizer):
     assert skipped.describe().startswith("1 × prompt fills the window of 20 tokens (row 0, ")
     assert tokenized.truncated == 1
     assert max(tokenized.lengths) == 20
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("{{ raise_exception('no system role') }}", "Row 0: the chat template fails on the roles .*no system role"),
+        ("{{ messages[0]['content'] + 3 }}", "Row 0: the chat template fails"),
+        ("{{ messages[0]['content'] }}", "Row 0: no token of a response follows the prompt"),
+        ("", "Row 0: the tokenizer gives no tokens"),
+    ],
+)
+def test_templates_that_fail_name_the_row(tokenizer, template, expected):
+    import copy
+
+    broken = copy.deepcopy(tokenizer)
+    broken.chat_template = template
+    with pytest.raises(ValueError, match=expected):
+        tokenize_responses(read_candidates(scored_rows(1, 2, conversational=True)), broken, 100)
 
 
 def test_tokenizers_that_cannot_serve_are_refused(tokenizer):
