@@ -12,7 +12,7 @@ from bpo.data import Text
 from bpo.tokens import batches_by_tokens
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     import numpy.typing as npt
 
@@ -126,19 +126,14 @@ def embed_prompts(
     longest = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 512), 512)
     texts = [prompt_text(prompt) for prompt in prompts]
     lengths = np.array([len(ids) for ids in tokenizer(texts, truncation=True, max_length=longest)["input_ids"]])
-    embeddings: npt.NDArray[np.float32] | None = None
-    with torch.inference_mode():
-        for rows in batches_by_tokens(lengths, _ENCODER_TOKENS_PER_BATCH):
-            encoded = tokenizer(
-                [texts[row] for row in rows], truncation=True, max_length=longest, padding=True, return_tensors="pt"
-            ).to(device)
-            hidden = model(**encoded).last_hidden_state.float()  # (b, t, e)
-            pooled = _mean_pool(hidden, encoded["attention_mask"])
-            if embeddings is None:
-                embeddings = np.zeros((len(texts), pooled.shape[1]), dtype=np.float32)
-            embeddings[rows] = torch.nn.functional.normalize(pooled, dim=1).cpu().numpy()
-    assert embeddings is not None
-    return embeddings
+
+    def forward(rows: npt.NDArray[np.int64]) -> tuple[Any, Any]:
+        encoded = tokenizer(
+            [texts[row] for row in rows], truncation=True, max_length=longest, padding=True, return_tensors="pt"
+        ).to(device)
+        return model(**encoded).last_hidden_state, encoded["attention_mask"]
+
+    return _mean_embeddings(lengths, _ENCODER_TOKENS_PER_BATCH, forward)
 
 
 def embed_with_policy(
@@ -155,32 +150,48 @@ def embed_with_policy(
     Returns:
         (n, e) float32.
     """
+    from bpo.logprobs import pad_right
+    from bpo.models import base_of, inference_state
+
+    device = model.get_input_embeddings().weight.device
+    # The decoder below the output head: logits are not needed.
+    decoder = base_of(model).base_model
+
+    def forward(rows: npt.NDArray[np.int64]) -> tuple[Any, Any]:
+        ids, mask = (tensor.to(device) for tensor in pad_right([prompt_ids[row] for row in rows], pad_id))
+        return decoder(input_ids=ids, attention_mask=mask, use_cache=False)[0], mask
+
+    lengths = np.array([len(ids) for ids in prompt_ids], dtype=np.int64)
+    with inference_state(model):
+        return _mean_embeddings(lengths, tokens_per_batch, forward)
+
+
+def _mean_embeddings(
+    lengths: npt.NDArray[np.int64],
+    tokens_per_batch: int,
+    forward: Callable[[npt.NDArray[np.int64]], tuple[Any, Any]],
+) -> npt.NDArray[np.float32]:
+    """Means over positions of hidden states, at unit length.
+
+    Args:
+        lengths: (n,) tokens of each text.
+        tokens_per_batch: Padded tokens of one forward.
+        forward: From the indices of a batch to its (b, t, e) hidden states and (b, t) attention mask.
+
+    Returns:
+        (n, e) float32.
+    """
     import torch
 
-    from bpo.models import inference_state
-
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    device = model.get_input_embeddings().weight.device
-    embeddings: npt.NDArray[np.float32] | None = None
-    lengths = np.array([len(ids) for ids in prompt_ids], dtype=np.int64)
-    with inference_state(model), torch.inference_mode():
-        for rows in batches_by_tokens(lengths, tokens_per_batch):
-            width = int(lengths[rows].max())
-            ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
-            mask = torch.zeros((len(rows), width), dtype=torch.long)
-            for index, row in enumerate(rows):
-                ids[index, : lengths[row]] = torch.tensor(prompt_ids[row])
-                mask[index, : lengths[row]] = 1
-            # The decoder below the output head: logits are not needed.
-            hidden = base.base_model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)[0]
-            pooled = _mean_pool(hidden.float(), mask.to(hidden.device))
-            if embeddings is None:
-                embeddings = np.zeros((len(prompt_ids), pooled.shape[1]), dtype=np.float32)
-            embeddings[rows] = torch.nn.functional.normalize(pooled, dim=1).cpu().numpy()
-    assert embeddings is not None
+    batches = batches_by_tokens(lengths, tokens_per_batch)
+    pooled = []
+    with torch.inference_mode():
+        for rows in batches:
+            hidden, mask = forward(rows)
+            hidden = hidden.float()
+            weights = mask.to(hidden).unsqueeze(-1)
+            mean = (hidden * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
+            pooled.append(torch.nn.functional.normalize(mean, dim=1).cpu().numpy())
+    embeddings = np.empty((len(lengths), pooled[0].shape[1]), dtype=np.float32)
+    embeddings[np.concatenate(batches)] = np.concatenate(pooled)
     return embeddings
-
-
-def _mean_pool(hidden: Any, mask: Any) -> Any:
-    weights = mask.unsqueeze(-1).to(hidden.dtype)
-    return (hidden * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)

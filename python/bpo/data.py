@@ -384,15 +384,12 @@ def _score(value: Any, index: int, column: str) -> float:
     """Returns the score as a float, NaN where there is none."""
     if value is None:
         return math.nan
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        try:
-            return float(value)
-        except (TypeError, ValueError):
-            raise ValueError(f"Row {index}, column '{column}': the score {_short(value)} is not a number.") from None
     try:
         return float(value)
     except OverflowError:
         return math.inf
+    except (TypeError, ValueError):
+        raise ValueError(f"Row {index}, column '{column}': the score {_short(value)} is not a number.") from None
 
 
 def _is_score(value: float) -> bool:

@@ -84,7 +84,7 @@ def evaluate_preferences(
     candidates, tokenized = tokenize_candidates(
         candidates, tokenizer, window(model, config), on_invalid=config.on_invalid
     )
-    lengths = tokenized.lengths - tokenized.prompt_lengths
+    lengths = tokenized.response_lengths
     if reference is not None and not isinstance(reference, PreferenceEvaluation):
         raise TypeError("reference must be what evaluate_preferences returned for the reference policy.")
     if reference is not None and not (

@@ -521,7 +521,7 @@ def collect(
                 scores=candidates.scores[rows],
                 logps=logps,
                 ref_logps=ref_logps,
-                lengths=tokenized.lengths[rows] - tokenized.prompt_lengths[rows],
+                lengths=tokenized.response_lengths[rows],
                 flags=flags,
             )
             bar.update(int(tokenized.lengths[rows].sum()))

@@ -9,13 +9,25 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from bpo.models import base_of
 from bpo.tokens import TokenizedResponses, batches_by_tokens
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Callable, Collection, Sequence
 
     import numpy.typing as npt
     from transformers import PreTrainedModel
+
+
+def pad_right(sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns (n, t) int64 token ids and attention mask; causal attention keeps padding at the right from mattering."""
+    width = max(len(sequence) for sequence in sequences)
+    input_ids = torch.full((len(sequences), width), pad_id, dtype=torch.long)
+    attention_mask = torch.zeros((len(sequences), width), dtype=torch.long)
+    for index, sequence in enumerate(sequences):
+        input_ids[index, : len(sequence)] = torch.tensor(sequence)
+        attention_mask[index, : len(sequence)] = 1
+    return input_ids, attention_mask
 
 
 def completion_logps(
@@ -27,29 +39,24 @@ def completion_logps(
         model: A causal language model.
         tokenized: Token ids of all responses.
         rows: (n,) which of them form the batch.
-        pad_id: Fills the batch at the right, where causal attention keeps it from mattering.
+        pad_id: Fills the batch at the right.
 
     Returns:
         (n,) float32: log π(response | prompt), summed over the tokens of the response.
     """
-    ids = [tokenized.ids[row] for row in rows]
-    width = max(len(sequence) for sequence in ids)
-    input_ids = torch.full((len(ids), width), pad_id, dtype=torch.long)
-    attention_mask = torch.zeros((len(ids), width), dtype=torch.long)
-    completion_mask = torch.zeros((len(ids), width), dtype=torch.bool)
-    for index, (row, sequence) in enumerate(zip(rows, ids, strict=True)):
-        input_ids[index, : len(sequence)] = torch.tensor(sequence)
-        attention_mask[index, : len(sequence)] = 1
-        completion_mask[index, int(tokenized.prompt_lengths[row]) : len(sequence)] = True
+    input_ids, attention_mask = pad_right([tokenized.ids[row] for row in rows], pad_id)
+    size, width = input_ids.shape
+    prompt_lengths = torch.from_numpy(tokenized.prompt_lengths[rows])
+    completion_mask = attention_mask.bool() & (torch.arange(width) >= prompt_lengths[:, None])
     # No token predicts the first one; logits before the shortest prompt's end are never needed.
-    start = max(int(tokenized.prompt_lengths[rows].min()), 1) - 1
+    start = max(int(prompt_lengths.min()), 1) - 1
     device = model.get_input_embeddings().weight.device
     input_ids, attention_mask = input_ids.to(device), attention_mask.to(device)
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
     accepted = _forward_arguments(model)
     if "position_ids" in accepted:
         # A row of positions a sample, since learned position embeddings could not be told apart by sample otherwise.
-        inputs["position_ids"] = torch.arange(width, device=device).expand(len(ids), -1)
+        inputs["position_ids"] = torch.arange(width, device=device).expand(size, -1)
     if "logits_to_keep" in accepted:
         logits = model(**inputs, logits_to_keep=width - start).logits
     else:
@@ -62,8 +69,7 @@ def completion_logps(
 
 
 def _forward_arguments(model: PreTrainedModel) -> Collection[str]:
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return inspect.signature(base.forward).parameters.keys()
+    return inspect.signature(base_of(model).forward).parameters.keys()
 
 
 def check_vocabulary(model: PreTrainedModel, tokenized: TokenizedResponses) -> None:

@@ -38,11 +38,21 @@ def check_path(name: str) -> str:
     """
     path = Path(name).expanduser()
     if path.is_dir():
-        if not (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
+        if not (path / "config.json").is_file() and not is_adapter(name):
             raise FileNotFoundError(f"{name}: the directory holds no config.json, so it is not a saved model.")
     elif path.is_file() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise FileNotFoundError(f"{name}: no such model directory.")
     return str(path) if path.is_dir() else name
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a path holds a saved PEFT adapter."""
+    return (Path(name).expanduser() / "adapter_config.json").is_file()
+
+
+def base_of(model: PreTrainedModel) -> PreTrainedModel:
+    """Returns the model inside a ``PeftModel``, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def check_model(model: Any) -> None:
@@ -112,7 +122,7 @@ def load_policy(model: Any, config: SelectConfig) -> PreTrainedModel:
         raise ValueError(f"SelectConfig.device={config.device!r} is no device: {error}") from None
     # transformers loads a directory with an adapter_config.json as base model plus adapter, but not as a PeftModel.
     loader = AutoModelForCausalLM
-    if (Path(name) / "adapter_config.json").is_file():
+    if is_adapter(name):
         from peft import AutoPeftModelForCausalLM
 
         loader = AutoPeftModelForCausalLM
@@ -135,7 +145,7 @@ def _positions(model: Any, config: SelectConfig) -> int | None:
         from transformers import AutoConfig
 
         name = check_path(str(model))
-        if (Path(name) / "adapter_config.json").is_file():
+        if is_adapter(name):
             from peft import PeftConfig
 
             name = PeftConfig.from_pretrained(name).base_model_name_or_path
@@ -170,8 +180,7 @@ def model_fingerprint(model: PreTrainedModel) -> str:
 
     It reads every weight, about a second for each GB.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    digest = hashlib.sha256(type(base).__name__.encode())
+    digest = hashlib.sha256(type(base_of(model)).__name__.encode())
     settings = {key: value for key, value in model.config.to_dict().items() if key not in _VOLATILE_CONFIG}
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     adapters = {

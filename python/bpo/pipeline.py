@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
     from bpo.clustering import PairClusters
     from bpo.config import Strategy
-    from bpo.store import GradientStore
 
 
 def select(
@@ -137,9 +136,8 @@ def select(
     _check_budget(budget, n_pairs, n_prompts, strategy)
 
     # Gradients: one sketch a response; clusters and scores of the pairs.
-    gradients = clusters = None
+    clusters = logps = None
     eligible = np.ones(len(kept.pairs), dtype=bool)
-    rows = np.full(len(kept.responses), -1, dtype=np.int64)
     if needs_gradients:
         assert policy is not None and tokenizer is not None and tokenized is not None
         gradients = collect(
@@ -151,8 +149,8 @@ def select(
             store=store,
             progress=progress,
         )
-        rows = gradients.rows_of(kept.response_ids)
-        pairs = rows[kept.pairs]
+        pairs = gradients.rows_of(kept.response_ids)[kept.pairs]
+        logps = gradients.records["logp"][pairs]
         usable = gradients.records["flags"] & NONFINITE == 0
         log_ratios = np.where(usable, gradients.records["logp"], 0) - np.where(usable, gradients.records["ref_logp"], 0)
         coefficients = pair_coefficients(log_ratios, pairs, loss_type=config.loss_type, beta=config.beta)
@@ -179,9 +177,7 @@ def select(
         warn(f"{int(chosen.sum())} pairs are kept of the {n_pairs} asked for, because of {' and '.join(limits)}.")
     fate = np.full(len(candidates.pairs), "breadth", dtype=object)
     fate[pair_index] = np.where(eligible, np.where(chosen, SELECTED, "depth"), "unusable")
-    table = _pair_table(candidates, tokenized, fate, pair_index, usefulness, clusters)
-    if gradients is not None:
-        table = _with_logps(table, gradients, rows[kept.pairs], pair_index)
+    table = _pair_table(candidates, tokenized, fate, pair_index, usefulness, clusters, logps)
     return Selection(
         dataset=_training_set(candidates, table, np.flatnonzero(fate == SELECTED)),
         pairs=table,
@@ -243,6 +239,7 @@ def _pair_table(
     pair_index: npt.NDArray[np.int64],
     usefulness: npt.NDArray[np.float64],
     clusters: PairClusters | None,
+    logps: npt.NDArray[np.float32] | None,
 ) -> pa.Table:
     """One row a candidate pair; what a strategy does not use is null."""
     n = len(candidates.pairs)
@@ -260,7 +257,7 @@ def _pair_table(
         return scattered(None if clusters is None else getattr(clusters, name), pa.float32())
 
     labels = None if clusters is None else np.where(clusters.labels < 0, np.nan, clusters.labels)
-    lengths = None if tokenized is None else tokenized.lengths - tokenized.prompt_lengths
+    lengths = None if tokenized is None else tokenized.response_lengths
     columns = {
         "pair": pa.array(np.arange(n)),
         "prompt": pa.array(candidates.prompt_of_pair),
@@ -272,8 +269,8 @@ def _pair_table(
         "score_gap": pa.array(candidates.score_gaps, from_pandas=True),
         "length_chosen": pa.nulls(n, pa.int64()) if lengths is None else pa.array(lengths[chosen]),
         "length_rejected": pa.nulls(n, pa.int64()) if lengths is None else pa.array(lengths[rejected]),
-        "logp_chosen": pa.nulls(n, pa.float32()),
-        "logp_rejected": pa.nulls(n, pa.float32()),
+        "logp_chosen": scattered(None if logps is None else logps[:, 0], pa.float32()),
+        "logp_rejected": scattered(None if logps is None else logps[:, 1], pa.float32()),
         "informativeness": cluster_column("informativeness"),
         "cluster": scattered(labels, pa.int32()),
         "centrality": cluster_column("centrality"),
@@ -283,16 +280,6 @@ def _pair_table(
         "fate": pa.array(fate.tolist(), pa.string()),
     }
     return pa.table(columns)
-
-
-def _with_logps(
-    table: pa.Table, gradients: GradientStore, pairs: npt.NDArray[np.int64], pair_index: npt.NDArray[np.int64]
-) -> pa.Table:
-    for side, name in enumerate(("logp_chosen", "logp_rejected")):
-        full = np.full(table.num_rows, np.nan, dtype=np.float32)
-        full[pair_index] = gradients.records["logp"][pairs[:, side]]
-        table = table.set_column(table.column_names.index(name), name, pa.array(full, from_pandas=True))
-    return table
 
 
 def _training_set(candidates: Candidates, table: pa.Table, index: npt.NDArray[np.int64]) -> Any:

@@ -112,17 +112,19 @@ class GradientStore:
 class GradientWriter:
     """A gradient store to which rows may be added; created where there is none.
 
-    Nothing is locked, or written, before :meth:`lock`, so that any number of processes
-    may serve themselves from a finished store, also from a read-only directory.
+    Nothing is locked, or written, before :meth:`lock`, so that any number of processes may serve themselves from a
+    finished store, also from a read-only directory.
     """
 
-    def __init__(self, path: Path, dim: int, fingerprint: dict[str, Any], present: GradientStore | None) -> None:
+    def __init__(
+        self, path: Path, dim: int, fingerprint: dict[str, Any], present: GradientStore | None, temporary: bool
+    ) -> None:
         self.path = path
         self._dim = dim
         self._fingerprint = fingerprint
         self._present = present
         self._writer: _core.StoreWriter | None = None
-        self._temporary = False
+        self._temporary = temporary
 
     @classmethod
     def open(
@@ -145,7 +147,6 @@ class GradientWriter:
             StoreMismatchError: Another model, tokenizer, sketch, version or data.
             bpo.StoreError: The directory holds something else.
         """
-        temporary = path is None
         directory = Path(tempfile.mkdtemp(prefix="bpo-store-") if path is None else path)
         present = None
         if (directory / "manifest.json").exists():
@@ -156,9 +157,7 @@ class GradientWriter:
             directory.is_dir() and {path.name for path in directory.iterdir()} <= {"lock"}
         ):
             raise _core.StoreError(f"{directory} is no empty directory and no gradient store; name another directory.")
-        opened = cls(directory, dim, fingerprint, present)
-        opened._temporary = temporary
-        return opened
+        return cls(directory, dim, fingerprint, present, temporary=path is None)
 
     def rows_of(self, response_ids: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
         """Row of each response that the store held when it was opened, −1 for the others; see GradientStore."""

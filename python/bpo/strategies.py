@@ -97,10 +97,8 @@ def uniform(candidacy: Candidacy) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np
         allowed = rank < candidacy.config.max_depth
         index, rank, prompts = index[allowed], rank[allowed], prompts[allowed]
     # Every prompt's first pair, then every prompt's second, and so on.
-    chosen = np.lexsort((order_of_prompt[prompts], rank))[: candidacy.budget]
-    mask = np.zeros(len(index), dtype=bool)
-    mask[chosen] = True
-    return _spread(candidacy, index, mask, -rank.astype(np.float64))
+    taken = np.lexsort((order_of_prompt[prompts], rank))[: candidacy.budget]
+    return _spread(candidacy, index, taken, -rank.astype(np.float64))
 
 
 def random(candidacy: Candidacy) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.float64]]:
@@ -137,20 +135,18 @@ def _largest(
             if taken[prompt] <= candidacy.config.max_depth:
                 allowed.append(position)
         order = np.array(allowed, dtype=np.int64)
-    mask = np.zeros(len(index), dtype=bool)
-    mask[order[: candidacy.budget]] = True
-    return _spread(candidacy, index, mask, keys)
+    return _spread(candidacy, index, order[: candidacy.budget], keys)
 
 
 def _spread(
     candidacy: Candidacy,
     index: npt.NDArray[np.int64],
-    mask: npt.NDArray[np.bool_],
+    taken: npt.NDArray[np.bool_] | npt.NDArray[np.int64],
     keys: npt.NDArray[np.float64],
 ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.float64]]:
-    """Puts values of the eligible pairs back among all pairs."""
+    """Puts the keys of the pairs in ``index``, and which of them are taken, back among all pairs."""
     chosen = np.zeros(len(candidacy.eligible), dtype=bool)
-    chosen[index] = mask
+    chosen[index[taken]] = True
     usefulness = np.full(len(candidacy.eligible), np.nan)
     usefulness[index] = keys
     return chosen, usefulness

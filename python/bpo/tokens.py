@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,10 +33,15 @@ class TokenizedResponses:
     max_length: int
     truncated: int
 
-    @property
+    @functools.cached_property
     def lengths(self) -> npt.NDArray[np.int64]:
         """(R,) int64, tokens of prompt and response together."""
         return np.array([len(ids) for ids in self.ids], dtype=np.int64)
+
+    @functools.cached_property
+    def response_lengths(self) -> npt.NDArray[np.int64]:
+        """(R,) int64, tokens of the response alone."""
+        return self.lengths - self.prompt_lengths
 
     def take(self, rows: npt.NDArray[np.int64]) -> TokenizedResponses:
         """Returns those of some responses."""

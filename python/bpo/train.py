@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from trl import DPOConfig, DPOTrainer
 
 from bpo.config import SelectConfig
-from bpo.models import check_path, load_tokenizer, naming
+from bpo.models import check_path, is_adapter, load_tokenizer, naming
 from bpo.pipeline import select
 
 
@@ -207,7 +207,7 @@ def _load(model: Any, args: BPOConfig, quantization_config: Any) -> Any:
     if quantization_config is not None:
         settings["quantization_config"] = quantization_config
     name = check_path(model)
-    if (Path(name) / "adapter_config.json").is_file():
+    if is_adapter(name):
         raise ValueError(f"{model} is a saved adapter; pass it as a PeftModel, as TRL's DPOTrainer asks for.")
     with naming(name):
         loaded = AutoModelForCausalLM.from_pretrained(name, **settings)

@@ -40,15 +40,20 @@ def tokenizer():
     return wrapped
 
 
+TINY = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
 def tiny_llama(tokenizer, **changes):
     torch.manual_seed(0)
     settings = {
         "vocab_size": len(tokenizer),
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
+        **TINY,
         "max_position_embeddings": 256,
         "initializer_range": 0.2,
         "pad_token_id": tokenizer.pad_token_id,
@@ -86,6 +91,21 @@ def model_path(model, tokenizer, tmp_path_factory):
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return str(path)
+
+
+def hooked(model, features, tokenized, rows, pad_id=0):
+    """Full gradients and log-probabilities of a batch, by the hooks."""
+    from bpo.gradients import sum_gradients
+    from bpo.models import inference_state
+
+    gradients = torch.zeros(len(rows), features.dim)
+
+    def keep(offset, values, samples):
+        gradients[samples, offset : offset + values.shape[1]] += values
+
+    with inference_state(model):
+        logps = sum_gradients(model, features, tokenized, rows, pad_id, keep)
+    return gradients, logps
 
 
 def scored_rows(n_prompts=10, n_responses=5, *, conversational=False, seed=0):

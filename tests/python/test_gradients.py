@@ -8,28 +8,16 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from bpo import SelectConfig, UnsupportedModelError, _core, collect_gradients, pair_coefficients, read_candidates
-from bpo.gradients import FreshAdapter, Parameters, choose_features, sum_gradients
+from bpo.gradients import FreshAdapter, Parameters, choose_features
 from bpo.logprobs import completion_logps, response_logps
 from bpo.models import inference_state
 from bpo.tokens import tokenize_responses
-from conftest import scored_rows, tiny_gpt2, tiny_llama
+from conftest import TINY, hooked, scored_rows, tiny_gpt2, tiny_llama
 
 
 @pytest.fixture(scope="module")
 def tokenized(tokenizer):
     return tokenize_responses(read_candidates(scored_rows(3, 4)), tokenizer, 256)[0]
-
-
-def hooked(model, features, tokenized, rows, pad_id=0):
-    """Full gradients and log-probabilities of a batch, by the hooks."""
-    gradients = torch.zeros(len(rows), features.dim)
-
-    def keep(offset, values, samples):
-        gradients[samples, offset : offset + values.shape[1]] += values
-
-    with inference_state(model):
-        logps = sum_gradients(model, features, tokenized, rows, pad_id, keep)
-    return gradients, logps
 
 
 def autograd(model, names, tokenized, row):
@@ -263,18 +251,7 @@ def test_scaled_embeddings_are_exact(tokenizer, tokenized):
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
     torch.manual_seed(0)
-    model = Gemma2ForCausalLM(
-        Gemma2Config(
-            vocab_size=len(tokenizer),
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=8,
-            initializer_range=0.2,
-        )
-    ).eval()
+    model = Gemma2ForCausalLM(Gemma2Config(vocab_size=len(tokenizer), head_dim=8, initializer_range=0.2, **TINY)).eval()
     features = choose_features(model, SelectConfig(features="full"))
     gradients, _ = hooked(model, features, tokenized, np.array([0, 5]))
     for index, row in enumerate([0, 5]):
@@ -285,15 +262,7 @@ def test_experts_outside_linear_layers_are_pointed_out(tokenizer):
     from transformers import MixtralConfig, MixtralForCausalLM
 
     model = MixtralForCausalLM(
-        MixtralConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=1,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            num_local_experts=4,
-        )
+        MixtralConfig(vocab_size=len(tokenizer), num_local_experts=4, **{**TINY, "num_hidden_layers": 1})
     )
     with pytest.warns(UserWarning, match="of the weights are outside linear layers, such as .*experts"):
         collect_gradients(model, scored_rows(1, 2), processing_class=tokenizer, progress=False)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import bpo
+from conftest import hooked
 
 DEMO = Path(__file__).resolve().parents[2] / "demo"
 
@@ -34,9 +35,8 @@ def test_gradients_are_exact(policy):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from bpo.gradients import FreshAdapter, sum_gradients
+    from bpo.gradients import FreshAdapter
     from bpo.logprobs import completion_logps
-    from bpo.models import inference_state
     from bpo.tokens import padding_id, tokenize_responses
 
     tokenizer = AutoTokenizer.from_pretrained(policy)
@@ -44,13 +44,7 @@ def test_gradients_are_exact(policy):
     tokenized = tokenize_responses(bpo.read_candidates(rows(1)), tokenizer, 1024)[0]
     features = FreshAdapter(model, rank=8, seed=0)
     batch = np.array([0, 1])
-    gradients = torch.zeros(2, features.dim)
-
-    def keep(offset, values, samples):
-        gradients[samples, offset : offset + values.shape[1]] += values
-
-    with inference_state(model):
-        sum_gradients(model, features, tokenized, batch, padding_id(tokenizer), keep)
+    gradients, _ = hooked(model, features, tokenized, batch, padding_id(tokenizer))
     wrapped = get_peft_model(
         model, LoraConfig(r=8, lora_alpha=8, target_modules=[name for name, *_ in features.layers])
     )
@@ -70,8 +64,7 @@ def test_sketch_error_on_real_pair_gradients(policy):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from bpo import _core
-    from bpo.gradients import FreshAdapter, sum_gradients
-    from bpo.models import inference_state
+    from bpo.gradients import FreshAdapter
     from bpo.tokens import padding_id, tokenize_responses
 
     tokenizer = AutoTokenizer.from_pretrained(policy)
@@ -84,13 +77,8 @@ def test_sketch_error_on_real_pair_gradients(policy):
     features = FreshAdapter(model, rank=8, seed=0)
     gradients = torch.zeros(len(candidates.responses), features.dim)
 
-    with inference_state(model):
-        for row in used:
-
-            def keep(offset, values, samples, row=row):
-                gradients[row, offset : offset + values.shape[1]] += values[0]
-
-            sum_gradients(model, features, tokenized, np.array([row]), padding_id(tokenizer), keep)
+    for row in used:
+        gradients[row] = hooked(model, features, tokenized, np.array([row]), padding_id(tokenizer))[0]
     differences = (gradients[candidates.pairs[:, 0]] - gradients[candidates.pairs[:, 1]]).numpy()
     assert differences.shape == (12, 1_244_160)
     off_diagonal = ~np.eye(12, dtype=bool)
