@@ -1,6 +1,6 @@
 //! The nearest centroid of each point.
 
-use crate::gemm::multiply;
+use crate::gemm::{PANEL, Packed, multiply};
 use crate::points::{Points, Tile};
 use crate::simd;
 
@@ -8,8 +8,7 @@ use crate::simd;
 #[derive(Debug)]
 pub struct Centroids {
     pub values: Vec<f32>,
-    /// Column by column: (dim, clusters).
-    transposed: Vec<f32>,
+    packed: Packed,
     /// ‖c‖²/2.
     half_norms: Vec<f32>,
     dim: usize,
@@ -19,11 +18,7 @@ impl Centroids {
     pub fn new(values: Vec<f32>, dim: usize) -> Self {
         let half_norms: Vec<f32> =
             values.chunks_exact(dim).map(|centroid| simd::dot(centroid, centroid) / 2.0).collect();
-        let mut transposed = Vec::with_capacity(values.len());
-        for column in 0..dim {
-            transposed.extend(values.iter().skip(column).step_by(dim));
-        }
-        Self { values, transposed, half_norms, dim }
+        Self { packed: Packed::from_columns(&values, dim), values, half_norms, dim }
     }
 
     pub fn count(&self) -> usize {
@@ -43,13 +38,13 @@ pub struct Products {
 
 impl Products {
     pub fn compute(&mut self, gathered: &[f32], centroids: &Centroids) {
-        self.values.resize(gathered.len() / centroids.dim * centroids.count(), 0.0);
-        multiply(gathered, &centroids.transposed, centroids.dim, &mut self.values);
+        self.values.resize(gathered.len() / centroids.dim * centroids.packed.padded_columns(), 0.0);
+        multiply(gathered, &centroids.packed, &mut self.values);
     }
 
     /// ⟨hₜ, c⟩ with every centroid c, for each term of a point.
     fn terms<const TERMS: usize>(&self, slots: [usize; TERMS], clusters: usize) -> [&[f32]; TERMS] {
-        slots.map(|slot| &self.values[slot * clusters..(slot + 1) * clusters])
+        slots.map(|slot| &self.values[slot * clusters.next_multiple_of(PANEL)..][..clusters])
     }
 }
 

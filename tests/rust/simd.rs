@@ -38,7 +38,7 @@ proptest! {
     fn levels_give_the_same_bits(size in 1usize..300, seed in 0u64..1000, first in 0usize..200) {
         simd::set_level(Level::Plain);
         let plain = all_kernels(size, seed, first);
-        for level in [Level::Avx2, Level::Avx512] {
+        for level in [Level::Avx2, Level::Avx512, Level::Avx512Vnni] {
             simd::set_level(level);
             prop_assert_eq!(&all_kernels(size, seed, first), &plain);
         }

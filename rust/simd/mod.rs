@@ -1,0 +1,110 @@
+//! Kernels, and the one place of run-time dispatch and of intrinsics.
+//!
+//! A kernel is compiled once for each [`Level`] and states the order of its additions and where it fuses a multiplication
+//! with one, so every level gives the same bits: a result does not depend on the machine's vector width.
+
+pub mod tile;
+mod vector;
+
+pub use vector::{add_scaled, add_scaled_wide, add_signed, combine, dot, lowest, squared_distance, subtract};
+
+use std::sync::atomic::{AtomicU8, Ordering};
+
+/// The instruction sets that a kernel is compiled for. Outside x86-64 the baseline (NEON on AArch64) is all there is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[repr(u8)]
+pub enum Level {
+    Plain = 1,
+    /// AVX2 with FMA.
+    Avx2 = 2,
+    /// AVX-512 F, BW, DQ and VL.
+    Avx512 = 3,
+    /// AVX-512 with products of bytes.
+    Avx512Vnni = 4,
+}
+
+static LEVEL: AtomicU8 = AtomicU8::new(0);
+
+/// The best level of this machine.
+pub fn detected_level() -> Level {
+    #[cfg(target_arch = "x86_64")]
+    {
+        let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
+        let avx512 = avx2
+            && is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512dq")
+            && is_x86_feature_detected!("avx512vl");
+        if avx512 && is_x86_feature_detected!("avx512vnni") {
+            return Level::Avx512Vnni;
+        }
+        if avx512 {
+            return Level::Avx512;
+        }
+        if avx2 {
+            return Level::Avx2;
+        }
+    }
+    Level::Plain
+}
+
+/// The level that kernels run at.
+#[inline]
+pub fn level() -> Level {
+    match LEVEL.load(Ordering::Relaxed) {
+        1 => Level::Plain,
+        2 => Level::Avx2,
+        3 => Level::Avx512,
+        4 => Level::Avx512Vnni,
+        _ => set_level(detected_level()),
+    }
+}
+
+/// Runs kernels at `level`, or at the best level of this machine where that is lower; returns the level in force.
+///
+/// For comparing the levels with one another; they give the same bits, so it is safe at any time.
+pub fn set_level(level: Level) -> Level {
+    let level = level.min(detected_level());
+    LEVEL.store(level as u8, Ordering::Relaxed);
+    level
+}
+
+/// Compiles a function once for each [`Level`] and picks one at run time.
+macro_rules! dispatch {
+    (
+        $(#[$attribute:meta])*
+        $visibility:vis fn $name:ident $(<const $generic:ident: usize>)? (
+            $($argument:ident: $kind:ty),* $(,)?
+        ) $(-> $output:ty)? $body:block
+    ) => {
+        $(#[$attribute])*
+        #[inline]
+        $visibility fn $name $(<const $generic: usize>)? ($($argument: $kind),*) $(-> $output)? {
+            #[inline(always)]
+            fn plain $(<const $generic: usize>)? ($($argument: $kind),*) $(-> $output)? $body
+
+            #[cfg(target_arch = "x86_64")]
+            {
+                #[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")]
+                fn avx512 $(<const $generic: usize>)? ($($argument: $kind),*) $(-> $output)? {
+                    plain $(::<$generic>)? ($($argument),*)
+                }
+                #[target_feature(enable = "avx2,fma")]
+                fn avx2 $(<const $generic: usize>)? ($($argument: $kind),*) $(-> $output)? {
+                    plain $(::<$generic>)? ($($argument),*)
+                }
+                match $crate::simd::level() {
+                    $crate::simd::Level::Avx512 | $crate::simd::Level::Avx512Vnni => {
+                        // SAFETY: `level` never exceeds what this machine was detected to have.
+                        return unsafe { avx512 $(::<$generic>)? ($($argument),*) };
+                    }
+                    // SAFETY: as above.
+                    $crate::simd::Level::Avx2 => return unsafe { avx2 $(::<$generic>)? ($($argument),*) },
+                    $crate::simd::Level::Plain => {}
+                }
+            }
+            plain $(::<$generic>)? ($($argument),*)
+        }
+    };
+}
+pub(crate) use dispatch;
