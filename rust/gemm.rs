@@ -91,9 +91,14 @@ impl Packed {
         self.columns.next_multiple_of(PANEL)
     }
 
-    /// The panels, each of `depth` rows.
-    pub fn panels_mut(&mut self) -> impl Iterator<Item = &mut [PanelRow]> {
-        self.rows.chunks_exact_mut(self.depth)
+    /// Gives the factor another depth and returns its panels, each of `depth` rows, to be filled anew.
+    ///
+    /// # Panics
+    /// If `depth` is zero.
+    pub fn refill(&mut self, depth: usize) -> impl Iterator<Item = &mut [PanelRow]> {
+        self.depth = depth;
+        self.rows.resize(depth * self.columns.div_ceil(PANEL), PanelRow::ZERO);
+        self.rows.chunks_exact_mut(depth)
     }
 }
 
@@ -120,14 +125,13 @@ pub fn multiply_add(left: Strided, right: &Packed, out: &mut [f32]) {
     let rows = out.len() / out_stride;
     assert_eq!(out.len(), rows * out_stride);
     assert!(right.depth <= left.stride || rows == 1);
-    let panels: Vec<&[PanelRow]> = right.rows.chunks_exact(right.depth).collect();
     let copy = left.stride.is_multiple_of(CONFLICT) && !UNCOPIED.contains(&right.columns);
     let mut copied = vec![0.0; if copy { ROWS * COPY_STRIDE } else { 0 }];
     // Tiles of nearly the same number of rows, since one of few rows runs slower.
     let tiles = rows.div_ceil(ROWS);
     for start in (0..right.depth).step_by(DEPTH) {
         let depth = DEPTH.min(right.depth - start);
-        for (group, panels) in panels.chunks(PANELS).enumerate() {
+        for (group, panels) in right.rows.chunks(PANELS * right.depth).enumerate() {
             for tile in 0..tiles {
                 let (first, end) = (tile * rows / tiles, (tile + 1) * rows / tiles);
                 let mut left = Strided { values: &left.values[first * left.stride + start..], stride: left.stride };
@@ -137,7 +141,7 @@ pub fn multiply_add(left: Strided, right: &Packed, out: &mut [f32]) {
                     }
                     left = Strided { values: &copied, stride: COPY_STRIDE };
                 }
-                for (panel, values) in panels.iter().enumerate() {
+                for (panel, values) in panels.chunks_exact(right.depth).enumerate() {
                     let column = (group * PANELS + panel) * PANEL;
                     let out = &mut out[first * out_stride + column..];
                     let columns = PANEL.min(right.columns - column);

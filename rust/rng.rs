@@ -9,6 +9,9 @@ const ROUNDS: usize = 10;
 const MULTIPLIERS: [u32; 2] = [0xD251_1F53, 0xCD9E_8D57];
 const WEYL: [u32; 2] = [0x9E37_79B9, 0xBB67_AE85];
 
+/// The lower half of a lane.
+const LOW: u64 = 0xFFFF_FFFF;
+
 /// What a stream is used for. No two uses share a stream, so they are independent under one seed.
 #[derive(Clone, Copy, Debug)]
 #[repr(u32)]
@@ -17,7 +20,7 @@ pub enum Purpose {
     SketchSigns = 1,
     /// Rotations of a sparse sketch; the index is the repetition, a position is a block.
     SketchRotations = 2,
-    /// Entries of a dense sketch; the index is a group of columns, a position is a coordinate.
+    /// Entries of a dense sketch; the index is a panel of 32 columns, whose coordinates come one after the other.
     SketchEntries = 3,
     /// Draws of the k-means seeding; the index is the centroid, a position is a trial.
     Seeding = 4,
@@ -56,12 +59,16 @@ impl Stream {
         (wide(words[0], words[1]) >> 11) as f64 / (1u64 << 53) as f64
     }
 
-    /// An integer in `[0, bound)`: the upper half of a 64-bit word times `bound`, so that no value is likelier than
-    /// another by more than a factor of `1 + bound / 2^64`.
+    /// An integer in `[0, bound)`; see [`below`].
     pub fn below(&self, position: u64, bound: usize) -> usize {
-        let words = self.words(position);
-        ((u128::from(wide(words[0], words[1])) * bound as u128) >> 64) as usize
+        below(self.words(position), bound)
     }
+}
+
+/// An integer in `[0, bound)` from the words of a position: the upper half of a 64-bit word times `bound`, so that no
+/// value is likelier than another by more than a factor of `1 + bound / 2^64`.
+pub fn below(words: [u32; 4], bound: usize) -> usize {
+    ((u128::from(wide(words[0], words[1])) * bound as u128) >> 64) as usize
 }
 
 fn wide(low: u32, high: u32) -> u64 {
@@ -69,44 +76,26 @@ fn wide(low: u32, high: u32) -> u64 {
 }
 
 /// Four uniform words of one counter.
-pub fn philox(counter: [u32; 4], key: [u32; 2]) -> [u32; 4] {
-    let mut lanes = counter.map(|word| [word]);
-    rounds(&mut lanes, key);
-    lanes.map(|[word]| word)
-}
-
-/// The ten rounds, on as many counters at once as there are lanes.
 #[inline(always)]
-fn rounds<const LANES: usize>(counter: &mut [[u32; LANES]; 4], mut key: [u32; 2]) {
+pub fn philox(counter: [u32; 4], key: [u32; 2]) -> [u32; 4] {
+    // Only the lower half of each word counts. As wide as the products, the words of several counters need no shuffling
+    // between the rounds where the compiler works on them side by side.
+    let mut counter = counter.map(u64::from);
+    let mut key = key;
     for _ in 0..ROUNDS {
-        for lane in 0..LANES {
-            let even = u64::from(MULTIPLIERS[0]) * u64::from(counter[0][lane]);
-            let odd = u64::from(MULTIPLIERS[1]) * u64::from(counter[2][lane]);
-            counter[0][lane] = (odd >> 32) as u32 ^ counter[1][lane] ^ key[0];
-            counter[1][lane] = odd as u32;
-            counter[2][lane] = (even >> 32) as u32 ^ counter[3][lane] ^ key[1];
-            counter[3][lane] = even as u32;
-        }
+        let even = u64::from(MULTIPLIERS[0]) * (counter[0] & LOW);
+        let odd = u64::from(MULTIPLIERS[1]) * (counter[2] & LOW);
+        counter = [odd >> 32 ^ counter[1] ^ u64::from(key[0]), odd, even >> 32 ^ counter[3] ^ u64::from(key[1]), even];
         key = [key[0].wrapping_add(WEYL[0]), key[1].wrapping_add(WEYL[1])];
     }
+    counter.map(|word| word as u32)
 }
 
 dispatch! {
     fn fill(out: &mut [[u32; 4]], first: u64, stream: [u32; 2], key: [u32; 2]) {
-        const LANES: usize = 16;
-        let mut position = first;
-        for chunk in out.chunks_mut(LANES) {
-            let mut counter = [[0; LANES], [0; LANES], [stream[0]; LANES], [stream[1]; LANES]];
-            for lane in 0..LANES {
-                let position = position.wrapping_add(lane as u64);
-                counter[0][lane] = position as u32;
-                counter[1][lane] = (position >> 32) as u32;
-            }
-            rounds(&mut counter, key);
-            for (lane, words) in chunk.iter_mut().enumerate() {
-                *words = [counter[0][lane], counter[1][lane], counter[2][lane], counter[3][lane]];
-            }
-            position = position.wrapping_add(LANES as u64);
+        for (index, words) in out.iter_mut().enumerate() {
+            let position = first.wrapping_add(index as u64);
+            *words = philox([position as u32, (position >> 32) as u32, stream[0], stream[1]], key);
         }
     }
 }

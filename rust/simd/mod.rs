@@ -3,10 +3,14 @@
 //! A kernel is compiled once for each [`Level`] and states the order of its additions and where it fuses a multiplication
 //! with one, so every level gives the same bits: a result does not depend on the machine's vector width.
 
+mod element;
+mod signs;
 pub mod tile;
 mod vector;
 
-pub use vector::{add_scaled, add_scaled_wide, add_signed, combine, dot, lowest, squared_distance, subtract};
+pub use element::Element;
+pub use signs::spread_signs;
+pub use vector::{add_scaled, add_scaled_wide, combine, dot, lowest, squared_distance, subtract};
 
 use std::sync::atomic::{AtomicU8, Ordering};
 
@@ -15,7 +19,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 #[repr(u8)]
 pub enum Level {
     Plain = 1,
-    /// AVX2 with FMA.
+    /// AVX2 with FMA and F16C.
     Avx2 = 2,
     /// AVX-512 F, BW, DQ and VL.
     Avx512 = 3,
@@ -29,7 +33,8 @@ static LEVEL: AtomicU8 = AtomicU8::new(0);
 pub fn detected_level() -> Level {
     #[cfg(target_arch = "x86_64")]
     {
-        let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
+        let avx2 =
+            is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
         let avx512 = avx2
             && is_x86_feature_detected!("avx512f")
             && is_x86_feature_detected!("avx512bw")
@@ -85,11 +90,11 @@ macro_rules! dispatch {
 
             #[cfg(target_arch = "x86_64")]
             {
-                #[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")]
+                #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")]
                 fn avx512 $(<const $generic: usize>)? ($($argument: $kind),*) $(-> $output)? {
                     plain $(::<$generic>)? ($($argument),*)
                 }
-                #[target_feature(enable = "avx2,fma")]
+                #[target_feature(enable = "avx2,fma,f16c")]
                 fn avx2 $(<const $generic: usize>)? ($($argument: $kind),*) $(-> $output)? {
                     plain $(::<$generic>)? ($($argument),*)
                 }

@@ -144,37 +144,3 @@ dispatch! {
         best
     }
 }
-
-dispatch! {
-    /// `sum[j] += sign(j) * scale * values[j]`, where `sign(j)` is −1 if bit `first + j` of `signs` is set.
-    ///
-    /// Bit `i` of a sequence of words is bit `i % 32` of word `i / 32`.
-    pub fn add_signed(sum: &mut [f32], scale: f32, values: &[f32], signs: &[u32], first: usize) {
-        const SIGN: u32 = 1 << 31;
-        let one = |sum: &mut f32, value: f32, index: usize| {
-            let sign = (signs[index / 32] << (31 - index % 32)) & SIGN;
-            *sum += f32::from_bits((scale * value).to_bits() ^ sign);
-        };
-        // Whole words of signs in the middle, single signs before and after.
-        let head = (first.next_multiple_of(32) - first).min(sum.len());
-        let (sum_head, sum) = sum.split_at_mut(head);
-        let (values_head, values) = values.split_at(head);
-        for (index, (sum, value)) in sum_head.iter_mut().zip(values_head).enumerate() {
-            one(sum, *value, first + index);
-        }
-        let first = first + head;
-        let (sum_words, sum_tail) = sum.as_chunks_mut::<32>();
-        let (value_words, values_tail) = values.as_chunks::<32>();
-        let first_word = first / 32;
-        for ((sum, values), word) in sum_words.iter_mut().zip(value_words).zip(&signs[first_word.min(signs.len())..]) {
-            for lane in 0..32 {
-                let sign = (word << (31 - lane)) & SIGN;
-                sum[lane] += f32::from_bits((scale * values[lane]).to_bits() ^ sign);
-            }
-        }
-        let tail = first + sum_words.len() * 32;
-        for (index, (sum, value)) in sum_tail.iter_mut().zip(values_tail).enumerate() {
-            one(sum, *value, tail + index);
-        }
-    }
-}

@@ -17,21 +17,27 @@ use super::Sketcher;
 use crate::error::Result;
 use crate::matrix::Element;
 use crate::progress::Progress;
-use crate::rng::{Purpose, Stream};
-use crate::simd;
+use crate::rng::{Purpose, Stream, below};
 
 /// Coordinates between two looks at the cancel token. Their signs are drawn once for all rows and fill 128 KiB, which
 /// stays in the second-level cache.
 const WAVE: u64 = 1 << 20;
 
+/// Coordinates of one row that meet all repetitions before the next ones: 256 KiB of float32, which come from memory
+/// once and from the second-level cache after that.
+const STRETCH: u64 = 1 << 16;
+
 /// Signs from one position of a stream.
 const SIGNS: u64 = 128;
 
-/// Coordinates that are widened at once: 16 KiB of float32.
-const CHUNK: usize = 4096;
+/// Positions that one thread draws at a time.
+const POSITIONS: usize = 1024;
 
-/// Outputs that one task fills at least, where there are fewer rows than threads.
+/// Outputs that one task fills at least, where there are few rows for the threads.
 const MIN_OUTPUTS: usize = 256;
+
+/// Tasks for each thread at least, so that no thread waits long for another at the end of a wave.
+const TASKS: usize = 4;
 
 pub fn add<T: Element>(
     sketcher: &Sketcher,
@@ -42,91 +48,126 @@ pub fn add<T: Element>(
     progress: &Progress,
 ) -> Result<()> {
     let end = offset + width as u64;
-    let waves = (end - 1) / WAVE - offset / WAVE + 1;
-    progress.start(waves as usize * sketcher.nnz);
-    let mut signs = Vec::new();
+    // With many repetitions a shorter wave keeps their signs in the cache.
+    let wave = (WAVE / sketcher.nnz.next_power_of_two() as u64).max(STRETCH);
+    progress.start(((end - 1) / wave - offset / wave + 1) as usize);
+    let mut repetitions: Vec<Repetition> = (0..sketcher.nnz).map(|index| Repetition::new(sketcher, index)).collect();
+    let scale = (sketcher.nnz as f32).sqrt().recip();
     let mut start = offset;
     while start < end {
         // Waves lie on a fixed grid, so a word of signs never straddles two.
-        let stop = end.min((start / WAVE + 1) * WAVE);
-        for repetition in 0..sketcher.nnz {
-            let map = Map::new(sketcher, repetition);
-            let first_sign = map.draw_signs(start..stop, &mut signs);
-            let columns = (start - offset) as usize..(stop - offset) as usize;
-            map.tasks(values, width, out).into_par_iter().for_each(|mut task| {
-                task.add(&map, &columns, start, &signs, first_sign);
-            });
-            progress.advance(1)?;
+        let stop = end.min((start / wave + 1) * wave);
+        for repetition in &mut repetitions {
+            repetition.draw(start..stop);
         }
+        let columns = (start - offset) as usize..(stop - offset) as usize;
+        tasks(sketcher, values, width, out).into_par_iter().for_each(|mut task| {
+            let row = &task.row[columns.clone()];
+            let mut first = start;
+            for row in row.chunks(STRETCH as usize) {
+                for (index, repetition) in repetitions.iter().enumerate() {
+                    task.add(index, repetition, row, first, scale);
+                }
+                first += row.len() as u64;
+            }
+        });
+        progress.advance(1)?;
         start = stop;
     }
     Ok(())
 }
 
-/// One repetition.
-struct Map {
-    /// The outputs of this repetition within a row of the sketch.
-    outputs: Range<usize>,
-    dim: usize,
-    scale: f32,
-    signs: Stream,
-    rotations: Stream,
+/// What one repetition does to the coordinates of a wave.
+struct Repetition {
+    /// How many outputs it has; the length of a block.
+    outputs: usize,
+    sign_stream: Stream,
+    rotation_stream: Stream,
+    signs: Vec<[u32; 4]>,
+    /// The coordinate of the first sign.
+    first_sign: u64,
+    rotations: Vec<[u32; 4]>,
+    /// The block of the first rotation.
+    first_block: u64,
 }
 
-impl Map {
-    fn new(sketcher: &Sketcher, repetition: usize) -> Self {
-        let size = sketcher.dim / sketcher.nnz;
+impl Repetition {
+    fn new(sketcher: &Sketcher, index: usize) -> Self {
         Self {
-            outputs: repetition * size..(repetition + 1) * size,
-            dim: sketcher.dim,
-            scale: (sketcher.nnz as f32).sqrt().recip(),
-            signs: Stream::new(sketcher.seed, Purpose::SketchSigns, repetition as u32),
-            rotations: Stream::new(sketcher.seed, Purpose::SketchRotations, repetition as u32),
+            outputs: sketcher.dim / sketcher.nnz,
+            sign_stream: Stream::new(sketcher.seed, Purpose::SketchSigns, index as u32),
+            rotation_stream: Stream::new(sketcher.seed, Purpose::SketchRotations, index as u32),
+            signs: Vec::new(),
+            first_sign: 0,
+            rotations: Vec::new(),
+            first_block: 0,
         }
     }
 
-    /// Draws a sign bit for each coordinate; returns the coordinate of the first bit.
-    fn draw_signs(&self, coordinates: Range<u64>, signs: &mut Vec<[u32; 4]>) -> u64 {
-        let positions = coordinates.start / SIGNS..coordinates.end.div_ceil(SIGNS);
-        signs.resize((positions.end - positions.start) as usize, [0; 4]);
-        signs.par_chunks_mut(CHUNK / 4).enumerate().for_each(|(chunk, words)| {
-            self.signs.fill(positions.start + (chunk * CHUNK / 4) as u64, words);
-        });
-        positions.start * SIGNS
+    /// Draws a sign bit for each coordinate and a rotation for each block.
+    fn draw(&mut self, coordinates: Range<u64>) {
+        let size = self.outputs as u64;
+        self.first_sign = coordinates.start / SIGNS * SIGNS;
+        self.first_block = coordinates.start / size;
+        fill(&self.sign_stream, coordinates.start / SIGNS..coordinates.end.div_ceil(SIGNS), &mut self.signs);
+        fill(&self.rotation_stream, self.first_block..coordinates.end.div_ceil(size), &mut self.rotations);
     }
 
-    /// One task for each row, or several that share the outputs of a row where there are more threads than rows. An
-    /// output belongs to one task, so the cut does not change any bit.
-    fn tasks<'t, T: Element>(&self, values: &'t [T], width: usize, out: &'t mut [f32]) -> Vec<Task<'t, T>> {
-        let rows = values.len() / width;
-        let parts = rayon::current_num_threads().div_ceil(rows).min(self.outputs.len() / MIN_OUTPUTS).max(1);
-        let size = self.outputs.len().div_ceil(parts);
-        let mut tasks = Vec::with_capacity(rows * parts);
-        for (row, out) in values.chunks_exact(width).zip(out.chunks_exact_mut(self.dim)) {
-            for (part, out) in out[self.outputs.clone()].chunks_mut(size).enumerate() {
-                tasks.push(Task { row, first_output: part * size, out });
-            }
-        }
-        tasks
+    fn rotation(&self, block: u64) -> u64 {
+        below(self.rotations[(block - self.first_block) as usize], self.outputs) as u64
     }
 }
 
-/// One row, and consecutive outputs of a repetition.
+fn fill(stream: &Stream, positions: Range<u64>, words: &mut Vec<[u32; 4]>) {
+    words.resize((positions.end - positions.start) as usize, [0; 4]);
+    words.par_chunks_mut(POSITIONS).enumerate().for_each(|(chunk, words)| {
+        stream.fill(positions.start + (chunk * POSITIONS) as u64, words);
+    });
+}
+
+/// One row, and the same part of the outputs of each repetition.
 struct Task<'t, T> {
     row: &'t [T],
-    first_output: usize,
-    out: &'t mut [f32],
+    /// Outputs of a repetition.
+    part: Range<usize>,
+    /// The part of each repetition.
+    outs: Vec<&'t mut [f32]>,
+}
+
+/// One task for each row, or several that share the outputs of a row where there are few rows for the threads. An output
+/// belongs to one task, so the cut does not change any bit.
+fn tasks<'t, T>(sketcher: &Sketcher, values: &'t [T], width: usize, out: &'t mut [f32]) -> Vec<Task<'t, T>> {
+    let size = sketcher.dim / sketcher.nnz;
+    let rows = values.len() / width;
+    let threads = rayon::current_num_threads();
+    let parts = if rows.is_multiple_of(threads) { 1 } else { (TASKS * threads).div_ceil(rows) };
+    let part_size = size.div_ceil(parts.min(size / MIN_OUTPUTS).max(1));
+    let mut tasks = Vec::with_capacity(rows * size.div_ceil(part_size));
+    for (row, out) in values.chunks_exact(width).zip(out.chunks_exact_mut(sketcher.dim)) {
+        let first_task = tasks.len();
+        tasks.extend((0..size).step_by(part_size).map(|start| Task {
+            row,
+            part: start..size.min(start + part_size),
+            outs: Vec::with_capacity(sketcher.nnz),
+        }));
+        for out in out.chunks_exact_mut(size) {
+            for (task, out) in tasks[first_task..].iter_mut().zip(out.chunks_mut(part_size)) {
+                task.outs.push(out);
+            }
+        }
+    }
+    tasks
 }
 
 impl<T: Element> Task<'_, T> {
-    /// Adds those of `columns` that meet these outputs. The first column is coordinate `start`.
-    fn add(&mut self, map: &Map, columns: &Range<usize>, start: u64, signs: &[[u32; 4]], first_sign: u64) {
-        let size = map.outputs.len() as u64;
-        let end = start + columns.len() as u64;
-        let (first_output, end_output) = (self.first_output as u64, (self.first_output + self.out.len()) as u64);
-        let mut scratch = [0.0; CHUNK];
+    /// Adds those of `values` that meet the outputs of this task in one repetition. The first value is coordinate `start`.
+    fn add(&mut self, index: usize, repetition: &Repetition, values: &[T], start: u64, scale: f32) {
+        let size = repetition.outputs as u64;
+        let end = start + values.len() as u64;
+        let (first_output, end_output) = (self.part.start as u64, self.part.end as u64);
+        let signs = repetition.signs.as_flattened();
         for block in start / size..=(end - 1) / size {
-            let rotation = map.rotations.below(block, map.outputs.len()) as u64;
+            let rotation = repetition.rotation(block);
             // A rotated block is two runs: (first position, first output, length).
             for (position, output, length) in [(0, rotation, size - rotation), (size - rotation, 0, rotation)] {
                 // What lies before or after the coordinates and outputs at hand is skipped.
@@ -137,13 +178,9 @@ impl<T: Element> Task<'_, T> {
                     continue;
                 }
                 let count = (stop - skip) as usize;
-                let out = &mut self.out[(output + skip - first_output) as usize..][..count];
-                let row = &self.row[columns.start + (coordinate + skip - start) as usize..][..count];
-                let mut sign = (coordinate + skip - first_sign) as usize;
-                for (out, values) in out.chunks_mut(CHUNK).zip(row.chunks(CHUNK)) {
-                    simd::add_signed(out, map.scale, T::widen(values, &mut scratch), signs.as_flattened(), sign);
-                    sign += values.len();
-                }
+                let out = &mut self.outs[index][(output + skip - first_output) as usize..][..count];
+                let values = &values[(coordinate + skip - start) as usize..][..count];
+                T::add_signed(out, scale, values, signs, (coordinate + skip - repetition.first_sign) as usize);
             }
         }
     }

@@ -1,6 +1,7 @@
 """Sketches: unbiased, as accurate as theory says, and the same bits however they are computed."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -67,6 +68,29 @@ def test_entries_depend_on_seed_and_coordinate_alone(kind, nnz):
     np.testing.assert_array_equal(sketcher.sketch(long, far - 399), sketcher.sketch(column, far))
     assert (sketcher.sketch(column, far) != Sketcher(64, seed=2, kind=kind, nnz=nnz).sketch(column, far)).any()
     assert np.linalg.norm(sketcher.sketch(column, far)) == pytest.approx(1, rel=0.5)
+
+
+def test_normal_entries_are_normal():
+    """Moments, tails and the largest distance of the distributions (Kolmogorov and Smirnov), and no correlation."""
+    dim, coordinates = 1024, 400
+    entries = Sketcher(dim, seed=2, kind="normal").sketch(np.eye(coordinates, dtype=np.float32)) * np.sqrt(dim)
+    entries = entries.astype(np.float64)
+    count = entries.size
+    assert abs(entries.mean()) < 4 / np.sqrt(count)
+    for power, moment, variance in [(2, 1, 2), (3, 0, 15), (4, 3, 96), (6, 15, 10_170)]:
+        assert abs(np.mean(entries**power) - moment) < 4 * np.sqrt(variance / count)
+    for bound in (2, 3, 4, 4.5):
+        expected = count * math.erfc(bound / np.sqrt(2))
+        assert abs(np.count_nonzero(np.abs(entries) > bound) - expected) < 4 * np.sqrt(expected)
+    ordered = np.sort(entries, axis=None)
+    exact = np.array([0.5 * math.erfc(-value / np.sqrt(2)) for value in ordered])
+    assert np.abs(exact - (np.arange(count) + 0.5) / count).max() < 1.95 / np.sqrt(count)
+    for values in (entries, entries**2 - 1, np.abs(entries) - np.sqrt(2 / np.pi)):
+        spread = np.mean(values**2)
+        for shift in (1, 2, 8, 16, 32):
+            for axis in (0, 1):
+                correlation = np.mean(values * np.roll(values, shift, axis)) / spread
+                assert abs(correlation) < 4.5 / np.sqrt(count)
 
 
 def test_sparse_has_nnz_entries_a_coordinate():

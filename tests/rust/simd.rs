@@ -1,7 +1,9 @@
 //! Kernels: every level gives the same bits, and the plain answer.
 
+use bpo::gemm::PanelRow;
 use bpo::rng::{Purpose, Stream, philox};
-use bpo::simd::{self, Level};
+use bpo::simd::{self, Element, Level};
+use half::{bf16, f16};
 use proptest::prelude::*;
 
 fn values(count: usize, seed: u64) -> Vec<f32> {
@@ -19,7 +21,7 @@ fn all_kernels(size: usize, seed: u64, first: usize) -> Vec<u64> {
     bits.push(u64::from(simd::squared_distance(&left, &right).to_bits()));
     let mut narrow = left.clone();
     simd::add_scaled(&mut narrow, 0.3, &right);
-    simd::add_signed(&mut narrow, 0.7, &offsets, &signs, first);
+    f32::add_signed(&mut narrow, 0.7, &offsets, &signs, first);
     simd::subtract(&mut narrow, &right);
     let mut combined = vec![0.0; size];
     simd::combine(&mut combined, [0.3, -0.7], [&left, &right]);
@@ -38,7 +40,7 @@ proptest! {
     fn levels_give_the_same_bits(size in 1usize..300, seed in 0u64..1000, first in 0usize..200) {
         simd::set_level(Level::Plain);
         let plain = all_kernels(size, seed, first);
-        for level in [Level::Avx2, Level::Avx512, Level::Avx512Vnni] {
+        for level in LEVELS {
             simd::set_level(level);
             prop_assert_eq!(&all_kernels(size, seed, first), &plain);
         }
@@ -68,7 +70,7 @@ proptest! {
         let signs: Vec<u32> = (0..10).map(|i| philox([i, seed, 0, 0], [0, 0])[0]).collect();
         let values = values(size, u64::from(seed));
         let mut sums = vec![1.0; size];
-        simd::add_signed(&mut sums, 0.5, &values, &signs, first);
+        f32::add_signed(&mut sums, 0.5, &values, &signs, first);
         for (index, (sum, value)) in sums.iter().zip(&values).enumerate() {
             let negative = signs[(first + index) / 32] >> ((first + index) % 32) & 1 == 1;
             prop_assert_eq!(*sum, 1.0 + if negative { -0.5 * value } else { 0.5 * value });
@@ -82,6 +84,71 @@ proptest! {
         stream.fill(first, &mut words);
         for (index, words) in words.iter().enumerate() {
             prop_assert_eq!(*words, stream.words(first + index as u64));
+        }
+    }
+
+    #[test]
+    fn half_precision_is_added_as_what_it_widens_to(
+        size in 0usize..200, first in 0usize..100, shift in 0usize..20, bits in any::<u64>(),
+    ) {
+        let stream = Stream::new(bits, Purpose::Shuffle, 0);
+        // Finite patterns of any size, the subnormal ones among them.
+        let patterns: Vec<u16> = (0..size as u64).map(|index| stream.words(index)[0] as u16 & 0xBBFF).collect();
+        let halves: Vec<f16> = patterns.iter().map(|&bits| f16::from_bits(bits)).collect();
+        let brains: Vec<bf16> = patterns.iter().map(|&bits| bf16::from_bits(bits)).collect();
+        let signs: Vec<u32> = (0..10).map(|index| stream.words(index)[1]).collect();
+        for level in LEVELS {
+            simd::set_level(level);
+            prop_assert_eq!(sums(&halves, &signs, first, shift), wide_sums(&halves, &signs, first, shift));
+            prop_assert_eq!(sums(&brains, &signs, first, shift), wide_sums(&brains, &signs, first, shift));
+        }
+    }
+}
+
+const LEVELS: [Level; 4] = [Level::Plain, Level::Avx2, Level::Avx512, Level::Avx512Vnni];
+
+/// Sums that begin at any place of a cache line.
+fn sums<T: Element>(values: &[T], signs: &[u32], first: usize, shift: usize) -> Vec<f32> {
+    let mut sums = vec![0.25; shift + values.len()];
+    T::add_signed(&mut sums[shift..], 0.7, values, signs, first);
+    sums
+}
+
+fn wide_sums<T: Element>(values: &[T], signs: &[u32], first: usize, shift: usize) -> Vec<f32> {
+    let wide: Vec<f32> = values.iter().map(|value| value.to_f32()).collect();
+    sums(&wide, signs, first, shift)
+}
+
+#[test]
+fn every_half_widens_exactly() {
+    let halves: Vec<f16> = (0..=u16::MAX).map(f16::from_bits).collect();
+    let brains: Vec<bf16> = (0..=u16::MAX).map(bf16::from_bits).collect();
+    let mut out = vec![0.0; halves.len()];
+    for level in LEVELS {
+        simd::set_level(level);
+        // An odd length, so that the rest of a vector counts too.
+        f16::widen(&halves[1..], &mut out);
+        for (half, wide) in halves[1..].iter().zip(&out) {
+            assert!(wide.to_bits() == f32::from(*half).to_bits() || half.is_nan() && wide.is_nan());
+        }
+        bf16::widen(&brains[1..], &mut out);
+        for (brain, wide) in brains[1..].iter().zip(&out) {
+            assert!(wide.to_bits() == f32::from(*brain).to_bits() || brain.is_nan() && wide.is_nan());
+        }
+    }
+}
+
+#[test]
+fn spread_signs_follow_the_bits() {
+    let words: Vec<u32> = (0..9).map(|index| philox([index, 0, 0, 0], [0, 0])[0]).collect();
+    for level in LEVELS {
+        simd::set_level(level);
+        let mut rows = [PanelRow::ZERO; 9];
+        simd::spread_signs(&mut rows, &words, 0.5);
+        for (row, word) in rows.iter().zip(&words) {
+            for (column, entry) in row.0.iter().enumerate() {
+                assert_eq!(*entry, if word >> column & 1 == 1 { -0.5 } else { 0.5 });
+            }
         }
     }
 }

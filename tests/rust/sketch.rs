@@ -4,6 +4,7 @@ use bpo::Error;
 use bpo::matrix::{Rows, Values};
 use bpo::progress::Progress;
 use bpo::rng::{Purpose, Stream};
+use bpo::simd::{self, Level};
 use bpo::sketch::{Kind, Sketcher};
 use proptest::prelude::*;
 
@@ -39,8 +40,53 @@ fn sparse_reference(sketcher: &Sketcher, values: &[f32], offset: u64) -> Vec<f32
     out
 }
 
+/// The definition of the dense map of signs.
+fn rademacher_reference(sketcher: &Sketcher, values: &[f32], offset: u64) -> Vec<f32> {
+    let scale = (sketcher.dim() as f32).sqrt().recip();
+    let output = |column: usize| {
+        let stream = Stream::new(sketcher.seed(), Purpose::SketchEntries, (column / 32) as u32);
+        values.iter().zip(offset..).fold(0.0, |sum, (value, coordinate)| {
+            let word = stream.words(coordinate / 4)[(coordinate % 4) as usize];
+            value.mul_add(if word >> (column % 32) & 1 == 1 { -scale } else { scale }, sum)
+        })
+    };
+    (0..sketcher.dim()).map(output).collect()
+}
+
+/// The definition of a normal entry, in float64.
+fn normal_entry(sketcher: &Sketcher, column: usize, coordinate: u64) -> f64 {
+    let stream = Stream::new(sketcher.seed(), Purpose::SketchEntries, (column / 32) as u32);
+    let word = |index: usize| stream.words(8 * coordinate + (index / 4) as u64)[index % 4];
+    let lane = column % 16;
+    let uniform = (f64::from(word(lane)) + 0.5) / 2f64.powi(32);
+    let angle = word(16 + lane);
+    // A point of the quarter around the first axis, which is turned by the upper bits.
+    let quarter = (f64::from(angle << 2 >> 2) / 2f64.powi(29) - if angle >> 29 & 1 == 1 { 2.0 } else { 0.0 })
+        * std::f64::consts::FRAC_PI_4;
+    let along = if angle >> 30 & 1 == 1 { -quarter.cos() } else { quarter.cos() };
+    let (cosine, sine) = if angle >> 31 == 1 { (quarter.sin(), along) } else { (along, quarter.sin()) };
+    (-2.0 * uniform.ln() / sketcher.dim() as f64).sqrt() * if column % 32 < 16 { cosine } else { sine }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(32))]
+
+    #[test]
+    fn rademacher_is_what_it_is_defined_to_be(
+        dim in 1usize..200, width in 1usize..700, offset in 0u64..1000, seed in any::<u64>(),
+    ) {
+        let sketcher = Sketcher::new(dim, seed, Kind::Rademacher, 1).unwrap();
+        let values = values(width);
+        prop_assert_eq!(sketch(&sketcher, &values, 1, offset), rademacher_reference(&sketcher, &values, offset));
+    }
+
+    #[test]
+    fn normal_is_what_it_is_defined_to_be(dim in 1usize..100, coordinate in 0u64..1 << 61, seed in any::<u64>()) {
+        let sketcher = Sketcher::new(dim, seed, Kind::Normal, 1).unwrap();
+        for (column, entry) in sketch(&sketcher, &[1.0], 1, coordinate).into_iter().enumerate() {
+            prop_assert!((f64::from(entry) - normal_entry(&sketcher, column, coordinate)).abs() < 1e-6);
+        }
+    }
 
     #[test]
     fn sparse_is_what_it_is_defined_to_be(
@@ -75,15 +121,33 @@ fn waves_join() {
 }
 
 #[test]
-fn threads_do_not_matter() {
-    let values = values(30_000);
-    for kind in [Kind::Sparse, Kind::Rademacher] {
-        let sketcher = Sketcher::new(2048, 5, kind, 1).unwrap();
-        let run = |threads| {
-            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-            pool.install(|| sketch(&sketcher, &values, 2, 77))
+fn levels_give_the_same_bits() {
+    for kind in [Kind::Sparse, Kind::Rademacher, Kind::Normal] {
+        let sketcher = Sketcher::new(70, 5, kind, 1).unwrap();
+        let run = |level| {
+            simd::set_level(level);
+            sketch(&sketcher, &values(3000), 3, 7)
         };
-        assert_eq!(run(1), run(7));
+        let plain = run(Level::Plain);
+        for level in [Level::Avx2, Level::Avx512, Level::Avx512Vnni] {
+            assert_eq!(run(level), plain);
+        }
+    }
+}
+
+/// Many outputs and few rows, and the other way round.
+#[test]
+fn threads_do_not_matter() {
+    for (kind, width) in [(Kind::Sparse, 30_000), (Kind::Rademacher, 3000), (Kind::Normal, 3000)] {
+        let values = values(width);
+        for (dim, rows) in [(2048, 2), (70, 300)] {
+            let sketcher = Sketcher::new(dim, 5, kind, 1).unwrap();
+            let run = |threads| {
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+                pool.install(|| sketch(&sketcher, &values, rows, 77))
+            };
+            assert_eq!(run(1), run(7));
+        }
     }
 }
 
@@ -91,7 +155,9 @@ fn threads_do_not_matter() {
 fn cancel_stops() {
     let progress = Progress::default();
     progress.cancel();
-    let sketcher = Sketcher::new(8, 0, Kind::Sparse, 1).unwrap();
-    let gradients = Rows::new(Values::F32(&[1.0; 8]), 1, 8).unwrap();
-    assert!(matches!(sketcher.sketch(gradients, 0, &mut [0.0; 8], &progress), Err(Error::Cancelled)));
+    for kind in [Kind::Sparse, Kind::Rademacher, Kind::Normal] {
+        let sketcher = Sketcher::new(8, 0, kind, 1).unwrap();
+        let gradients = Rows::new(Values::F32(&[1.0; 8]), 1, 8).unwrap();
+        assert!(matches!(sketcher.sketch(gradients, 0, &mut [0.0; 8], &progress), Err(Error::Cancelled)));
+    }
 }
