@@ -14,24 +14,23 @@ pub trait Element: Copy + Send + Sync {
 
     /// `sum[j] += sign(j) * scale * values[j]`, where `sign(j)` is −1 if bit `first + j` of `signs` is set.
     ///
-    /// Bit `i` of a sequence of words is bit `i % 32` of word `i / 32`.
+    /// Bit `i` of a sequence of words is bit `i % 32` of word `i / 32`. `far` fetches values further ahead.
     ///
     /// # Panics
     /// If a slice is shorter than `values` needs.
-    fn add_signed(sum: &mut [f32], scale: f32, values: &[Self], signs: &[u32], first: usize);
+    fn add_signed(sum: &mut [f32], scale: f32, values: &[Self], signs: &[u32], first: usize, far: bool);
 }
 
-/// Bytes between a value and what is fetched with it, and sums from which on it is fetched further ahead. The sums in
-/// between keep the processor from running ahead itself. Measured on one thread of a Zen 4, with values in memory:
-/// - Short runs, 2048 ahead into the first cache: as fast as without up to 1024 sums, 1.25 (float32) to 1.45 (float16)
-///   times as fast at 4096. With 1024, 4096 and 8192 it ran 0.9 to 1 times as fast; ahead into the second cache, half as
-///   fast at 512.
-/// - Long runs, 8192 ahead into the second cache: at 8192 sums 1.2 (float32) to 1.45 (float16) times as fast as 2048 ahead
-///   into the first. From 1024 sums on, it took a quarter off the speed of two repetitions of 2048. Fetching twice, or past
-///   the caches, gained nothing.
+/// Bytes between a value and what is fetched with it into the first cache. The sums in between keep the processor from
+/// running ahead itself. Measured on one thread of a Zen 4, with values in memory: as fast as without up to 1024 sums, 1.25
+/// (float32) to 1.45 (float16) times as fast at 4096. With 1024, 4096 and 8192 it ran 0.9 to 1 times as fast.
 const AHEAD: usize = 2048;
+
+/// The same into the second cache, for long blocks, on top of [`AHEAD`]. Measured on two threads of a Zen 4, sixteen rows
+/// of 1e7 values, in turns with [`AHEAD`] alone for short runs and this alone for long ones: 1.2 times as fast at 4096 and
+/// 8192 sums; 16384 was the same. Alone, it took a third off the speed at 512 and 1024 sums. Four blocks for one load and
+/// store of the sums gained no more for float32, and took a quarter off the speed of half precision.
 const FAR_AHEAD: usize = 8192;
-const LONG: usize = 2048;
 
 /// Elements whose signs are one word.
 const WORD: usize = 32;
@@ -88,14 +87,14 @@ macro_rules! element {
             }
 
             #[inline]
-            fn add_signed(sum: &mut [f32], scale: f32, values: &[Self], signs: &[u32], first: usize) {
+            fn add_signed(sum: &mut [f32], scale: f32, values: &[Self], signs: &[u32], first: usize, far: bool) {
                 let sum = &mut sum[..values.len()];
                 assert!(first + values.len() <= 32 * signs.len());
                 match level() {
                     #[cfg(target_arch = "x86_64")]
                     // SAFETY: the level is one that this machine was detected to have.
                     Level::Avx512 | Level::Avx512Vnni => unsafe {
-                        $avx512::add_signed(sum, scale, values, signs, first);
+                        $avx512::add_signed(sum, scale, values, signs, first, far);
                     },
                     #[cfg(target_arch = "x86_64")]
                     // SAFETY: as above.
@@ -109,7 +108,7 @@ macro_rules! element {
         mod $avx512 {
             use std::arch::x86_64::*;
 
-            use super::{AHEAD, FAR_AHEAD, LONG, WORD, signs_at};
+            use super::{AHEAD, FAR_AHEAD, WORD, signs_at};
 
             const LANES: usize = 16;
 
@@ -155,7 +154,14 @@ macro_rules! element {
             }
 
             #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-            pub fn add_signed(sum: &mut [f32], scale: f32, values: &[$element], signs: &[u32], mut first: usize) {
+            pub fn add_signed(
+                sum: &mut [f32],
+                scale: f32,
+                values: &[$element],
+                signs: &[u32],
+                mut first: usize,
+                far: bool,
+            ) {
                 let scale = _mm512_set1_ps(scale);
                 // Sums on a cache line's grid: a store that straddles two lines takes twice as long.
                 let head = sum.as_ptr().align_offset(64).min(sum.len());
@@ -165,10 +171,10 @@ macro_rules! element {
                 first += head;
                 let (sums, sums_tail) = sum.as_chunks_mut::<WORD>();
                 let (values, values_tail) = values.as_chunks::<WORD>();
-                if sums.len() < LONG / WORD {
-                    add_words::<false>(sums, scale, values, signs, first);
-                } else {
+                if far {
                     add_words::<true>(sums, scale, values, signs, first);
+                } else {
+                    add_words::<false>(sums, scale, values, signs, first);
                 }
                 add_few(sums_tail, scale, values_tail, signs, first + sums.len() * WORD);
             }
@@ -187,9 +193,8 @@ macro_rules! element {
                         let line = line.as_ptr().cast::<i8>();
                         if FAR {
                             _mm_prefetch::<_MM_HINT_T1>(line.wrapping_add(FAR_AHEAD));
-                        } else {
-                            _mm_prefetch::<_MM_HINT_T0>(line.wrapping_add(AHEAD));
                         }
+                        _mm_prefetch::<_MM_HINT_T0>(line.wrapping_add(AHEAD));
                     }
                     let word = signs_at(signs, first);
                     first += WORD;

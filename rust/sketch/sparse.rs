@@ -39,6 +39,11 @@ const MIN_OUTPUTS: usize = 256;
 /// Tasks for each thread at least, so that no thread waits long for another at the end of a wave.
 const TASKS: usize = 4;
 
+/// Outputs of a repetition from which on values are fetched far ahead. Measured as the distance was: at 2048 outputs it
+/// gained 7 % for float32 and lost 4 % for float16, at 1024 it lost a tenth for half precision. By the length of a run
+/// instead, it missed the short runs of long blocks; for the first repetition only, it changed nothing.
+const FAR_OUTPUTS: usize = 4096;
+
 pub fn add<T: Element>(
     sketcher: &Sketcher,
     values: &[T],
@@ -180,7 +185,8 @@ impl<T: Element> Task<'_, T> {
                 let count = (stop - skip) as usize;
                 let out = &mut self.outs[index][(output + skip - first_output) as usize..][..count];
                 let values = &values[(coordinate + skip - start) as usize..][..count];
-                T::add_signed(out, scale, values, signs, (coordinate + skip - repetition.first_sign) as usize);
+                let first = (coordinate + skip - repetition.first_sign) as usize;
+                T::add_signed(out, scale, values, signs, first, repetition.outputs >= FAR_OUTPUTS);
             }
         }
     }

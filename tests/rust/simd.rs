@@ -21,7 +21,7 @@ fn all_kernels(size: usize, seed: u64, first: usize) -> Vec<u64> {
     bits.push(u64::from(simd::squared_distance(&left, &right).to_bits()));
     let mut narrow = left.clone();
     simd::add_scaled(&mut narrow, 0.3, &right);
-    f32::add_signed(&mut narrow, 0.7, &offsets, &signs, first);
+    f32::add_signed(&mut narrow, 0.7, &offsets, &signs, first, true);
     simd::subtract(&mut narrow, &right);
     let mut combined = vec![0.0; size];
     simd::combine(&mut combined, [0.3, -0.7], [&left, &right]);
@@ -70,7 +70,7 @@ proptest! {
         let signs: Vec<u32> = (0..10).map(|i| philox([i, seed, 0, 0], [0, 0])[0]).collect();
         let values = values(size, u64::from(seed));
         let mut sums = vec![1.0; size];
-        f32::add_signed(&mut sums, 0.5, &values, &signs, first);
+        f32::add_signed(&mut sums, 0.5, &values, &signs, first, false);
         for (index, (sum, value)) in sums.iter().zip(&values).enumerate() {
             let negative = signs[(first + index) / 32] >> ((first + index) % 32) & 1 == 1;
             prop_assert_eq!(*sum, 1.0 + if negative { -0.5 * value } else { 0.5 * value });
@@ -110,7 +110,7 @@ const LEVELS: [Level; 4] = [Level::Plain, Level::Avx2, Level::Avx512, Level::Avx
 /// Sums that begin at any place of a cache line.
 fn sums<T: Element>(values: &[T], signs: &[u32], first: usize, shift: usize) -> Vec<f32> {
     let mut sums = vec![0.25; shift + values.len()];
-    T::add_signed(&mut sums[shift..], 0.7, values, signs, first);
+    T::add_signed(&mut sums[shift..], 0.7, values, signs, first, true);
     sums
 }
 
