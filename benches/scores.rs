@@ -1,9 +1,12 @@
-//! Norms, scores and the depth of pairs, in pairs.
+//! Norms, scores, depth and choices of pairs, in pairs.
 
+use bpo::coreset::coreset;
+use bpo::d_optimal::d_optimal;
 use bpo::depth::{Candidates, allocate_depth};
 use bpo::matrix::{Rows, Values};
 use bpo::points::Points;
 use bpo::progress::Progress;
+use bpo::prompts::Limits;
 use bpo::rng::{Purpose, Stream};
 use bpo::usefulness::{pair_norms, score_pairs};
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
@@ -43,7 +46,14 @@ fn scores(criterion: &mut Criterion) {
     });
     let candidates = Candidates { prompts: &prompts, clusters: &labels, usefulness: &usefulness };
     group.bench_function("allocate_depth", |bencher| {
-        bencher.iter(|| allocate_depth(candidates, 2 * PROMPTS, Some(4), None).unwrap());
+        bencher.iter(|| allocate_depth(candidates, 2 * PROMPTS, Some(4), None, &Progress::default()).unwrap());
+    });
+    group.sample_size(10);
+    group.bench_function("d_optimal", |bencher| {
+        bencher.iter(|| d_optimal(&points, PROMPTS, 1.0, Limits::default(), &Progress::default()).unwrap());
+    });
+    group.bench_function("coreset", |bencher| {
+        bencher.iter(|| coreset(&points, &labels, PROMPTS, Limits::default(), &Progress::default()).unwrap());
     });
     group.finish();
 }

@@ -39,6 +39,12 @@ pub enum Error {
     )]
     BudgetBelowPrompts { budget: usize, prompts: usize },
 
+    #[error("matrices of {dim} x {dim} float64 values do not fit into memory; sketch to fewer dimensions")]
+    Memory { dim: usize },
+
+    #[error("a matrix is not positive definite to float64 precision; raise `regularization` or scale the pairs down")]
+    NotDefinite,
+
     #[error("cancelled")]
     Cancelled,
 

@@ -7,14 +7,20 @@
 //! Results never depend on the number of threads: work is cut into pieces of a size fixed by the data alone, and the
 //! partial results are folded in the order of the pieces.
 
+pub mod cholesky;
+pub mod coreset;
+pub mod d_optimal;
 pub mod depth;
 pub mod error;
 pub mod gemm;
 pub mod kmeans;
 pub mod matrix;
+pub mod order;
 pub mod points;
 pub mod progress;
+pub mod prompts;
 pub mod rng;
+pub mod shares;
 pub mod simd;
 pub mod sketch;
 pub mod store;

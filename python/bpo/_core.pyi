@@ -16,6 +16,8 @@ __all__ = [
     "StoreWriter",
     "__version__",
     "allocate_depth",
+    "coreset",
+    "d_optimal",
     "kmeans",
     "pair_kmeans",
     "pair_norms",
@@ -127,6 +129,8 @@ def ranking_keys(
     *,
     temperature: float = 1.0,
     seed: int = 0,
+    threads: int | None = None,
+    progress: _Progress | None = None,
 ) -> NDArray[np.float64]: ...
 def allocate_depth(
     prompts: NDArray[np.int64],
@@ -136,7 +140,35 @@ def allocate_depth(
     *,
     max_depth: int | None = None,
     cluster_weights: NDArray[np.float64] | None = None,
+    threads: int | None = None,
+    progress: _Progress | None = None,
 ) -> NDArray[np.bool_]: ...
+def d_optimal(
+    rows: _Rows,
+    pairs: NDArray[np.int64],
+    coefficients: NDArray[np.float32],
+    budget: int,
+    *,
+    regularization: float = 1.0,
+    eligible: NDArray[np.bool_] | None = None,
+    prompts: NDArray[np.int64] | None = None,
+    max_depth: int | None = None,
+    threads: int | None = None,
+    progress: _Progress | None = None,
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]: ...
+def coreset(
+    rows: _Rows,
+    pairs: NDArray[np.int64],
+    coefficients: NDArray[np.float32],
+    clusters: NDArray[np.int32],
+    budget: int,
+    *,
+    eligible: NDArray[np.bool_] | None = None,
+    prompts: NDArray[np.int64] | None = None,
+    max_depth: int | None = None,
+    threads: int | None = None,
+    progress: _Progress | None = None,
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]: ...
 
 @final
 class StoreWriter:

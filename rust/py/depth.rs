@@ -7,6 +7,7 @@ use pyo3::prelude::*;
 use super::convert::Vector;
 use super::run::run;
 use crate::depth::{self, Candidates};
+use crate::progress::Progress;
 
 /// Chooses which pairs to keep within a budget.
 ///
@@ -23,6 +24,10 @@ use crate::depth::{self, Candidates};
 ///     budget: Pairs to keep; at least the number of prompts.
 ///     max_depth: Pairs of one prompt at most; no limit if None.
 ///     cluster_weights: (k,) float64, finite and not negative; all equal if None.
+///     threads: Threads to use; all cores if None. Does not change the result.
+///     progress: Called with (done, total) at the end.
+///
+/// It takes O(P log P) time.
 ///
 /// Returns:
 ///     (P,) bool, of which exactly min(budget, the pairs that max_depth allows) are True.
@@ -32,7 +37,10 @@ use crate::depth::{self, Candidates};
 ///     ValueError: If an array has another shape or layout, a usefulness is NaN, a cluster has no weight, or the budget
 ///         is below the number of prompts.
 #[pyfunction]
-#[pyo3(signature = (prompts, clusters, usefulness, budget, *, max_depth = None, cluster_weights = None))]
+#[expect(clippy::too_many_arguments, reason = "keywords in Python")]
+#[pyo3(signature = (
+    prompts, clusters, usefulness, budget, *, max_depth = None, cluster_weights = None, threads = None, progress = None
+))]
 pub fn allocate_depth<'py>(
     py: Python<'py>,
     prompts: &Bound<'_, PyAny>,
@@ -41,6 +49,8 @@ pub fn allocate_depth<'py>(
     budget: usize,
     max_depth: Option<usize>,
     cluster_weights: Option<&Bound<'_, PyAny>>,
+    threads: Option<usize>,
+    progress: Option<Py<PyAny>>,
 ) -> PyResult<Bound<'py, PyArray1<bool>>> {
     let prompts = Vector::<i64>::new("prompts", prompts)?;
     let clusters = Vector::<i32>::new("clusters", clusters)?;
@@ -49,6 +59,7 @@ pub fn allocate_depth<'py>(
     let weights = weights.as_ref().map(|weights| weights.slice());
     let candidates =
         Candidates { prompts: prompts.slice(), clusters: clusters.slice(), usefulness: usefulness.slice() };
-    let kept = run(py, Some(1), None, |_| depth::allocate_depth(candidates, budget, max_depth, weights))?;
+    let allocate = |progress: &Progress| depth::allocate_depth(candidates, budget, max_depth, weights, progress);
+    let kept = run(py, threads, progress.as_ref(), allocate)?;
     Ok(kept.into_pyarray(py))
 }

@@ -2,7 +2,7 @@
 
 use pyo3::PyErr;
 use pyo3::create_exception;
-use pyo3::exceptions::{PyKeyboardInterrupt, PyOSError, PyValueError};
+use pyo3::exceptions::{PyKeyboardInterrupt, PyMemoryError, PyOSError, PyValueError};
 
 use crate::error::Error;
 
@@ -17,6 +17,7 @@ impl From<Error> for PyErr {
                 Some(code) => PyOSError::new_err((code, source.to_string(), path.display().to_string())),
                 None => PyOSError::new_err(error.to_string()),
             },
+            Error::Memory { .. } => PyMemoryError::new_err(error.to_string()),
             Error::Cancelled => PyKeyboardInterrupt::new_err(()),
             Error::Shape { .. }
             | Error::Argument { .. }
@@ -27,6 +28,7 @@ impl From<Error> for PyErr {
             | Error::ZeroPoint { .. }
             | Error::RowOutOfRange { .. }
             | Error::ClusterOutOfRange { .. }
+            | Error::NotDefinite
             | Error::BudgetBelowPrompts { .. } => PyValueError::new_err(error.to_string()),
         }
     }

@@ -2,9 +2,12 @@
 //! arguments, runs the algorithm detached from the interpreter, and converts the result back.
 
 mod convert;
+mod coreset;
+mod d_optimal;
 mod depth;
 mod errors;
 mod kmeans;
+mod limits;
 mod run;
 mod sketch;
 mod store;
@@ -13,6 +16,10 @@ mod usefulness;
 /// The compiled core of `bpo`: sketches, k-means over pairs, scores, depth and the gradient store.
 #[pyo3::pymodule]
 mod _core {
+    #[pymodule_export]
+    use super::coreset::coreset;
+    #[pymodule_export]
+    use super::d_optimal::d_optimal;
     #[pymodule_export]
     use super::depth::allocate_depth;
     #[pymodule_export]

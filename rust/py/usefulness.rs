@@ -129,6 +129,8 @@ pub fn score_pairs(
 ///         proportion to exp(score / temperature), by the Gumbel-top-k trick) or "random".
 ///     temperature: Temperature of "softmax".
 ///     seed: Seed of "softmax" and "random"; a pair's draw depends on the seed and its index alone.
+///     threads: Threads to use; all cores if None. Does not change any bit of the result.
+///     progress: Called with (done, total) at most ten times a second, and at the end.
 ///
 /// Returns:
 ///     (P,) float64.
@@ -137,13 +139,15 @@ pub fn score_pairs(
 ///     TypeError: If scores has another dtype.
 ///     ValueError: If a score is not finite or an argument is out of its range.
 #[pyfunction]
-#[pyo3(signature = (scores, ranking = "nearest", *, temperature = 1.0, seed = 0))]
+#[pyo3(signature = (scores, ranking = "nearest", *, temperature = 1.0, seed = 0, threads = None, progress = None))]
 pub fn ranking_keys<'py>(
     py: Python<'py>,
     scores: &Bound<'_, PyAny>,
     ranking: &str,
     temperature: f64,
     seed: u64,
+    threads: Option<usize>,
+    progress: Option<Py<PyAny>>,
 ) -> PyResult<Bound<'py, PyArray1<f64>>> {
     let ranking = match ranking {
         "nearest" => Ranking::Nearest,
@@ -156,11 +160,16 @@ pub fn ranking_keys<'py>(
             )));
         }
     };
-    let scores: Vec<f64> = if scores.cast::<PyArray1<f32>>().is_ok() {
-        Vector::<f32>::new("scores", scores)?.slice().iter().map(|&score| f64::from(score)).collect()
+    let (widened, borrowed);
+    let scores: &[f64] = if scores.cast::<PyArray1<f32>>().is_ok() {
+        widened =
+            Vector::<f32>::new("scores", scores)?.slice().iter().map(|&score| f64::from(score)).collect::<Vec<_>>();
+        &widened
     } else {
-        Vector::<f64>::new("scores", scores)?.slice().to_vec()
+        borrowed = Vector::<f64>::new("scores", scores)?;
+        borrowed.slice()
     };
-    let keys = run(py, None, None, |_| usefulness::ranking_keys(&scores, ranking, seed))?;
+    let rank = |progress: &Progress| usefulness::ranking_keys(scores, ranking, seed, progress);
+    let keys = run(py, threads, progress.as_ref(), rank)?;
     Ok(keys.into_pyarray(py))
 }

@@ -3,6 +3,7 @@
 //! A kernel is compiled once for each [`Level`] and states the order of its additions and where it fuses a multiplication
 //! with one, so every level gives the same bits: a result does not depend on the machine's vector width.
 
+pub mod dots;
 mod element;
 mod signs;
 pub mod tile;
@@ -10,7 +11,7 @@ mod vector;
 
 pub use element::Element;
 pub use signs::spread_signs;
-pub use vector::{add_scaled, add_scaled_wide, combine, dot, lowest, squared_distance, subtract};
+pub use vector::{add_scaled, add_scaled_double, add_scaled_wide, combine, dot, lowest, squared_distance, subtract};
 
 use std::sync::atomic::{AtomicU8, Ordering};
 

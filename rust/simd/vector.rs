@@ -144,3 +144,12 @@ dispatch! {
         best
     }
 }
+
+dispatch! {
+    /// `sum += scale * values` in float64, over the length of the sum.
+    pub fn add_scaled_double(sum: &mut [f64], scale: f64, values: &[f64]) {
+        for (sum, value) in sum.iter_mut().zip(values) {
+            *sum += scale * value;
+        }
+    }
+}

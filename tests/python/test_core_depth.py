@@ -1,5 +1,8 @@
 """The depth allocation against a slow and obvious reference, and its promises."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -121,3 +124,40 @@ def test_errors_name_the_culprit():
     with pytest.raises(ValueError, match="`clusters` must have shape"):
         allocate_depth(prompts, clusters[:2], np.zeros(3), 3)
     assert allocate_depth(prompts[:0], clusters[:0], np.zeros(0), 0).shape == (0,)
+
+
+INTERRUPT = """
+import os, signal, threading, time
+import numpy as np
+from bpo._core import allocate_depth, ranking_keys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+generator = np.random.default_rng(0)
+prompts, usefulness = generator.integers(1 << 60, size=4_000_000), generator.random(4_000_000)
+clusters = np.zeros(4_000_000, dtype=np.int32)
+sent = []
+def interrupt():
+    time.sleep(0.1)
+    sent.append(time.perf_counter())
+    os.kill(os.getpid(), signal.SIGINT)
+threading.Thread(target=interrupt).start()
+try:
+    while True:
+        {call}
+except KeyboardInterrupt:
+    print(time.perf_counter() - sent[0])
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGINT cannot be sent to one process")
+@pytest.mark.parametrize(
+    "call",
+    [
+        "allocate_depth(prompts, clusters, usefulness, 4_000_000, threads=1)",
+        "ranking_keys(usefulness, 'softmax', threads=1)",
+    ],
+)
+def test_interrupts_are_answered(call):
+    finished = subprocess.run(
+        [sys.executable, "-c", INTERRUPT.format(call=call)], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert float(finished.stdout) < 1.0

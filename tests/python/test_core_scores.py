@@ -56,6 +56,40 @@ def test_degenerate_directions_score_zero(problem):
     np.testing.assert_allclose(scores.distance, 1, rtol=1e-5)
 
 
+def test_pairs_on_their_centroid_and_rows_far_away():
+    generator = np.random.default_rng(0)
+    rows = (1000 + generator.standard_normal((40, 64))).astype(np.float32)
+    pairs = np.stack([np.arange(0, 40, 2), np.arange(1, 40, 2)], axis=1)
+    coefficients = np.tile(np.array([[0.5, -0.5]], dtype=np.float32), (20, 1))
+    points = 0.5 * (rows[pairs[:, 0]].astype(np.float64) - rows[pairs[:, 1]])
+    labels = np.arange(20, dtype=np.int32)
+    scores = score_pairs(rows, pairs, coefficients, points.astype(np.float32), labels)
+    lengths = np.linalg.norm(points, axis=1)
+    np.testing.assert_allclose(pair_norms(rows, pairs, coefficients), lengths, rtol=1e-6)
+    np.testing.assert_allclose(scores.centrality, lengths, rtol=1e-6)
+    np.testing.assert_allclose(scores.distance, 0, atol=1e-6)
+    np.testing.assert_allclose(scores.alignment, points @ scores.direction, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_pairs_that_share_rows(dtype):
+    generator = np.random.default_rng(1)
+    rows = generator.standard_normal((120, 48)).astype(dtype)
+    first, second = np.triu_indices(6, 1)
+    pairs = np.concatenate([6 * prompt + np.stack([first, second], axis=1) for prompt in range(20)])
+    pairs = np.concatenate([pairs, pairs[:7], pairs[:5, ::-1]]).copy()
+    coefficients = generator.standard_normal((len(pairs), 2), dtype=np.float32)
+    wide = rows.astype(np.float64)
+    points = coefficients[:, :1] * wide[pairs[:, 0]] + coefficients[:, 1:] * wide[pairs[:, 1]]
+    centroids = generator.standard_normal((3, 48), dtype=np.float32)
+    labels = generator.integers(3, size=len(pairs)).astype(np.int32)
+    scores = score_pairs(rows, pairs, coefficients, centroids, labels)
+    mean = points.mean(axis=0)
+    np.testing.assert_allclose(scores.direction, mean / np.linalg.norm(mean), atol=1e-6)
+    np.testing.assert_allclose(scores.distance, np.linalg.norm(points - centroids[labels], axis=1), rtol=1e-5)
+    np.testing.assert_allclose(pair_norms(rows, pairs, coefficients), np.linalg.norm(points, axis=1), rtol=1e-5)
+
+
 def test_same_bits_for_any_threads(problem):
     rows, pairs, coefficients, _, centroids, labels = problem
     one = score_pairs(rows, pairs, coefficients, centroids, labels, threads=1)

@@ -2,6 +2,7 @@
 
 use bpo::Error;
 use bpo::depth::{Candidates, allocate_depth};
+use bpo::progress::Progress;
 use proptest::prelude::*;
 
 proptest! {
@@ -20,7 +21,7 @@ proptest! {
         let budget = sizes.iter().filter(|&&size| size > 0).count() + extra;
         let candidates = Candidates { prompts: &prompts, clusters: &clusters, usefulness: &usefulness };
 
-        let kept = allocate_depth(candidates, budget, cap, weights.as_deref()).unwrap();
+        let kept = allocate_depth(candidates, budget, cap, weights.as_deref(), &Progress::default()).unwrap();
 
         let limit = cap.unwrap_or(usize::MAX);
         let kept_count = kept.iter().filter(|&&kept| kept).count();
@@ -40,6 +41,6 @@ proptest! {
 #[test]
 fn a_budget_below_the_prompts_is_refused() {
     let candidates = Candidates { prompts: &[7, 8], clusters: &[0, 0], usefulness: &[0.0, 0.0] };
-    let error = allocate_depth(candidates, 1, None, None).unwrap_err();
+    let error = allocate_depth(candidates, 1, None, None, &Progress::default()).unwrap_err();
     assert!(matches!(error, Error::BudgetBelowPrompts { budget: 1, prompts: 2 }));
 }

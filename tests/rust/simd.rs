@@ -2,6 +2,7 @@
 
 use bpo::gemm::PanelRow;
 use bpo::rng::{Purpose, Stream, philox};
+use bpo::simd::dots::{Grid, add_products, dots};
 use bpo::simd::{self, Element, Level};
 use half::{bf16, f16};
 use proptest::prelude::*;
@@ -27,9 +28,16 @@ fn all_kernels(size: usize, seed: u64, first: usize) -> Vec<u64> {
     simd::combine(&mut combined, [0.3, -0.7], [&left, &right]);
     let mut wide = vec![0.0f64; size];
     simd::add_scaled_wide(&mut wide, 0.1, &combined);
+    let mut wide_products = [0.25f64; 25];
     let mut words = vec![[0; 4]; size];
     Stream::new(seed, Purpose::Gumbel, 3).fill(u64::from(u32::MAX) - 3, &mut words);
     bits.extend(narrow.iter().chain(&combined).map(|value| u64::from(value.to_bits())));
+    let vectors = [&left, &right, &offsets, &left, &combined].map(|vector| vector.as_slice());
+    bits.extend(dots(&right, vectors).map(|product| u64::from(product.to_bits())));
+    let stacked: Vec<f64> = vectors.concat().into_iter().map(f64::from).collect();
+    let grid = Grid::new(&stacked, 5, size);
+    add_products(-1.0, grid, grid, size, &mut wide_products, 5);
+    bits.extend(wide_products.map(f64::to_bits));
     bits.extend(wide.iter().map(|value| value.to_bits()));
     bits.extend(words.as_flattened().iter().map(|&word| u64::from(word)));
     bits
@@ -54,6 +62,28 @@ proptest! {
         let distance: f64 = pairs().map(|(left, right)| (left - right).powi(2)).sum();
         prop_assert!((f64::from(simd::dot(&left, &right)) - dot).abs() < 1e-4);
         prop_assert!((f64::from(simd::squared_distance(&left, &right)) - distance).abs() < 1e-4);
+    }
+
+    #[test]
+    fn products_agree_with_float64(rows in 1usize..9, others in 1usize..140, dim in 1usize..70, seed in 0u64..1000) {
+        let (stride, padding) = (dim + 3, 2);
+        let (left, right) = (values(rows * stride, seed), values(others * stride, seed + 1));
+        let mut products = vec![0.5; rows * (others + padding)];
+        let grids = (Grid::new(&left, rows, stride), Grid::new(&right, others, stride));
+        add_products(-2.0, grids.0, grids.1, dim, &mut products, others + padding);
+        for row in 0..rows {
+            for other in 0..others {
+                let (left, right) = (&left[row * stride..][..dim], &right[other * stride..][..dim]);
+                let product: f64 = left.iter().zip(right).map(|(&left, &right)| f64::from(left) * f64::from(right)).sum();
+                let found = products[row * (others + padding) + other];
+                prop_assert!((f64::from(found) - (0.5 - 2.0 * product)).abs() < 1e-5);
+                // Neither the tile nor the neighbours show in the bits.
+                let mut alone = [0.5];
+                add_products(-2.0, Grid::new(left, 1, dim), Grid::new(right, 1, dim), dim, &mut alone, 1);
+                prop_assert_eq!(alone[0].to_bits(), found.to_bits());
+            }
+            prop_assert!(products[row * (others + padding) + others..][..padding].iter().all(|&value| value == 0.5));
+        }
     }
 
     #[test]

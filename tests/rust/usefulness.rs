@@ -51,8 +51,67 @@ proptest! {
     }
 }
 
+/// Rows close to one far point, so that the rows of a pair nearly cancel.
+fn far_rows(row_count: usize, dim: usize, distance: f32, seed: u64) -> Vec<f32> {
+    let origin = values(dim, seed + 100);
+    values(row_count * dim, seed)
+        .iter()
+        .enumerate()
+        .map(|(index, value)| value + distance * origin[index % dim])
+        .collect()
+}
+
+proptest! {
+    #[test]
+    fn nothing_is_lost_to_cancellation(
+        dim in 1usize..200,
+        seed in 0u64..1000,
+        distance in prop::sample::select(vec![0f32, 1.0, 4.0, 30.0, 1e3]),
+        scale in prop::sample::select(vec![1f32, 1e-25, 1e17]),
+    ) {
+        let (row_count, clusters) = (12, 4);
+        let rows: Vec<f32> = far_rows(row_count, dim, distance, seed).iter().map(|value| value * scale).collect();
+        let pairs: Vec<[i64; 2]> = (0..row_count as i64).flat_map(|w| (0..w).map(move |l| [w, l])).collect();
+        let coefficients = vec![[0.7 / scale, -0.7 / scale]; pairs.len()];
+        let point = |pair: usize| -> Vec<f64> {
+            let [w, l] = pairs[pair].map(|row| &rows[row as usize * dim..][..dim]);
+            let [a, b] = coefficients[pair].map(f64::from);
+            w.iter().zip(l).map(|(&w, &l)| a * f64::from(w) + b * f64::from(l)).collect()
+        };
+        // The first pairs lie on their centroid, but for the rounding to float32.
+        let centroids: Vec<f32> = (0..clusters).flat_map(|pair| point(pair).into_iter().map(|value| value as f32)).collect();
+        let labels: Vec<i32> = (0..pairs.len()).map(|pair| (pair % clusters) as i32).collect();
+        let direction = values(dim, seed + 1);
+        let view = Rows::new(Values::F32(&rows), row_count, dim).unwrap();
+        let points = Points::from_pairs(view, &pairs, &coefficients).unwrap();
+        let progress = Progress::default();
+        let scores = score_pairs(&points, &centroids, &labels, Some(&direction), &progress).unwrap();
+        let norms = pair_norms(&points, &progress).unwrap();
+        let unit: Vec<f64> = scores.direction.iter().map(|&value| f64::from(value)).collect();
+        for pair in 0..pairs.len() {
+            let values = point(pair);
+            let centroid: Vec<f64> =
+                centroids[labels[pair] as usize * dim..][..dim].iter().map(|&value| f64::from(value)).collect();
+            let difference: Vec<f64> = values.iter().zip(&centroid).map(|(value, centroid)| value - centroid).collect();
+            let norm = dot(&values, &values).sqrt();
+            // What forming the pair in float32 would lose, which is all that may be lost.
+            let [w, l] = pairs[pair].map(|row| {
+                let row: Vec<f64> = rows[row as usize * dim..][..dim].iter().map(|&value| f64::from(value)).collect();
+                dot(&row, &row).sqrt() * f64::from(coefficients[pair][0])
+            });
+            let allowed = 1e-5 * norm + 1e-7 * (w + l);
+            let close = |found: f32, expected: f64| (f64::from(found) - expected).abs() <= allowed;
+            prop_assert!(close(norms[pair], norm), "{} {}", norms[pair], norm);
+            prop_assert!(close(scores.distance[pair], dot(&difference, &difference).sqrt()));
+            prop_assert!(close(scores.alignment[pair], dot(&values, &unit)));
+            prop_assert!(close(scores.centrality[pair], dot(&values, &centroid) / dot(&centroid, &centroid).sqrt()));
+        }
+    }
+}
+
 #[test]
 fn softmax_keys_are_finite() {
-    let keys = ranking_keys(&vec![0.0; 100_000], Ranking::Softmax { temperature: 1.0 }, 0).unwrap();
+    let keys =
+        ranking_keys(&vec![0.0; 100_000], Ranking::Softmax { temperature: 1.0 }, 0, &Progress::default()).unwrap();
     assert!(keys.iter().all(|key| key.is_finite()));
 }

@@ -1,0 +1,83 @@
+//! Binding of the coresets.
+
+use numpy::PyArray1;
+use numpy::prelude::*;
+use pyo3::prelude::*;
+
+use super::convert::{Matrix, RowsArray, Vector};
+use super::limits::LimitArrays;
+use super::run::run;
+use crate::points::Points;
+use crate::progress::Progress;
+
+/// Picks, per cluster, the pairs whose weighted sum comes closest to the cluster's mean.
+///
+/// The choice of TAGCOS (arXiv 2407.15235): orthogonal matching pursuit with non-negative weights over the pairs
+/// z_p = a_p * rows[w_p] + b_p * rows[l_p]. Each step picks the pair with the largest inner product with the residual (ties:
+/// the lower pair) and fits the weights of all picks of the cluster anew by non-negative least squares. Once no inner
+/// product is positive, which is when the residual has vanished, the rest of the quota goes to the pairs with the largest
+/// inner product with the mean, with weight 0. Quotas are in proportion to the clusters' sizes, by the method of the
+/// largest remainder (ties: the lower cluster); what max_depth keeps a cluster from using is shared among all in the same
+/// way.
+///
+/// For a cluster of n pairs and a quota q, of which s have a weight, it takes O(n d + q (n d + s d + s^2)) time, the
+/// product n d in bytes and not in numbers, and n d + 8 q (d + s) bytes.
+///
+/// Args:
+///     rows: (n, d) C-contiguous float32, float16 or uint16 (the bits of bfloat16); memory maps are fine.
+///     pairs: (P, 2) int64: the two rows of each pair.
+///     coefficients: (P, 2) float32: a and b of each pair, such that z_p has unit length.
+///     clusters: (P,) int32: the cluster of each pair, not negative.
+///     budget: Pairs to pick.
+///     eligible: (P,) bool: the pairs that may be picked, which alone make up the means; all if None.
+///     prompts: (P,) int64: the prompt of each pair, any numbers; needed with max_depth alone.
+///     max_depth: Pairs of one prompt at most; no limit if None. With it the clusters take turns, in ascending order.
+///     threads: Threads to use; all cores if None. Does not change any bit of the result.
+///     progress: Called with (picked, budget) at most ten times a second, and at the end.
+///
+/// Returns:
+///     The picks, (B,) int64, cluster after cluster in the order of their choice, and their weights, (B,) float64; B is the
+///     budget, or less if the limits leave less.
+///
+/// Raises:
+///     TypeError: If an array has another dtype.
+///     ValueError: If an array has another shape or layout, a pair refers to a row that is not there or not finite, or a
+///         cluster is negative.
+#[pyfunction]
+#[expect(clippy::too_many_arguments, reason = "keywords in Python")]
+#[expect(clippy::type_complexity, reason = "a tuple for Python")]
+#[pyo3(signature = (
+    rows, pairs, coefficients, clusters, budget, *, eligible = None, prompts = None, max_depth = None, threads = None,
+    progress = None
+))]
+pub fn coreset<'py>(
+    py: Python<'py>,
+    rows: &Bound<'_, PyAny>,
+    pairs: &Bound<'_, PyAny>,
+    coefficients: &Bound<'_, PyAny>,
+    clusters: &Bound<'_, PyAny>,
+    budget: usize,
+    eligible: Option<&Bound<'_, PyAny>>,
+    prompts: Option<&Bound<'_, PyAny>>,
+    max_depth: Option<usize>,
+    threads: Option<usize>,
+    progress: Option<Py<PyAny>>,
+) -> PyResult<(Bound<'py, PyArray1<i64>>, Bound<'py, PyArray1<f64>>)> {
+    let rows = RowsArray::new("rows", rows)?;
+    let rows = rows.rows()?;
+    let pairs = Matrix::<i64>::new("pairs", pairs)?;
+    let pairs = pairs.couples("pairs")?;
+    let coefficients = Matrix::<f32>::new("coefficients", coefficients)?;
+    let coefficients = coefficients.couples("coefficients")?;
+    let clusters = Vector::<i32>::new("clusters", clusters)?;
+    let clusters = clusters.slice();
+    let arrays = LimitArrays::new(eligible, prompts, max_depth)?;
+    let limits = arrays.limits();
+    let pick = |progress: &Progress| {
+        let points = Points::from_pairs(rows, pairs, coefficients)?;
+        crate::coreset::coreset(&points, clusters, budget, limits, progress)
+    };
+    let coreset = run(py, threads, progress.as_ref(), pick)?;
+    let picks: Vec<i64> = coreset.picks.into_iter().map(|pick| pick as i64).collect();
+    Ok((picks.into_pyarray(py), coreset.weights.into_pyarray(py)))
+}
