@@ -2,7 +2,8 @@
 //!
 //! The data goes one way: gradients are [`sketch`]ed while they are hot, the sketches go to the [`store`], rows of the
 //! store are clustered as preference pairs by [`kmeans`], the pairs are scored by [`usefulness`], and [`depth`] gives
-//! each prompt its share of the budget. `py` exposes exactly this to Python.
+//! each prompt its share of the budget; [`coreset`] and [`d_optimal`] choose pairs by other rules. `py` exposes exactly
+//! this to Python.
 //!
 //! Results never depend on the number of threads: work is cut into pieces of a size fixed by the data alone, and the
 //! partial results are folded in the order of the pieces.
@@ -13,6 +14,7 @@ pub mod d_optimal;
 pub mod depth;
 pub mod error;
 pub mod gemm;
+pub mod gemm8;
 pub mod kmeans;
 pub mod matrix;
 pub mod order;

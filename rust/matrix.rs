@@ -1,8 +1,11 @@
 //! Checked row-major views over borrowed float32, float16 or bfloat16 values.
 
+use std::ops::Range;
+
 use half::{bf16, f16};
 
 use crate::error::{Error, Result};
+use crate::simd;
 pub use crate::simd::Element;
 
 /// Values of a sketch at most: 16 million, 64 MiB a row.
@@ -14,6 +17,8 @@ pub enum Values<'a> {
     F32(&'a [f32]),
     F16(&'a [f16]),
     Bf16(&'a [bf16]),
+    /// Bytes, and the factor of each row.
+    I8(&'a [i8], &'a [f32]),
 }
 
 impl Values<'_> {
@@ -22,6 +27,7 @@ impl Values<'_> {
             Self::F32(values) => values.len(),
             Self::F16(values) => values.len(),
             Self::Bf16(values) => values.len(),
+            Self::I8(values, _) => values.len(),
         }
     }
 }
@@ -32,16 +38,22 @@ pub struct Rows<'a> {
     values: Values<'a>,
     count: usize,
     dim: usize,
+    mapped: bool,
 }
 
 impl<'a> Rows<'a> {
     /// # Errors
-    /// [`Error::Shape`] unless there are exactly `count * dim` values.
+    /// [`Error::Shape`] unless there are exactly `count * dim` values, and a factor for each row of bytes.
     pub fn new(values: Values<'a>, count: usize, dim: usize) -> Result<Self> {
+        if let Values::I8(_, scales) = values
+            && scales.len() != count
+        {
+            return Err(Error::shape("scales", format!("({count},)"), format!("({},)", scales.len())));
+        }
         if count.checked_mul(dim) != Some(values.len()) {
             return Err(Error::shape("rows", format!("({count}, {dim})"), format!("({},)", values.len())));
         }
-        Ok(Self { values, count, dim })
+        Ok(Self { values, count, dim, mapped: false })
     }
 
     pub fn values(&self) -> Values<'a> {
@@ -56,13 +68,93 @@ impl<'a> Rows<'a> {
         self.dim
     }
 
-    /// Writes row `index` as float32 into `out`, which holds `dim` values.
-    pub fn copy_row(&self, index: usize, out: &mut [f32]) {
+    /// `count` values of row `index` from `first` on: a part of it where it is float32, else written to `scratch`.
+    pub fn part<'r>(&'r self, index: usize, first: usize, count: usize, scratch: &'r mut [f32]) -> &'r [f32] {
+        let range = index * self.dim + first..index * self.dim + first + count;
+        match self.values {
+            Values::F32(values) => return &values[range],
+            Values::F16(values) => f16::widen(&values[range], scratch),
+            Values::Bf16(values) => bf16::widen(&values[range], scratch),
+            Values::I8(values, scales) => {
+                for (out, &value) in scratch.iter_mut().zip(&values[range]) {
+                    *out = scales[index] * f32::from(value);
+                }
+            }
+        }
+        &scratch[..count]
+    }
+
+    /// `count` rows from `first` on, where they are float32 and there.
+    pub fn adjacent(&self, first: usize, count: usize) -> Option<&[f32]> {
+        match self.values {
+            Values::F32(values) => values.get(first * self.dim..(first + count) * self.dim),
+            _ => None,
+        }
+    }
+
+    /// Row `index`: itself where it is float32, else written to `scratch`, which holds `dim` values.
+    pub fn row<'r>(&'r self, index: usize, scratch: &'r mut [f32]) -> &'r [f32] {
+        self.part(index, 0, self.dim, scratch)
+    }
+
+    /// Says that the rows lie in pages of a file, mapped so that all who map it see one another's changes.
+    ///
+    /// # Safety
+    /// They do: [`Rows::forget`] throws away what such pages hold in memory alone, and they are read from the file again.
+    pub unsafe fn set_mapped(&mut self) {
+        self.mapped = true;
+    }
+
+    pub fn mapped(&self) -> bool {
+        self.mapped
+    }
+
+    /// Lets the pages of some rows of a mapped file leave the memory of this process until they are read again. Does
+    /// nothing for other rows.
+    pub fn forget(&self, rows: Range<usize>) {
+        if !self.mapped || rows.is_empty() {
+            return;
+        }
+        let range = rows.start * self.dim..rows.end * self.dim;
+        match self.values {
+            Values::F32(values) => forget_pages(&values[range]),
+            Values::F16(values) => forget_pages(&values[range]),
+            Values::Bf16(values) => forget_pages(&values[range]),
+            Values::I8(values, _) => forget_pages(&values[range]),
+        }
+    }
+
+    /// Asks for row `index`, which will be read soon.
+    pub fn prefetch(&self, index: usize) {
         let range = index * self.dim..(index + 1) * self.dim;
         match self.values {
-            Values::F32(values) => f32::widen(&values[range], out),
-            Values::F16(values) => f16::widen(&values[range], out),
-            Values::Bf16(values) => bf16::widen(&values[range], out),
+            Values::F32(values) => simd::prefetch(&values[range]),
+            Values::F16(values) => simd::prefetch(&values[range]),
+            Values::Bf16(values) => simd::prefetch(&values[range]),
+            Values::I8(values, _) => simd::prefetch(&values[range]),
+        }
+    }
+
+    /// Writes row `index` as float32 into `out`, which holds `dim` values.
+    pub fn copy_row(&self, index: usize, out: &mut [f32]) {
+        if let Values::F32(values) = self.values {
+            out.copy_from_slice(&values[index * self.dim..(index + 1) * self.dim]);
+        } else {
+            self.row(index, out);
         }
     }
 }
+
+#[cfg(target_os = "linux")]
+fn forget_pages<T>(values: &[T]) {
+    // SAFETY: asks for a constant of the system.
+    let page = unsafe { libc::sysconf(libc::_SC_PAGESIZE) } as usize;
+    let first = values.as_ptr().addr() / page * page;
+    let end = (values.as_ptr().addr() + size_of_val(values)).next_multiple_of(page);
+    // SAFETY: all these pages hold a part of `values`, so they belong to its map, which `set_mapped` vouches for. That
+    // advice may be refused is of no consequence.
+    unsafe { libc::madvise(values.as_ptr().with_addr(first).cast_mut().cast(), end - first, libc::MADV_DONTNEED) };
+}
+
+#[cfg(not(target_os = "linux"))]
+fn forget_pages<T>(_values: &[T]) {}

@@ -3,7 +3,6 @@
 //! A dense point is one row; a preference pair is two, `a * h_chosen + b * h_rejected`. Pairs are never stored as
 //! vectors: the 28 pairs of a prompt with 8 responses need 8 rows, which a tile gathers once.
 
-use std::collections::HashMap;
 use std::ops::Range;
 
 use rayon::prelude::*;
@@ -13,8 +12,9 @@ use crate::matrix::Rows;
 use crate::progress::Progress;
 use crate::simd;
 
-/// Distinct rows of a tile. 256 rows fill the registers and caches of a matrix product; more gained nothing.
-const TILE_ROWS: usize = 256;
+/// Distinct rows of a tile: 18 times the 14 rows that the widest matrix kernel takes at once. It fills the registers and
+/// caches of a product; more gained nothing.
+const TILE_ROWS: usize = 252;
 
 /// Points of a tile: bounds the work between two looks at the cancel token.
 const TILE_POINTS: usize = 4096;
@@ -35,14 +35,31 @@ pub struct Points<'a, const TERMS: usize> {
     slots: Vec<[u16; TERMS]>,
     tiles: Vec<Tile>,
     tile_rows: Vec<usize>,
-    /// Subtracted from every gathered row.
-    origin: Option<Vec<f32>>,
+    /// How much each point counts; one for each if none.
+    weights: Option<Vec<f32>>,
 }
 
 impl<'a> Points<'a, 1> {
     /// Every row is a point.
     pub fn from_rows(rows: Rows<'a>) -> Self {
-        Self::new(rows, vec![[1.0]; rows.count()], |point| [point])
+        Self::from_order(rows, (0..rows.count()).collect())
+    }
+
+    /// Point i is row `order[i]`.
+    pub fn from_order(rows: Rows<'a>, order: Vec<usize>) -> Self {
+        let count = order.len();
+        let tile = |first: usize| {
+            let points = first..(first + TILE_ROWS).min(count);
+            Tile { rows: points.clone(), points }
+        };
+        Self {
+            rows,
+            coefficients: vec![[1.0]; count],
+            slots: (0..count).map(|point| [(point % TILE_ROWS) as u16]).collect(),
+            tiles: (0..count).step_by(TILE_ROWS).map(tile).collect(),
+            tile_rows: order,
+            weights: None,
+        }
     }
 }
 
@@ -71,31 +88,33 @@ impl<'a> Points<'a, 2> {
 
 impl<'a, const TERMS: usize> Points<'a, TERMS> {
     /// Cuts the points into tiles. The cuts depend on the points alone.
-    fn new(rows: Rows<'a>, coefficients: Vec<[f32; TERMS]>, terms: impl Fn(usize) -> [usize; TERMS]) -> Self {
+    fn new(rows: Rows<'a>, coefficients: Vec<[f32; TERMS]>, mut terms: impl FnMut(usize) -> [usize; TERMS]) -> Self {
         let count = coefficients.len();
         let mut slots = Vec::with_capacity(count);
         let mut tiles = Vec::new();
         let mut tile_rows = Vec::new();
-        let mut slot_of_row = HashMap::with_capacity(TILE_ROWS + TERMS);
+        // The tile that last listed a row, counted from one, and where. A table is ten times as fast as hashing.
+        let mut listed: Vec<(u32, u16)> = vec![(0, 0); rows.count()];
         let (mut first_point, mut first_row) = (0, 0);
         for point in 0..count {
             let full = tile_rows.len() - first_row + TERMS > TILE_ROWS || point - first_point == TILE_POINTS;
             if full {
                 tiles.push(Tile { points: first_point..point, rows: first_row..tile_rows.len() });
                 (first_point, first_row) = (point, tile_rows.len());
-                slot_of_row.clear();
             }
+            let tile = tiles.len() as u32 + 1;
             slots.push(terms(point).map(|row| {
-                *slot_of_row.entry(row).or_insert_with(|| {
+                if listed[row].0 != tile {
+                    listed[row] = (tile, (tile_rows.len() - first_row) as u16);
                     tile_rows.push(row);
-                    (tile_rows.len() - 1 - first_row) as u16
-                })
+                }
+                listed[row].1
             }));
         }
         if first_point < count {
             tiles.push(Tile { points: first_point..count, rows: first_row..tile_rows.len() });
         }
-        Self { rows, coefficients, slots, tiles, tile_rows, origin: None }
+        Self { rows, coefficients, slots, tiles, tile_rows, weights: None }
     }
 
     pub fn count(&self) -> usize {
@@ -125,20 +144,88 @@ impl<'a, const TERMS: usize> Points<'a, TERMS> {
         }
     }
 
-    /// Measures rows from `origin` on. It moves the points alike only if the coefficients of each sum to one.
-    pub fn set_origin(&mut self, origin: Vec<f32>) {
-        self.origin = Some(origin);
+    /// Lets point i count as much as `weights[i]` points.
+    ///
+    /// # Errors
+    /// If there is not one weight for each point, or one is negative or not finite, or all are zero.
+    pub fn set_weights(&mut self, weights: Vec<f32>) -> Result<()> {
+        if weights.len() != self.count() {
+            return Err(Error::shape("sample_weight", format!("({},)", self.count()), format!("({},)", weights.len())));
+        }
+        if let Some(index) = weights.iter().position(|weight| !(weight.is_finite() && *weight >= 0.0)) {
+            let value = format!("{} at index {index}", weights[index]);
+            return Err(Error::argument("sample_weight", "finite and not negative", value));
+        }
+        if weights.iter().all(|&weight| weight == 0.0) {
+            return Err(Error::argument("sample_weight", "positive somewhere", "zero everywhere"));
+        }
+        self.weights = Some(weights);
+        Ok(())
     }
 
-    /// Writes the distinct rows of a tile, less the origin, one after the other.
+    pub fn weighted(&self) -> bool {
+        self.weights.is_some()
+    }
+
+    /// Some of the points, given in ascending order. Weights are left behind.
+    pub fn subset(&self, chosen: &[usize]) -> Self {
+        let coefficients = chosen.iter().map(|&point| self.coefficients[point]).collect();
+        let mut tile = 0;
+        Self::new(self.rows, coefficients, |index| {
+            let point = chosen[index];
+            while self.tiles[tile].points.end <= point {
+                tile += 1;
+            }
+            let rows = self.rows_of(&self.tiles[tile]);
+            self.slots(point).map(|slot| rows[slot])
+        })
+    }
+
+    pub fn weight(&self, point: usize) -> f64 {
+        self.weights.as_ref().map_or(1.0, |weights| f64::from(weights[point]))
+    }
+
+    pub fn rows(&self) -> &Rows<'a> {
+        &self.rows
+    }
+
+    /// The distinct rows that a tile needs, in the order of their slots.
+    pub fn rows_of(&self, tile: &Tile) -> &[usize] {
+        &self.tile_rows[tile.rows.clone()]
+    }
+
+    /// Where the rows of a tile lie among those of all tiles.
+    pub fn row_range(&self, tile: &Tile) -> Range<usize> {
+        tile.rows.clone()
+    }
+
+    /// Writes the distinct rows of a tile one after the other.
     pub fn gather(&self, tile: &Tile, gathered: &mut Vec<f32>) {
         gathered.resize(tile.rows.len() * self.dim(), 0.0);
-        for (&row, out) in self.tile_rows[tile.rows.clone()].iter().zip(gathered.chunks_exact_mut(self.dim())) {
+        for (&row, out) in self.rows_of(tile).iter().zip(gathered.chunks_exact_mut(self.dim())) {
             self.rows.copy_row(row, out);
-            if let Some(origin) = &self.origin {
-                simd::subtract(out, origin);
-            }
         }
+    }
+
+    /// The distinct rows of a tile one after the other, measured from `origin`: where they lie already so, or gathered.
+    pub fn gather_or_borrow<'g>(
+        &'g self,
+        tile: &Tile,
+        origin: Option<&[f32]>,
+        gathered: &'g mut Vec<f32>,
+    ) -> &'g [f32] {
+        let rows = self.rows_of(tile);
+        if origin.is_none()
+            && rows.windows(2).all(|rows| rows[1] == rows[0] + 1)
+            && let Some(rows) = self.rows.adjacent(rows[0], rows.len())
+        {
+            return rows;
+        }
+        self.gather(tile, gathered);
+        if let Some(origin) = origin {
+            gathered.chunks_exact_mut(origin.len()).for_each(|row| simd::subtract(row, origin));
+        }
+        gathered
     }
 
     /// The rows of a point among those gathered for its tile.
@@ -151,19 +238,71 @@ impl<'a, const TERMS: usize> Points<'a, TERMS> {
         simd::combine(out, self.coefficients[point], self.terms(point, gathered));
     }
 
+    /// A point of `tile`: the row itself where it is one in float32, else written to `values`. `scratch` holds a row.
+    pub fn read<'v>(&'v self, tile: &Tile, point: usize, scratch: &'v mut [f32], values: &'v mut [f32]) -> &'v [f32] {
+        let rows = self.rows_of(tile);
+        let mut terms = self.slots(point).into_iter().map(|slot| rows[slot]).zip(self.coefficients[point]);
+        let (row, coefficient) = terms.next().expect("a point has a term");
+        if TERMS == 1 && coefficient == 1.0 {
+            return self.rows.row(row, values);
+        }
+        simd::scale(values, coefficient, self.rows.row(row, scratch));
+        for (row, coefficient) in terms {
+            simd::add_scaled(values, coefficient, self.rows.row(row, scratch));
+        }
+        values
+    }
+
+    /// Asks for the rows of a point, which will be read soon.
+    pub fn prefetch(&self, tile: &Tile, point: usize) {
+        let rows = self.rows_of(tile);
+        self.slots(point).into_iter().for_each(|slot| self.rows.prefetch(rows[slot]));
+    }
+
+    /// Lets rows of a mapped file that belong to some tiles leave the memory of this process, with those between them.
+    pub fn forget(&self, tiles: Range<usize>) {
+        if !self.rows.mapped() {
+            return;
+        }
+        let Some((first, last)) = self.tiles[tiles.clone()].first().zip(self.tiles[tiles].last()) else { return };
+        let rows = &self.tile_rows[first.rows.start..last.rows.end];
+        let (least, most) = rows.iter().fold((usize::MAX, 0), |(least, most), &row| (least.min(row), most.max(row)));
+        self.rows.forget(least..most + 1);
+    }
+
+    /// The tile of a point.
+    pub fn tile_of(&self, point: usize) -> &Tile {
+        &self.tiles[self.tiles.partition_point(|tile| tile.points.end <= point)]
+    }
+
     /// Writes any one point.
     pub fn write_alone(&self, point: usize, out: &mut [f32]) {
-        let tile = &self.tiles[self.tiles.partition_point(|tile| tile.points.end <= point)];
-        let rows = &self.tile_rows[tile.rows.clone()];
-        let mut gathered = vec![0.0; TERMS * self.dim()];
-        for (slot, row) in self.slots(point).into_iter().zip(gathered.chunks_exact_mut(self.dim())) {
-            self.rows.copy_row(rows[slot], row);
-            if let Some(origin) = &self.origin {
-                simd::subtract(row, origin);
-            }
+        let (mut scratch, mut values) = (vec![0.0; self.dim()], vec![0.0; self.dim()]);
+        out.copy_from_slice(self.read(self.tile_of(point), point, &mut scratch, &mut values));
+    }
+
+    /// Shows `visit` every tile of a range with the entries of `data` that belong to its points, in parallel; the
+    /// results come in the order of the tiles. `data` begins with the first point of the range.
+    pub fn visit<State, Entry: Send, Output: Send>(
+        &self,
+        tiles: Range<usize>,
+        mut data: &mut [Entry],
+        start: impl Fn() -> State + Sync + Send,
+        visit: impl Fn(&mut State, usize, &Tile, &mut [Entry]) -> Result<Output> + Sync + Send,
+    ) -> Result<Vec<Output>> {
+        let mut tasks = Vec::with_capacity(tiles.len());
+        for index in tiles {
+            let tile = &self.tiles[index];
+            let (entries, rest) = data.split_at_mut(tile.points.len());
+            tasks.push((index, tile, entries));
+            data = rest;
         }
-        let mut terms = gathered.chunks_exact(self.dim());
-        simd::combine(out, self.coefficients[point], std::array::from_fn(|_| terms.next().expect("one for each term")));
+        let visit = |state: &mut State, (index, tile, entries): (usize, &Tile, &mut [Entry])| {
+            let output = visit(state, index, tile, entries);
+            self.forget(index..index + 1);
+            output
+        };
+        tasks.into_par_iter().with_max_len(1).map_init(start, visit).collect()
     }
 
     /// Cuts the tiles into at most `limit` blocks, gives each block a state, and shows it the block's tiles in order
@@ -182,14 +321,15 @@ impl<'a, const TERMS: usize> Points<'a, TERMS> {
         (0..blocks)
             .into_par_iter()
             .map(|block| {
-                let tiles = &self.tiles[block * self.tiles.len() / blocks..(block + 1) * self.tiles.len() / blocks];
+                let (first, end) = (block * self.tiles.len() / blocks, (block + 1) * self.tiles.len() / blocks);
+                let tiles = &self.tiles[first..end];
                 let mut state = start();
                 let mut gathered = Vec::new();
                 for tile in tiles {
-                    self.gather(tile, &mut gathered);
-                    visit(&mut state, tile, &gathered);
+                    visit(&mut state, tile, self.gather_or_borrow(tile, None, &mut gathered));
                     progress.advance(1)?;
                 }
+                self.forget(first..end);
                 Ok(state)
             })
             .collect()

@@ -24,6 +24,12 @@ pub enum Purpose {
     SketchEntries = 3,
     /// Draws of the k-means seeding; the index is the centroid, a position is a trial.
     Seeding = 4,
+    /// Draws of the oversampling before it; the index is the round, a position is a point.
+    Oversampling = 7,
+    /// The order of rows in mini-batches; a position is a rank.
+    Batches = 8,
+    /// The points that the seeding looks at; a position is a part of the points.
+    SeedingSample = 9,
     /// Noise of the softmax ranking; a position is a pair.
     Gumbel = 5,
     /// Keys of the random ranking; a position is a pair.

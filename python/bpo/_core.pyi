@@ -16,6 +16,7 @@ __all__ = [
     "StoreWriter",
     "__version__",
     "allocate_depth",
+    "assign",
     "coreset",
     "d_optimal",
     "kmeans",
@@ -29,6 +30,8 @@ __version__: str
 
 # float32, float16, or uint16 for the bits of bfloat16.
 _Rows = NDArray[np.float32] | NDArray[np.float16] | NDArray[np.uint16]
+# The same, or int8 that goes with scales.
+_ScaledRows = _Rows | NDArray[np.int8]
 # Called with (done, total).
 _Progress = Callable[[int, int], object]
 
@@ -67,23 +70,36 @@ class KMeansResult:
     def converged(self) -> bool: ...
 
 def kmeans(
-    rows: _Rows,
+    rows: _ScaledRows,
     k: int,
     *,
+    sample_weight: NDArray[np.float32] | None = None,
+    scales: NDArray[np.float32] | None = None,
     init: Literal["k-means++"] | NDArray[np.float32] = "k-means++",
     metric: Literal["euclidean", "cosine"] = "euclidean",
     max_iter: int = 100,
     tol: float = 0.0001,
     seed: int = 0,
+    batch_size: int | None = None,
     threads: int | None = None,
     progress: _Progress | None = None,
 ) -> KMeansResult: ...
+def assign(
+    rows: _ScaledRows,
+    centroids: NDArray[np.float32],
+    *,
+    scales: NDArray[np.float32] | None = None,
+    metric: Literal["euclidean", "cosine"] = "euclidean",
+    threads: int | None = None,
+    progress: _Progress | None = None,
+) -> tuple[NDArray[np.int32], NDArray[np.float32]]: ...
 def pair_kmeans(
-    rows: _Rows,
+    rows: _ScaledRows,
     pairs: NDArray[np.int64],
     coefficients: NDArray[np.float32],
     k: int,
     *,
+    scales: NDArray[np.float32] | None = None,
     init: Literal["k-means++"] | NDArray[np.float32] = "k-means++",
     metric: Literal["euclidean", "cosine"] = "euclidean",
     max_iter: int = 100,

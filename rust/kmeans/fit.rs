@@ -1,22 +1,25 @@
-//! The driver: survey the points, seed, alternate assignment and update, assign once more.
+//! The driver: look at the points, seed, alternate assignment and update, assign once more.
 
-use super::assign::{Centroids, Products, assign_tile};
-use super::init::plus_plus;
+use std::ops::Range;
+
+use super::approximate::Approximation;
+use super::assign::{Centroids, Nearest, Scratch, Search};
+use super::init::seed;
 use super::params::{Init, Metric, Params};
-use super::update::{PartialSums, Sums};
+use super::update::{Changes, Move, Sums, UNASSIGNED};
 use crate::error::{Error, Result};
+use crate::matrix::Rows;
 use crate::points::Points;
 use crate::progress::Progress;
+use crate::rng::{Purpose, Stream};
 use crate::simd;
 
-/// Blocks of passes that carry little state.
-const BLOCKS: usize = 64;
+/// Tiles between two updates of the sums: 32,256 rows, enough for 64 threads, and 32 MiB of 256 float32 each, which the
+/// update still finds in the last-level cache.
+const CHUNK: usize = 128;
 
-/// Bytes of partial sums over all blocks. With 64 blocks this is reached at one million centroid values.
-const PARTIAL_SUM_BYTES: usize = 256 << 20;
-
-/// Squared norms at most: below it, no squared distance of two points overflows float32.
-const MAX_SQUARED_NORM: f32 = f32::MAX / 16.0;
+/// Norms whose squares and products are safe from overflow and from subnormal numbers.
+const SAFE_NORMS: Range<f64> = 1e-6..1e6;
 
 /// What k-means found.
 #[derive(Clone, Debug)]
@@ -28,7 +31,8 @@ pub struct Clustering {
     /// The Euclidean distance of each point to its centroid; with [`Metric::Cosine`], 1 − cosine.
     pub distances: Vec<f32>,
     /// Entry i is the inertia with the centroids after i updates: the sum of the squared distances, or with
-    /// [`Metric::Cosine`] of 1 − cosine.
+    /// [`Metric::Cosine`] of 1 − cosine, each times the weight of its point. With mini-batches, all but the last belong
+    /// to the rows of the batch.
     pub inertia: Vec<f64>,
     /// How often the centroids were updated.
     pub iterations: usize,
@@ -44,115 +48,162 @@ pub struct Clustering {
 pub fn fit<const TERMS: usize>(mut points: Points<TERMS>, params: &Params, progress: &Progress) -> Result<Clustering> {
     params.check(points.count(), points.dim())?;
     let dim = points.dim();
-    let seeding_passes = if matches!(params.init, Init::PlusPlus) { params.clusters } else { 0 };
-    progress.start(points.tiles().len() * (2 + seeding_passes + params.max_iterations + 1));
+    let tiles = points.tiles().len();
+    progress.start(tiles * (2 + super::init::PASSES + params.max_iterations));
 
-    let raw = survey(&points, progress)?;
-    // Far from the origin the expanded distance cancels, so dense points are measured from their mean. Pairs need not
-    // be: their coefficients hardly ever sum to one, and those of a margin loss sum to zero.
-    let centred = params.metric == Metric::Euclidean && TERMS == 1;
-    match params.metric {
-        Metric::Euclidean if centred => points.set_origin(raw.mean.clone()),
-        Metric::Euclidean => {}
-        Metric::Cosine => points.scale(&inverse_norms(&raw.squared_norms)?),
-    }
-    let Survey { squared_norms, mean_variance, .. } = survey(&points, progress)?;
-
+    let (approximation, scale) = prepare(&mut points, params.metric, progress)?;
     let mut first = match &params.init {
-        Init::PlusPlus => plus_plus(&points, &squared_norms, params.clusters, params.seed, progress)?,
-        Init::Centroids(given) if centred => {
-            let mut given = given.clone();
-            given.chunks_exact_mut(dim).for_each(|centroid| simd::subtract(centroid, &raw.mean));
-            given
-        }
-        Init::Centroids(given) => given.clone(),
+        Init::PlusPlus => seed(&points, &approximation, params, progress)?,
+        Init::Centroids(given) => given.iter().map(|value| value * scale).collect(),
     };
     if params.metric == Metric::Cosine {
-        normalize_rows(&mut first, dim)?;
+        normalize_rows("init", &mut first, dim)?;
     }
-    let mut centroids = Centroids::new(first, dim);
+    let mut state = State {
+        labels: vec![UNASSIGNED; points.count()],
+        sums: Sums::new(params.clusters, dim),
+        centroids: Centroids::new(first, dim, &approximation),
+        points,
+        approximation,
+    };
 
-    let mut labels: Vec<u32> = Vec::new();
     let mut inertia = Vec::new();
     let mut converged = false;
+    let mut labels_settled = false;
+    let mut threshold = None;
+    let mut active = params.batch_size.map_or(tiles, |batch| batch.div_ceil(tiles_size(&state.points)).clamp(1, tiles));
     while !converged && inertia.len() < params.max_iterations {
-        let mut step = assign_and_sum(&points, &squared_norms, &centroids, progress)?;
-        inertia.push(step.squared_distances.iter().map(|&distance| f64::from(distance)).sum());
-        converged = step.labels == labels;
-        step.sums.refill_empty(&points, &mut step.labels, &step.squared_distances);
-        let (moved, shift) = step.sums.centroids(params.metric, &centroids);
-        converged |= shift <= params.tolerance * mean_variance;
-        centroids = moved;
-        labels = step.labels;
-    }
-    let iterations = inertia.len();
-    let (labels, squared_distances) = assign_exactly(&points, &squared_norms, &centroids, progress)?;
-    inertia.push(squared_distances.iter().map(|&distance| f64::from(distance)).sum());
-
-    let distances = match params.metric {
-        Metric::Euclidean => squared_distances.iter().map(|distance| distance.sqrt()).collect(),
-        // ‖x − c‖² = 2 − 2⟨x, c⟩ for unit vectors.
-        Metric::Cosine => {
-            inertia.iter_mut().for_each(|inertia| *inertia /= 2.0);
-            squared_distances.iter().map(|distance| distance / 2.0).collect()
+        let changed = state.assign(0..active, progress)?;
+        inertia.push(state.sums.inertia(&state.centroids, &state.approximation));
+        labels_settled = changed == 0 && active == tiles;
+        let refilled = state.refill_empty(0..active, progress)?;
+        let shifts = state.update(params.metric);
+        if active == tiles {
+            // The same in every pass over all points.
+            let threshold =
+                *threshold.get_or_insert_with(|| params.tolerance * state.sums.mean_variance(&state.approximation));
+            converged = labels_settled || shifts.iter().sum::<f64>() <= threshold;
+        } else if batch_is_exhausted(&shifts, &state.sums.standard_errors(&state.approximation)) {
+            active = (2 * active).min(tiles);
         }
-    };
-    let mut centroids = centroids.values;
-    if centred {
-        centroids.chunks_exact_mut(dim).for_each(|centroid| simd::add_scaled(centroid, 1.0, &raw.mean));
+        labels_settled &= refilled == 0;
     }
+    let squared_distances =
+        if labels_settled { state.squared_distances(0..tiles, progress)? } else { state.measure(progress)? };
     progress.finish();
-    Ok(Clustering { centroids, labels, distances, inertia, iterations, converged })
+    Ok(state.finish(params.metric, scale, squared_distances, inertia, converged))
 }
 
-/// What one look at all points tells.
-struct Survey {
-    squared_norms: Vec<f32>,
-    mean: Vec<f32>,
-    /// The variance of a coordinate, averaged over the coordinates.
-    mean_variance: f64,
-}
-
-fn survey<const TERMS: usize>(points: &Points<TERMS>, progress: &Progress) -> Result<Survey> {
-    let dim = points.dim();
-    let start = || (Vec::new(), vec![0.0; dim], vec![0.0; dim]);
-    let blocks =
-        points.fold_blocks(BLOCKS, progress, start, |(squared_norms, sum, point_values), tile, gathered| {
-            for point in tile.points.clone() {
-                points.write(point, gathered, point_values);
-                squared_norms.push(simd::dot(point_values, point_values));
-                simd::add_scaled_wide(sum, 1.0, point_values);
-            }
-        })?;
-    let squared_norms: Vec<f32> = blocks.iter().flat_map(|(squared_norms, ..)| squared_norms).copied().collect();
-    if let Some(point) = squared_norms.iter().position(|norm| norm.is_nan() || *norm > MAX_SQUARED_NORM) {
-        return Err(points.not_finite(point));
-    }
-    let count = points.count() as f64;
-    let sum = |index: usize| blocks.iter().map(|(_, sum, _)| sum[index]).sum::<f64>();
-    let mean: Vec<f64> = (0..dim).map(|index| sum(index) / count).collect();
-    let mean_square = squared_norms.iter().map(|&norm| f64::from(norm)).sum::<f64>() / count;
-    let square_of_mean: f64 = mean.iter().map(|value| value * value).sum();
-    Ok(Survey {
-        squared_norms,
-        mean: mean.into_iter().map(|value| value as f32).collect(),
-        mean_variance: (mean_square - square_of_mean).max(0.0) / dim as f64,
-    })
-}
-
-fn inverse_norms(squared_norms: &[f32]) -> Result<Vec<f32>> {
-    let inverse = |(point, &squared_norm): (usize, &f32)| {
-        if squared_norm > 0.0 { Ok(squared_norm.sqrt().recip()) } else { Err(Error::ZeroPoint { point }) }
+/// Clusters rows, each with the weight given for it. Mini-batches take the rows in random order.
+///
+/// # Errors
+/// As [`fit`], and if the weights do not fit the rows.
+pub fn fit_rows(rows: Rows, weights: Option<&[f32]>, params: &Params, progress: &Progress) -> Result<Clustering> {
+    let order: Vec<usize> = match params.batch_size {
+        None => (0..rows.count()).collect(),
+        Some(_) => shuffled(rows.count(), params.seed),
     };
-    squared_norms.iter().enumerate().map(inverse).collect()
+    let mut points = Points::from_order(rows, order.clone());
+    if let Some(weights) = weights {
+        if weights.len() != rows.count() {
+            let found = format!("({},)", weights.len());
+            return Err(Error::shape("sample_weight", format!("({},)", rows.count()), found));
+        }
+        points.set_weights(order.iter().map(|&row| weights[row]).collect())?;
+    }
+    let mut found = fit(points, params, progress)?;
+    if params.batch_size.is_some() {
+        let (labels, distances) = (found.labels.clone(), found.distances.clone());
+        for (point, &row) in order.iter().enumerate() {
+            found.labels[row] = labels[point];
+            found.distances[row] = distances[point];
+        }
+    }
+    Ok(found)
 }
 
-fn normalize_rows(centroids: &mut [f32], dim: usize) -> Result<()> {
+fn shuffled(count: usize, seed: u64) -> Vec<usize> {
+    let stream = Stream::new(seed, Purpose::Batches, 0);
+    let mut order: Vec<usize> = (0..count).collect();
+    for index in (1..count).rev() {
+        order.swap(index, stream.below(index as u64, index + 1));
+    }
+    order
+}
+
+/// The cluster of each point among given centroids, and its distance as in [`Clustering::distances`].
+///
+/// # Errors
+/// As [`fit`].
+pub fn assign<const TERMS: usize>(
+    mut points: Points<TERMS>,
+    centroids: &[f32],
+    metric: Metric,
+    progress: &Progress,
+) -> Result<(Vec<i32>, Vec<f32>)> {
+    let dim = points.dim();
+    if dim == 0 || centroids.is_empty() || !centroids.len().is_multiple_of(dim) {
+        let (expected, found) = (format!("(k, {dim}) with k and d of at least 1"), format!("({},)", centroids.len()));
+        return Err(Error::shape("centroids", expected, found));
+    }
+    if let Some(index) = centroids.iter().position(|value| !value.is_finite()) {
+        return Err(Error::NonFiniteRow { array: "centroids", row: index / dim });
+    }
+    progress.start(2 * points.tiles().len());
+    let (approximation, scale) = prepare(&mut points, metric, progress)?;
+    let mut centroids: Vec<f32> = centroids.iter().map(|value| value * scale).collect();
+    if metric == Metric::Cosine {
+        normalize_rows("centroids", &mut centroids, dim)?;
+    }
+    let mut state = State {
+        labels: Vec::new(),
+        sums: Sums::new(0, dim),
+        centroids: Centroids::new(centroids, dim, &approximation),
+        points,
+        approximation,
+    };
+    let squared_distances = state.measure(progress)?;
+    progress.finish();
+    let clustering = state.finish(metric, scale, squared_distances, Vec::new(), true);
+    Ok((clustering.labels, clustering.distances))
+}
+
+/// Rounds the points to 8 bits; gives them unit length for [`Metric::Cosine`], or else, where their squares would leave
+/// the range of float32, multiplies them by a power of two, which is returned.
+fn prepare<const TERMS: usize>(
+    points: &mut Points<TERMS>,
+    metric: Metric,
+    progress: &Progress,
+) -> Result<(Approximation, f32)> {
+    // Pairs need no origin: the coefficients of a margin loss sum to zero. Unit vectors have theirs.
+    let centred = metric == Metric::Euclidean && TERMS == 1;
+    let mut approximation = Approximation::new(points, centred, progress)?;
+    let norms = || approximation.bounds.iter().map(|bound| bound.squared_norm.sqrt());
+    if metric == Metric::Cosine {
+        let factors: Vec<f32> = norms().map(|norm| norm.recip() as f32).collect();
+        if let Some(point) = factors.iter().position(|factor| !factor.is_finite()) {
+            return Err(Error::ZeroPoint { point });
+        }
+        points.scale(&factors);
+        approximation.scale(&factors);
+        return Ok((approximation, 1.0));
+    }
+    let largest = norms().fold(0.0, f64::max);
+    if largest == 0.0 || SAFE_NORMS.contains(&largest) {
+        return Ok((approximation, 1.0));
+    }
+    let scale = (-largest.log2().round()).clamp(-126.0, 126.0).exp2() as f32;
+    let factors = vec![scale; points.count()];
+    points.scale(&factors);
+    Ok((Approximation::new(points, false, progress)?, scale))
+}
+
+fn normalize_rows(array: &'static str, centroids: &mut [f32], dim: usize) -> Result<()> {
     for (row, centroid) in centroids.chunks_exact_mut(dim).enumerate() {
-        let norm = simd::dot(centroid, centroid).sqrt();
+        let norm = simd::squared_norm_wide(centroid).sqrt() as f32;
         if norm.is_nan() || norm <= 0.0 {
             return Err(Error::argument(
-                "init",
+                array,
                 "free of zero rows with metric=\"cosine\"",
                 format!("zero in row {row}"),
             ));
@@ -162,68 +213,160 @@ fn normalize_rows(centroids: &mut [f32], dim: usize) -> Result<()> {
     Ok(())
 }
 
-struct Step {
+fn tiles_size<const TERMS: usize>(points: &Points<TERMS>) -> usize {
+    points.count().div_ceil(points.tiles().len())
+}
+
+/// Whether a batch has little more to tell: the centroids moved by less than their standard error, in the median over
+/// the clusters. The rule of Newling and Fleuret, "Nested mini-batch k-means" (NIPS 2016).
+fn batch_is_exhausted(shifts: &[f64], standard_errors: &[f64]) -> bool {
+    let mut ratios: Vec<f64> = shifts
+        .iter()
+        .zip(standard_errors)
+        .map(|(shift, error)| if *shift > 0.0 { error / shift } else { f64::INFINITY })
+        .collect();
+    let middle = ratios.len() / 2;
+    *ratios.select_nth_unstable_by(middle, f64::total_cmp).1 >= 1.0
+}
+
+struct State<'a, const TERMS: usize> {
+    points: Points<'a, TERMS>,
+    approximation: Approximation,
+    centroids: Centroids,
     labels: Vec<u32>,
-    squared_distances: Vec<f32>,
     sums: Sums,
 }
 
-/// One pass: assigns every point and sums up the points of each cluster while their rows are in the cache.
-fn assign_and_sum<const TERMS: usize>(
-    points: &Points<TERMS>,
-    squared_norms: &[f32],
-    centroids: &Centroids,
-    progress: &Progress,
-) -> Result<Step> {
-    struct State {
-        labels: Vec<u32>,
-        squared_distances: Vec<f32>,
-        products: Products,
-        sums: PartialSums,
-    }
-    let (clusters, dim) = (centroids.count(), points.dim());
-    let start = || State {
-        labels: Vec::new(),
-        squared_distances: Vec::new(),
-        products: Products::default(),
-        sums: PartialSums::new(clusters, dim),
-    };
-    let limit = (PARTIAL_SUM_BYTES / size_of_val(centroids.values.as_slice())).clamp(8, BLOCKS);
-    let blocks = points.fold_blocks(limit, progress, start, |state, tile, gathered| {
-        state.products.compute(gathered, centroids);
-        let first = state.labels.len();
-        for (cluster, distance) in assign_tile(points, tile, squared_norms, &state.products, centroids) {
-            state.labels.push(cluster as u32);
-            state.squared_distances.push(distance);
+impl<const TERMS: usize> State<'_, TERMS> {
+    /// Assigns the points of some tiles and brings the sums up to date; returns how many labels changed.
+    fn assign(&mut self, tiles: Range<usize>, progress: &Progress) -> Result<usize> {
+        let mut changed = 0;
+        let Self { points, approximation, centroids, labels, sums } = self;
+        let search = Search { points, approximation, centroids };
+        for first in tiles.clone().step_by(CHUNK) {
+            let chunk = first..tiles.end.min(first + CHUNK);
+            let forget = chunk.clone();
+            let labels = &mut labels[points.tiles()[first].points.start..];
+            let changes = points.visit(chunk, labels, Scratch::default, |scratch, index, tile, labels| {
+                let mut moves = Vec::new();
+                search.tile(
+                    scratch,
+                    index,
+                    tile,
+                    |_| f32::INFINITY,
+                    |point, nearest| {
+                        let label = &mut labels[point - tile.points.start];
+                        if let Nearest::Only(to) | Nearest::Measured(to, _) = nearest
+                            && to != *label
+                        {
+                            moves.push(Move { point, from: *label, to });
+                            *label = to;
+                        }
+                    },
+                );
+                progress.advance(1)?;
+                Ok(Changes::new(points, tile, moves))
+            })?;
+            changed += changes.iter().map(Changes::count).sum::<usize>();
+            sums.apply(points, approximation, &changes);
+            points.forget(forget);
         }
-        state.sums.add_tile(points, tile, gathered, &state.labels[first..]);
-    })?;
-    let mut labels = Vec::with_capacity(points.count());
-    let mut squared_distances = Vec::with_capacity(points.count());
-    let mut sums = Vec::with_capacity(blocks.len());
-    for block in blocks {
-        labels.extend(block.labels);
-        squared_distances.extend(block.squared_distances);
-        sums.push(block.sums);
+        Ok(changed)
     }
-    Ok(Step { labels, squared_distances, sums: Sums::fold(&sums, clusters, dim) })
-}
 
-/// The last pass: labels, and squared distances computed from x − c, free of the cancellation of the expanded form.
-fn assign_exactly<const TERMS: usize>(
-    points: &Points<TERMS>,
-    squared_norms: &[f32],
-    centroids: &Centroids,
-    progress: &Progress,
-) -> Result<(Vec<i32>, Vec<f32>)> {
-    let start = || (Vec::new(), Products::default(), vec![0.0; points.dim()]);
-    let blocks = points.fold_blocks(BLOCKS, progress, start, |(assigned, products, values), tile, gathered| {
-        products.compute(gathered, centroids);
-        let nearest = assign_tile(points, tile, squared_norms, products, centroids);
-        for (point, (cluster, _)) in tile.points.clone().zip(nearest) {
-            points.write(point, gathered, values);
-            assigned.push((cluster as i32, simd::squared_distance(values, centroids.row(cluster))));
+    /// Assigns all points without sums; returns their squared distances.
+    fn measure(&mut self, progress: &Progress) -> Result<Vec<f32>> {
+        let Self { points, approximation, centroids, .. } = self;
+        let search = Search { points, approximation, centroids };
+        let mut found = vec![(UNASSIGNED, f32::NAN); points.count()];
+        points.visit(0..points.tiles().len(), &mut found, Scratch::default, |scratch, index, tile, found| {
+            let start = tile.points.start;
+            // Below a limit every nearest centroid is measured.
+            search.tile(
+                scratch,
+                index,
+                tile,
+                |_| f32::MAX,
+                |point, nearest| {
+                    if let Nearest::Measured(label, distance) = nearest {
+                        found[point - start] = (label, distance);
+                    }
+                },
+            );
+            progress.advance(1)
+        })?;
+        let squared_distances;
+        (self.labels, squared_distances) = found.into_iter().unzip();
+        Ok(squared_distances)
+    }
+
+    /// Gives empty clusters a point; returns how many.
+    fn refill_empty(&mut self, tiles: Range<usize>, progress: &Progress) -> Result<usize> {
+        let empty = self.sums.empty();
+        if empty.is_empty() {
+            return Ok(0);
         }
-    })?;
-    Ok(blocks.into_iter().flat_map(|(assigned, ..)| assigned).unzip())
+        let squared_distances = self.squared_distances(tiles, progress)?;
+        let labels = &self.labels[..squared_distances.len()];
+        let moves = self.sums.refill(&self.points, &empty, labels, &squared_distances);
+        for &step in &moves {
+            self.labels[step.point] = step.to;
+            let change = Changes::new(&self.points, self.points.tile_of(step.point), vec![step]);
+            self.sums.apply(&self.points, &self.approximation, &[change]);
+        }
+        Ok(moves.len())
+    }
+
+    /// Moves the centroids; returns the squared length of each one's way.
+    fn update(&mut self, metric: Metric) -> Vec<f64> {
+        let (values, shifts) = self.sums.centroids(metric, &self.centroids);
+        self.centroids = Centroids::new(values, self.points.dim(), &self.approximation);
+        shifts
+    }
+
+    /// Of each point to its centroid, from the differences.
+    fn squared_distances(&self, tiles: Range<usize>, progress: &Progress) -> Result<Vec<f32>> {
+        let Self { points, centroids, labels, .. } = self;
+        let end = points.tiles()[tiles.clone()].last().map_or(0, |tile| tile.points.end);
+        let mut distances = vec![0.0; end];
+        let start = || (vec![0.0; points.dim()], vec![0.0; points.dim()]);
+        points.visit(tiles, &mut distances, start, |(row, values), _, tile, distances| {
+            for (point, distance) in tile.points.clone().zip(distances) {
+                let values = points.read(tile, point, row, values);
+                *distance = simd::squared_distance(values, centroids.row(labels[point] as usize));
+            }
+            progress.advance(1)
+        })?;
+        Ok(distances)
+    }
+
+    fn finish(
+        self,
+        metric: Metric,
+        scale: f32,
+        squared_distances: Vec<f32>,
+        mut inertia: Vec<f64>,
+        converged: bool,
+    ) -> Clustering {
+        let weighted = |(point, &distance): (usize, &f32)| self.points.weight(point) * f64::from(distance);
+        let iterations = inertia.len();
+        inertia.push(squared_distances.iter().enumerate().map(weighted).sum());
+        let mut centroids = self.centroids.values;
+        let distances = match metric {
+            Metric::Euclidean => {
+                // Exact, as the scale is a power of two, unless the result itself leaves the range of float32.
+                let inverse = f64::from(scale).recip();
+                inertia.iter_mut().for_each(|inertia| *inertia *= inverse * inverse);
+                centroids.iter_mut().for_each(|value| *value = (f64::from(*value) * inverse) as f32);
+                squared_distances.iter().map(|distance| (f64::from(*distance).sqrt() * inverse) as f32).collect()
+            }
+            // ‖x − c‖² = 2 − 2⟨x, c⟩ for unit vectors.
+            Metric::Cosine => {
+                inertia.iter_mut().for_each(|inertia| *inertia /= 2.0);
+                squared_distances.iter().map(|distance| distance / 2.0).collect()
+            }
+        };
+        let labels = self.labels.into_iter().map(u32::cast_signed).collect();
+        Clustering { centroids, labels, distances, inertia, iterations, converged }
+    }
 }

@@ -1,125 +1,241 @@
-//! Greedy k-means++: Arthur and Vassilvitskii, "k-means++: the advantages of careful seeding" (SODA 2007), with the
-//! several trials for each centroid that scikit-learn makes.
+//! The first centroids: k-means‖ of Bahmani, Moseley, Vattani, Kumar and Vassilvitskii, "Scalable k-means++" (VLDB 2012),
+//! ended by greedy k-means++ of Arthur and Vassilvitskii, "k-means++: the advantages of careful seeding" (SODA 2007),
+//! with the several trials for each centroid that scikit-learn makes.
+//!
+//! Greedy k-means++ alone looks at all points once for each centroid. k-means‖ looks a few times, draws many points at
+//! each look, and leaves the choice among them to the greedy algorithm, each with the weight of the points that are
+//! nearest to it. Neither needs all of many points.
 
 use rayon::prelude::*;
 
-use super::assign::{Centroids, Products, squared_distances};
+use super::approximate::Approximation;
+use super::assign::{Centroids, Nearest, Scratch, Search};
+use super::params::Params;
 use crate::error::Result;
 use crate::points::Points;
 use crate::progress::Progress;
 use crate::rng::{Purpose, Stream};
+use crate::simd::dots::each_squared_distance;
 
-/// Blocks of tiles with a potential of their own; the draw looks through one of them.
-const BLOCKS: usize = 64;
+/// Looks at the points after the first draw, each of which draws about as many points as there are centroids to be. Half
+/// as many left one of ten planted clusters without a drawn point (20,000 × 512, k = 256).
+const ROUNDS: usize = 4;
+
+/// Points for each centroid that are looked at, if none has more weight than others, in runs of neighbours: those of a
+/// mapped file share their pages, and pairs of a prompt its rows.
+const SAMPLED_RUNS: usize = 16;
+const RUN: usize = 8;
+
+/// Drawn points that are written at once: where they lie scattered over a mapped file, each may bring 2 MiB of it along.
+const WRITTEN: usize = 32;
+
+/// Looks at all points at most, for the progress.
+pub const PASSES: usize = ROUNDS + 1;
+
+/// Points for each centroid up to which greedy k-means++ sees all of them.
+const GREEDY_POINTS: usize = 8;
 
 /// Trials for each centroid after the first: 2 + ln k, as in scikit-learn.
 fn trials(clusters: usize) -> usize {
     2 + (clusters as f64).ln() as usize
 }
 
-/// Distances of a block's points to the trial centroids, and what the potential would be with each.
-struct Block {
-    /// min(closest so far, distance to the trial), trial after trial for each point.
-    closest: Vec<f32>,
-    potentials: Vec<f64>,
+/// Picks the first centroids among the points; row-major.
+///
+/// # Errors
+/// If the computation was cancelled.
+pub fn seed<const TERMS: usize>(
+    points: &Points<TERMS>,
+    approximation: &Approximation,
+    params: &Params,
+    progress: &Progress,
+) -> Result<Vec<f32>> {
+    let Params { clusters, seed, .. } = *params;
+    let runs = SAMPLED_RUNS * clusters;
+    if points.count() > 2 * RUN * runs && !points.weighted() {
+        // A run in each of as many equal parts, so that data in any order are seen evenly.
+        let stream = Stream::new(seed, Purpose::SeedingSample, 0);
+        let part = |run: usize| run * points.count() / runs;
+        let first = |run: usize| part(run) + stream.below(run as u64, part(run + 1) - part(run) - RUN);
+        let sample: Vec<usize> = (0..runs).flat_map(|run| first(run)..first(run) + RUN).collect();
+        let sample = points.subset(&sample);
+        let of_sample = Approximation::new(&sample, approximation.origin.is_some(), progress)?;
+        return seed_from(&sample, &of_sample, clusters, seed, progress);
+    }
+    seed_from(points, approximation, clusters, seed, progress)
 }
 
-/// Picks `clusters` points, each with a probability in proportion to its squared distance to those picked before; of a
-/// few such draws the one that lowers the sum of those distances most.
-pub fn plus_plus<const TERMS: usize>(
+fn seed_from<const TERMS: usize>(
     points: &Points<TERMS>,
-    squared_norms: &[f32],
+    approximation: &Approximation,
     clusters: usize,
     seed: u64,
     progress: &Progress,
 ) -> Result<Vec<f32>> {
-    let mut centroids = Vec::with_capacity(clusters * points.dim());
-    let mut closest = vec![f32::INFINITY; points.count()];
-    let mut block_potentials = Vec::new();
+    let (drawn, weights) = if points.count() <= GREEDY_POINTS * clusters {
+        ((0..points.count()).collect(), (0..points.count()).map(|point| points.weight(point)).collect())
+    } else {
+        oversample(points, approximation, clusters, seed, progress)?
+    };
+    greedy(&write(points, &drawn), points.dim(), &weights, clusters, seed, progress)
+}
+
+/// The nearest drawn point of each point, and the squared distance to it.
+#[derive(Clone, Copy)]
+struct Closest {
+    distance: f32,
+    drawn: u32,
+}
+
+/// More points than clusters, drawn in proportion to their squared distance to those drawn before, each with the weight
+/// of the points that are nearest to it.
+fn oversample<const TERMS: usize>(
+    points: &Points<TERMS>,
+    approximation: &Approximation,
+    clusters: usize,
+    seed: u64,
+    progress: &Progress,
+) -> Result<(Vec<usize>, Vec<f64>)> {
+    let mut closest = vec![Closest { distance: f32::MAX, drawn: 0 }; points.count()];
+    let weights: Vec<f64> = (0..points.count()).map(|point| points.weight(point)).collect();
+    let mut drawn = vec![draw(&weights, Stream::new(seed, Purpose::Seeding, 0).uniform(0))];
+    let mut first = 0;
+    for round in 1.. {
+        let costs = measure(points, approximation, &drawn, first, &mut closest, progress)?;
+        let potential: f64 = costs.iter().sum();
+        // One cluster needs no choice, and points that all coincide with a drawn one leave none.
+        if (round > ROUNDS && drawn.len() >= clusters) || clusters == 1 || potential <= 0.0 {
+            break;
+        }
+        first = drawn.len();
+        let stream = Stream::new(seed, Purpose::Oversampling, round as u32);
+        let expected = clusters as f64;
+        drawn.extend((0..points.count()).filter(|&point| {
+            let share = points.weight(point) * f64::from(closest[point].distance) / potential;
+            stream.uniform(point as u64) < expected * share
+        }));
+        if drawn.len() == first {
+            // Nothing was drawn, which happens with few clusters: draw one point.
+            let costs: Vec<f64> =
+                (0..points.count()).map(|point| points.weight(point) * f64::from(closest[point].distance)).collect();
+            drawn.push(draw(&costs, stream.uniform(points.count() as u64)));
+        }
+    }
+    let mut weights = vec![0.0; drawn.len()];
+    for (point, closest) in closest.iter().enumerate() {
+        weights[closest.drawn as usize] += points.weight(point);
+    }
+    Ok((drawn, weights))
+}
+
+/// Compares every point with those drawn from `first` on; returns what each tile adds to the potential.
+fn measure<const TERMS: usize>(
+    points: &Points<TERMS>,
+    approximation: &Approximation,
+    drawn: &[usize],
+    first: usize,
+    closest: &mut [Closest],
+    progress: &Progress,
+) -> Result<Vec<f64>> {
+    let dim = points.dim();
+    let centroids = Centroids::new(write(points, &drawn[first..]), dim, approximation);
+    let search = Search { points, approximation, centroids: &centroids };
+    points.visit(0..points.tiles().len(), closest, Scratch::default, |scratch, index, tile, closest| {
+        let start = tile.points.start;
+        let limits: Vec<f32> = closest.iter().map(|closest| closest.distance).collect();
+        search.tile(
+            scratch,
+            index,
+            tile,
+            |point| limits[point - start],
+            |point, nearest| {
+                if let Nearest::Measured(cluster, distance) = nearest {
+                    closest[point - start] = Closest { distance, drawn: first as u32 + cluster };
+                }
+            },
+        );
+        progress.advance(1)?;
+        let costs = closest
+            .iter()
+            .enumerate()
+            .map(|(point, closest)| points.weight(start + point) * f64::from(closest.distance));
+        Ok(costs.sum())
+    })
+}
+
+/// The drawn points, row-major.
+fn write<const TERMS: usize>(points: &Points<TERMS>, drawn: &[usize]) -> Vec<f32> {
+    let dim = points.dim();
+    let mut values = vec![0.0; drawn.len() * dim];
+    for (values, drawn) in values.chunks_mut(WRITTEN * dim).zip(drawn.chunks(WRITTEN)) {
+        values.par_chunks_exact_mut(dim).zip(drawn).for_each(|(out, &point)| points.write_alone(point, out));
+        points.forget(0..points.tiles().len());
+    }
+    values
+}
+
+/// Greedy k-means++ over the rows of `values`.
+fn greedy(
+    values: &[f32],
+    dim: usize,
+    weights: &[f64],
+    clusters: usize,
+    seed: u64,
+    progress: &Progress,
+) -> Result<Vec<f32>> {
+    let row = |point: usize| &values[point * dim..(point + 1) * dim];
+    let trials = trials(clusters);
+    let mut closest = vec![f32::INFINITY; weights.len()];
+    let mut centroids = Vec::with_capacity(clusters * dim);
     for cluster in 0..clusters {
-        let stream = Stream::new(seed, Purpose::Seeding, cluster as u32);
-        let drawn: Vec<usize> = if cluster == 0 {
-            vec![stream.below(0, points.count())]
+        progress.check()?;
+        let stream = Stream::new(seed, Purpose::Seeding, cluster as u32 + 1);
+        let costs: Vec<f64> = if cluster == 0 {
+            weights.to_vec()
         } else {
-            (0..trials(clusters) as u64).map(|trial| draw(stream, trial, &closest, &block_potentials)).collect()
+            closest.iter().zip(weights).map(|(distance, weight)| f64::from(*distance) * weight).collect()
         };
-        let candidates = materialize(points, &drawn);
-        let blocks = measure(points, squared_norms, &closest, &candidates, progress)?;
-        let potential = |trial: usize| blocks.iter().map(|block| block.potentials[trial]).sum::<f64>();
+        let drawn: Vec<usize> = (0..if cluster == 0 { 1 } else { trials } as u64)
+            .map(|trial| {
+                if costs.iter().all(|&cost| cost <= 0.0) {
+                    stream.below(trial, weights.len())
+                } else {
+                    draw(&costs, stream.uniform(trial))
+                }
+            })
+            .collect();
+        // min(closest so far, distance to the trial), trial after trial for each point.
+        let mut distances = vec![0.0; weights.len() * drawn.len()];
+        distances.par_chunks_exact_mut(drawn.len()).with_min_len(64).enumerate().for_each(|(point, distances)| {
+            each_squared_distance(
+                row(point),
+                drawn.len(),
+                |trial| row(drawn[trial]),
+                |trial, distance| distances[trial] = distance.min(closest[point]),
+            );
+        });
+        let potential = |trial: usize| -> f64 {
+            let of_trial = distances.iter().skip(trial).step_by(drawn.len());
+            of_trial.zip(weights).map(|(distance, weight)| f64::from(*distance) * weight).sum()
+        };
         let potentials: Vec<f64> = (0..drawn.len()).map(potential).collect();
         let best =
             (1..drawn.len()).fold(0, |best, trial| if potentials[trial] < potentials[best] { trial } else { best });
-
-        centroids.extend_from_slice(candidates.row(best));
-        block_potentials.clear();
-        let mut end = 0;
-        for block in &blocks {
-            let start = end;
-            end += block.closest.len() / drawn.len();
-            for (closest, trials) in closest[start..end].iter_mut().zip(block.closest.chunks_exact(drawn.len())) {
-                *closest = trials[best];
-            }
-            block_potentials.push((end, block.potentials[best]));
+        for (closest, distances) in closest.iter_mut().zip(distances.chunks_exact(drawn.len())) {
+            *closest = distances[best];
         }
+        centroids.extend_from_slice(row(drawn[best]));
     }
     Ok(centroids)
 }
 
-/// Draws a point in proportion to its entry of `closest`, whose sums are given for each block with the block's end.
-fn draw(stream: Stream, trial: u64, closest: &[f32], block_potentials: &[(usize, f64)]) -> usize {
-    let total: f64 = block_potentials.iter().map(|(_, potential)| potential).sum();
-    if total <= 0.0 {
-        // Every point coincides with a centroid, so any will do.
-        return stream.below(trial, closest.len());
-    }
-    let mut left = stream.uniform(trial) * total;
-    let mut start = 0;
-    // Rounding may leave a crumb at the end, which goes to the last point that can be drawn.
-    let last =
-        |distances: &[f32]| distances.iter().rposition(|&distance| distance > 0.0).expect("a positive potential");
-    for &(end, potential) in block_potentials {
-        if left < potential {
-            let distances = &closest[start..end];
-            let drawn = distances.iter().position(|&distance| {
-                left -= f64::from(distance);
-                left < 0.0
-            });
-            return start + drawn.unwrap_or_else(|| last(distances));
-        }
-        left -= potential;
-        start = end;
-    }
-    last(closest)
-}
-
-fn materialize<const TERMS: usize>(points: &Points<TERMS>, drawn: &[usize]) -> Centroids {
-    let mut values = vec![0.0; drawn.len() * points.dim()];
-    for (&point, out) in drawn.iter().zip(values.chunks_exact_mut(points.dim())) {
-        points.write_alone(point, out);
-    }
-    Centroids::new(values, points.dim())
-}
-
-fn measure<const TERMS: usize>(
-    points: &Points<TERMS>,
-    squared_norms: &[f32],
-    closest: &[f32],
-    candidates: &Centroids,
-    progress: &Progress,
-) -> Result<Vec<Block>> {
-    let trials = candidates.count();
-    let start =
-        || (Block { closest: Vec::new(), potentials: vec![0.0; trials] }, Products::default(), vec![0.0; trials]);
-    let blocks = points.fold_blocks(BLOCKS, progress, start, |(block, products, distances), tile, gathered| {
-        products.compute(gathered, candidates);
-        for point in tile.points.clone() {
-            squared_distances(points, point, squared_norms[point], products, candidates, distances);
-            for (distance, potential) in distances.iter_mut().zip(&mut block.potentials) {
-                *distance = distance.min(closest[point]);
-                *potential += f64::from(*distance);
-            }
-            block.closest.extend_from_slice(distances);
-        }
-    })?;
-    Ok(blocks.into_par_iter().map(|(block, ..)| block).collect())
+/// The index at which the running sum of `costs` passes `uniform` times their sum.
+fn draw(costs: &[f64], uniform: f64) -> usize {
+    let mut left = uniform * costs.iter().sum::<f64>();
+    let drawn = costs.iter().position(|cost| {
+        left -= cost;
+        left < 0.0
+    });
+    // Rounding may leave a crumb at the end, which goes to the last that can be drawn.
+    drawn.or_else(|| costs.iter().rposition(|&cost| cost > 0.0)).unwrap_or(0)
 }

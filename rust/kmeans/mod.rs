@@ -4,11 +4,12 @@
 //! last term is Σ aₜ ⟨hₜ, c⟩, so a tile needs one matrix product of its distinct rows with the centroids, and then a
 //! few operations for each point and centroid.
 
+mod approximate;
 mod assign;
 mod fit;
 mod init;
 mod params;
 mod update;
 
-pub use fit::{Clustering, fit};
+pub use fit::{Clustering, assign, fit, fit_rows};
 pub use params::{Init, Metric, Params};

@@ -13,7 +13,7 @@ pub enum Metric {
 /// The first centroids.
 #[derive(Clone, Debug)]
 pub enum Init {
-    /// Greedy k-means++.
+    /// k-means‖ ended by greedy k-means++.
     PlusPlus,
     /// Given centroids, row-major (clusters, dim).
     Centroids(Vec<f32>),
@@ -25,6 +25,8 @@ pub struct Params {
     pub init: Init,
     pub metric: Metric,
     pub max_iterations: usize,
+    /// Points of the first mini-batch; all points at once if none.
+    pub batch_size: Option<usize>,
     /// Stop once the squared shift of the centroids is at most this times the mean variance of a coordinate.
     pub tolerance: f64,
     pub seed: u64,
@@ -38,6 +40,7 @@ impl Params {
             init: Init::PlusPlus,
             metric: Metric::Euclidean,
             max_iterations: 100,
+            batch_size: None,
             tolerance: 1e-4,
             seed: 0,
         }
@@ -60,6 +63,9 @@ impl Params {
         }
         if self.max_iterations == 0 {
             return Err(Error::argument("max_iter", "at least 1", self.max_iterations));
+        }
+        if self.batch_size == Some(0) {
+            return Err(Error::argument("batch_size", "at least 1", 0));
         }
         if !(self.tolerance >= 0.0 && self.tolerance.is_finite()) {
             return Err(Error::argument("tol", "finite and not negative", self.tolerance));

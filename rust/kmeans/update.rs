@@ -1,52 +1,69 @@
-//! New centroids from the sums of their points.
+//! Sums of the points of each cluster, kept from pass to pass and changed by the points that moved.
 
 use rayon::prelude::*;
 
+use super::approximate::Approximation;
 use super::assign::Centroids;
 use super::params::Metric;
 use crate::points::{Points, Tile};
 use crate::simd;
 
-/// Partial sums of one block of tiles.
-#[derive(Debug)]
-pub struct PartialSums {
-    sums: Vec<f32>,
-    counts: Vec<u64>,
-    /// (slot of the row, cluster, point, coefficient) of the tile at hand.
-    shares: Vec<(usize, u32, usize, f32)>,
+/// The label of a point that no cluster has yet.
+pub const UNASSIGNED: u32 = u32::MAX;
+
+/// Columns of a sum that one task adds up where there are fewer clusters than that would keep threads busy: 16 lines of
+/// the cache of each row.
+const COLUMNS: usize = 256;
+
+/// A point that goes from one cluster to another.
+#[derive(Clone, Copy, Debug)]
+pub struct Move {
+    pub point: usize,
+    pub from: u32,
+    pub to: u32,
 }
 
-impl PartialSums {
-    pub fn new(clusters: usize, dim: usize) -> Self {
-        Self { sums: vec![0.0; clusters * dim], counts: vec![0; clusters], shares: Vec::new() }
-    }
+/// What one tile changes.
+#[derive(Debug, Default)]
+pub struct Changes {
+    moves: Vec<Move>,
+    /// (cluster, row, coefficient): what is added to the sums.
+    shares: Vec<(u32, usize, f64)>,
+}
 
-    /// Adds the points of a tile to the sums of the clusters in `labels`.
-    ///
+impl Changes {
     /// The coefficients with which one row enters one cluster are added up first, so the row is added once for all of a
-    /// prompt's pairs in that cluster.
-    pub fn add_tile<const TERMS: usize>(
-        &mut self,
-        points: &Points<TERMS>,
-        tile: &Tile,
-        gathered: &[f32],
-        labels: &[u32],
-    ) {
-        let dim = points.dim();
-        self.shares.clear();
-        for (point, &cluster) in tile.points.clone().zip(labels) {
-            self.counts[cluster as usize] += 1;
+    /// prompt's pairs that go there.
+    pub fn new<const TERMS: usize>(points: &Points<TERMS>, tile: &Tile, moves: Vec<Move>) -> Self {
+        let rows = points.rows_of(tile);
+        let mut shares = Vec::with_capacity(2 * TERMS * moves.len());
+        for &Move { point, from, to } in &moves {
+            let weight = points.weight(point);
             for (slot, coefficient) in points.slots(point).into_iter().zip(points.coefficients(point)) {
-                self.shares.push((slot, cluster, point, coefficient));
+                let share = weight * f64::from(coefficient);
+                shares.push((to, slot, share));
+                if from != UNASSIGNED {
+                    shares.push((from, slot, -share));
+                }
             }
         }
-        self.shares.sort_unstable_by_key(|&(slot, cluster, point, _)| (slot, cluster, point));
-        for same in self.shares.chunk_by(|left, right| (left.0, left.1) == (right.0, right.1)) {
-            let (slot, cluster, ..) = same[0];
-            let coefficient = same.iter().map(|share| share.3).sum();
-            let sum = &mut self.sums[cluster as usize * dim..(cluster as usize + 1) * dim];
-            simd::add_scaled(sum, coefficient, &gathered[slot * dim..(slot + 1) * dim]);
+        if TERMS > 1 {
+            // Stable, so that coefficients are added up in the order of the points.
+            shares.sort_by_key(|&(cluster, slot, _)| (slot, cluster));
+            shares.dedup_by(|next, first| {
+                let same = (next.0, next.1) == (first.0, first.1);
+                if same {
+                    first.2 += next.2;
+                }
+                same
+            });
         }
+        let shares = shares.into_iter().filter(|share| share.2 != 0.0);
+        Self { moves, shares: shares.map(|(cluster, slot, share)| (cluster, rows[slot], share)).collect() }
+    }
+
+    pub fn count(&self) -> usize {
+        self.moves.len()
     }
 }
 
@@ -54,66 +71,162 @@ impl PartialSums {
 #[derive(Debug)]
 pub struct Sums {
     sums: Vec<f64>,
+    /// Σ w.
+    weights: Vec<f64>,
+    /// Σ w ‖x‖², measured from the origin.
+    squared_norms: Vec<f64>,
+    /// Points whose weight is not zero.
     counts: Vec<u64>,
     dim: usize,
 }
 
 impl Sums {
-    /// Folds the partial sums in block order.
-    pub fn fold(blocks: &[PartialSums], clusters: usize, dim: usize) -> Self {
-        let mut sums = vec![0.0; clusters * dim];
-        sums.par_chunks_exact_mut(dim).enumerate().for_each(|(cluster, sum)| {
-            for block in blocks {
-                simd::add_scaled_wide(sum, 1.0, &block.sums[cluster * dim..(cluster + 1) * dim]);
-            }
-        });
-        let counts = (0..clusters).map(|cluster| blocks.iter().map(|block| block.counts[cluster]).sum()).collect();
-        Self { sums, counts, dim }
+    pub fn new(clusters: usize, dim: usize) -> Self {
+        Self {
+            sums: vec![0.0; clusters * dim],
+            weights: vec![0.0; clusters],
+            squared_norms: vec![0.0; clusters],
+            counts: vec![0; clusters],
+            dim,
+        }
     }
 
-    /// Gives each empty cluster the point farthest from its centroid (ties: the lower point), never the only point of
-    /// another cluster, and changes `labels` accordingly.
-    pub fn refill_empty<const TERMS: usize>(
+    /// Applies the changes of tiles in their order. A sum belongs to one thread, so the order of its additions is fixed.
+    pub fn apply<const TERMS: usize>(
         &mut self,
         points: &Points<TERMS>,
-        labels: &mut [u32],
-        squared_distances: &[f32],
+        approximation: &Approximation,
+        changes: &[Changes],
     ) {
-        let empty: Vec<usize> = (0..self.counts.len()).filter(|&cluster| self.counts[cluster] == 0).collect();
-        if empty.is_empty() {
-            return;
+        for &Move { point, from, to } in changes.iter().flat_map(|changes| &changes.moves) {
+            let weight = points.weight(point);
+            let squared = weight * approximation.bounds[point].squared_norm;
+            let present = u64::from(weight > 0.0);
+            self.counts[to as usize] += present;
+            self.weights[to as usize] += weight;
+            self.squared_norms[to as usize] += squared;
+            if from != UNASSIGNED {
+                self.counts[from as usize] -= present;
+                self.weights[from as usize] -= weight;
+                self.squared_norms[from as usize] -= squared;
+            }
         }
-        let mut farthest: Vec<usize> = (0..points.count()).collect();
-        farthest.sort_by(|&left, &right| squared_distances[right].total_cmp(&squared_distances[left]));
-        let mut farthest = farthest.into_iter();
-        let mut values = vec![0.0; self.dim];
-        for cluster in empty {
-            // As there are at least as many points as clusters, an empty cluster leaves another with two points.
-            let point =
-                farthest.find(|&point| self.counts[labels[point] as usize] > 1).expect("a cluster of two points");
-            let donor = labels[point] as usize;
-            points.write_alone(point, &mut values);
-            simd::add_scaled_wide(&mut self.sums[donor * self.dim..(donor + 1) * self.dim], -1.0, &values);
-            simd::add_scaled_wide(&mut self.sums[cluster * self.dim..(cluster + 1) * self.dim], 1.0, &values);
-            self.counts[donor] -= 1;
-            self.counts[cluster] = 1;
-            labels[point] = cluster as u32;
+
+        // Sort the shares by cluster, keeping their order.
+        let clusters = self.counts.len();
+        let mut starts = vec![0; clusters + 1];
+        let shares = || changes.iter().flat_map(|changes| &changes.shares);
+        shares().for_each(|share| starts[share.0 as usize + 1] += 1);
+        for cluster in 0..clusters {
+            starts[cluster + 1] += starts[cluster];
         }
+        let mut sorted = vec![(0, 0.0); starts[clusters]];
+        let mut next = starts.clone();
+        for &(cluster, row, share) in shares() {
+            sorted[next[cluster as usize]] = (row, share);
+            next[cluster as usize] += 1;
+        }
+
+        let rows = points.rows();
+        let dim = self.dim;
+        // Whole rows stay in the cache while they are added, so cut them only where clusters are few.
+        let width = if clusters >= 4 * rayon::current_num_threads() { dim } else { COLUMNS };
+        let tasks = self.sums.par_chunks_mut(dim).zip(starts.par_windows(2));
+        tasks.filter(|(_, range)| range[0] < range[1]).for_each(|(sum, range)| {
+            sum.par_chunks_mut(width).enumerate().for_each_init(
+                || vec![0.0; width],
+                |scratch, (part, sum)| {
+                    let shares = &sorted[range[0]..range[1]];
+                    for (index, &(row, share)) in shares.iter().enumerate() {
+                        if width == dim
+                            && let Some((ahead, _)) = shares.get(index + 1)
+                        {
+                            rows.prefetch(*ahead);
+                        }
+                        simd::add_scaled_wide(sum, share, rows.part(row, part * width, sum.len(), scratch));
+                    }
+                },
+            );
+        });
     }
 
-    /// The centroids, and the squared length of the way that they went from `previous`.
+    /// Σ w ‖x − c‖² of all points that are in a cluster, without looking at them: Σ w ‖x‖² − 2 Σⱼ ⟨Sⱼ, cⱼ⟩ + Σⱼ Wⱼ ‖cⱼ‖²,
+    /// all measured from the origin.
+    pub fn inertia(&self, centroids: &Centroids, approximation: &Approximation) -> f64 {
+        let zero = vec![0.0; self.dim];
+        let origin = approximation.origin.as_deref().unwrap_or(&zero);
+        let mut inertia = self.squared_norms.iter().sum::<f64>();
+        for (cluster, (sum, weight)) in self.sums.chunks_exact(self.dim).zip(&self.weights).enumerate() {
+            let terms = sum.iter().zip(centroids.row(cluster)).zip(origin);
+            inertia += terms
+                .map(|((sum, centroid), origin)| {
+                    let (centroid, origin) = (f64::from(*centroid), f64::from(*origin));
+                    let centred = centroid - origin;
+                    centred * (weight * centred - 2.0 * (sum - weight * origin))
+                })
+                .sum::<f64>();
+        }
+        inertia.max(0.0)
+    }
+
+    /// The variance of a coordinate, averaged over the coordinates.
+    pub fn mean_variance(&self, approximation: &Approximation) -> f64 {
+        let weight: f64 = self.weights.iter().sum();
+        let mut mean = vec![0.0; self.dim];
+        for sum in self.sums.chunks_exact(self.dim) {
+            mean.iter_mut().zip(sum).for_each(|(mean, sum)| *mean += sum / weight);
+        }
+        if let Some(origin) = &approximation.origin {
+            mean.iter_mut().zip(origin).for_each(|(mean, origin)| *mean -= f64::from(*origin));
+        }
+        let mean_square = self.squared_norms.iter().sum::<f64>() / weight;
+        let square_of_mean: f64 = mean.iter().map(|value| value * value).sum();
+        (mean_square - square_of_mean).max(0.0) / self.dim as f64
+    }
+
+    pub fn empty(&self) -> Vec<u32> {
+        (0..self.counts.len()).filter(|&cluster| self.counts[cluster] == 0).map(|cluster| cluster as u32).collect()
+    }
+
+    /// The moves that give each of the `empty` clusters the point that adds most to the inertia (ties: the lower point),
+    /// never the only point of another cluster.
+    pub fn refill<const TERMS: usize>(
+        &self,
+        points: &Points<TERMS>,
+        empty: &[u32],
+        labels: &[u32],
+        squared_distances: &[f32],
+    ) -> Vec<Move> {
+        let cost = |point: usize| points.weight(point) * f64::from(squared_distances[point]);
+        let mut farthest: Vec<usize> = (0..labels.len()).filter(|&point| points.weight(point) > 0.0).collect();
+        farthest.sort_by(|&left, &right| cost(right).total_cmp(&cost(left)));
+        let mut counts = self.counts.clone();
+        let mut farthest = farthest.into_iter();
+        let mut moves = Vec::with_capacity(empty.len());
+        for &to in empty {
+            // With fewer points of positive weight than clusters, some stay empty.
+            let Some(point) = farthest.find(|&point| counts[labels[point] as usize] > 1) else { break };
+            counts[labels[point] as usize] -= 1;
+            counts[to as usize] += 1;
+            moves.push(Move { point, from: labels[point], to });
+        }
+        moves
+    }
+
+    /// The centroids, and the squared length of the way that each went from `previous`.
     ///
-    /// The mean of a cluster; with [`Metric::Cosine`] its direction. A spherical cluster whose points cancel out has no
-    /// direction and keeps the one it had.
-    pub fn centroids(&self, metric: Metric, previous: &Centroids) -> (Centroids, f64) {
+    /// The mean of a cluster; with [`Metric::Cosine`] its direction. An empty cluster, or a spherical one whose points
+    /// cancel out, keeps the centroid that it had.
+    pub fn centroids(&self, metric: Metric, previous: &Centroids) -> (Vec<f32>, Vec<f64>) {
         let mut values = vec![0.0; self.sums.len()];
-        let shifts: Vec<f64> = values
+        let shifts = values
             .par_chunks_exact_mut(self.dim)
             .enumerate()
             .map(|(cluster, centroid)| {
                 let sum = &self.sums[cluster * self.dim..(cluster + 1) * self.dim];
                 let divisor = match metric {
-                    Metric::Euclidean => self.counts[cluster] as f64,
+                    _ if self.counts[cluster] == 0 => 0.0,
+                    Metric::Euclidean => self.weights[cluster],
                     Metric::Cosine => sum.iter().map(|value| value * value).sum::<f64>().sqrt(),
                 };
                 if divisor > 0.0 {
@@ -126,6 +239,21 @@ impl Sums {
                 f64::from(simd::squared_distance(centroid, previous.row(cluster)))
             })
             .collect();
-        (Centroids::new(values, self.dim), shifts.iter().sum())
+        (values, shifts)
+    }
+
+    /// The squared standard error of each centroid, σ²/(n − 1), infinite for clusters of one point.
+    pub fn standard_errors(&self, approximation: &Approximation) -> Vec<f64> {
+        let zero = vec![0.0; self.dim];
+        let origin = approximation.origin.as_deref().unwrap_or(&zero);
+        let clusters = self.sums.chunks_exact(self.dim).zip(&self.weights).zip(&self.squared_norms);
+        clusters
+            .map(|((sum, weight), squared_norm)| {
+                let centred = |(sum, origin): (&f64, &f32)| (sum - weight * f64::from(*origin)).powi(2);
+                let squared_sum: f64 = sum.iter().zip(origin).map(centred).sum();
+                let within = (squared_norm - squared_sum / weight).max(0.0);
+                if *weight > 1.0 { within / (weight * (weight - 1.0)) } else { f64::INFINITY }
+            })
+            .collect()
     }
 }

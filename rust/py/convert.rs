@@ -8,7 +8,7 @@ use numpy::{Element, PyArray, PyArray2, PyReadonlyArray, PyReadwriteArray2, PyUn
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::matrix::{Rows, Values};
 
 /// A C-contiguous array of one type and number of dimensions, borrowed for reading.
@@ -55,11 +55,18 @@ impl<T: Element> Matrix<'_, T> {
 }
 
 /// Rows of any type that the core widens.
-pub enum RowsArray<'py> {
+pub struct RowsArray<'py> {
+    values: RowsValues<'py>,
+    /// Whether they lie in a file that is mapped for all to share.
+    mapped: bool,
+}
+
+enum RowsValues<'py> {
     F32(Matrix<'py, f32>),
     F16(Matrix<'py, f16>),
     /// bfloat16, for which NumPy has no type, crosses as its bits.
     Bits(Matrix<'py, u16>),
+    I8(Matrix<'py, i8>, Vector<'py, f32>),
 }
 
 impl<'py> RowsArray<'py> {
@@ -69,25 +76,69 @@ impl<'py> RowsArray<'py> {
         let untyped = untyped(name, array, 2)?;
         let py = array.py();
         let dtype = untyped.dtype();
-        if dtype.is_equiv_to(&f32::get_dtype(py)) {
-            Borrowed::new(name, array).map(Self::F32)
+        let values = if dtype.is_equiv_to(&f32::get_dtype(py)) {
+            RowsValues::F32(Borrowed::new(name, array)?)
         } else if dtype.is_equiv_to(&f16::get_dtype(py)) {
-            Borrowed::new(name, array).map(Self::F16)
+            RowsValues::F16(Borrowed::new(name, array)?)
         } else if dtype.is_equiv_to(&u16::get_dtype(py)) {
-            Borrowed::new(name, array).map(Self::Bits)
+            RowsValues::Bits(Borrowed::new(name, array)?)
         } else {
-            Err(wrong_dtype(name, "float32, float16 or uint16 (the bits of bfloat16)", untyped))
+            return Err(wrong_dtype(name, "float32, float16 or uint16 (the bits of bfloat16)", untyped));
+        };
+        Ok(Self { values, mapped: is_mapped(array)? })
+    }
+
+    /// As [`RowsArray::new`], and of int8 with a factor for each row.
+    ///
+    /// # Errors
+    /// As [`Borrowed::new`], and `ValueError` unless there are scales exactly where the rows are int8.
+    pub fn with_scales(name: &str, array: &Bound<'py, PyAny>, scales: Option<&Bound<'py, PyAny>>) -> PyResult<Self> {
+        let is_int8 = untyped(name, array, 2)?.dtype().is_equiv_to(&i8::get_dtype(array.py()));
+        match scales {
+            Some(scales) if is_int8 => {
+                let scales = Vector::<f32>::new("scales", scales)?;
+                if let Some(index) = scales.slice().iter().position(|scale| !scale.is_finite()) {
+                    let value = f64::from(scales.slice()[index]);
+                    return Err(Error::NotFinite { array: "scales", index, value }.into());
+                }
+                Ok(Self { values: RowsValues::I8(Matrix::new(name, array)?, scales), mapped: is_mapped(array)? })
+            }
+            Some(_) => Err(PyValueError::new_err(format!("`scales` belong to int8 `{name}` alone; leave them out"))),
+            None if is_int8 => Err(PyValueError::new_err(format!("int8 `{name}` need `scales`, one for each row"))),
+            None => Self::new(name, array),
         }
     }
 
     pub fn rows(&self) -> Result<Rows<'_>> {
-        let (values, shape) = match self {
-            Self::F32(array) => (Values::F32(array.slice()), array.shape()),
-            Self::F16(array) => (Values::F16(array.slice()), array.shape()),
-            Self::Bits(array) => (Values::Bf16(array.slice().reinterpret_cast::<bf16>()), array.shape()),
+        let (values, shape) = match &self.values {
+            RowsValues::F32(array) => (Values::F32(array.slice()), array.shape()),
+            RowsValues::F16(array) => (Values::F16(array.slice()), array.shape()),
+            RowsValues::I8(array, scales) => (Values::I8(array.slice(), scales.slice()), array.shape()),
+            RowsValues::Bits(array) => (Values::Bf16(array.slice().reinterpret_cast::<bf16>()), array.shape()),
         };
-        Rows::new(values, shape[0], shape[1])
+        let mut rows = Rows::new(values, shape[0], shape[1])?;
+        if self.mapped {
+            // SAFETY: `is_mapped` saw that NumPy mapped a file, and not for private changes.
+            unsafe { rows.set_mapped() };
+        }
+        Ok(rows)
     }
+}
+
+/// Whether an array is, or is a view of, a `numpy.memmap` whose changes go to the file.
+fn is_mapped(array: &Bound<'_, PyAny>) -> PyResult<bool> {
+    let memmap = array.py().import("numpy")?.getattr("memmap")?;
+    let mut owner = array.clone();
+    while !owner.is_none() {
+        if owner.is_instance(&memmap)? {
+            // Arithmetic gives a memmap that has no map of its own.
+            let shared =
+                matches!(owner.getattr("mode")?.extract::<Option<String>>()?.as_deref(), Some("r" | "r+" | "w+"));
+            return Ok(shared && !owner.getattr("_mmap")?.is_none());
+        }
+        owner = owner.getattr_opt("base")?.unwrap_or_else(|| array.py().None().into_bound(array.py()));
+    }
+    Ok(false)
 }
 
 /// Borrows a float32 array of the given shape for writing.

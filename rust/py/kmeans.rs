@@ -5,10 +5,10 @@ use numpy::{PyArray1, PyArray2};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
-use super::convert::{Matrix, RowsArray, matrix};
+use super::convert::{Matrix, RowsArray, Vector, matrix};
 use super::run::run;
 use crate::error::Error;
-use crate::kmeans::{Clustering, Init, Metric, Params, fit};
+use crate::kmeans::{Clustering, Init, Metric, Params, assign as nearest, fit, fit_rows};
 use crate::points::Points;
 use crate::progress::Progress;
 
@@ -92,18 +92,26 @@ impl InitArgument<'_> {
 
 /// Lloyd's k-means over rows.
 ///
-/// Euclidean distances are measured from the mean of the rows, so data far from the origin lose no digits. An empty
-/// cluster takes the point farthest from its centroid. Stops as scikit-learn does: when no label changes, or when the
-/// squared shift of the centroids is at most tol times the mean variance of a coordinate.
+/// Exact: a label is the centroid with the lowest squared distance, added up from the differences, so data far from the
+/// origin lose no digits; products in 8 bits only rule out centroids that provably cannot be it. An empty cluster takes
+/// the point that adds most to the inertia. Stops as scikit-learn does: when no label changes, or when the squared shift
+/// of the centroids is at most tol times the mean variance of a coordinate.
 ///
 /// Args:
-///     rows: (n, d) C-contiguous float32, float16 or uint16 (the bits of bfloat16); memory maps are fine.
+///     rows: (n, d) C-contiguous float32, float16, uint16 (the bits of bfloat16) or int8; memory maps are fine, and of
+///         one that is open for reading only a part stays resident.
 ///     k: Number of clusters, at most n.
-///     init: "k-means++" (greedy, with 2 + ln k trials for each centroid), or the first centroids, (k, d) float32.
+///     sample_weight: (n,) float32, how much each row counts, not negative; 1 if None.
+///     scales: (n,) float32, with int8 rows: row i stands for scales[i] * rows[i].
+///     init: "k-means++" (k-means‖, then greedy k-means++ with 2 + ln k trials for each centroid), or the first
+///         centroids, (k, d) float32.
 ///     metric: "euclidean", or "cosine" for spherical k-means.
 ///     max_iter: Updates of the centroids at most.
 ///     tol: See above.
-///     seed: Seed of "k-means++".
+///     seed: Seed of "k-means++" and of the order of mini-batches.
+///     batch_size: Rows of the first of nested mini-batches (Newling and Fleuret, NIPS 2016): the batch grows to twice
+///         its size whenever the centroids move by less than their standard error, in the end to all rows. All rows at
+///         once if None.
 ///     threads: Threads to use; all cores if None. Does not change any bit of the result.
 ///     progress: Called with (done, total) at most ten times a second, and at the end.
 ///
@@ -118,37 +126,88 @@ impl InitArgument<'_> {
 #[expect(clippy::too_many_arguments, reason = "keywords in Python")]
 #[pyo3(
     signature = (
-        rows, k, *, init = InitArgument::Name("k-means++".to_owned()), metric = "euclidean", max_iter = 100, tol = 1e-4,
-        seed = 0, threads = None, progress = None
+        rows, k, *, sample_weight = None, scales = None, init = InitArgument::Name("k-means++".to_owned()),
+        metric = "euclidean", max_iter = 100, tol = 1e-4, seed = 0, batch_size = None, threads = None, progress = None
     ),
-    text_signature = "(rows, k, *, init='k-means++', metric='euclidean', max_iter=100, tol=0.0001, seed=0, \
-                      threads=None, progress=None)"
+    text_signature = "(rows, k, *, sample_weight=None, scales=None, init='k-means++', metric='euclidean', \
+                      max_iter=100, tol=0.0001, seed=0, batch_size=None, threads=None, progress=None)"
 )]
 pub fn kmeans(
     py: Python<'_>,
     rows: &Bound<'_, PyAny>,
     k: usize,
+    sample_weight: Option<&Bound<'_, PyAny>>,
+    scales: Option<&Bound<'_, PyAny>>,
     init: InitArgument<'_>,
     metric: &str,
     max_iter: usize,
     tol: f64,
     seed: u64,
+    batch_size: Option<usize>,
     threads: Option<usize>,
     progress: Option<Py<PyAny>>,
 ) -> PyResult<KMeansResult> {
-    let rows = RowsArray::new("rows", rows)?;
+    let rows = RowsArray::with_scales("rows", rows, scales)?;
     let rows = rows.rows()?;
+    let weights = sample_weight.map(|weights| Vector::<f32>::new("sample_weight", weights)).transpose()?;
     let params = Params {
         clusters: k,
         init: init.convert(k, rows.dim())?,
         metric: self::metric(metric)?,
         max_iterations: max_iter,
+        batch_size,
         tolerance: tol,
         seed,
     };
-    let cluster = |progress: &Progress| fit(Points::from_rows(rows), &params, progress);
+    let weights = weights.as_ref().map(Vector::slice);
+    let cluster = |progress: &Progress| fit_rows(rows, weights, &params, progress);
     let clustering = run(py, threads, progress.as_ref(), cluster)?;
     KMeansResult::new(py, clustering, rows.dim())
+}
+
+/// Labels and distances.
+type Assignment = (Py<PyArray1<i32>>, Py<PyArray1<f32>>);
+
+/// The nearest of given centroids for each row.
+///
+/// Args:
+///     rows: (n, d) C-contiguous float32, float16, uint16 (the bits of bfloat16) or int8; memory maps are fine.
+///     centroids: (k, d) float32.
+///     scales: (n,) float32, with int8 rows: row i stands for scales[i] * rows[i].
+///     metric: "euclidean" or "cosine".
+///     threads: Threads to use; all cores if None. Does not change any bit of the result.
+///     progress: Called with (done, total) at most ten times a second, and at the end.
+///
+/// Returns:
+///     labels, (n,) int32, ties go to the lower one, and distances, (n,) float32: Euclidean, or 1 - cosine.
+///
+/// Raises:
+///     TypeError: If an array has another dtype.
+///     ValueError: If an array has another shape or layout, a row is not finite, or a row has no direction
+///         (metric="cosine").
+#[pyfunction]
+#[pyo3(signature = (rows, centroids, *, scales = None, metric = "euclidean", threads = None, progress = None))]
+pub fn assign(
+    py: Python<'_>,
+    rows: &Bound<'_, PyAny>,
+    centroids: &Bound<'_, PyAny>,
+    scales: Option<&Bound<'_, PyAny>>,
+    metric: &str,
+    threads: Option<usize>,
+    progress: Option<Py<PyAny>>,
+) -> PyResult<Assignment> {
+    let rows = RowsArray::with_scales("rows", rows, scales)?;
+    let rows = rows.rows()?;
+    let centroids = Matrix::<f32>::new("centroids", centroids)?;
+    if centroids.shape()[0] == 0 || centroids.shape()[1] != rows.dim() {
+        let found = format!("{:?}", centroids.shape());
+        return Err(Error::shape("centroids", format!("(k, {}) with k of at least 1", rows.dim()), found).into());
+    }
+    let metric = self::metric(metric)?;
+    let centroids = centroids.slice();
+    let assign = |progress: &Progress| nearest(Points::from_rows(rows), centroids, metric, progress);
+    let (labels, distances) = run(py, threads, progress.as_ref(), assign)?;
+    Ok((labels.into_pyarray(py).unbind(), distances.into_pyarray(py).unbind()))
 }
 
 /// K-means over pairs z_p = a_p * rows[w_p] + b_p * rows[l_p], which are never materialised.
@@ -156,11 +215,13 @@ pub fn kmeans(
 /// The pairs of one prompt should be adjacent: then a tile reads each of the prompt's rows once.
 ///
 /// Args:
-///     rows: (n, d) C-contiguous float32, float16 or uint16 (the bits of bfloat16); memory maps are fine.
+///     rows: (n, d) C-contiguous float32, float16, uint16 (the bits of bfloat16) or int8; memory maps are fine.
 ///     pairs: (P, 2) int64: the two rows of each pair.
 ///     coefficients: (P, 2) float32: a and b of each pair.
 ///     k: Number of clusters, at most P.
-///     init: "k-means++" (greedy, with 2 + ln k trials for each centroid), or the first centroids, (k, d) float32.
+///     scales: (n,) float32, with int8 rows: row i stands for scales[i] * rows[i].
+///     init: "k-means++" (k-means‖, then greedy k-means++ with 2 + ln k trials for each centroid), or the first
+///         centroids, (k, d) float32.
 ///     metric: "euclidean", or "cosine" for spherical k-means.
 ///     max_iter: Updates of the centroids at most.
 ///     tol: Stop once the squared shift of the centroids is at most tol times the mean variance of a coordinate.
@@ -179,11 +240,11 @@ pub fn kmeans(
 #[expect(clippy::too_many_arguments, reason = "keywords in Python")]
 #[pyo3(
     signature = (
-        rows, pairs, coefficients, k, *, init = InitArgument::Name("k-means++".to_owned()), metric = "euclidean",
-        max_iter = 100, tol = 1e-4, seed = 0, threads = None, progress = None
+        rows, pairs, coefficients, k, *, scales = None, init = InitArgument::Name("k-means++".to_owned()),
+        metric = "euclidean", max_iter = 100, tol = 1e-4, seed = 0, threads = None, progress = None
     ),
-    text_signature = "(rows, pairs, coefficients, k, *, init='k-means++', metric='euclidean', max_iter=100, \
-                      tol=0.0001, seed=0, threads=None, progress=None)"
+    text_signature = "(rows, pairs, coefficients, k, *, scales=None, init='k-means++', metric='euclidean', \
+                      max_iter=100, tol=0.0001, seed=0, threads=None, progress=None)"
 )]
 pub fn pair_kmeans(
     py: Python<'_>,
@@ -191,6 +252,7 @@ pub fn pair_kmeans(
     pairs: &Bound<'_, PyAny>,
     coefficients: &Bound<'_, PyAny>,
     k: usize,
+    scales: Option<&Bound<'_, PyAny>>,
     init: InitArgument<'_>,
     metric: &str,
     max_iter: usize,
@@ -199,7 +261,7 @@ pub fn pair_kmeans(
     threads: Option<usize>,
     progress: Option<Py<PyAny>>,
 ) -> PyResult<KMeansResult> {
-    let rows = RowsArray::new("rows", rows)?;
+    let rows = RowsArray::with_scales("rows", rows, scales)?;
     let rows = rows.rows()?;
     let pairs = Matrix::<i64>::new("pairs", pairs)?;
     let pairs = pairs.couples("pairs")?;
@@ -210,6 +272,7 @@ pub fn pair_kmeans(
         init: init.convert(k, rows.dim())?,
         metric: self::metric(metric)?,
         max_iterations: max_iter,
+        batch_size: None,
         tolerance: tol,
         seed,
     };

@@ -25,7 +25,7 @@ mod _core {
     #[pymodule_export]
     use super::errors::StoreError;
     #[pymodule_export]
-    use super::kmeans::{KMeansResult, kmeans, pair_kmeans};
+    use super::kmeans::{KMeansResult, assign, kmeans, pair_kmeans};
     #[pymodule_export]
     use super::sketch::Sketcher;
     #[pymodule_export]

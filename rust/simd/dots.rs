@@ -294,3 +294,103 @@ number! {
     ),
     avx2 = (_mm256_loadu_pd, _mm256_storeu_pd, _mm256_setzero_pd, _mm256_mul_pd, _mm256_add_pd),
 }
+
+/// The squared Euclidean distances of one vector to several of its length, each as [`super::squared_distance`] adds it up.
+///
+/// # Panics
+/// If the vectors differ in length.
+pub fn squared_distances<const COUNT: usize>(vector: &[f32], others: [&[f32]; COUNT]) -> [f32; COUNT] {
+    assert!(others.iter().all(|other| other.len() == vector.len()));
+    match level() {
+        // SAFETY: the level is one that this machine was detected to have; all vectors have one length.
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx512 | Level::Avx512Vnni => unsafe { squared_distances_avx512(vector, others.map(<[f32]>::as_ptr)) },
+        // SAFETY: as above.
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx2 => unsafe { squared_distances_avx2(vector, others.map(<[f32]>::as_ptr)) },
+        _ => others.map(|other| super::squared_distance(vector, other)),
+    }
+}
+
+/// Shows `found` the squared distance of a vector to each of `count` others, in order, several at a time.
+pub fn each_squared_distance<'r>(
+    vector: &[f32],
+    count: usize,
+    other: impl Fn(usize) -> &'r [f32],
+    mut found: impl FnMut(usize, f32),
+) {
+    let mut index = 0;
+    while index < count {
+        let at = |offset: usize| other(index + offset);
+        let mut tell = |distances: &[f32]| {
+            distances.iter().enumerate().for_each(|(offset, distance)| found(index + offset, *distance));
+            distances.len()
+        };
+        index += match count - index {
+            4.. => tell(&squared_distances(vector, [0, 1, 2, 3].map(at))),
+            2.. => tell(&squared_distances(vector, [0, 1].map(at))),
+            _ => tell(&squared_distances(vector, [at(0)])),
+        };
+    }
+}
+
+/// # Safety
+/// The machine has AVX-512, and each of `others` points to as many values as `vector` has.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512dq")]
+unsafe fn squared_distances_avx512<const COUNT: usize>(vector: &[f32], others: [*const f32; COUNT]) -> [f32; COUNT] {
+    use std::arch::x86_64::*;
+    let mut lanes = [[_mm512_setzero_ps(); 2]; COUNT];
+    for start in (0..vector.len()).step_by(32) {
+        for half in 0..2 {
+            let at = start + 16 * half;
+            let left = vector.len().saturating_sub(at).min(16);
+            let mask = ((1u32 << left) - 1) as u16;
+            // SAFETY: the mask leaves out what lies beyond the end; the squared difference of the zeros in its place
+            // changes no sum.
+            unsafe {
+                let value = _mm512_maskz_loadu_ps(mask, vector.as_ptr().wrapping_add(at));
+                for (lanes, other) in lanes.iter_mut().zip(others) {
+                    let difference = _mm512_sub_ps(value, _mm512_maskz_loadu_ps(mask, other.wrapping_add(at)));
+                    lanes[half] = _mm512_add_ps(lanes[half], _mm512_mul_ps(difference, difference));
+                }
+            }
+        }
+    }
+    lanes.map(|[first, second]| fold_singles(_mm512_add_ps(first, second)))
+}
+
+/// # Safety
+/// The machine has AVX2, and each of `others` points to as many values as `vector` has.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+unsafe fn squared_distances_avx2<const COUNT: usize>(vector: &[f32], others: [*const f32; COUNT]) -> [f32; COUNT] {
+    use std::arch::x86_64::*;
+    let whole = vector.len() / 32 * 32;
+    others.map(|other| {
+        let mut lanes = [_mm256_setzero_ps(); 4];
+        let mut rest = [0.0f32; 32];
+        // SAFETY: everything is read below the end of the vectors.
+        unsafe {
+            for start in (0..whole).step_by(32) {
+                for (quarter, lanes) in lanes.iter_mut().enumerate() {
+                    let at = start + 8 * quarter;
+                    let value = _mm256_loadu_ps(vector.as_ptr().add(at));
+                    let difference = _mm256_sub_ps(value, _mm256_loadu_ps(other.add(at)));
+                    *lanes = _mm256_add_ps(*lanes, _mm256_mul_ps(difference, difference));
+                }
+            }
+            for (index, value) in vector[whole..].iter().enumerate() {
+                let difference = value - *other.add(whole + index);
+                rest[index] = difference * difference;
+            }
+            for (quarter, lanes) in lanes.iter_mut().enumerate() {
+                *lanes = _mm256_add_ps(*lanes, _mm256_loadu_ps(rest.as_ptr().add(8 * quarter)));
+            }
+        }
+        let lanes = _mm256_add_ps(_mm256_add_ps(lanes[0], lanes[2]), _mm256_add_ps(lanes[1], lanes[3]));
+        let lanes = _mm_add_ps(_mm256_castps256_ps128(lanes), _mm256_extractf128_ps::<1>(lanes));
+        let lanes = _mm_add_ps(lanes, _mm_movehl_ps(lanes, lanes));
+        _mm_cvtss_f32(_mm_add_ss(lanes, _mm_movehdup_ps(lanes)))
+    })
+}

@@ -5,13 +5,17 @@
 
 pub mod dots;
 mod element;
+pub mod integer_tile;
 mod signs;
 pub mod tile;
 mod vector;
 
 pub use element::Element;
 pub use signs::spread_signs;
-pub use vector::{add_scaled, add_scaled_double, add_scaled_wide, combine, dot, lowest, squared_distance, subtract};
+pub use vector::{
+    add_scaled, add_scaled_double, add_scaled_wide, at_most, combine, dot, largest_magnitude, lower_bounds, prefetch,
+    round_to_bytes, scale, scale_sums, squared_distance, squared_norm_wide, squared_rest, subtract, subtract_bytes,
+};
 
 use std::sync::atomic::{AtomicU8, Ordering};
 
@@ -62,7 +66,17 @@ pub fn level() -> Level {
         2 => Level::Avx2,
         3 => Level::Avx512,
         4 => Level::Avx512Vnni,
-        _ => set_level(detected_level()),
+        _ => set_level(wanted_level()),
+    }
+}
+
+/// What the environment variable `BPO_SIMD` asks for (`plain`, `avx2`, `avx512` or `avx512vnni`), else the best.
+fn wanted_level() -> Level {
+    match std::env::var("BPO_SIMD").as_deref() {
+        Ok("plain") => Level::Plain,
+        Ok("avx2") => Level::Avx2,
+        Ok("avx512") => Level::Avx512,
+        _ => Level::Avx512Vnni,
     }
 }
 

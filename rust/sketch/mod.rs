@@ -81,6 +81,7 @@ impl Sketcher {
             Values::F32(values) => self.add(values, gradients.dim(), offset, out, progress),
             Values::F16(values) => self.add(values, gradients.dim(), offset, out, progress),
             Values::Bf16(values) => self.add(values, gradients.dim(), offset, out, progress),
+            Values::I8(..) => Err(Error::argument("gradients", "float32, float16 or bfloat16", "int8")),
         }
     }
 

@@ -5,6 +5,7 @@ use bpo::matrix::{Rows, Values};
 use bpo::points::Points;
 use bpo::progress::Progress;
 use bpo::rng::{Purpose, Stream};
+use bpo::simd::{self, Level};
 use proptest::prelude::*;
 
 fn values(count: usize, seed: u64) -> Vec<f32> {
@@ -121,4 +122,49 @@ fn threads_do_not_matter() {
     assert_eq!(one.labels, many.labels);
     assert_eq!(one.centroids, many.centroids);
     assert_eq!(one.inertia, many.inertia);
+}
+
+/// Products differ from level to level in speed alone; what they leave open is measured in one order.
+#[test]
+fn levels_do_not_matter() {
+    let points = values(2000 * 100, 3);
+    let mut found = Vec::new();
+    for level in [Level::Plain, Level::Avx2, Level::Avx512, Level::Avx512Vnni] {
+        simd::set_level(level);
+        found.push(cluster_rows(&points, 100, &Params { max_iterations: 5, ..Params::new(20) }));
+    }
+    for other in &found[1..] {
+        assert_eq!(other.labels, found[0].labels);
+        assert_eq!(other.centroids, found[0].centroids);
+        assert_eq!(other.inertia, found[0].inertia);
+        assert_eq!(other.distances, found[0].distances);
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+
+    /// Bounds in 8 bits may rule out nothing that is nearest: every label is the centroid with the lowest distance.
+    #[test]
+    fn labels_are_nearest(
+        count in 30usize..400, dim in 48usize..200, clusters in 2usize..30, seed in 0u64..1000,
+        offset in prop::sample::select(vec![0.0f32, 10.0, 1000.0]), outlier in any::<bool>(), scale in -20i32..20,
+    ) {
+        let mut points = values(count * dim, seed);
+        points.iter_mut().for_each(|value| *value = (*value + offset) * 2f32.powi(scale));
+        if outlier {
+            points[0] *= 1e5;
+        }
+        // Duplicates tie exactly.
+        let copy = points[..dim].to_vec();
+        points[dim..2 * dim].copy_from_slice(&copy);
+        let params = Params { max_iterations: 3, seed, ..Params::new(clusters) };
+        let found = cluster_rows(&points, dim, &params);
+        for (point, (values, &label)) in points.chunks_exact(dim).zip(&found.labels).enumerate() {
+            let distance = |centroid: &[f32]| squared_distance(values, centroid);
+            let nearest = found.centroids.chunks_exact(dim).map(distance).fold(f64::INFINITY, f64::min);
+            let own = distance(&found.centroids[label as usize * dim..(label as usize + 1) * dim]);
+            prop_assert!(own <= nearest * (1.0 + 1e-5) + 1e-30, "point {}: {} but {}", point, own, nearest);
+        }
+    }
 }

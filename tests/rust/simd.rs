@@ -16,10 +16,31 @@ fn values(count: usize, seed: u64) -> Vec<f32> {
 fn all_kernels(size: usize, seed: u64, first: usize) -> Vec<u64> {
     let (left, right, offsets) = (values(size, seed), values(size, seed + 1), values(size, seed + 2));
     let signs: Vec<u32> = (0..(first + size).div_ceil(32) as u32).map(|i| philox([i, 0, 0, 0], [0, 0])[0]).collect();
-    let (index, lowest) = simd::lowest(&offsets, [0.3, -0.7], [&left, &right]);
-    let mut bits = vec![index as u64, u64::from(lowest.to_bits())];
+    let mut bits = vec![u64::from(simd::largest_magnitude(&left).to_bits()), simd::squared_norm_wide(&left).to_bits()];
+    let mut lower = vec![0.0; size];
+    let terms: [&[f32]; 2] = [&left, &right];
+    let highest =
+        simd::lower_bounds(&offsets, [0.3, -0.7], terms, [&left, &right, &offsets], [0.2, 0.1, 0.05], &mut lower);
+    let mut found = Vec::new();
+    simd::at_most(&lower, highest, &mut found);
+    bits.push(u64::from(highest.to_bits()));
+    bits.extend(found.into_iter().map(u64::from));
+    let mut bytes = vec![0; size];
+    bits.push(u64::from(simd::round_to_bytes(&left, 200.0, &mut bytes).cast_unsigned()));
+    simd::subtract_bytes(&mut lower, 0.1, &bytes);
+    let sums: Vec<i32> = bytes.iter().map(|&byte| 1000 * i32::from(byte)).collect();
+    let mut scaled = vec![0.0; size];
+    simd::scale_sums(&sums, 77, 0.3, &right, &mut scaled);
+    bits.extend(lower.iter().chain(&scaled).map(|value| u64::from(value.to_bits())));
+    simd::scale(&mut scaled, 0.7, &left);
+    bits.extend(scaled.iter().map(|value| u64::from(value.to_bits())));
     bits.push(u64::from(simd::dot(&left, &right).to_bits()));
     bits.push(u64::from(simd::squared_distance(&left, &right).to_bits()));
+    let distance = simd::squared_distance(&left, &right);
+    simd::dots::each_squared_distance(&left, 7, |_| &right, |_, other| assert_eq!(other, distance));
+    let mut eighths = vec![0; size];
+    simd::round_to_bytes(&left, 8.0, &mut eighths);
+    bits.push(simd::squared_rest(&left, 0.125, &eighths).to_bits());
     let mut narrow = left.clone();
     simd::add_scaled(&mut narrow, 0.3, &right);
     f32::add_signed(&mut narrow, 0.7, &offsets, &signs, first, true);
@@ -87,12 +108,24 @@ proptest! {
     }
 
     #[test]
-    fn lowest_is_the_first_minimum(offsets in prop::collection::vec(0u8..6, 1..100)) {
-        let offsets: Vec<f32> = offsets.into_iter().map(f32::from).collect();
-        let zeros = vec![0.0; offsets.len()];
-        let minimum = offsets.iter().copied().fold(f32::INFINITY, f32::min);
-        let first = offsets.iter().position(|&offset| offset == minimum).unwrap();
-        prop_assert_eq!(simd::lowest(&offsets, [1.0], [&zeros]), (first, minimum));
+    fn bounds_hold_the_values(chunks in 1usize..8, seed in 0u64..1000) {
+        let size = 16 * chunks;
+        let [offsets, first, second, left, right] = [0, 1, 2, 3, 4].map(|index| values(size, seed + index));
+        let (left, right): (Vec<f32>, Vec<f32>) = (left.iter().map(|v| v.abs()).collect(), right.iter().map(|v| v.abs()).collect());
+        let mut lower = vec![0.0; size];
+        let margins: [&[f32]; 3] = [&left, &right, &left];
+        let highest = simd::lower_bounds(&offsets, [0.3, -0.7], [&first, &second], margins, [0.2, 0.1, 0.3], &mut lower);
+        let value = |index: usize| offsets[index] - 0.3 * first[index] + 0.7 * second[index];
+        let margin = |index: usize| 0.5 * left[index] + 0.1 * right[index];
+        for index in 0..size {
+            prop_assert!((lower[index] - (value(index) - margin(index))).abs() < 1e-6);
+        }
+        let expected = (0..size).map(|index| value(index) + margin(index)).fold(f32::INFINITY, f32::min);
+        prop_assert!((highest - expected).abs() < 1e-6);
+        let mut found = Vec::new();
+        simd::at_most(&lower, highest, &mut found);
+        let expected: Vec<u32> = (0..size as u32).filter(|&index| lower[index as usize] <= highest).collect();
+        prop_assert_eq!(found, expected);
     }
 
     #[test]

@@ -1,0 +1,194 @@
+//! Points in 8 bits, and how far each may be from what it stands for.
+//!
+//! Products with the centroids in 8 bits decide most points; the bounds kept here say which centroids are out of the
+//! question, so what is found in the end is exact.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use crate::error::Result;
+use crate::gemm8::{self, Scale, quantize, stride};
+use crate::points::{Points, Tile};
+use crate::progress::Progress;
+use crate::simd;
+
+/// Bytes of the rounded rows that are kept from pass to pass. Beyond it every pass rounds its rows anew, which costs
+/// about a tenth of a pass with 256 clusters.
+const STORED_BYTES: usize = 1 << 30;
+
+/// Values of a row at least for products in 8 bits: below it the work for each product outweighs the product.
+const MIN_DIM: usize = 48;
+
+/// Tiles whose mean is the origin.
+const SAMPLED_TILES: usize = 16;
+
+/// Norms are rounded; what they bound is not.
+pub const INFLATION: f32 = 1.001;
+
+/// What is known of one point x and what it was rounded to, x̂, both measured from the origin.
+#[derive(Clone, Copy, Debug)]
+pub struct Bound {
+    /// ‖x‖².
+    pub squared_norm: f64,
+    /// ‖x − x̂‖ at most.
+    pub error: f32,
+    /// Σ |aₜ| ‖hₜ‖, what roundings of a sum of products are in proportion to.
+    pub spread: f32,
+}
+
+/// The distinct rows of one tile in 8 bits.
+#[derive(Debug, Default)]
+pub struct TileBytes {
+    pub bytes: Vec<i8>,
+    pub scales: Vec<Scale>,
+}
+
+#[derive(Debug)]
+pub struct Approximation {
+    /// What rows are measured from: far from the origin, the products of the expanded distance would hide it.
+    pub origin: Option<Vec<f32>>,
+    /// Of each point.
+    pub bounds: Vec<Bound>,
+    /// Of each tile; empty where they are not kept.
+    stored: Vec<TileBytes>,
+    /// Tiles that 8 bits cannot decide.
+    wide: Vec<AtomicBool>,
+    eight_bits: bool,
+}
+
+impl Approximation {
+    /// Looks at every point once. Only points that are single rows can be `centred`.
+    ///
+    /// # Errors
+    /// If a point is not finite or the computation was cancelled.
+    pub fn new<const TERMS: usize>(points: &Points<TERMS>, centred: bool, progress: &Progress) -> Result<Self> {
+        let dim = points.dim();
+        let eight_bits = (MIN_DIM..=gemm8::MAX_DEPTH).contains(&dim);
+        let origin = if centred { origin(points) } else { None };
+        let rows: usize = points.tiles().iter().map(|tile| points.rows_of(tile).len()).sum();
+        let store = eight_bits && rows * stride(dim) <= STORED_BYTES;
+
+        let mut bounds = vec![Bound { squared_norm: 0.0, error: 0.0, spread: 0.0 }; points.count()];
+        let start = || (Vec::new(), vec![0.0; dim]);
+        let tiles = 0..points.tiles().len();
+        let stored = points.visit(tiles, &mut bounds, start, |(gathered, values), _, tile, bounds| {
+            let rows = points.gather_or_borrow(tile, origin.as_deref(), gathered);
+            let mut bytes = TileBytes::default();
+            if eight_bits {
+                bytes.round(rows, dim);
+            }
+            let squares: Vec<f64> = rows.chunks_exact(dim).map(simd::squared_norm_wide).collect();
+            for (point, bound) in tile.points.clone().zip(bounds.iter_mut()) {
+                let (slots, coefficients) = (points.slots(point), points.coefficients(point));
+                let terms = slots.into_iter().zip(coefficients);
+                bound.spread =
+                    terms.map(|(slot, factor)| f64::from(factor.abs()) * squares[slot].sqrt()).sum::<f64>() as f32;
+                bound.squared_norm = if TERMS == 1 {
+                    f64::from(coefficients[0]).powi(2) * squares[slots[0]]
+                } else {
+                    points.write(point, rows, values);
+                    simd::squared_norm_wide(values)
+                };
+                if eight_bits && TERMS == 1 {
+                    let error = bytes.squared_error(slots[0], &rows[slots[0] * dim..(slots[0] + 1) * dim]).sqrt();
+                    bound.error = INFLATION * coefficients[0].abs() * error as f32;
+                }
+            }
+            if eight_bits && TERMS > 1 {
+                points.gather(tile, gathered);
+                bytes.leave_errors(gathered, dim);
+                for (point, bound) in tile.points.clone().zip(bounds) {
+                    points.write(point, gathered, values);
+                    bound.error = INFLATION * simd::squared_norm_wide(values).sqrt() as f32;
+                }
+            }
+            progress.advance(1)?;
+            Ok(if store { bytes } else { TileBytes::default() })
+        })?;
+        if let Some(point) = bounds.iter().position(|bound| !bound.squared_norm.is_finite()) {
+            return Err(points.not_finite(point));
+        }
+        let wide = points.tiles().iter().map(|_| AtomicBool::new(false)).collect();
+        let stored = if store { stored } else { Vec::new() };
+        Ok(Self { origin, bounds, stored, wide, eight_bits })
+    }
+
+    /// Follows [`Points::scale`].
+    pub fn scale(&mut self, factors: &[f32]) {
+        for (bound, factor) in self.bounds.iter_mut().zip(factors) {
+            bound.squared_norm *= f64::from(*factor).powi(2);
+            bound.error *= INFLATION * factor;
+            bound.spread *= factor;
+        }
+    }
+
+    /// Whether products in 8 bits are worth a try for a tile.
+    pub fn eight_bits(&self, tile: usize) -> bool {
+        self.eight_bits && !self.wide[tile].load(Ordering::Relaxed)
+    }
+
+    /// From now on the tile goes without 8 bits. One thread at a time visits a tile, and passes follow one another.
+    pub fn set_wide(&self, tile: usize) {
+        self.wide[tile].store(true, Ordering::Relaxed);
+    }
+
+    /// The rows of a tile in 8 bits; `scratch` is for those that are not kept.
+    pub fn bytes<'b, const TERMS: usize>(
+        &'b self,
+        points: &Points<TERMS>,
+        index: usize,
+        tile: &Tile,
+        gathered: &mut Vec<f32>,
+        scratch: &'b mut TileBytes,
+    ) -> &'b TileBytes {
+        if let Some(stored) = self.stored.get(index) {
+            return stored;
+        }
+        scratch.round(points.gather_or_borrow(tile, self.origin.as_deref(), gathered), points.dim());
+        scratch
+    }
+}
+
+impl TileBytes {
+    fn round(&mut self, gathered: &[f32], dim: usize) {
+        let stride = stride(dim);
+        self.bytes.resize(gathered.len() / dim * stride, 0);
+        let rows = gathered.chunks_exact(dim).zip(self.bytes.chunks_exact_mut(stride));
+        self.scales.clear();
+        self.scales.extend(rows.map(|(values, bytes)| quantize(values, bytes)));
+    }
+
+    /// The squared norm of what rounding took from the row of a slot.
+    fn squared_error(&self, slot: usize, values: &[f32]) -> f64 {
+        let stride = stride(values.len());
+        simd::squared_rest(values, self.scales[slot].factor, &self.bytes[slot * stride..(slot + 1) * stride])
+    }
+
+    /// Leaves of the rows what rounding took from them.
+    fn leave_errors(&self, gathered: &mut [f32], dim: usize) {
+        let rows = gathered.chunks_exact_mut(dim).zip(self.bytes.chunks_exact(stride(dim)));
+        for ((values, bytes), scale) in rows.zip(&self.scales) {
+            simd::subtract_bytes(values, scale.factor, bytes);
+        }
+    }
+}
+
+/// The mean of a few tiles spread over the points. Any origin gives exact results, so a sample will do, and none is
+/// taken where it would not shorten the rows by much or is not finite.
+fn origin<const TERMS: usize>(points: &Points<TERMS>) -> Option<Vec<f32>> {
+    let dim = points.dim();
+    let tiles = points.tiles();
+    let sampled = SAMPLED_TILES.min(tiles.len());
+    let (mut sum, mut squares, mut count) = (vec![0.0f64; dim], 0.0, 0.0);
+    let mut gathered = Vec::new();
+    for index in 0..sampled {
+        points.gather(&tiles[index * tiles.len() / sampled], &mut gathered);
+        for row in gathered.chunks_exact(dim) {
+            simd::add_scaled_wide(&mut sum, 1.0, row);
+            squares += simd::squared_norm_wide(row);
+            count += 1.0;
+        }
+    }
+    let mean: Vec<f32> = sum.iter().map(|value| (value / count) as f32).collect();
+    let worthwhile = simd::squared_norm_wide(&mean) > 0.05 * squares / count;
+    (worthwhile && mean.iter().all(|value| value.is_finite())).then_some(mean)
+}
