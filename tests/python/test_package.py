@@ -16,7 +16,7 @@ def run(code):
 
 
 def test_import_loads_no_torch():
-    heavy = {"torch", "transformers", "trl", "datasets", "pyarrow"}
+    heavy = {"torch", "transformers", "trl", "datasets", "pyarrow", "sklearn"}
     assert run(f"import bpo, sys; print({heavy} & set(sys.modules))").strip() == "set()"
 
 
