@@ -99,6 +99,7 @@ impl<'a, const TERMS: usize> Points<'a, TERMS> {
         for point in 0..count {
             let full = tile_rows.len() - first_row + TERMS > TILE_ROWS || point - first_point == TILE_POINTS;
             if full {
+                sort_slots(&mut slots[first_point..], &mut tile_rows[first_row..]);
                 tiles.push(Tile { points: first_point..point, rows: first_row..tile_rows.len() });
                 (first_point, first_row) = (point, tile_rows.len());
             }
@@ -112,6 +113,7 @@ impl<'a, const TERMS: usize> Points<'a, TERMS> {
             }));
         }
         if first_point < count {
+            sort_slots(&mut slots[first_point..], &mut tile_rows[first_row..]);
             tiles.push(Tile { points: first_point..count, rows: first_row..tile_rows.len() });
         }
         Self { rows, coefficients, slots, tiles, tile_rows, weights: None }
@@ -349,4 +351,20 @@ impl<'a, const TERMS: usize> Points<'a, TERMS> {
         }
         Error::Overflow { point }
     }
+}
+
+/// Puts the rows of a tile in ascending order, and the slots of its points with them: rows that follow one another in
+/// memory, as those of whole prompts do, need not be gathered.
+fn sort_slots<const TERMS: usize>(slots: &mut [[u16; TERMS]], rows: &mut [usize]) {
+    if rows.is_sorted() {
+        return;
+    }
+    let mut order: Vec<(usize, u16)> = rows.iter().copied().zip(0..).collect();
+    order.sort_unstable();
+    let mut moved = vec![0; rows.len()];
+    for (slot, (row, (sorted, old))) in (0..).zip(rows.iter_mut().zip(order)) {
+        *row = sorted;
+        moved[usize::from(old)] = slot;
+    }
+    slots.as_flattened_mut().iter_mut().for_each(|slot| *slot = moved[usize::from(*slot)]);
 }
