@@ -2,7 +2,7 @@
 
 use std::hint::black_box;
 
-use bpo::gemm8::{Packed8, Scale, multiply, quantize, stride};
+use bpo::gemm8::{Buffers, Packed8, Scale, multiply, quantize, stride};
 use bpo::simd::{self, Level};
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 
@@ -23,11 +23,12 @@ fn products(criterion: &mut Criterion) {
                     .map(|(values, out)| quantize(values, out))
                     .collect();
                 let packed = Packed8::new(&vec![3; columns * stride(dim)], &vec![1.0; columns], stride(dim));
+                let mut buffers = Buffers::default();
                 let mut product = vec![0.0; rows * packed.padded_columns()];
                 // One element is one multiplication with its addition.
                 group.throughput(Throughput::Elements((rows * dim * columns) as u64));
                 group.bench_function(BenchmarkId::from_parameter(format!("{rows}x{dim}x{columns}")), |bencher| {
-                    bencher.iter(|| multiply(black_box(&left), &scales, &packed, &mut product));
+                    bencher.iter(|| multiply(black_box(&left), &scales, &packed, &mut buffers, &mut product));
                 });
             }
         }

@@ -114,11 +114,11 @@ fn pack<T: Copy>(
 ///
 /// # Panics
 /// If a slice does not have the size that the others imply.
-pub fn multiply(rows: &[i8], scales: &[Scale], packed: &Packed8, out: &mut [f32]) {
+pub fn multiply(rows: &[i8], scales: &[Scale], packed: &Packed8, buffers: &mut Buffers, out: &mut [f32]) {
     let width = packed.padded_columns();
     assert_eq!(rows.len(), scales.len() * packed.stride);
     assert_eq!(out.len(), scales.len() * width);
-    let mut buffers = Buffers { wide: Vec::new(), sums: vec![[0; PANEL]; PANELS * scales.len()] };
+    buffers.sums.resize(PANELS * scales.len(), [0; PANEL]);
     let panels = width / PANEL;
     for first_panel in (0..panels).step_by(PANELS) {
         let panels = first_panel..panels.min(first_panel + PANELS);
@@ -135,13 +135,15 @@ pub fn multiply(rows: &[i8], scales: &[Scale], packed: &Packed8, out: &mut [f32]
                     _ if left >= 4 => group::<4>,
                     _ => group::<1>,
                 };
-                first += group(rows, scales, packed, first, &panels, &depths, &mut buffers, out);
+                first += group(rows, scales, packed, first, &panels, &depths, buffers, out);
             }
         }
     }
 }
 
-struct Buffers {
+/// Memory that products reuse: fresh pages for each would cost as much as a small product.
+#[derive(Debug, Default)]
+pub struct Buffers {
     /// Rows of a group in 16 bits.
     wide: Vec<i16>,
     /// Sums of all rows, panel after panel.

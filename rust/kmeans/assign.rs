@@ -120,6 +120,7 @@ pub enum Nearest {
 pub struct Scratch {
     gathered: Vec<f32>,
     bytes: TileBytes,
+    buffers: gemm8::Buffers,
     products: Vec<f32>,
     lower: Vec<f32>,
     candidates: Vec<u32>,
@@ -166,9 +167,9 @@ impl<const TERMS: usize> Search<'_, '_, TERMS> {
         if approximation.eight_bits(index)
             && let Some(packed) = centroids.eight_bits.get()
         {
-            let Scratch { gathered, bytes, products, .. } = scratch;
+            let Scratch { gathered, bytes, buffers, products, .. } = scratch;
             let bytes = approximation.bytes(points, index, tile, gathered, bytes);
-            gemm8::multiply(&bytes.bytes, &bytes.scales, packed, products);
+            gemm8::multiply(&bytes.bytes, &bytes.scales, packed, buffers, products);
             next = self.decide(scratch, tile, next, Precision::EightBits, &limit, &mut found);
             if next < tile.points.end {
                 approximation.set_wide(index);

@@ -1,6 +1,6 @@
 //! The 8-bit product: every level gives the same bits, and the integers are those of the definition.
 
-use bpo::gemm8::{Packed8, Scale, multiply, quantize, stride};
+use bpo::gemm8::{Buffers, Packed8, Scale, multiply, quantize, stride};
 use bpo::rng::{Purpose, Stream};
 use bpo::simd::{self, Level};
 use proptest::prelude::*;
@@ -24,12 +24,12 @@ proptest! {
         let (_, left, left_scales) = quantized(rows, depth, seed);
         let (_, right, right_scales) = quantized(columns, depth, seed + 1);
         let factors: Vec<f32> = right_scales.iter().map(|scale| scale.factor).collect();
-        let mut all = Vec::new();
+        let (mut all, mut buffers) = (Vec::new(), Buffers::default());
         for level in [Level::Plain, Level::Avx2, Level::Avx512, Level::Avx512Vnni] {
             simd::set_level(level);
             let packed = Packed8::new(&right, &factors, stride(depth));
             let mut out = vec![f32::NAN; rows * packed.padded_columns()];
-            multiply(&left, &left_scales, &packed, &mut out);
+            multiply(&left, &left_scales, &packed, &mut buffers, &mut out);
             all.push(out);
         }
         simd::set_level(Level::Avx512Vnni);
