@@ -21,7 +21,7 @@ use crate::progress::Progress;
 use crate::prompts::{Depths, Limits, Prompts};
 use crate::shares::largest_remainder;
 use crate::simd::dots::dots;
-use crate::simd::{add_scaled_double, dispatch};
+use crate::simd::{self, add_scaled_double, dispatch};
 
 /// Pairs of one piece of work.
 const CHUNK: usize = 512;
@@ -265,9 +265,7 @@ impl Pursuit {
 
 fn write_wide(points: &Points<2>, pair: usize, values: &mut [f32], wide: &mut [f64]) {
     points.write_alone(pair, values);
-    for (wide, value) in wide.iter_mut().zip(values) {
-        *wide = f64::from(*value);
-    }
+    simd::widen(values, wide);
 }
 
 /// Room for the codes and the steps of some pairs.
@@ -301,7 +299,7 @@ impl Copies {
                 }
                 add_scaled_double(&mut sum, 1.0, &wide);
                 // In units of the step, so that no square overflows or vanishes.
-                let largest = values.iter().fold(0.0f32, |largest, value| largest.max(value.abs()));
+                let largest = simd::largest_magnitude(&values);
                 let inverse = f32::from(i8::MAX) / largest;
                 *steps = if inverse.is_finite() {
                     round(&mut values, inverse, codes, &mut rounded);

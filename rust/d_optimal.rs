@@ -25,8 +25,8 @@ use crate::error::{Error, Result};
 use crate::points::Points;
 use crate::progress::Progress;
 use crate::prompts::{Depths, Limits};
-use crate::simd::add_scaled_double;
 use crate::simd::dots::{Grid, add_products, dots};
+use crate::simd::{add_scaled_double, widen};
 
 /// Dimensions at most: the two matrices then take a gibibyte.
 pub const MAX_DIM: usize = 8192;
@@ -294,10 +294,4 @@ fn add_squares(points: &Points<2>, pairs: &[usize], matrix: &mut [f64], progress
         add_products(1.0, left, Grid::new(&columns, end, count), count, rows, dim);
         progress.check()
     })
-}
-
-fn widen(values: &[f32], wide: &mut [f64]) {
-    for (wide, value) in wide.iter_mut().zip(values) {
-        *wide = f64::from(*value);
-    }
 }

@@ -196,11 +196,6 @@ impl<'a, const TERMS: usize> Points<'a, TERMS> {
         &self.tile_rows[tile.rows.clone()]
     }
 
-    /// Where the rows of a tile lie among those of all tiles.
-    pub fn row_range(&self, tile: &Tile) -> Range<usize> {
-        tile.rows.clone()
-    }
-
     /// Writes the distinct rows of a tile one after the other.
     pub fn gather(&self, tile: &Tile, gathered: &mut Vec<f32>) {
         gathered.resize(tile.rows.len() * self.dim(), 0.0);
@@ -340,10 +335,10 @@ impl<'a, const TERMS: usize> Points<'a, TERMS> {
     /// The error for a point whose norm is not finite or too large: the first of its rows that is not finite, else an
     /// overflow.
     pub fn not_finite(&self, point: usize) -> Error {
-        let tile = &self.tiles[self.tiles.partition_point(|tile| tile.points.end <= point)];
+        let rows = self.rows_of(self.tile_of(point));
         let mut values = vec![0.0; self.dim()];
         for slot in self.slots(point) {
-            let row = self.tile_rows[tile.rows.clone()][slot];
+            let row = rows[slot];
             self.rows.copy_row(row, &mut values);
             if values.iter().any(|value| !value.is_finite()) {
                 return Error::NonFiniteRow { array: "rows", row };

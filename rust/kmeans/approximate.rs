@@ -3,6 +3,7 @@
 //! Products with the centroids in 8 bits decide most points; the bounds kept here say which centroids are out of the
 //! question, so what is found in the end is exact.
 
+use std::borrow::Cow;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::error::Result;
@@ -52,7 +53,8 @@ pub struct Approximation {
     stored: Vec<TileBytes>,
     /// Tiles that 8 bits cannot decide.
     wide: Vec<AtomicBool>,
-    eight_bits: bool,
+    /// Whether products in 8 bits are worth a try.
+    pub eight_bits: bool,
 }
 
 impl Approximation {
@@ -71,7 +73,13 @@ impl Approximation {
         let start = || (Vec::new(), vec![0.0; dim]);
         let tiles = 0..points.tiles().len();
         let stored = points.visit(tiles, &mut bounds, start, |(gathered, values), _, tile, bounds| {
-            let rows = points.gather_or_borrow(tile, origin.as_deref(), gathered);
+            let rows = if TERMS == 1 {
+                points.gather_or_borrow(tile, origin.as_deref(), gathered)
+            } else {
+                // Gathered anyhow: what rounding leaves of the rows is written over them.
+                points.gather(tile, gathered);
+                &*gathered
+            };
             let mut bytes = TileBytes::default();
             if eight_bits {
                 bytes.round(rows, dim);
@@ -94,7 +102,6 @@ impl Approximation {
                 }
             }
             if eight_bits && TERMS > 1 {
-                points.gather(tile, gathered);
                 bytes.leave_errors(gathered, dim);
                 for (point, bound) in tile.points.clone().zip(bounds) {
                     points.write(point, gathered, values);
@@ -112,6 +119,11 @@ impl Approximation {
         Ok(Self { origin, bounds, stored, wide, eight_bits })
     }
 
+    /// The origin, or zeros.
+    pub fn origin_or_zero(&self, dim: usize) -> Cow<'_, [f32]> {
+        self.origin.as_deref().map_or_else(|| vec![0.0; dim].into(), Cow::from)
+    }
+
     /// Follows [`Points::scale`].
     pub fn scale(&mut self, factors: &[f32]) {
         for (bound, factor) in self.bounds.iter_mut().zip(factors) {
@@ -121,9 +133,9 @@ impl Approximation {
         }
     }
 
-    /// Whether products in 8 bits are worth a try for a tile.
-    pub fn eight_bits(&self, tile: usize) -> bool {
-        self.eight_bits && !self.wide[tile].load(Ordering::Relaxed)
+    /// Whether 8 bits were seen not to decide a tile.
+    pub fn is_wide(&self, tile: usize) -> bool {
+        self.wide[tile].load(Ordering::Relaxed)
     }
 
     /// From now on the tile goes without 8 bits. One thread at a time visits a tile, and passes follow one another.

@@ -37,7 +37,8 @@ pub struct Centroids {
     errors: Vec<f32>,
     /// ‖c‖².
     squares: Vec<f32>,
-    eight_bits: OnceLock<Packed8>,
+    /// None where the points go without.
+    eight_bits: Option<Packed8>,
     wide: OnceLock<Packed>,
 }
 
@@ -57,38 +58,9 @@ impl Centroids {
             squares[index] = squared as f32;
             norms[index] = INFLATION * squared.sqrt() as f32;
         }
-        let mut centroids = Self {
-            values,
-            dim,
-            centred,
-            half_norms,
-            norms,
-            squares,
-            errors: vec![0.0; padded],
-            eight_bits: OnceLock::new(),
-            wide: OnceLock::new(),
-        };
-        centroids.round();
-        centroids
-    }
-
-    fn round(&mut self) {
-        if !(1..=gemm8::MAX_DEPTH).contains(&self.dim) {
-            return;
-        }
-        let stride = stride(self.dim);
-        let mut bytes = vec![0; self.count() * stride];
-        let mut factors = Vec::with_capacity(self.count());
-        let mut rest = vec![0.0; self.dim];
-        let columns = self.centred.chunks_exact(self.dim).zip(bytes.chunks_exact_mut(stride));
-        for ((values, bytes), error) in columns.zip(&mut self.errors) {
-            let scale = quantize(values, bytes);
-            factors.push(scale.factor);
-            rest.copy_from_slice(values);
-            simd::subtract_bytes(&mut rest, scale.factor, bytes);
-            *error = INFLATION * simd::squared_norm_wide(&rest).sqrt() as f32;
-        }
-        self.eight_bits = OnceLock::from(Packed8::new(&bytes, &factors, stride));
+        let mut errors = vec![0.0; padded];
+        let eight_bits = approximation.eight_bits.then(|| round(&centred, dim, &mut errors));
+        Self { values, dim, centred, half_norms, norms, errors, squares, eight_bits, wide: OnceLock::new() }
     }
 
     pub fn count(&self) -> usize {
@@ -102,6 +74,19 @@ impl Centroids {
     fn wide(&self) -> &Packed {
         self.wide.get_or_init(|| Packed::from_columns(&self.centred, self.dim))
     }
+}
+
+/// Packs centroids in 8 bits, and writes how far each is from what it stands for.
+fn round(centred: &[f32], dim: usize, errors: &mut [f32]) -> Packed8 {
+    let stride = stride(dim);
+    let mut bytes = vec![0; centred.len() / dim * stride];
+    let mut factors = Vec::with_capacity(centred.len() / dim);
+    for ((values, bytes), error) in centred.chunks_exact(dim).zip(bytes.chunks_exact_mut(stride)).zip(errors) {
+        let factor = quantize(values, bytes).factor;
+        factors.push(factor);
+        *error = INFLATION * simd::squared_rest(values, factor, bytes).sqrt() as f32;
+    }
+    Packed8::new(&bytes, &factors, stride)
 }
 
 /// The nearest centroid of a point.
@@ -164,8 +149,8 @@ impl<const TERMS: usize> Search<'_, '_, TERMS> {
         scratch.row.resize(dim, 0.0);
         scratch.values.resize(dim, 0.0);
         let mut next = tile.points.start;
-        if approximation.eight_bits(index)
-            && let Some(packed) = centroids.eight_bits.get()
+        if let Some(packed) = &centroids.eight_bits
+            && !approximation.is_wide(index)
         {
             let Scratch { gathered, bytes, buffers, products, .. } = scratch;
             let bytes = approximation.bytes(points, index, tile, gathered, bytes);

@@ -101,8 +101,7 @@ fn oversample<const TERMS: usize>(
     let mut drawn = vec![draw(&weights, Stream::new(seed, Purpose::Seeding, 0).uniform(0))];
     let mut first = 0;
     for round in 1.. {
-        let costs = measure(points, approximation, &drawn, first, &mut closest, progress)?;
-        let potential: f64 = costs.iter().sum();
+        let potential = measure(points, approximation, &drawn, first, &mut closest, progress)?;
         // One cluster needs no choice, and points that all coincide with a drawn one leave none.
         if (round > ROUNDS && drawn.len() >= clusters) || clusters == 1 || potential <= 0.0 {
             break;
@@ -110,14 +109,12 @@ fn oversample<const TERMS: usize>(
         first = drawn.len();
         let stream = Stream::new(seed, Purpose::Oversampling, round as u32);
         let expected = clusters as f64;
-        drawn.extend((0..points.count()).filter(|&point| {
-            let share = points.weight(point) * f64::from(closest[point].distance) / potential;
-            stream.uniform(point as u64) < expected * share
-        }));
+        let cost = |point: usize| points.weight(point) * f64::from(closest[point].distance);
+        let chosen = |point: &usize| stream.uniform(*point as u64) < expected * (cost(*point) / potential);
+        drawn.extend((0..points.count()).filter(chosen));
         if drawn.len() == first {
             // Nothing was drawn, which happens with few clusters: draw one point.
-            let costs: Vec<f64> =
-                (0..points.count()).map(|point| points.weight(point) * f64::from(closest[point].distance)).collect();
+            let costs: Vec<f64> = (0..points.count()).map(cost).collect();
             drawn.push(draw(&costs, stream.uniform(points.count() as u64)));
         }
     }
@@ -128,7 +125,7 @@ fn oversample<const TERMS: usize>(
     Ok((drawn, weights))
 }
 
-/// Compares every point with those drawn from `first` on; returns what each tile adds to the potential.
+/// Compares every point with those drawn from `first` on; returns the potential.
 fn measure<const TERMS: usize>(
     points: &Points<TERMS>,
     approximation: &Approximation,
@@ -136,11 +133,12 @@ fn measure<const TERMS: usize>(
     first: usize,
     closest: &mut [Closest],
     progress: &Progress,
-) -> Result<Vec<f64>> {
+) -> Result<f64> {
     let dim = points.dim();
     let centroids = Centroids::new(write(points, &drawn[first..]), dim, approximation);
     let search = Search { points, approximation, centroids: &centroids };
-    points.visit(0..points.tiles().len(), closest, Scratch::default, |scratch, index, tile, closest| {
+    let tiles = 0..points.tiles().len();
+    let costs = points.visit(tiles, closest, Scratch::default, |scratch, index, tile, closest| {
         let start = tile.points.start;
         let limits: Vec<f32> = closest.iter().map(|closest| closest.distance).collect();
         search.tile(
@@ -159,8 +157,9 @@ fn measure<const TERMS: usize>(
             .iter()
             .enumerate()
             .map(|(point, closest)| points.weight(start + point) * f64::from(closest.distance));
-        Ok(costs.sum())
-    })
+        Ok(costs.sum::<f64>())
+    })?;
+    Ok(costs.into_iter().sum())
 }
 
 /// The drawn points, row-major.
@@ -195,15 +194,13 @@ fn greedy(
         } else {
             closest.iter().zip(weights).map(|(distance, weight)| f64::from(*distance) * weight).collect()
         };
-        let drawn: Vec<usize> = (0..if cluster == 0 { 1 } else { trials } as u64)
-            .map(|trial| {
-                if costs.iter().all(|&cost| cost <= 0.0) {
-                    stream.below(trial, weights.len())
-                } else {
-                    draw(&costs, stream.uniform(trial))
-                }
-            })
-            .collect();
+        let trials = 0..if cluster == 0 { 1 } else { trials } as u64;
+        // Where every point coincides with a centroid, any will do.
+        let drawn: Vec<usize> = if costs.iter().all(|&cost| cost <= 0.0) {
+            trials.map(|trial| stream.below(trial, weights.len())).collect()
+        } else {
+            trials.map(|trial| draw(&costs, stream.uniform(trial))).collect()
+        };
         // min(closest so far, distance to the trial), trial after trial for each point.
         let mut distances = vec![0.0; weights.len() * drawn.len()];
         distances.par_chunks_exact_mut(drawn.len()).with_min_len(64).enumerate().for_each(|(point, distances)| {

@@ -153,11 +153,10 @@ impl Sums {
     /// Σ w ‖x − c‖² of all points that are in a cluster, without looking at them: Σ w ‖x‖² − 2 Σⱼ ⟨Sⱼ, cⱼ⟩ + Σⱼ Wⱼ ‖cⱼ‖²,
     /// all measured from the origin.
     pub fn inertia(&self, centroids: &Centroids, approximation: &Approximation) -> f64 {
-        let zero = vec![0.0; self.dim];
-        let origin = approximation.origin.as_deref().unwrap_or(&zero);
+        let origin = approximation.origin_or_zero(self.dim);
         let mut inertia = self.squared_norms.iter().sum::<f64>();
         for (cluster, (sum, weight)) in self.sums.chunks_exact(self.dim).zip(&self.weights).enumerate() {
-            let terms = sum.iter().zip(centroids.row(cluster)).zip(origin);
+            let terms = sum.iter().zip(centroids.row(cluster)).zip(&*origin);
             inertia += terms
                 .map(|((sum, centroid), origin)| {
                     let (centroid, origin) = (f64::from(*centroid), f64::from(*origin));
@@ -176,9 +175,8 @@ impl Sums {
         for sum in self.sums.chunks_exact(self.dim) {
             mean.iter_mut().zip(sum).for_each(|(mean, sum)| *mean += sum / weight);
         }
-        if let Some(origin) = &approximation.origin {
-            mean.iter_mut().zip(origin).for_each(|(mean, origin)| *mean -= f64::from(*origin));
-        }
+        let origin = approximation.origin_or_zero(self.dim);
+        mean.iter_mut().zip(&*origin).for_each(|(mean, origin)| *mean -= f64::from(*origin));
         let mean_square = self.squared_norms.iter().sum::<f64>() / weight;
         let square_of_mean: f64 = mean.iter().map(|value| value * value).sum();
         (mean_square - square_of_mean).max(0.0) / self.dim as f64
@@ -244,13 +242,12 @@ impl Sums {
 
     /// The squared standard error of each centroid, σ²/(n − 1), infinite for clusters of one point.
     pub fn standard_errors(&self, approximation: &Approximation) -> Vec<f64> {
-        let zero = vec![0.0; self.dim];
-        let origin = approximation.origin.as_deref().unwrap_or(&zero);
+        let origin = approximation.origin_or_zero(self.dim);
         let clusters = self.sums.chunks_exact(self.dim).zip(&self.weights).zip(&self.squared_norms);
         clusters
             .map(|((sum, weight), squared_norm)| {
                 let centred = |(sum, origin): (&f64, &f32)| (sum - weight * f64::from(*origin)).powi(2);
-                let squared_sum: f64 = sum.iter().zip(origin).map(centred).sum();
+                let squared_sum: f64 = sum.iter().zip(&*origin).map(centred).sum();
                 let within = (squared_norm - squared_sum / weight).max(0.0);
                 if *weight > 1.0 { within / (weight * (weight - 1.0)) } else { f64::INFINITY }
             })

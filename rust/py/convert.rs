@@ -10,6 +10,7 @@ use pyo3::prelude::*;
 
 use crate::error::{Error, Result};
 use crate::matrix::{Rows, Values};
+use crate::points::Points;
 
 /// A C-contiguous array of one type and number of dimensions, borrowed for reading.
 pub struct Borrowed<'py, T: Element, D: Dimension>(PyReadonlyArray<'py, T, D>);
@@ -122,6 +123,47 @@ impl<'py> RowsArray<'py> {
             unsafe { rows.set_mapped() };
         }
         Ok(rows)
+    }
+}
+
+/// The three arrays that describe pairs.
+pub struct PairArrays<'py> {
+    rows: RowsArray<'py>,
+    pairs: Matrix<'py, i64>,
+    coefficients: Matrix<'py, f32>,
+}
+
+/// Pairs as the core reads them.
+#[derive(Clone, Copy)]
+pub struct Pairs<'a> {
+    pub rows: Rows<'a>,
+    indices: &'a [[i64; 2]],
+    coefficients: &'a [[f32; 2]],
+}
+
+impl<'py> PairArrays<'py> {
+    /// # Errors
+    /// As [`Borrowed::new`].
+    pub fn new(rows: RowsArray<'py>, pairs: &Bound<'py, PyAny>, coefficients: &Bound<'py, PyAny>) -> PyResult<Self> {
+        Ok(Self { rows, pairs: Matrix::new("pairs", pairs)?, coefficients: Matrix::new("coefficients", coefficients)? })
+    }
+
+    /// # Errors
+    /// As [`Borrowed::couples`].
+    pub fn pairs(&self) -> PyResult<Pairs<'_>> {
+        Ok(Pairs {
+            rows: self.rows.rows()?,
+            indices: self.pairs.couples("pairs")?,
+            coefficients: self.coefficients.couples("coefficients")?,
+        })
+    }
+}
+
+impl<'a> Pairs<'a> {
+    /// # Errors
+    /// As [`Points::from_pairs`].
+    pub fn points(&self) -> Result<Points<'a, 2>> {
+        Points::from_pairs(self.rows, self.indices, self.coefficients)
     }
 }
 

@@ -4,10 +4,9 @@ use numpy::PyArray1;
 use numpy::prelude::*;
 use pyo3::prelude::*;
 
-use super::convert::{Matrix, RowsArray, Vector};
+use super::convert::{PairArrays, RowsArray, Vector};
 use super::limits::LimitArrays;
 use super::run::run;
-use crate::points::Points;
 use crate::progress::Progress;
 
 /// Picks, per cluster, the pairs whose weighted sum comes closest to the cluster's mean.
@@ -63,18 +62,14 @@ pub fn coreset<'py>(
     threads: Option<usize>,
     progress: Option<Py<PyAny>>,
 ) -> PyResult<(Bound<'py, PyArray1<i64>>, Bound<'py, PyArray1<f64>>)> {
-    let rows = RowsArray::new("rows", rows)?;
-    let rows = rows.rows()?;
-    let pairs = Matrix::<i64>::new("pairs", pairs)?;
-    let pairs = pairs.couples("pairs")?;
-    let coefficients = Matrix::<f32>::new("coefficients", coefficients)?;
-    let coefficients = coefficients.couples("coefficients")?;
+    let arrays = PairArrays::new(RowsArray::new("rows", rows)?, pairs, coefficients)?;
+    let pairs = arrays.pairs()?;
     let clusters = Vector::<i32>::new("clusters", clusters)?;
     let clusters = clusters.slice();
-    let arrays = LimitArrays::new(eligible, prompts, max_depth)?;
-    let limits = arrays.limits();
+    let limit_arrays = LimitArrays::new(eligible, prompts, max_depth)?;
+    let limits = limit_arrays.limits();
     let pick = |progress: &Progress| {
-        let points = Points::from_pairs(rows, pairs, coefficients)?;
+        let points = pairs.points()?;
         crate::coreset::coreset(&points, clusters, budget, limits, progress)
     };
     let coreset = run(py, threads, progress.as_ref(), pick)?;

@@ -4,10 +4,9 @@ use numpy::PyArray1;
 use numpy::prelude::*;
 use pyo3::prelude::*;
 
-use super::convert::{Matrix, RowsArray};
+use super::convert::{PairArrays, RowsArray};
 use super::limits::LimitArrays;
 use super::run::run;
-use crate::points::Points;
 use crate::progress::Progress;
 
 /// Picks pairs by the greedy growth of log det A, with A = regularization * I + sum of v v^T over the picks.
@@ -61,16 +60,12 @@ pub fn d_optimal<'py>(
     threads: Option<usize>,
     progress: Option<Py<PyAny>>,
 ) -> PyResult<(Bound<'py, PyArray1<i64>>, Bound<'py, PyArray1<f64>>)> {
-    let rows = RowsArray::new("rows", rows)?;
-    let rows = rows.rows()?;
-    let pairs = Matrix::<i64>::new("pairs", pairs)?;
-    let pairs = pairs.couples("pairs")?;
-    let coefficients = Matrix::<f32>::new("coefficients", coefficients)?;
-    let coefficients = coefficients.couples("coefficients")?;
-    let arrays = LimitArrays::new(eligible, prompts, max_depth)?;
-    let limits = arrays.limits();
+    let arrays = PairArrays::new(RowsArray::new("rows", rows)?, pairs, coefficients)?;
+    let pairs = arrays.pairs()?;
+    let limit_arrays = LimitArrays::new(eligible, prompts, max_depth)?;
+    let limits = limit_arrays.limits();
     let pick = |progress: &Progress| {
-        let points = Points::from_pairs(rows, pairs, coefficients)?;
+        let points = pairs.points()?;
         crate::d_optimal::d_optimal(&points, budget, regularization, limits, progress)
     };
     let design = run(py, threads, progress.as_ref(), pick)?;

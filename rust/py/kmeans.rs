@@ -5,7 +5,7 @@ use numpy::{PyArray1, PyArray2};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
-use super::convert::{Matrix, RowsArray, Vector, matrix};
+use super::convert::{Matrix, PairArrays, RowsArray, Vector, matrix};
 use super::run::run;
 use crate::error::Error;
 use crate::kmeans::{Clustering, Init, Metric, Params, assign as nearest, fit, fit_rows};
@@ -261,22 +261,18 @@ pub fn pair_kmeans(
     threads: Option<usize>,
     progress: Option<Py<PyAny>>,
 ) -> PyResult<KMeansResult> {
-    let rows = RowsArray::with_scales("rows", rows, scales)?;
-    let rows = rows.rows()?;
-    let pairs = Matrix::<i64>::new("pairs", pairs)?;
-    let pairs = pairs.couples("pairs")?;
-    let coefficients = Matrix::<f32>::new("coefficients", coefficients)?;
-    let coefficients = coefficients.couples("coefficients")?;
+    let arrays = PairArrays::new(RowsArray::with_scales("rows", rows, scales)?, pairs, coefficients)?;
+    let pairs = arrays.pairs()?;
     let params = Params {
         clusters: k,
-        init: init.convert(k, rows.dim())?,
+        init: init.convert(k, pairs.rows.dim())?,
         metric: self::metric(metric)?,
         max_iterations: max_iter,
         batch_size: None,
         tolerance: tol,
         seed,
     };
-    let cluster = |progress: &Progress| fit(Points::from_pairs(rows, pairs, coefficients)?, &params, progress);
+    let cluster = |progress: &Progress| fit(pairs.points()?, &params, progress);
     let clustering = run(py, threads, progress.as_ref(), cluster)?;
-    KMeansResult::new(py, clustering, rows.dim())
+    KMeansResult::new(py, clustering, pairs.rows.dim())
 }

@@ -5,10 +5,9 @@ use numpy::prelude::*;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
-use super::convert::{Matrix, RowsArray, Vector};
+use super::convert::{Matrix, PairArrays, RowsArray, Vector};
 use super::run::run;
 use crate::error::Error;
-use crate::points::Points;
 use crate::progress::Progress;
 use crate::usefulness::{self, Ranking};
 
@@ -37,13 +36,9 @@ pub fn pair_norms<'py>(
     threads: Option<usize>,
     progress: Option<Py<PyAny>>,
 ) -> PyResult<Bound<'py, PyArray1<f32>>> {
-    let rows = RowsArray::new("rows", rows)?;
-    let rows = rows.rows()?;
-    let pairs = Matrix::<i64>::new("pairs", pairs)?;
-    let pairs = pairs.couples("pairs")?;
-    let coefficients = Matrix::<f32>::new("coefficients", coefficients)?;
-    let coefficients = coefficients.couples("coefficients")?;
-    let norms = |progress: &Progress| usefulness::pair_norms(&Points::from_pairs(rows, pairs, coefficients)?, progress);
+    let arrays = PairArrays::new(RowsArray::new("rows", rows)?, pairs, coefficients)?;
+    let pairs = arrays.pairs()?;
+    let norms = |progress: &Progress| usefulness::pair_norms(&pairs.points()?, progress);
     Ok(run(py, threads, progress.as_ref(), norms)?.into_pyarray(py))
 }
 
@@ -92,16 +87,12 @@ pub fn score_pairs(
     threads: Option<usize>,
     progress: Option<Py<PyAny>>,
 ) -> PyResult<PairScores> {
-    let rows = RowsArray::new("rows", rows)?;
-    let rows = rows.rows()?;
-    let pairs = Matrix::<i64>::new("pairs", pairs)?;
-    let pairs = pairs.couples("pairs")?;
-    let coefficients = Matrix::<f32>::new("coefficients", coefficients)?;
-    let coefficients = coefficients.couples("coefficients")?;
+    let arrays = PairArrays::new(RowsArray::new("rows", rows)?, pairs, coefficients)?;
+    let pairs = arrays.pairs()?;
     let centroids = Matrix::<f32>::new("centroids", centroids)?;
-    if centroids.shape()[1] != rows.dim() {
+    if centroids.shape()[1] != pairs.rows.dim() {
         let found = format!("{:?}", centroids.shape());
-        return Err(Error::shape("centroids", format!("(k, {})", rows.dim()), found).into());
+        return Err(Error::shape("centroids", format!("(k, {})", pairs.rows.dim()), found).into());
     }
     let centroids = centroids.slice();
     let labels = Vector::<i32>::new("labels", labels)?;
@@ -109,7 +100,7 @@ pub fn score_pairs(
     let direction = direction.map(|direction| Vector::<f32>::new("direction", direction)).transpose()?;
     let direction = direction.as_ref().map(|direction| direction.slice());
     let score = |progress: &Progress| {
-        let points = Points::from_pairs(rows, pairs, coefficients)?;
+        let points = pairs.points()?;
         usefulness::score_pairs(&points, centroids, labels, direction, progress)
     };
     let scores = run(py, threads, progress.as_ref(), score)?;

@@ -4,8 +4,8 @@
 
 use super::Level;
 
-/// Columns of a panel: two AVX-512 registers of sums.
-pub const PANEL: usize = 32;
+/// Columns of a panel, as in float32: rows of both products are padded alike.
+pub use super::tile::PANEL;
 
 /// Depths that one step of a panel holds: four bytes with VNNI, two 16-bit integers otherwise.
 pub const VNNI_STEP: usize = 4;

@@ -15,6 +15,7 @@ pub use signs::spread_signs;
 pub use vector::{
     add_scaled, add_scaled_double, add_scaled_wide, at_most, combine, dot, largest_magnitude, lower_bounds, prefetch,
     round_to_bytes, scale, scale_sums, squared_distance, squared_norm_wide, squared_rest, subtract, subtract_bytes,
+    widen,
 };
 
 use std::sync::atomic::{AtomicU8, Ordering};

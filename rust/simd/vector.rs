@@ -80,6 +80,15 @@ dispatch! {
 }
 
 dispatch! {
+    /// Writes `values` in float64.
+    pub fn widen(values: &[f32], wide: &mut [f64]) {
+        for (wide, value) in wide.iter_mut().zip(values) {
+            *wide = f64::from(*value);
+        }
+    }
+}
+
+dispatch! {
     /// `out = scale * values`.
     pub fn scale(out: &mut [f32], scale: f32, values: &[f32]) {
         for (out, value) in out.iter_mut().zip(values) {
