@@ -61,6 +61,26 @@ impl<'a> Points<'a, 1> {
             weights: None,
         }
     }
+
+    /// Lets the point of row i count as much as `weights[i]` points.
+    ///
+    /// # Errors
+    /// If there is not one weight for each row, or one is negative or not finite, or all are zero.
+    pub fn set_weights(&mut self, weights: &[f32]) -> Result<()> {
+        let count = self.rows.count();
+        if weights.len() != count {
+            return Err(Error::shape("sample_weight", format!("({count},)"), format!("({},)", weights.len())));
+        }
+        if let Some(index) = weights.iter().position(|weight| !(weight.is_finite() && *weight >= 0.0)) {
+            let value = format!("{} at index {index}", weights[index]);
+            return Err(Error::argument("sample_weight", "finite and not negative", value));
+        }
+        if weights.iter().all(|&weight| weight == 0.0) {
+            return Err(Error::argument("sample_weight", "positive somewhere", "zero everywhere"));
+        }
+        self.weights = Some(self.tile_rows.iter().map(|&row| weights[row]).collect());
+        Ok(())
+    }
 }
 
 impl<'a> Points<'a, 2> {
@@ -144,25 +164,6 @@ impl<'a, const TERMS: usize> Points<'a, TERMS> {
         for (coefficients, factor) in self.coefficients.iter_mut().zip(factors) {
             *coefficients = coefficients.map(|coefficient| coefficient * factor);
         }
-    }
-
-    /// Lets point i count as much as `weights[i]` points.
-    ///
-    /// # Errors
-    /// If there is not one weight for each point, or one is negative or not finite, or all are zero.
-    pub fn set_weights(&mut self, weights: Vec<f32>) -> Result<()> {
-        if weights.len() != self.count() {
-            return Err(Error::shape("sample_weight", format!("({},)", self.count()), format!("({},)", weights.len())));
-        }
-        if let Some(index) = weights.iter().position(|weight| !(weight.is_finite() && *weight >= 0.0)) {
-            let value = format!("{} at index {index}", weights[index]);
-            return Err(Error::argument("sample_weight", "finite and not negative", value));
-        }
-        if weights.iter().all(|&weight| weight == 0.0) {
-            return Err(Error::argument("sample_weight", "positive somewhere", "zero everywhere"));
-        }
-        self.weights = Some(weights);
-        Ok(())
     }
 
     pub fn weighted(&self) -> bool {
@@ -267,6 +268,11 @@ impl<'a, const TERMS: usize> Points<'a, TERMS> {
         self.rows.forget(least..most + 1);
     }
 
+    /// What a caller knows a point by: its row where it is one, else its place among the pairs.
+    pub fn number(&self, point: usize) -> usize {
+        if TERMS == 1 { self.rows_of(self.tile_of(point))[self.slots(point)[0]] } else { point }
+    }
+
     /// The tile of a point.
     pub fn tile_of(&self, point: usize) -> &Tile {
         &self.tiles[self.tiles.partition_point(|tile| tile.points.end <= point)]
@@ -344,7 +350,7 @@ impl<'a, const TERMS: usize> Points<'a, TERMS> {
                 return Error::NonFiniteRow { array: "rows", row };
             }
         }
-        Error::Overflow { point }
+        Error::Overflow { point: self.number(point) }
     }
 }
 

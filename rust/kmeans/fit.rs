@@ -99,20 +99,13 @@ pub fn fit<const TERMS: usize>(mut points: Points<TERMS>, params: &Params, progr
 /// # Errors
 /// As [`fit`], and if the weights do not fit the rows.
 pub fn fit_rows(rows: Rows, weights: Option<&[f32]>, params: &Params, progress: &Progress) -> Result<Clustering> {
-    let order: Vec<usize> = match params.batch_size {
-        None => (0..rows.count()).collect(),
-        Some(_) => shuffled(rows.count(), params.seed),
-    };
-    let mut points = Points::from_order(rows, order.clone());
+    let order = params.batch_size.map(|_| shuffled(rows.count(), params.seed));
+    let mut points = order.clone().map_or_else(|| Points::from_rows(rows), |order| Points::from_order(rows, order));
     if let Some(weights) = weights {
-        if weights.len() != rows.count() {
-            let found = format!("({},)", weights.len());
-            return Err(Error::shape("sample_weight", format!("({},)", rows.count()), found));
-        }
-        points.set_weights(order.iter().map(|&row| weights[row]).collect())?;
+        points.set_weights(weights)?;
     }
     let mut found = fit(points, params, progress)?;
-    if params.batch_size.is_some() {
+    if let Some(order) = order {
         let (labels, distances) = (found.labels.clone(), found.distances.clone());
         for (point, &row) in order.iter().enumerate() {
             found.labels[row] = labels[point];
@@ -182,7 +175,7 @@ fn prepare<const TERMS: usize>(
     if metric == Metric::Cosine {
         let factors: Vec<f32> = norms().map(|norm| norm.recip() as f32).collect();
         if let Some(point) = factors.iter().position(|factor| !factor.is_finite()) {
-            return Err(Error::ZeroPoint { point });
+            return Err(Error::ZeroPoint { point: points.number(point) });
         }
         points.scale(&factors);
         approximation.scale(&factors);

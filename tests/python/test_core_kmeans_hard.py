@@ -594,3 +594,16 @@ def test_every_processor_finds_the_same():
         for level in levels
     ]
     assert len({run.stdout for run in runs}) == 1
+
+
+def test_batches_name_the_row():
+    points = blobs()
+    weights = np.where(np.arange(600) == 17, -1, 1).astype(np.float32)
+    with pytest.raises(ValueError, match=r"`sample_weight`.* 17\b"):
+        kmeans(points, 5, sample_weight=weights, batch_size=100)
+    points[23] = 0
+    with pytest.raises(ValueError, match=r"point 23\b"):
+        kmeans(points, 5, metric="cosine", batch_size=100)
+    points[23, 4] = np.nan
+    with pytest.raises(ValueError, match=r"row 23\b"):
+        kmeans(points, 5, batch_size=100)
