@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from bpo._core import allocate_depth as allocate_depth
     from bpo.breadth import compress_breadth as compress_breadth
     from bpo.breadth import embed_prompts as embed_prompts
+    from bpo.capture import UnsupportedModelError as UnsupportedModelError
     from bpo.clustering import PairClusters as PairClusters
     from bpo.clustering import cluster_pairs as cluster_pairs
     from bpo.config import SelectConfig as SelectConfig
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from bpo.data import read_candidates as read_candidates
     from bpo.evaluate import PreferenceEvaluation as PreferenceEvaluation
     from bpo.evaluate import evaluate_preferences as evaluate_preferences
-    from bpo.gradients import UnsupportedModelError as UnsupportedModelError
     from bpo.gradients import collect_gradients as collect_gradients
     from bpo.losses import pair_coefficients as pair_coefficients
     from bpo.pipeline import select as select
@@ -38,6 +38,7 @@ _LAZY = {
     "allocate_depth": "bpo._core",
     "compress_breadth": "bpo.breadth",
     "embed_prompts": "bpo.breadth",
+    "UnsupportedModelError": "bpo.capture",
     "PairClusters": "bpo.clustering",
     "cluster_pairs": "bpo.clustering",
     "SelectConfig": "bpo.config",
@@ -45,7 +46,6 @@ _LAZY = {
     "read_candidates": "bpo.data",
     "PreferenceEvaluation": "bpo.evaluate",
     "evaluate_preferences": "bpo.evaluate",
-    "UnsupportedModelError": "bpo.gradients",
     "collect_gradients": "bpo.gradients",
     "pair_coefficients": "bpo.losses",
     "select": "bpo.pipeline",

@@ -95,7 +95,7 @@ def model_path(model, tokenizer, tmp_path_factory):
 
 def hooked(model, features, tokenized, rows, pad_id=0):
     """Full gradients and log-probabilities of a batch, by the hooks."""
-    from bpo.gradients import sum_gradients
+    from bpo.capture import sum_gradients
     from bpo.models import inference_state
 
     gradients = torch.zeros(len(rows), features.dim)

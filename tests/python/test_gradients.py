@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from bpo import SelectConfig, UnsupportedModelError, _core, collect_gradients, pair_coefficients, read_candidates
-from bpo.gradients import FreshAdapter, Parameters, choose_features
+from bpo.capture import FreshAdapter, Parameters, choose_features
 from bpo.logprobs import completion_logps, response_logps
 from bpo.models import inference_state
 from bpo.tokens import tokenize_responses

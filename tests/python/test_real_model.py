@@ -35,7 +35,7 @@ def test_gradients_are_exact(policy):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from bpo.gradients import FreshAdapter
+    from bpo.capture import FreshAdapter
     from bpo.logprobs import completion_logps
     from bpo.tokens import padding_id, tokenize_responses
 
@@ -64,7 +64,7 @@ def test_sketch_error_on_real_pair_gradients(policy):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from bpo import _core
-    from bpo.gradients import FreshAdapter
+    from bpo.capture import FreshAdapter
     from bpo.tokens import padding_id, tokenize_responses
 
     tokenizer = AutoTokenizer.from_pretrained(policy)
