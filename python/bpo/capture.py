@@ -1,408 +1,456 @@
 """Per-sample gradients of a model, exactly, from one forward and one backward over a batch.
 
 The log-probabilities of the responses of a batch are summed and differentiated once. Hooks on the layers catch each
-layer's inputs and output gradients, from which the gradient of every sample follows, since samples do not mix. Autograd
-itself computes no parameter gradient, but for a self-check on two short responses: parameters are frozen and no
-``.grad`` is allocated.
+layer's inputs and output gradients, from which the gradient of every sample follows, since samples do not mix. Where
+the samples cannot be told apart inside a module (experts that regroup tokens) or a module has no closed form (norms),
+the module alone is run again, one sample at a time. Parameters are frozen and no ``.grad`` is ever allocated.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from bpo.config import SelectConfig
-from bpo.data import warn
-from bpo.logprobs import completion_logps
+from bpo.logprobs import CompletionLogps, completion_logps, predicting_positions
 from bpo.tokens import TokenizedResponses
 
 if TYPE_CHECKING:
+    import numpy as np
     import numpy.typing as npt
     from transformers import PreTrainedModel
 
 # Per-sample gradients of one parameter are formed for so many samples at a time that they stay below this.
 _GRADIENT_BUFFER_BYTES = 256 << 20
-# Norms, linear biases and the like stay below this; packed experts are far above.
-_UNADAPTED_SHARE = 0.05
-# Largest relative error of the self-check, by the precision of the model's arithmetic.
-_SELF_CHECK_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
 
 Consumer = Callable[[int, torch.Tensor, slice], None]
 """Receives the coordinate at which a parameter starts, (n, size) gradients, and the part of the batch they are of."""
-
-_WHOLE_BATCH = slice(None)
 
 
 class UnsupportedModelError(ValueError):
     """The per-sample gradients of this model cannot be had exactly; the message names the modules or parameters."""
 
 
-class FreshAdapter:
-    """The B-gradients of a fresh LoRA on every linear layer, without touching the model.
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """Where the gradient of one parameter lies among the coordinates.
 
-    A fresh adapter adds B·A·x with B = 0, so it does not change the forward pass; its A-gradients are zero and its
-    B-gradient is Σ_t g_t (A x_t)ᵀ with g_t the gradient at the layer's own output (LoRA, arXiv 2106.09685, with
-    α/r = 1). So nothing has to be attached: A is drawn as PEFT draws it (Kaiming uniform, a = √5, that is
-    U(−1/√in, 1/√in)) from the seed and the layer's name, and layer inputs are reduced to A·x on the way forward.
+    Attributes:
+        offset: First coordinate.
+        shape: Shape of what is kept of the gradient.
+        left: (k, out) or None. A projection of the outputs, on the device of the parameter.
+        right: (r, in), (experts, r, in) or None. A projection of the inputs, likewise: what is kept of the gradient G
+            of a weight (out, in) is left · G · rightᵀ.
+        transposed: Whether the parameter is a weight stored as (in, out), as in GPT-2's Conv1D.
     """
 
-    def __init__(self, model: PreTrainedModel, rank: int, seed: int) -> None:
-        head = model.get_output_embeddings()
-        self.layers: list[tuple[str, nn.Module, torch.Tensor, int]] = []
-        self.seen: set[int] = set()  # coordinates of the layers that gave a gradient
-        self.dim = 0
-        for name, module in model.named_modules():
-            if module is head or not _is_linear(module):
-                continue
-            out_features, in_features = _linear_shape(module)
-            generator = torch.Generator().manual_seed(_seed_of(seed, name))
-            bound = in_features**-0.5
-            a = torch.empty(rank, in_features).uniform_(-bound, bound, generator=generator)
-            self.layers.append((name, module, a, self.dim))
-            self.dim += out_features * rank
-        if not self.layers:
-            raise UnsupportedModelError(
-                f"{type(model).__name__} has no linear layers to put an adapter on; use features='full'."
-            )
+    offset: int
+    shape: torch.Size
+    left: torch.Tensor | None = None
+    right: torch.Tensor | None = None
+    transposed: bool = False
 
-    def describe(self) -> dict[str, Any]:
-        """Returns what identifies these features in a store."""
-        rank = self.layers[0][2].shape[0]
-        return {"kind": "fresh LoRA B", "rank": rank, "layers": len(self.layers), "coordinates": self.dim}
+    @property
+    def size(self) -> int:
+        """Coordinates."""
+        return self.shape.numel()
 
-    def attach(self, batch: _Batch, consume: Consumer) -> list[Any]:
-        """Registers the hooks; returns their handles."""
-        return [
-            module.register_forward_hook(self._hook(name, a, offset, batch, consume))
-            for name, module, a, offset in self.layers
-        ]
+    @property
+    def projected(self) -> bool:
+        """Whether a projection of the gradient is kept."""
+        return self.left is not None or self.right is not None
 
-    def _hook(self, name: str, a: torch.Tensor, offset: int, batch: _Batch, consume: Consumer) -> Callable[..., None]:
-        placed: dict[torch.device, torch.Tensor] = {}
-
-        def hook(_: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-            x = batch.by_sample(name, inputs[0].detach())
-            if x.device not in placed:
-                placed[x.device] = a.to(x.device)
-            reduced = x.float() @ placed[x.device].T  # (n, t, r)
-
-            def on_gradient(gradient: torch.Tensor) -> None:
-                self.seen.add(offset)
-                g = batch.by_sample(name, gradient).float()  # (n, t, out)
-                consume(offset, torch.bmm(g.transpose(1, 2), reduced).flatten(1), _WHOLE_BATCH)  # (n, out * r)
-
-            output.register_hook(on_gradient)  # type: ignore[no-untyped-call]
-
-        return hook
-
-    def self_check(self, *_: Any) -> None:
-        """Nothing to compare with: the adapter exists in the algebra only (its exactness is a test of bpo)."""
-
-    def warn_of_gaps(self, model: PreTrainedModel) -> None:
-        """Says which layers never gave a gradient, and how much of the model has no linear layer to adapt.
-
-        Packed experts of a mixture are such a case: no linear layer, so no adapter, in PEFT as here.
-        """
-        silent = [name for name, _, _, offset in self.layers if offset not in self.seen]
-        if silent:
-            warn(f"{len(silent)} of {len(self.layers)} linear layers gave no gradient, such as {silent[0]}.")
-        embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-        adapted = {id(parameter) for _, module, _, _ in self.layers for parameter in module.parameters()}
-        head = model.get_output_embeddings()
-        adapted |= embeddings | ({id(parameter) for parameter in head.parameters()} if head is not None else set())
-        left = {name: p.numel() for name, p in model.named_parameters() if id(p) not in adapted}
-        share = sum(left.values()) / sum(parameter.numel() for parameter in model.parameters())
-        if share > _UNADAPTED_SHARE:
-            largest = max(left, key=lambda name: left[name])
-            warn(
-                f"{share:.0%} of the weights are outside linear layers, such as {largest}: a LoRA adapter does not "
-                "train them, and the gradients say nothing of them."
-            )
+    def keep(self, gradient: torch.Tensor) -> torch.Tensor:
+        """Returns what is kept of a whole gradient, (1, size) float32."""
+        kept = gradient.float()
+        if self.projected and self.transposed:
+            kept = kept.T
+        if self.left is not None:
+            kept = self.left @ kept
+        if self.right is not None:
+            kept = kept @ self.right.transpose(-1, -2)
+        return kept.reshape(1, -1)
 
 
-class Parameters:
-    """The gradients of real parameters of the model: a trained adapter, or everything.
+@dataclasses.dataclass(frozen=True)
+class Linear:
+    """A linear layer (or GPT-2's Conv1D): G = Σ_t g_t x_tᵀ of each sample, with g the gradient at the layer's output.
 
-    Linear layers, embeddings and GPT-2's Conv1D have closed forms; any other module that owns parameters is
-    differentiated by itself, one sample at a time, from its recorded input and output gradient.
+    Attributes:
+        name: Of the module.
+        module: The layer.
+        weight: Slot of its weight, None where that is not asked for.
+        bias: Slot of its bias, likewise.
     """
 
-    def __init__(self, model: PreTrainedModel, names: list[str]) -> None:
-        wanted = set(names)
-        self.model = model
-        self.slots: dict[str, tuple[int, torch.Size]] = {}
-        self.dim = 0
-        by_identity: dict[int, str] = {}
-        for name, parameter in model.named_parameters():
-            if name in wanted:
-                self.slots[name] = (self.dim, parameter.shape)
-                self.dim += parameter.numel()
-                by_identity[id(parameter)] = name
-        # Tied weights have several owners and one slot: their contributions add up.
-        self.owners: list[tuple[str, nn.Module, dict[str, str]]] = []
-        for module_name, module in model.named_modules():
-            owned = {
-                attribute: by_identity[id(parameter)]
-                for attribute, parameter in module.named_parameters(recurse=False, remove_duplicate=False)
-                if id(parameter) in by_identity
-            }
-            if owned:
-                self.owners.append((module_name, module, owned))
+    name: str
+    module: nn.Module
+    weight: Slot | None
+    bias: Slot | None = None
 
-    def describe(self) -> dict[str, Any]:
-        """Returns what identifies these features in a store."""
-        digest = hashlib.sha256(repr([(name, tuple(shape)) for name, (_, shape) in self.slots.items()]).encode())
-        return {"kind": "parameters", "names": digest.hexdigest()[:16], "coordinates": self.dim}
+    @property
+    def largest(self) -> int:
+        """Coordinates of the largest gradient."""
+        return max(slot.size for slot in (self.weight, self.bias) if slot is not None)
 
-    def attach(self, batch: _Batch, consume: Consumer) -> list[Any]:
-        """Registers the hooks; returns their handles."""
-        return [
-            module.register_forward_hook(self._hook(name, module, owned, batch, consume), with_kwargs=True)
-            for name, module, owned in self.owners
-        ]
+    def remember(self, x: torch.Tensor) -> torch.Tensor | None:
+        """Takes the (n, t, in) inputs; returns what the gradient needs of them."""
+        if self.weight is None:
+            return None
+        return x if self.weight.right is None else x.float() @ self.weight.right.T
 
-    def _hook(
-        self, name: str, module: nn.Module, owned: dict[str, str], batch: _Batch, consume: Consumer
-    ) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            if batch.replaying:
-                return
-            if not isinstance(output, torch.Tensor):
-                raise UnsupportedModelError(
-                    f"{name} ({type(module).__name__}) owns parameters and returns {type(output).__name__}, not one "
-                    "tensor, so its gradients cannot be told apart by sample. Use features='lora'."
-                )
-            if not output.requires_grad:
-                output.requires_grad_(True)
-            x = args[0].detach() if args else next(iter(kwargs.values())).detach()
-
-            def on_gradient(gradient: torch.Tensor) -> None:
-                for attribute, parameter_name in owned.items():
-                    offset, shape = self.slots[parameter_name]
-                    step = max(1, _GRADIENT_BUFFER_BYTES // (4 * shape.numel()))
-                    n = batch.size
-                    for start in range(0, n, step):
-                        samples = slice(start, min(start + step, n))
-                        consume(offset, _per_sample(module, attribute, name, x, gradient, batch, samples), samples)
-
-            output.register_hook(on_gradient)  # type: ignore[no-untyped-call]
-
-        return hook
-
-    def self_check(self, tokenized: TokenizedResponses, pad_id: int) -> None:
-        """Compares with autograd, one sample at a time, on the two shortest responses.
-
-        Raises:
-            UnsupportedModelError: The gradients differ; the message names the parameters that differ most.
-        """
-        rows = np.argsort(tokenized.lengths, kind="stable")[:2]
-        hooked = torch.zeros(len(rows), self.dim)
-
-        def keep(offset: int, gradients: torch.Tensor, samples: slice) -> None:
-            hooked[samples, offset : offset + gradients.shape[1]] += gradients.cpu()
-
-        sum_gradients(self.model, self, tokenized, rows, pad_id, keep)
-        parameters = dict(self.model.named_parameters())
-        chosen = [parameters[name] for name in self.slots]
-        errors: dict[str, float] = {}
-        tolerance = _SELF_CHECK_TOLERANCE.get(self.model.dtype, 0.1)
-        for parameter in chosen:
-            parameter.requires_grad_(True)
-        for index in range(len(rows)):
-            logp = completion_logps(self.model, tokenized, rows[index : index + 1], pad_id)
-            exact = torch.autograd.grad(logp.sum(), chosen, allow_unused=True)
-            flat = [
-                torch.zeros(parameter.numel()) if gradient is None else gradient.float().flatten().cpu()
-                for parameter, gradient in zip(chosen, exact, strict=True)
-            ]
-            norm = torch.cat(flat).norm()
-            if not (torch.isfinite(norm) and norm > 0):
-                continue  # NaN and zero gradients are flagged in the store and named later
-            for (name, (offset, shape)), gradient in zip(self.slots.items(), flat, strict=True):
-                error = float((hooked[index, offset : offset + shape.numel()] - gradient).norm() / norm)
-                if not error <= tolerance:
-                    errors[name] = max(error, errors.get(name, 0.0))
-        for parameter in chosen:
-            parameter.requires_grad_(False)
-        if errors:
-            worst = sorted(errors, key=lambda name: -errors[name])[:5]
-            named = ", ".join(f"{name} ({errors[name]:.1e})" for name in worst)
-            raise UnsupportedModelError(
-                f"The per-sample gradients of {len(errors)} parameters differ from autograd's by more than {tolerance} "
-                f"of the whole gradient: {named}. Their modules mix the samples of a batch, or their parameters are "
-                "used without calling the module. Pass the model without adapter and features='lora'."
-            )
-
-    def warn_of_gaps(self, _: PreTrainedModel) -> None:
-        """Nothing is left out: these are the parameters that were asked for."""
+    def gradients(self, remembered: torch.Tensor | None, gradient: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+        """Takes (n', t, out) output gradients; yields offset and (n', size) gradients."""
+        gradient = gradient.float()
+        if self.bias is not None:
+            yield self.bias.offset, gradient.sum(dim=1)
+        if self.weight is not None:
+            assert remembered is not None
+            remembered = remembered.float()
+            if self.weight.left is not None:
+                gradient = gradient @ self.weight.left.T
+            swap = self.weight.transposed and not self.weight.projected
+            first, second = (remembered, gradient) if swap else (gradient, remembered)
+            yield self.weight.offset, torch.bmm(first.transpose(1, 2), second).flatten(1)
 
 
-class _Batch:
-    """Size and width of the batch in flight, for hooks that must tell its samples apart."""
+@dataclasses.dataclass(frozen=True)
+class Embedding:
+    """A table of embeddings: the output gradients, added up by token.
 
-    size = 0
-    width = 0
-    replaying = False  # a module is being differentiated by itself; its hooks must not record that
+    Attributes:
+        name: Of the module.
+        module: The table.
+        weight: Slot of its weight.
+    """
 
-    def by_sample(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """Returns (n, t, features) of a tensor whose leading dimensions are samples and positions, flattened or not."""
-        if tensor.dim() >= 3 and tensor.shape[0] == self.size:
-            return tensor.flatten(1, -2)
-        if tensor.dim() == 2 and tensor.shape[0] == self.size * self.width:
-            return tensor.view(self.size, self.width, -1)
-        raise UnsupportedModelError(
-            f"{name}: its input has shape {tuple(tensor.shape)}, in which {self.size} samples of {self.width} tokens "
-            "cannot be told apart (mixture-of-experts layers regroup tokens). This model is not supported yet."
-        )
+    name: str
+    module: nn.Embedding
+    weight: Slot
+
+    @property
+    def largest(self) -> int:
+        """Coordinates of the gradient."""
+        return self.weight.size
+
+    def remember(self, ids: torch.Tensor) -> torch.Tensor:
+        """Takes and returns the (n, t) token ids."""
+        return ids
+
+    def gradients(self, ids: torch.Tensor, gradient: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+        """Takes (n', t, d) output gradients; yields offset and (n', size) gradients."""
+        gradient = gradient.float()
+        if self.module.padding_idx is not None:
+            gradient = gradient * (ids != self.module.padding_idx)[..., None]
+        if self.weight.left is not None and self.weight.right is not None:
+            left = self.weight.left.T[ids]  # (n', t, k)
+            right = gradient @ self.weight.right.T
+            yield self.weight.offset, torch.bmm(left.transpose(1, 2), right).flatten(1)
+            return
+        rows = torch.zeros(gradient.shape[0], *self.weight.shape, device=gradient.device)
+        for index in range(gradient.shape[0]):
+            rows[index].index_add_(0, ids[index], gradient[index])
+        yield self.weight.offset, rows.flatten(1)
+
+
+Layer = Linear | Embedding
+
+
+@dataclasses.dataclass
+class Replay:
+    """A module that is run again for one sample at a time, from its recorded inputs and output gradient.
+
+    Attributes:
+        name: Of the module.
+        module: The module.
+        rules: How each tensor among its inputs is cut to a sample: by its first dimension as ``"samples"`` or
+            ``"tokens"`` (samples and positions as one), or not (``"shared"``).
+        output: Which of the floating-point tensors of its output the gradient comes back through.
+        output_rule: How that one is cut to a sample.
+        parameters: Name of a parameter within the module to its slot: differentiated by autograd.
+        layers: Layers within the module: they give their gradients as elsewhere, but see one sample only.
+    """
+
+    name: str
+    module: nn.Module
+    rules: list[str]
+    output: int
+    output_rule: str
+    parameters: dict[str, Slot] = dataclasses.field(default_factory=dict)
+    layers: list[Layer] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass
+class Plan:
+    """How the gradients of everything that is asked for are caught.
+
+    Attributes:
+        layers: Layers with a closed form.
+        replays: Modules that are run again, a sample at a time, by name.
+        whole: Parameters, by name, for which the whole model is run again, a sample at a time.
+    """
+
+    layers: list[Layer] = dataclasses.field(default_factory=list)
+    replays: dict[str, Replay] = dataclasses.field(default_factory=dict)
+    whole: dict[str, Slot] = dataclasses.field(default_factory=dict)
 
 
 def sum_gradients(
     model: PreTrainedModel,
-    features: FreshAdapter | Parameters,
+    plan: Plan,
     tokenized: TokenizedResponses,
     rows: npt.NDArray[np.int64],
     pad_id: int,
     consume: Consumer,
-) -> torch.Tensor:
+    *,
+    autocast: torch.dtype | None = None,
+) -> CompletionLogps:
     """Runs one forward and one backward over a batch and hands every parameter's per-sample gradients to ``consume``.
 
     Args:
-        model: A causal language model with frozen parameters (see :func:`bpo.models.inference_state`).
-        features: Which gradients to form.
+        model: A causal language model with frozen parameters (see :func:`bpo.models.inference_state`). Where it has
+            gradient checkpointing enabled, its layers keep their inputs only and are computed again on the way back.
+        plan: Which gradients to form, and how.
         tokenized: Token ids of all responses.
         rows: (n,) which of them form the batch.
         pad_id: Padding token.
-        consume: Receives offset, (n', size) gradients and, for parameters, the slice of the batch they belong to.
+        consume: Receives offset, (n', size) gradients and the slice of the batch they belong to; the gradients of one
+            coordinate may come in several parts, which add up.
+        autocast: Type of the arithmetic under autocast; None for that of the weights.
 
     Returns:
-        (n,) float32 log-probabilities of the responses.
+        The log-probabilities of the responses, without gradient.
     """
-    batch = _Batch()
-    batch.size = len(rows)
-    batch.width = int(tokenized.lengths[rows].max())
+    batch = _Batch(model, tokenized, rows, consume, autocast)
 
     def require_gradient(_: nn.Module, __: Any, output: torch.Tensor) -> None:
-        output.requires_grad_(True)
+        if not output.requires_grad:
+            output.requires_grad_(True)
 
     # The graph starts at the embedded tokens: with all parameters frozen nothing else would need one.
     handles = [model.get_input_embeddings().register_forward_hook(require_gradient)]
-    handles += features.attach(batch, consume)
+    handles += [layer.module.register_forward_hook(batch.layer_hook(layer, None)) for layer in plan.layers]
+    for replay in plan.replays.values():
+        handles.append(replay.module.register_forward_hook(batch.replay_hook(replay), with_kwargs=True))
+        handles += [layer.module.register_forward_hook(batch.layer_hook(layer, replay)) for layer in replay.layers]
     try:
-        with torch.enable_grad():
-            logps = completion_logps(model, tokenized, rows, pad_id)
-            logps.sum().backward()  # type: ignore[no-untyped-call]
+        with torch.enable_grad(), _checkpointed(model):
+            with batch.autocast():
+                result = completion_logps(model, tokenized, rows, pad_id)
+            batch.forward = False
+            result.logps.sum().backward()  # type: ignore[no-untyped-call]
     finally:
         for handle in handles:
             handle.remove()
-    return logps.detach()
+    if plan.whole:
+        _whole_model(model, plan.whole, tokenized, rows, pad_id, consume, batch)
+    return CompletionLogps(result.logps.detach(), result.log_weights)
 
 
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-
-
-def _has_closed_form(module: nn.Module) -> bool:
-    """Whether the module is a linear layer that does nothing but its product: a subclass may scale or quantise."""
-    return type(module).forward is nn.Linear.forward or type(module).__name__ == "Conv1D"
-
-
-def _linear_shape(module: nn.Module) -> tuple[int, int]:
-    if isinstance(module, nn.Linear):
-        return module.out_features, module.in_features
-    weight: torch.Tensor = module.weight  # type: ignore[assignment]
-    return weight.shape[1], weight.shape[0]  # Conv1D holds its weight transposed
-
-
-def _seed_of(seed: int, name: str) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8], "little") >> 1
-
-
-def _per_sample(
-    module: nn.Module,
-    attribute: str,
-    name: str,
-    x: torch.Tensor,
-    gradient: torch.Tensor,
+def _whole_model(
+    model: PreTrainedModel,
+    whole: dict[str, Slot],
+    tokenized: TokenizedResponses,
+    rows: npt.NDArray[np.int64],
+    pad_id: int,
+    consume: Consumer,
     batch: _Batch,
-    samples: slice,
-) -> torch.Tensor:
-    """Returns the (n', size) float32 gradients of one parameter of one module, for a slice of the batch."""
-    parameter = getattr(module, attribute)
-    if _has_closed_form(module):
-        g = batch.by_sample(name, gradient)[samples].float()  # (n', t, out)
-        if attribute == "bias":
-            return g.sum(dim=1)
-        inputs = batch.by_sample(name, x)[samples].float()  # (n', t, in)
-        left, right = (g, inputs) if isinstance(module, nn.Linear) else (inputs, g)
-        return torch.bmm(left.transpose(1, 2), right).flatten(1)
-    if x.shape[0] != batch.size or gradient.shape[0] != batch.size:
-        raise UnsupportedModelError(
-            f"{name} ({type(module).__name__}) gets an input of shape {tuple(x.shape)}, whose first dimension is not "
-            f"the {batch.size} samples of the batch. Use features='lora'."
-        )
-    if isinstance(module, nn.Embedding) and type(module).forward is nn.Embedding.forward:
-        g, ids = gradient[samples].float(), x[samples]  # (n', t, d), (n', t)
-        rows = torch.zeros(g.shape[0], *parameter.shape, device=g.device)
-        for index in range(g.shape[0]):
-            rows[index].index_add_(0, ids[index], g[index])
-        if module.padding_idx is not None:
-            rows[:, module.padding_idx] = 0
-        return rows.flatten(1)
-    parameters = {key: value.detach() for key, value in module.named_parameters(recurse=False)}
-    gradients = []
-    for index in range(*samples.indices(batch.size)):
-        leaf = parameters[attribute].clone().requires_grad_(True)
-        batch.replaying = True
+) -> None:
+    """One forward and backward a sample, for the parameters whose gradients cannot be had otherwise."""
+    parameters = [model.get_parameter(name) for name in whole]
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    try:
+        for index in range(len(rows)):
+            with torch.enable_grad(), _checkpointed(model):
+                with batch.autocast():
+                    logps = completion_logps(model, tokenized, rows[index : index + 1], pad_id).logps
+                gradients = torch.autograd.grad(logps.sum(), parameters, allow_unused=True)
+            for slot, gradient in zip(whole.values(), gradients, strict=True):
+                if gradient is not None:
+                    consume(slot.offset, slot.keep(gradient), slice(index, index + 1))
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+
+
+class _Batch:
+    """The batch in flight: tells its samples apart in what the hooks see."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenized: TokenizedResponses,
+        rows: npt.NDArray[np.int64],
+        consume: Consumer,
+        autocast: torch.dtype | None,
+    ) -> None:
+        self.consume = consume
+        self.size = len(rows)
+        self.width = int(tokenized.lengths[rows].max())
+        self.predicting = predicting_positions(tokenized, rows)
+        self.n_predicting = int(self.predicting.sum())
+        self.forward = True  # afterwards, hooks see what gradient checkpointing computes again: known already
+        self.replay: Replay | None = None  # the module that is being run again …
+        self.sample = 0  # … and for which sample
+        self.autocast = functools.partial(autocasting, model, autocast)
+        self._device_type = model.get_input_embeddings().weight.device.type
+
+    def layer_hook(self, layer: Layer, inside: Replay | None) -> Callable[..., None]:
+        """A forward hook that catches what the gradients of a layer need."""
+
+        def hook(_: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
+            if self.replay is not inside or (inside is None and not self.forward):
+                return
+            if not output.requires_grad:
+                output.requires_grad_(True)
+            size = self.size if inside is None else 1
+            first = 0 if inside is None else self.sample
+            x = self._by_sample(args[0].detach(), size)
+            with torch.autocast(self._device_type, enabled=False):
+                remembered = None if x is None else layer.remember(x)
+
+            def on_gradient(gradient: torch.Tensor) -> None:
+                by_sample = self._by_sample(gradient, size)
+                if x is None or by_sample is None:
+                    raise UnsupportedModelError(
+                        f"{layer.name}: its input has shape {tuple(args[0].shape)}, in which {size} samples of "
+                        f"{self.width} tokens cannot be told apart, although on two short responses they could. Leave "
+                        "it out with SelectConfig.parameters."
+                    )
+                step = max(1, _GRADIENT_BUFFER_BYTES // (4 * layer.largest))
+                for start in range(0, size, step):
+                    part = slice(start, min(start + step, size))
+                    kept = None if remembered is None else remembered[part]
+                    for offset, gradients in layer.gradients(kept, by_sample[part]):  # type: ignore[arg-type]
+                        self.consume(offset, gradients, slice(first + part.start, first + part.stop))
+
+            output.register_hook(on_gradient)  # type: ignore[no-untyped-call]
+
+        return hook
+
+    def _by_sample(self, tensor: torch.Tensor, size: int) -> torch.Tensor | None:
+        """Returns (n, t, features), or (n, t) of token ids, of a tensor that may have samples and positions as one.
+
+        None where samples cannot be told apart. That is no error until a gradient comes: DoRA shows its layers a unit
+        matrix, too, to see their weights.
+        """
+        features = tensor.shape[-1:] if tensor.is_floating_point() else torch.Size()
+        if size == 1 or tensor.shape[0] == size:
+            return tensor.reshape(size, -1, *features)
+        if tensor.shape[:-1] == (size * self.width,):
+            return tensor.view(size, self.width, *features)
+        if tensor.shape[:-1] == (1, self.n_predicting):  # the output head sees the predicting positions only
+            padded = tensor.new_zeros(*self.predicting.shape, *features)
+            padded[self.predicting.to(tensor.device)] = tensor[0]
+            return padded
+        return None
+
+    def replay_hook(self, replay: Replay) -> Callable[..., None]:
+        """A forward hook that records a call, to run it again for each sample once its output gradient is known."""
+
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            if self.replay is not None or not self.forward:
+                return
+            tensor = floating_tensors(output)[replay.output]
+            if not tensor.requires_grad:
+                tensor.requires_grad_(True)
+            inputs = map_tensors((args, kwargs), torch.Tensor.detach)
+
+            def on_gradient(gradient: torch.Tensor) -> None:
+                for index in range(self.size):
+                    self._run_again(replay, inputs, gradient, index)
+
+            tensor.register_hook(on_gradient)  # type: ignore[no-untyped-call]
+
+        return hook
+
+    def _run_again(self, replay: Replay, inputs: Any, gradient: torch.Tensor, index: int) -> None:
+        rules = iter(replay.rules)
+        args, kwargs = map_tensors(inputs, lambda tensor: self._cut(tensor, next(rules), index))
+        leaves = {
+            name: parameter.detach().requires_grad_(True)
+            for name, parameter in replay.module.named_parameters(remove_duplicate=False)
+            if name in replay.parameters
+        }
+        targets = list(leaves.values())
+        if replay.layers:
+            # Layers give their gradients on the way from the output to the inputs.
+            args, kwargs = map_tensors((args, kwargs), _as_leaf)
+            map_tensors((args, kwargs), lambda tensor: targets.append(tensor) if tensor.requires_grad else None)
+        self.replay, self.sample = replay, index
         try:
-            with torch.enable_grad():
-                output = torch.func.functional_call(module, {**parameters, attribute: leaf}, (x[index : index + 1],))
+            with torch.enable_grad(), self.autocast():
+                outputs = torch.func.functional_call(replay.module, leaves, args, kwargs)
+            output = floating_tensors(outputs)[replay.output]
+            own = self._cut(gradient, replay.output_rule, index)
+            gradients = torch.autograd.grad(output, targets, own.reshape(output.shape), allow_unused=True)
         finally:
-            batch.replaying = False
-        gradients.append(torch.autograd.grad(output, leaf, gradient[index : index + 1])[0].float().flatten())
-    return torch.stack(gradients)
+            self.replay = None
+        for name, found in zip(leaves, gradients, strict=False):
+            if found is not None:
+                slot = replay.parameters[name]
+                self.consume(slot.offset, slot.keep(found), slice(index, index + 1))
+
+    def _cut(self, tensor: torch.Tensor, rule: str, index: int) -> torch.Tensor:
+        if rule == "samples":
+            return tensor[index : index + 1]
+        if rule == "tokens":
+            return tensor[index * self.width : (index + 1) * self.width]
+        return tensor
 
 
-def choose_features(model: PreTrainedModel, config: SelectConfig) -> FreshAdapter | Parameters:
-    """Decides what is differentiated (``SelectConfig.features``).
+def autocasting(model: PreTrainedModel, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
+    """The arithmetic of a forward pass: autocast to a type, or none."""
+    if dtype is None:
+        return contextlib.nullcontext()
+    return torch.autocast(model.get_input_embeddings().weight.device.type, dtype=dtype)
 
-    A ``PeftModel`` gives the gradients of its trainable adapter; where every B is zero (never trained) those of B
-    alone, since the A-gradients are exactly zero then.
 
-    Raises:
-        UnsupportedModelError: An adapter type whose gradients cannot be had by sample.
-    """
-    peft_config = getattr(model, "peft_config", None)
-    if peft_config is not None and not hasattr(model, "get_base_model"):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} carries an adapter without being a PeftModel. Pass the path of the adapter, or a "
-            "model made by PeftModel.from_pretrained or get_peft_model."
-        )
-    if config.features == "full":
-        return Parameters(model, [name for name, _ in model.named_parameters()])
-    if peft_config is None:
-        return FreshAdapter(model, config.lora_rank, config.sketch_seed)
-    kinds = {str(getattr(entry.peft_type, "value", entry.peft_type)) for entry in peft_config.values()}
-    if kinds != {"LORA"}:
-        raise UnsupportedModelError(f"Only LoRA adapters are supported, the model has {sorted(kinds)}.")
-    if any(getattr(entry, "use_dora", False) for entry in peft_config.values()):
-        raise UnsupportedModelError("DoRA adapters are not supported: their magnitudes mix with the LoRA gradients.")
-    for name, module in model.named_modules():
-        if getattr(module, "merged", False) is True or getattr(module, "disable_adapters", False) is True:
-            raise UnsupportedModelError(
-                f"{name}: its adapter is merged or disabled, so it takes no part in the forward pass. Unmerge or "
-                "enable it, or pass the model without adapter."
-            )
-    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    if not trainable:
-        active = model.active_adapter
-        trainable = [name for name, _ in model.named_parameters() if "lora_" in name and f".{active}." in name]
-    parameters = dict(model.named_parameters())
-    b_names = [name for name in trainable if ".lora_B." in name]
-    if b_names and not any(bool(parameters[name].any()) for name in b_names):
-        trainable = [name for name in trainable if ".lora_A." not in name]
-    return Parameters(model, trainable)
+@contextlib.contextmanager
+def _checkpointed(model: PreTrainedModel) -> Iterator[None]:
+    """Honours gradient checkpointing where the model has it enabled, also outside training mode."""
+    layers = [module for module in model.modules() if _checkpoints(module)]
+    for layer in layers:
+        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.__dict__["forward"]
+
+
+def _checkpoints(module: nn.Module) -> bool:
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return isinstance(module, GradientCheckpointingLayer) and bool(getattr(module, "gradient_checkpointing", False))
+
+
+def _as_leaf(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().requires_grad_(True) if tensor.is_floating_point() else tensor
+
+
+def floating_tensors(value: Any) -> list[torch.Tensor]:
+    """Returns the floating-point tensors of nested tuples, lists and mappings, in order."""
+    found: list[torch.Tensor] = []
+    map_tensors(value, lambda tensor: found.append(tensor) if tensor.is_floating_point() else None)
+    return found
+
+
+def map_tensors(value: Any, function: Callable[[torch.Tensor], Any]) -> Any:
+    """Applies a function to every tensor of nested tuples, lists and mappings, in order; leaves the rest alone."""
+    if isinstance(value, torch.Tensor):
+        return function(value)
+    if isinstance(value, dict):
+        return {key: map_tensors(item, function) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(map_tensors(item, function) for item in value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(map_tensors(item, function) for item in value)
+    return value

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import numbers
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 Strategy = Literal["bpo", "uniform", "random", "margin"]
@@ -39,6 +39,11 @@ class SelectConfig:
         features: Parameters whose gradients are the features of a pair. ``"lora"``: the adapter of a ``PeftModel``;
             for a model without one, the B-gradients of a fresh LoRA on every linear layer but the output head.
             ``"full"``: every parameter.
+        parameters: Shell patterns, one or several, such as ``"*.mlp.*"``: only parameters whose name matches one are
+            differentiated (for a fresh adapter: only weights whose name matches one get an adapter). ``None`` is all.
+        factor_dim: With ``features="full"``, the side of a random projection of the inputs and of the output gradients
+            of large linear layers and embeddings: d² numbers in place of in × out each, before the sketch. For models
+            whose whole gradient cannot be held for one response. ``None`` is exact.
         lora_rank: Rank of the fresh adapter.
         sketch_seed: Of the sketch and of the fresh adapter's A. Not that of :func:`bpo.select`, so that one store of
             gradients serves every seed.
@@ -47,6 +52,9 @@ class SelectConfig:
         sketch_nnz: Numbers of the sparse sketch that each coordinate goes to; divides ``sketch_dim``.
         tokens_per_batch: Tokens, padding included, of one forward and backward. On a CPU twice as many were no faster
             and took half as much memory again; raise it on a GPU.
+        bf16: Whether the model runs under bfloat16 autocast, TRL's name and, there, the default. Sketches are float32.
+        gradient_checkpointing: Whether a model given by path recomputes its layers on the way back, TRL's name: slower,
+            less memory. A model object is used as it is set up.
         dtype: Type in which a model given by path is loaded. A model object is used as it is.
         device: Where a model given by path is put; ``None`` is the first GPU, else the CPU.
         n_clusters: Clusters of pair gradients (k); ``None`` is √(number of pairs), at most 256 *(ours)*.
@@ -82,12 +90,16 @@ class SelectConfig:
     on_invalid: OnInvalid = "skip"
     embedder: str | None = None
     features: Features = "lora"
+    parameters: str | Sequence[str] | None = None
+    factor_dim: int | None = None
     lora_rank: int = 8
     sketch_seed: int = 0
     sketch_dim: int = 1024
     sketch_kind: SketchKind = "sparse"
     sketch_nnz: int = 1
     tokens_per_batch: int = 1024
+    bf16: bool = False
+    gradient_checkpointing: bool = False
     dtype: DType = "float32"
     device: str | None = None
     n_clusters: int | None = None
@@ -124,7 +136,7 @@ class SelectConfig:
                 raise ValueError(f"SelectConfig.{name} must be above 0, got {value!r}")
             object.__setattr__(self, name, float(value))
         counts = ("max_length", "lora_rank", "sketch_dim", "sketch_nnz", "tokens_per_batch", "max_iter")
-        optional_counts = ("max_pairs_per_prompt", "n_clusters", "max_depth", "threads")
+        optional_counts = ("max_pairs_per_prompt", "n_clusters", "max_depth", "threads", "factor_dim")
         for name in counts + optional_counts:
             value = getattr(self, name)
             if value is None and name in optional_counts:
@@ -140,8 +152,14 @@ class SelectConfig:
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
                 raise ValueError(f"SelectConfig.{name} must be text or None, got {value!r}")
-        if not isinstance(self.trust_remote_code, bool):
-            raise ValueError(f"SelectConfig.trust_remote_code must be True or False, got {self.trust_remote_code!r}")
+        for name in ("trust_remote_code", "bf16", "gradient_checkpointing"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"SelectConfig.{name} must be True or False, got {getattr(self, name)!r}")
+        if self.parameters is not None:
+            patterns = (self.parameters,) if isinstance(self.parameters, str) else tuple(self.parameters)
+            if not patterns or not all(isinstance(pattern, str) for pattern in patterns):
+                raise ValueError(f"SelectConfig.parameters must be one or several patterns, got {self.parameters!r}")
+            object.__setattr__(self, "parameters", patterns)
         if self.sketch_dim % self.sketch_nnz or (self.sketch_kind != "sparse" and self.sketch_nnz != 1):
             raise ValueError(
                 f"SelectConfig.sketch_nnz must divide sketch_dim ({self.sketch_dim}), and be 1 for a dense sketch, got "

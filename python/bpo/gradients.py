@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+import dataclasses
+import gc
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,9 +14,10 @@ from tqdm.auto import tqdm
 
 import bpo
 from bpo import _core
-from bpo.capture import choose_features, sum_gradients
+from bpo.capture import Plan, autocasting, sum_gradients
 from bpo.config import SelectConfig
-from bpo.data import Candidates, read_candidates
+from bpo.data import Candidates, read_candidates, warn
+from bpo.features import choose_features
 from bpo.logprobs import check_vocabulary, completion_logps
 from bpo.models import (
     inference_state,
@@ -24,8 +27,9 @@ from bpo.models import (
     tokenizer_fingerprint,
     window,
 )
+from bpo.sketching import SketchBatch, Sketching
 from bpo.store import NONFINITE, ZERO, GradientStore, GradientWriter
-from bpo.tokens import TokenizedResponses, batches_by_tokens, padding_id, tokenize_candidates
+from bpo.tokens import TokenizedResponses, first_batch, longest_first, padding_id, tokenize_candidates
 
 if TYPE_CHECKING:
     import os
@@ -80,7 +84,7 @@ def collect(
             "seed": config.sketch_seed,
         },
         "max_length": tokenized.max_length,
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": str(model.dtype).removeprefix("torch.") + (" under bfloat16 autocast" if config.bf16 else ""),
     }
     writer = GradientWriter.open(store, config.sketch_dim, fingerprint, candidates.known_ids)
     missing = np.flatnonzero(writer.rows_of(candidates.response_ids) < 0)
@@ -101,44 +105,117 @@ def collect(
             stack.enter_context(inference_state(reference))
         if len(missing):
             writer.lock()  # before any work that another writer would make useless
-            features.self_check(tokenized, pad_id)
-        for batch in batches_by_tokens(tokenized.lengths[missing], config.tokens_per_batch):
-            rows = missing[batch]
-            sketch = np.zeros((len(rows), config.sketch_dim), dtype=np.float32)
-
-            def consume(
-                offset: int,
-                gradients: torch.Tensor,
-                samples: slice,
-                sketch: npt.NDArray[np.float32] = sketch,
-            ) -> None:
-                sketcher.sketch(gradients.contiguous().cpu().numpy(), offset, sketch[samples], threads=config.threads)
-
-            logps = sum_gradients(model, features, tokenized, rows, pad_id, consume).cpu().numpy()
-            if reference is None:
-                ref_logps = logps
-            else:
-                with torch.inference_mode():
-                    ref_logps = completion_logps(reference, tokenized, rows, pad_id).cpu().numpy()
-            # A row whose squared norm overflows is as useless to k-means as an infinite one.
-            with np.errstate(over="ignore", invalid="ignore"):
-                finite = np.isfinite(np.square(sketch).sum(axis=1)) & np.isfinite(logps) & np.isfinite(ref_logps)
-            flags = NONFINITE * ~finite + ZERO * ~sketch.any(axis=1)
-            sketch[~finite] = 0.0
-            writer.append(
-                sketch,
-                prompt_ids=candidates.prompt_ids[candidates.prompt_of_response[rows]],
-                response_ids=candidates.response_ids[rows],
-                scores=candidates.scores[rows],
-                logps=logps,
-                ref_logps=ref_logps,
-                lengths=tokenized.response_lengths[rows],
-                flags=flags,
-            )
-            bar.update(int(tokenized.lengths[rows].sum()))
-    if len(missing):
-        features.warn_of_gaps(model)
+            plan = features.plan(model, tokenized, pad_id, config)
+            features.warn_of_gaps(model)
+            sketching = stack.enter_context(Sketching(sketcher, config.threads))
+            extraction = _Extraction(model, reference, plan, tokenized, pad_id, sketching, config)
+            for done in extraction.run(missing):
+                rows, sketch = done.rows, done.sketches.rows()
+                logps, ref_logps = done.logps, done.ref_logps
+                # A row whose squared norm overflows is as useless to k-means as an infinite one.
+                with np.errstate(over="ignore", invalid="ignore"):
+                    finite = np.isfinite(np.square(sketch).sum(axis=1)) & np.isfinite(logps) & np.isfinite(ref_logps)
+                flags = NONFINITE * ~finite + ZERO * ~sketch.any(axis=1)
+                sketch[~finite] = 0.0
+                writer.append(
+                    sketch,
+                    prompt_ids=candidates.prompt_ids[candidates.prompt_of_response[rows]],
+                    response_ids=candidates.response_ids[rows],
+                    scores=candidates.scores[rows],
+                    logps=logps,
+                    ref_logps=ref_logps,
+                    lengths=tokenized.response_lengths[rows],
+                    flags=flags,
+                )
+                bar.update(int(tokenized.lengths[rows].sum()))
     return writer.reopen()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Done:
+    """One batch that went through the model; its sketches may still be under way."""
+
+    rows: npt.NDArray[np.int64]
+    sketches: SketchBatch
+    logps: npt.NDArray[np.float32]
+    ref_logps: npt.NDArray[np.float32]
+    log_weights: npt.NDArray[np.float32]
+
+
+@dataclasses.dataclass
+class _Extraction:
+    """Responses through the model, in batches that memory allows."""
+
+    model: PreTrainedModel
+    reference: PreTrainedModel | None
+    plan: Plan
+    tokenized: TokenizedResponses
+    pad_id: int
+    sketching: Sketching
+    config: SelectConfig
+
+    def run(self, missing: npt.NDArray[np.int64]) -> Iterator[_Done]:
+        """Yields each batch once the next one has gone through the model, so that its sketches have had time.
+
+        A batch that does not fit into memory is halved, and so are those after it.
+        """
+        budget = self.config.tokens_per_batch
+        previous: _Done | None = None
+        remaining = missing[longest_first(self.tokenized.lengths[missing])]
+        while len(remaining):
+            size = first_batch(self.tokenized.lengths[remaining], budget)
+            done, error = self._attempt(remaining[:size])
+            if done is None:
+                row, longest = remaining[0], int(self.tokenized.lengths[remaining[0]])
+                if size == 1:
+                    raise MemoryError(
+                        f"Memory does not suffice for one sequence of {longest} tokens (response {row}): {error} Lower "
+                        "SelectConfig.max_length, set gradient_checkpointing, or load the model in a smaller dtype."
+                    )
+                budget = longest * (size // 2)
+                warn(f"Memory does not suffice for {size} sequences of {longest} tokens; going on with {size // 2}.")
+                continue
+            if previous is not None:
+                yield previous
+            previous, remaining = done, remaining[size:]
+        if previous is not None:
+            yield previous
+
+    def _attempt(self, rows: npt.NDArray[np.int64]) -> tuple[_Done | None, str]:
+        """Runs one batch; returns None and the reason where memory ran out.
+
+        The error itself must not leave: its traceback would hold on to the tensors of the batch.
+        """
+        try:
+            return self._batch(rows), ""
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            message = str(error).splitlines()[0] if str(error) else type(error).__name__
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return None, message
+
+    def _batch(self, rows: npt.NDArray[np.int64]) -> _Done:
+        sketches = self.sketching.batch(len(rows))
+        autocast = torch.bfloat16 if self.config.bf16 else None
+        result = sum_gradients(
+            self.model, self.plan, self.tokenized, rows, self.pad_id, sketches.consume, autocast=autocast
+        )
+        logps = result.logps.cpu().numpy()
+        ref_logps = logps
+        if self.reference is not None:
+            with torch.inference_mode(), autocasting(self.reference, autocast):
+                ref_logps = completion_logps(self.reference, self.tokenized, rows, self.pad_id).logps.cpu().numpy()
+        return _Done(rows, sketches, logps, ref_logps, result.log_weights.cpu().numpy())
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out: CUDA has a class for it, the CPU's allocator a sentence."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "allocate memory" in str(error)
 
 
 def collect_gradients(

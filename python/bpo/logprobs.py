@@ -2,21 +2,40 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import inspect
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from bpo.models import base_of
 from bpo.tokens import TokenizedResponses, batches_by_tokens
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Sequence
+    from collections.abc import Callable, Collection, Iterator, Sequence
 
     import numpy.typing as npt
     from transformers import PreTrainedModel
+
+# Rows of logits that are widened to float32 at a time: 64 MB for a vocabulary of 128,000.
+_LOGIT_ROWS = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class CompletionLogps:
+    """What one forward says of the n responses of a batch.
+
+    Attributes:
+        logps: (n,) float32, log π(response | prompt), the sum over its tokens (each times its weight, where the data
+            gives token weights). Differentiable.
+        log_weights: (n,) float32, the mean over the tokens of log π − log Σ_v π_v², the logarithm of WPO's weight of
+            the response (arXiv 2406.11827, eq. 2). Not differentiable.
+    """
+
+    logps: torch.Tensor
+    log_weights: torch.Tensor
 
 
 def pad_right(sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -30,10 +49,24 @@ def pad_right(sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Te
     return input_ids, attention_mask
 
 
+def predicting_positions(tokenized: TokenizedResponses, rows: npt.NDArray[np.int64]) -> torch.Tensor:
+    """Returns (n, t − 1) bool: the positions of a padded batch whose output predicts a token of the response.
+
+    No position predicts the first token of a sequence.
+    """
+    positions = torch.arange(1, int(tokenized.lengths[rows].max()))
+    prompt_lengths = torch.from_numpy(tokenized.prompt_lengths[rows])[:, None]
+    lengths = torch.from_numpy(tokenized.lengths[rows])[:, None]
+    return (positions >= prompt_lengths) & (positions < lengths)
+
+
 def completion_logps(
     model: PreTrainedModel, tokenized: TokenizedResponses, rows: npt.NDArray[np.int64], pad_id: int
-) -> torch.Tensor:
+) -> CompletionLogps:
     """Runs the model once over some responses.
+
+    The output head sees the positions that predict a response and no others, so that no logits of prompts or padding
+    are computed or kept.
 
     Args:
         model: A causal language model.
@@ -42,30 +75,88 @@ def completion_logps(
         pad_id: Fills the batch at the right.
 
     Returns:
-        (n,) float32: log π(response | prompt), summed over the tokens of the response.
+        The log-probabilities.
     """
     input_ids, attention_mask = pad_right([tokenized.ids[row] for row in rows], pad_id)
     size, width = input_ids.shape
-    prompt_lengths = torch.from_numpy(tokenized.prompt_lengths[rows])
-    completion_mask = attention_mask.bool() & (torch.arange(width) >= prompt_lengths[:, None])
-    # No token predicts the first one; logits before the shortest prompt's end are never needed.
-    start = max(int(prompt_lengths.min()), 1) - 1
+    predicting = predicting_positions(tokenized, rows)
     device = model.get_input_embeddings().weight.device
     input_ids, attention_mask = input_ids.to(device), attention_mask.to(device)
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
-    accepted = _forward_arguments(model)
-    if "position_ids" in accepted:
+    if "position_ids" in _forward_arguments(model):
         # A row of positions a sample, since learned position embeddings could not be told apart by sample otherwise.
         inputs["position_ids"] = torch.arange(width, device=device).expand(size, -1)
-    if "logits_to_keep" in accepted:
-        logits = model(**inputs, logits_to_keep=width - start).logits
-    else:
-        logits = model(**inputs).logits[:, start:]
-    mask = completion_mask[:, start + 1 :].to(logits.device)  # (n, width - start - 1)
-    targets = input_ids[:, start + 1 :].to(logits.device)[mask]
-    token_logps = -F.cross_entropy(logits[:, :-1][mask].float(), targets, reduction="none")
-    padded = torch.zeros(mask.shape, device=logits.device).masked_scatter(mask, token_logps)
-    return padded.sum(dim=1)
+    with _head_sees_only(model, predicting):
+        logits = model(**inputs).logits
+    predicting = predicting.to(logits.device)
+    # Some models reach their logits in another way than through their output head.
+    reduced = logits.shape[:2] == (1, int(predicting.sum()))
+    logits = logits[0] if reduced else logits[:, :-1][predicting]
+    targets = input_ids[:, 1:].to(logits.device)[predicting]
+    token_logps, token_weights = _TokenLogps.apply(logits, targets)
+    zeros = torch.zeros(predicting.shape, device=logits.device)
+    # Summed row by row of a padded matrix, which is deterministic on a GPU, too.
+    tokens = predicting.sum(dim=1).clamp(min=1)
+    return CompletionLogps(
+        logps=zeros.masked_scatter(predicting, token_logps).sum(dim=1),
+        log_weights=zeros.masked_scatter(predicting, token_weights).sum(dim=1) / tokens,
+    )
+
+
+@contextlib.contextmanager
+def _head_sees_only(model: PreTrainedModel, predicting: torch.Tensor) -> Iterator[None]:
+    """Reduces the (n, t, features) input of the output head to (1, predicting positions, features)."""
+
+    def reduce(_: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        hidden = args[0]
+        if hidden.shape[:-1] != (predicting.shape[0], predicting.shape[1] + 1):
+            return None
+        return (hidden[:, :-1][predicting.to(hidden.device)][None], *args[1:])
+
+    head = model.get_output_embeddings()
+    if head is None:
+        yield
+        return
+    handle = head.register_forward_pre_hook(reduce)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+class _TokenLogps(torch.autograd.Function):
+    """Log-softmax at the targets, in float32 but without a float32 copy of the logits.
+
+    Beside the logits themselves, only their gradient is ever as large as they are.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Takes (m, vocabulary) logits and (m,) targets; returns log π and log π − log Σ_v π_v², (m,) float32."""
+        normalizers, squares = [], []
+        for start in range(0, len(logits), _LOGIT_ROWS):
+            wide = logits[start : start + _LOGIT_ROWS].float()
+            normalizers.append(torch.logsumexp(wide, dim=-1))
+            squares.append(torch.logsumexp(2 * wide, dim=-1))
+        normalizer = torch.cat(normalizers) if normalizers else logits.new_zeros(0, dtype=torch.float32)
+        square = torch.cat(squares) if squares else normalizer
+        logps = logits.gather(-1, targets[:, None])[:, 0].float() - normalizer
+        ctx.save_for_backward(logits, targets, normalizer)
+        weights = logps - (square - 2 * normalizer)
+        ctx.mark_non_differentiable(weights)
+        return logps, weights
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """∂ log π(target) / ∂ logits = one-hot(target) − π."""
+        logits, targets, normalizer = ctx.saved_tensors
+        out = torch.empty_like(logits)
+        for start in range(0, len(logits), _LOGIT_ROWS):
+            part = slice(start, start + _LOGIT_ROWS)
+            wide = torch.exp(logits[part].float() - normalizer[part, None]).mul_(-gradient[part, None])
+            wide.scatter_add_(1, targets[part, None], gradient[part, None].float())
+            out[part] = wide
+        return out, None
 
 
 def _forward_arguments(model: PreTrainedModel) -> Collection[str]:
@@ -111,7 +202,7 @@ def response_logps(
     logps = np.zeros(len(tokenized.ids), dtype=np.float32)
     with torch.inference_mode():
         for rows in batches_by_tokens(tokenized.lengths, tokens_per_batch):
-            logps[rows] = completion_logps(model, tokenized, rows, pad_id).cpu().numpy()
+            logps[rows] = completion_logps(model, tokenized, rows, pad_id).logps.cpu().numpy()
             if on_batch is not None:
                 on_batch(int(tokenized.lengths[rows].sum()))
     return logps

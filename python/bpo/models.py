@@ -128,7 +128,10 @@ def load_policy(model: Any, config: SelectConfig) -> PreTrainedModel:
         loader = AutoPeftModelForCausalLM
     dtype = getattr(torch, config.dtype)
     with naming(name):
-        return loader.from_pretrained(name, dtype=dtype, trust_remote_code=config.trust_remote_code).to(device)
+        policy = loader.from_pretrained(name, dtype=dtype, trust_remote_code=config.trust_remote_code).to(device)
+    if config.gradient_checkpointing:
+        policy.gradient_checkpointing_enable()
+    return policy
 
 
 def window(model: Any, config: SelectConfig) -> int:

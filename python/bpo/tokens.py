@@ -194,11 +194,20 @@ def batches_by_tokens(lengths: npt.NDArray[np.int64], tokens_per_batch: int) -> 
         >>> [batch.tolist() for batch in batches_by_tokens(np.array([3, 9, 4, 4]), 9)]
         [[1], [2, 3], [0]]
     """
-    order = np.argsort(-lengths, kind="stable")
-    batches, start = [], 0
-    while start < len(order):
-        longest = max(int(lengths[order[start]]), 1)
-        stop = start + max(1, tokens_per_batch // longest)
-        batches.append(order[start:stop])
-        start = stop
+    order = longest_first(lengths)
+    batches = []
+    while len(order):
+        size = first_batch(lengths[order], tokens_per_batch)
+        batches.append(order[:size])
+        order = order[size:]
     return batches
+
+
+def longest_first(lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Returns the order of falling length; of equal ones the earlier first."""
+    return np.argsort(-lengths, kind="stable")
+
+
+def first_batch(lengths: npt.NDArray[np.int64], tokens_per_batch: int) -> int:
+    """Returns how many of sequences of falling length make up a batch of at most ``tokens_per_batch`` padded tokens."""
+    return min(len(lengths), max(1, tokens_per_batch // max(int(lengths[0]), 1)))

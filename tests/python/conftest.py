@@ -17,6 +17,7 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+torch.set_num_threads(1)  # on models this small more threads cost more than they give
 WORDS = "red green blue one two three cat dog bird sun moon star tea milk bread north south east west".split()  # noqa: SIM905
 
 
@@ -95,6 +96,7 @@ def model_path(model, tokenizer, tmp_path_factory):
 
 def hooked(model, features, tokenized, rows, pad_id=0):
     """Full gradients and log-probabilities of a batch, by the hooks."""
+    from bpo import SelectConfig
     from bpo.capture import sum_gradients
     from bpo.models import inference_state
 
@@ -104,7 +106,8 @@ def hooked(model, features, tokenized, rows, pad_id=0):
         gradients[samples, offset : offset + values.shape[1]] += values
 
     with inference_state(model):
-        logps = sum_gradients(model, features, tokenized, rows, pad_id, keep)
+        plan = features.plan(model, tokenized, pad_id, SelectConfig())
+        logps = sum_gradients(model, plan, tokenized, rows, pad_id, keep).logps
     return gradients, logps
 
 

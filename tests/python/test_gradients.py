@@ -8,9 +8,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from bpo import SelectConfig, UnsupportedModelError, _core, collect_gradients, pair_coefficients, read_candidates
-from bpo.capture import FreshAdapter, Parameters, choose_features
+from bpo.features import FreshAdapter, Parameters, choose_features
 from bpo.logprobs import completion_logps, response_logps
-from bpo.models import inference_state
 from bpo.tokens import tokenize_responses
 from conftest import TINY, hooked, scored_rows, tiny_gpt2, tiny_llama
 
@@ -26,7 +25,7 @@ def autograd(model, names, tokenized, row):
         parameter.requires_grad_(False)
     for parameter in parameters:
         parameter.requires_grad_(True)
-    logp = completion_logps(model, tokenized, np.array([row]), 0)
+    logp = completion_logps(model, tokenized, np.array([row]), 0).logps
     return torch.cat([gradient.flatten() for gradient in torch.autograd.grad(logp.sum(), parameters)])
 
 
@@ -53,12 +52,12 @@ def test_fresh_adapter_equals_the_b_gradients_of_pefts(tokenizer, tokenized, mak
     gradients, logps = hooked(model, features, tokenized, rows)
 
     # PEFT's adapter on the same layers, with the same A.
-    config = LoraConfig(r=4, lora_alpha=4, target_modules=[name for name, *_ in features.layers])
+    config = LoraConfig(r=4, lora_alpha=4, target_modules=[layer.name for layer in features.layers])
     wrapped = get_peft_model(model, config)
     names = []
-    for name, _, a, _ in features.layers:
-        prefix = f"base_model.model.{name}"
-        wrapped.get_parameter(f"{prefix}.lora_A.default.weight").data.copy_(a)
+    for layer in features.layers:
+        prefix = f"base_model.model.{layer.name}"
+        wrapped.get_parameter(f"{prefix}.lora_A.default.weight").data.copy_(layer.weight.right)
         names.append(f"{prefix}.lora_B.default.weight")
     wrapped.eval()
     for row in rows:
@@ -123,7 +122,7 @@ def test_pair_gradient_of_sketches_is_the_sketch_of_the_dpo_gradient(tokenizer, 
     for parameter in parameters:
         parameter.requires_grad_(True)
     for (chosen, rejected), (a, b) in zip(pairs, weights, strict=True):
-        both = completion_logps(model, tokenized, np.array([chosen, rejected]), 0)
+        both = completion_logps(model, tokenized, np.array([chosen, rejected]), 0).logps
         ratios = both - torch.tensor(reference[[chosen, rejected]])
         loss = -torch.nn.functional.logsigmoid(beta * (ratios[0] - ratios[1]))
         exact = torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss, parameters)])
@@ -181,8 +180,8 @@ def test_nan_and_zero_gradients_are_flagged(tokenizer):
     assert not store.rows.any()
 
 
-def test_parameters_used_outside_their_module_are_refused(tokenizer, tokenized):
-    """The self-check notices gradients that the hooks cannot see."""
+def test_parameters_used_outside_their_module_take_the_whole_model(tokenizer, tokenized):
+    """The self-check notices gradients that the hooks cannot see, and they are had in the slow way."""
 
     class Scale(torch.nn.Module):
         def __init__(self):
@@ -203,21 +202,19 @@ def test_parameters_used_outside_their_module_are_refused(tokenizer, tokenized):
 
     model.model.forward = forward
     features = choose_features(model, SelectConfig(features="full"))
-    with inference_state(model), pytest.raises(UnsupportedModelError, match=r"model\.norm\.weight"):
-        features.self_check(tokenized, 0)
+    with pytest.warns(UserWarning, match=r"of 1 parameters, such as model\.norm\.weight, take .* the whole model"):
+        gradients, _ = hooked(model, features, tokenized, np.array([0, 5]))
+    for index, row in enumerate([0, 5]):
+        assert relative_error(gradients[index], autograd(model, features.slots, tokenized, row)) < 1e-5
 
 
-def test_adapters_that_are_not_lora_are_refused(tokenizer):
-    from peft import IA3Config
-
-    model = get_peft_model(
-        tiny_llama(tokenizer), IA3Config(target_modules=["k_proj"], feedforward_modules=[], task_type="CAUSAL_LM")
-    )
-    with pytest.raises(UnsupportedModelError, match="IA3"):
-        choose_features(model, SelectConfig())
-    dora = get_peft_model(tiny_llama(tokenizer), LoraConfig(use_dora=True, target_modules="all-linear"))
-    with pytest.raises(UnsupportedModelError, match="DoRA"):
-        choose_features(dora, SelectConfig())
+def test_responses_that_act_on_one_another_are_refused(tokenizer, tokenized):
+    model = tiny_llama(tokenizer)
+    layer = model.model.layers[0].mlp
+    inner = layer.forward
+    layer.forward = lambda x: inner(x) - x.mean(dim=0, keepdim=True)  # as a batch norm in training would
+    with pytest.raises(UnsupportedModelError, match="responses of one batch act on one another"):
+        hooked(model, FreshAdapter(model, 4, 0), tokenized, np.array([0, 5]))
 
 
 def test_reference_model_changes_the_log_ratios_only(tokenizer):
@@ -258,13 +255,18 @@ def test_scaled_embeddings_are_exact(tokenizer, tokenized):
         assert relative_error(gradients[index], autograd(model, features.slots, tokenized, row)) < 1e-5
 
 
-def test_experts_outside_linear_layers_are_pointed_out(tokenizer):
-    from transformers import MixtralConfig, MixtralForCausalLM
+def test_weights_that_no_adapter_reaches_are_pointed_out(tokenizer):
+    class Product(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(0.1 * torch.randn(32, 64))
 
-    model = MixtralForCausalLM(
-        MixtralConfig(vocab_size=len(tokenizer), num_local_experts=4, **{**TINY, "num_hidden_layers": 1})
-    )
-    with pytest.warns(UserWarning, match="of the weights are outside linear layers, such as .*experts"):
+        def forward(self, x):
+            return x @ self.weight @ self.weight.T
+
+    model = tiny_llama(tokenizer)
+    model.model.layers[0].mlp = Product()
+    with pytest.warns(UserWarning, match=r"\d+% of the weights .* such as model\.layers\.0\.mlp\.weight"):
         collect_gradients(model, scored_rows(1, 2), processing_class=tokenizer, progress=False)
 
 
@@ -301,5 +303,6 @@ def test_a_temporary_store_goes_with_its_object(tokenizer):
 def test_parameters_names_every_slot_once(tokenizer):
     model = tiny_llama(tokenizer, tie_word_embeddings=True)
     features = Parameters(model, [name for name, _ in model.named_parameters()])
-    owners = [names for _, _, owned in features.owners for names in owned.values()]
-    assert owners.count("model.embed_tokens.weight") == 2  # tied: embedding and head
+    assert len({slot.offset for slot in features.slots.values()}) == len(features.slots)
+    tied = features.slots["model.embed_tokens.weight"]
+    assert [layer.name for layer in features.layers if layer.weight is tied] == ["model.embed_tokens", "lm_head"]

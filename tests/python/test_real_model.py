@@ -1,6 +1,7 @@
 """The real SmolLM2-135M-Instruct, from the package index, on the demo's own data."""
 
 import json
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -22,7 +23,9 @@ def policy():
         import models
     finally:
         sys.path.remove(str(DEMO))
-    return str(models.policy(DEMO / "output" / "models"))
+    torch.set_num_threads(os.cpu_count())
+    yield str(models.policy(DEMO / "output" / "models"))
+    torch.set_num_threads(1)
 
 
 def rows(n):
@@ -35,7 +38,7 @@ def test_gradients_are_exact(policy):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from bpo.capture import FreshAdapter
+    from bpo.features import FreshAdapter
     from bpo.logprobs import completion_logps
     from bpo.tokens import padding_id, tokenize_responses
 
@@ -46,15 +49,15 @@ def test_gradients_are_exact(policy):
     batch = np.array([0, 1])
     gradients, _ = hooked(model, features, tokenized, batch, padding_id(tokenizer))
     wrapped = get_peft_model(
-        model, LoraConfig(r=8, lora_alpha=8, target_modules=[name for name, *_ in features.layers])
+        model, LoraConfig(r=8, lora_alpha=8, target_modules=[layer.name for layer in features.layers])
     )
     wrapped.eval()
     parameters = []
-    for name, _, a, _ in features.layers:
-        wrapped.get_parameter(f"base_model.model.{name}.lora_A.default.weight").data.copy_(a)
-        parameters.append(wrapped.get_parameter(f"base_model.model.{name}.lora_B.default.weight"))
+    for layer in features.layers:
+        wrapped.get_parameter(f"base_model.model.{layer.name}.lora_A.default.weight").data.copy_(layer.weight.right)
+        parameters.append(wrapped.get_parameter(f"base_model.model.{layer.name}.lora_B.default.weight"))
     for index in range(2):
-        logp = completion_logps(wrapped, tokenized, batch[index : index + 1], padding_id(tokenizer))
+        logp = completion_logps(wrapped, tokenized, batch[index : index + 1], padding_id(tokenizer)).logps
         exact = torch.cat([g.flatten() for g in torch.autograd.grad(logp.sum(), parameters)])
         assert float((gradients[index] - exact).norm() / exact.norm()) < 1e-5
 
@@ -64,7 +67,7 @@ def test_sketch_error_on_real_pair_gradients(policy):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from bpo import _core
-    from bpo.capture import FreshAdapter
+    from bpo.features import FreshAdapter
     from bpo.tokens import padding_id, tokenize_responses
 
     tokenizer = AutoTokenizer.from_pretrained(policy)
