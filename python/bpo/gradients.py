@@ -108,7 +108,7 @@ def collect(
             plan = features.plan(model, tokenized, pad_id, config)
             features.warn_of_gaps(model)
             sketching = stack.enter_context(Sketching(sketcher, config.threads))
-            extraction = _Extraction(model, reference, plan, tokenized, pad_id, sketching, config)
+            extraction = _Extraction(model, reference, plan, candidates, tokenized, pad_id, sketching, config)
             for done in extraction.run(missing):
                 rows, sketch = done.rows, done.sketches.rows()
                 logps, ref_logps = done.logps, done.ref_logps
@@ -149,6 +149,7 @@ class _Extraction:
     model: PreTrainedModel
     reference: PreTrainedModel | None
     plan: Plan
+    candidates: Candidates
     tokenized: TokenizedResponses
     pad_id: int
     sketching: Sketching
@@ -166,10 +167,11 @@ class _Extraction:
             size = first_batch(self.tokenized.lengths[remaining], budget)
             done, error = self._attempt(remaining[:size])
             if done is None:
-                row, longest = remaining[0], int(self.tokenized.lengths[remaining[0]])
+                longest = int(self.tokenized.lengths[remaining[0]])
                 if size == 1:
+                    row = self.candidates.prompt_rows[self.candidates.prompt_of_response[remaining[0]]]
                     raise MemoryError(
-                        f"Memory does not suffice for one sequence of {longest} tokens (response {row}): {error} Lower "
+                        f"Memory does not suffice for one sequence of {longest} tokens (row {row}): {error}\nLower "
                         "SelectConfig.max_length, set gradient_checkpointing, or load the model in a smaller dtype."
                     )
                 budget = longest * (size // 2)
@@ -212,10 +214,11 @@ class _Extraction:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out: CUDA has a class for it, the CPU's allocator a sentence."""
+    """Whether an error says that memory ran out: PyTorch has a class for it on a GPU, elsewhere only sentences."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return isinstance(error, RuntimeError) and "allocate memory" in str(error)
+    sentences = ("allocate memory", "out of memory", "ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(sentence in str(error) for sentence in sentences)
 
 
 def collect_gradients(
