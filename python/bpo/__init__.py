@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from bpo.config import SelectConfig as SelectConfig
     from bpo.data import InvalidDataWarning as InvalidDataWarning
     from bpo.data import read_candidates as read_candidates
+    from bpo.diagnosis import Diagnosis as Diagnosis
+    from bpo.diagnosis import doctor as doctor
     from bpo.evaluate import PreferenceEvaluation as PreferenceEvaluation
     from bpo.evaluate import evaluate_preferences as evaluate_preferences
     from bpo.gradients import collect_gradients as collect_gradients
@@ -44,6 +46,8 @@ _LAZY = {
     "SelectConfig": "bpo.config",
     "InvalidDataWarning": "bpo.data",
     "read_candidates": "bpo.data",
+    "Diagnosis": "bpo.diagnosis",
+    "doctor": "bpo.diagnosis",
     "PreferenceEvaluation": "bpo.evaluate",
     "evaluate_preferences": "bpo.evaluate",
     "collect_gradients": "bpo.gradients",

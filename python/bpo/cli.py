@@ -35,6 +35,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     select.set_defaults(run=_select)
 
+    doctor = commands.add_parser("doctor", help="before a run: what is differentiated, is it sound, what will it cost")
+    doctor.add_argument("model", help="path or hub id of the policy")
+    doctor.add_argument("dataset", help="file, directory or hub id of the preference data")
+    doctor.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="as for select")
+    doctor.set_defaults(run=_doctor)
+
     show = commands.add_parser("show", help="summarise a saved selection or a gradient store")
     show.add_argument("path", type=Path)
     show.set_defaults(run=_show)
@@ -72,6 +78,11 @@ def _select(options: argparse.Namespace) -> None:
     print(selection.summary())
     print(f"\ndataset  {options.output / 'dataset'}  (trl dpo --dataset_name {options.output / 'dataset'} …)")
     print(f"report   {report}")
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    config = bpo.SelectConfig.from_dict(dict(map(_field, options.set)))
+    print(bpo.doctor(options.model, options.dataset, config=config))
 
 
 def _show(options: argparse.Namespace) -> None:

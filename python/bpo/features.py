@@ -66,6 +66,14 @@ class Features:
         """Returns what identifies these features in a store."""
         raise NotImplementedError
 
+    def parts(self) -> dict[str, int]:
+        """Returns the coordinates of each kind of parameter, layers taken together, the largest first."""
+        parts: dict[str, int] = {}
+        for name, slot in self.slots.items():
+            kind = re.sub(r"\b\d+\b", "*", name)
+            parts[kind] = parts.get(kind, 0) + slot.size
+        return dict(sorted(parts.items(), key=lambda item: -item[1]))
+
     def _slot(
         self,
         name: str,
