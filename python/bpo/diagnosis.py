@@ -154,7 +154,8 @@ def doctor(
         dataset: Preference data in any format of :func:`bpo.select`.
         processing_class: The tokenizer; by default the one saved with the model.
         config: Settings, those of the run.
-        seconds: Time after which no further batch is begun. The longest batch always runs, for the estimate of memory.
+        seconds: Time after which no further batch is begun. The longest batch always runs, for the estimate of memory,
+            and so does the shortest.
 
     Returns:
         The diagnosis.
@@ -250,12 +251,12 @@ class _Trial:
     def run(self, deadline: float) -> None:
         """Runs batches until the time is over, and some responses alone."""
         spread = np.unique(np.linspace(0, len(self._batches) - 1, _TIMED).astype(int))
-        # The longest for memory, the shortest and the middle for time, then those between.
+        # The shortest for what is cheap to look at, the longest for memory; those between while there is time.
         middle = spread[len(spread) // 2]
-        order = sorted(spread, key=lambda index: (index != 0, index != spread[-1], abs(index - middle)))
+        order = sorted(spread, key=lambda index: (index != spread[-1], index != 0, abs(index - middle)))
         with Sketching(self._sketcher, self._config.threads) as sketching:
             for place, index in enumerate(order):
-                if place and time.perf_counter() > deadline:
+                if place > 1 and time.perf_counter() > deadline:
                     break
                 rows = self._batches[index]
                 together = self._time(index, sketching)

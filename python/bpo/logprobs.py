@@ -133,16 +133,19 @@ class _TokenLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Takes (m, vocabulary) logits and (m,) targets; returns log π and log π − log Σ_v π_v², (m,) float32."""
-        normalizers, squares = [], []
+        normalizer = torch.empty(len(logits), device=logits.device)
+        agreement = torch.empty_like(normalizer)  # log Σ_v π_v²
         for start in range(0, len(logits), _LOGIT_ROWS):
-            wide = logits[start : start + _LOGIT_ROWS].float()
-            normalizers.append(torch.logsumexp(wide, dim=-1))
-            squares.append(torch.logsumexp(2 * wide, dim=-1))
-        normalizer = torch.cat(normalizers) if normalizers else logits.new_zeros(0, dtype=torch.float32)
-        square = torch.cat(squares) if squares else normalizer
+            part = slice(start, start + _LOGIT_ROWS)
+            wide = logits[part].float()
+            largest = wide.amax(dim=-1, keepdim=True)
+            powers = wide.sub(largest).exp_()
+            total = powers.sum(dim=-1).log()
+            normalizer[part] = largest[:, 0] + total
+            agreement[part] = powers.square_().sum(dim=-1).log() - 2 * total
         logps = logits.gather(-1, targets[:, None])[:, 0].float() - normalizer
+        weights = logps - agreement
         ctx.save_for_backward(logits, targets, normalizer)
-        weights = logps - (square - 2 * normalizer)
         ctx.mark_non_differentiable(weights)
         return logps, weights
 

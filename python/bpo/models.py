@@ -195,10 +195,11 @@ def model_fingerprint(model: PreTrainedModel) -> str:
         scaling = {name: module.scaling for name, module in model.named_modules() if hasattr(module, "scaling")}
         state = [adapters, list(model.active_adapters), scaling]
         digest.update(json.dumps(state, sort_keys=True, default=_sorted_set).encode())
-    for name, parameter in model.named_parameters():
-        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
-        data = parameter.detach().reshape(-1).contiguous().cpu()
-        digest.update(data.view(torch.uint8).numpy().data)
+    # The state holds the scales of quantized weights, too, which are no parameters.
+    for name, tensor in model.state_dict().items():
+        if isinstance(tensor, torch.Tensor):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.reshape(-1).contiguous().cpu().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
