@@ -96,7 +96,7 @@ def _quotas(sizes: npt.NDArray[np.int64], total: int) -> npt.NDArray[np.int64]:
 
 def prompt_text(prompt: Text) -> str:
     """Returns a prompt as plain text; the messages of a conversation are joined by line breaks."""
-    return prompt if isinstance(prompt, str) else "\n".join(str(message["content"]) for message in prompt)
+    return prompt if isinstance(prompt, str) else "\n".join(message["content"] or "" for message in prompt)
 
 
 def embed_prompts(

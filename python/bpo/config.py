@@ -16,6 +16,7 @@ Metric = Literal["euclidean", "cosine"]
 ClusterWeighting = Literal["size", "informativeness"]
 OnInvalid = Literal["skip", "raise"]
 LossType = Literal["sigmoid"]
+TruncationMode = Literal["keep_start", "keep_end"]
 DType = Literal["float32", "bfloat16", "float16"]
 
 
@@ -29,8 +30,10 @@ class SelectConfig:
         loss_type: Preference loss whose gradients are clustered. TRL's name; ``"sigmoid"`` is DPO.
         beta: DPO's β, TRL's default. With the policy as its own reference it scales every gradient alike.
         ref_model: Reference policy, a model or a path. ``None`` means the policy as given, as in TRL.
-        max_length: Tokens of prompt and response together; a longer response is cut at its end (TRL's
-            ``truncation_mode="keep_start"`` and its default length).
+        max_length: Most tokens of prompt and response together, TRL's default. ``None`` cuts nothing. Sequences beyond
+            the positions that the model or its reference was made for are cut all the same, which TRL does not do.
+        truncation_mode: ``"keep_start"`` cuts a longer sequence at its end, and sets aside pairs whose prompt fills
+            ``max_length``; ``"keep_end"``, which TRL deprecates, cuts it at its start and sets nothing aside.
         max_pairs_per_prompt: Most candidate pairs of one prompt, those with the largest score gap first;
             ``None`` keeps all pairs of unequal score *(ours)*.
         on_invalid: ``"skip"`` sets unusable rows aside, counts and names them; ``"raise"`` stops at them.
@@ -85,7 +88,8 @@ class SelectConfig:
     loss_type: LossType = "sigmoid"
     beta: float = 0.1
     ref_model: Any = None
-    max_length: int = 1024
+    max_length: int | None = 1024
+    truncation_mode: TruncationMode = "keep_start"
     max_pairs_per_prompt: int | None = None
     on_invalid: OnInvalid = "skip"
     embedder: str | None = None
@@ -115,6 +119,7 @@ class SelectConfig:
     def __post_init__(self) -> None:
         choices = {
             "loss_type": LossType,
+            "truncation_mode": TruncationMode,
             "on_invalid": OnInvalid,
             "features": Features,
             "sketch_kind": SketchKind,
@@ -135,8 +140,8 @@ class SelectConfig:
             if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < float(value) < float("inf"):
                 raise ValueError(f"SelectConfig.{name} must be above 0, got {value!r}")
             object.__setattr__(self, name, float(value))
-        counts = ("max_length", "lora_rank", "sketch_dim", "sketch_nnz", "tokens_per_batch", "max_iter")
-        optional_counts = ("max_pairs_per_prompt", "n_clusters", "max_depth", "threads", "factor_dim")
+        counts = ("lora_rank", "sketch_dim", "sketch_nnz", "tokens_per_batch", "max_iter")
+        optional_counts = ("max_length", "max_pairs_per_prompt", "n_clusters", "max_depth", "threads", "factor_dim")
         for name in counts + optional_counts:
             value = getattr(self, name)
             if value is None and name in optional_counts:

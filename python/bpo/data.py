@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 
 if TYPE_CHECKING:
     import datasets
@@ -41,6 +42,8 @@ _KNOWN_COLUMNS = (
     "instruction",
     "completions",
 )
+# What TRL gives to apply_chat_template itself.
+_RESERVED_KWARGS = {"conversation", "tokenize", "return_dict", "add_generation_prompt"}
 _FILE_KINDS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 _NAMED_ROWS = 5
 _LARGEST_SCORE = 1e300
@@ -91,6 +94,8 @@ class Candidates:
         prompts: (n,) the distinct prompts with at least one candidate pair.
         prompt_rows: (n,) int64, the first row of the data that holds the prompt.
         prompt_ids: (n, 16) uint8, content hash of each prompt.
+        template_kwargs: (n,) what the chat template gets beside the messages: ``tools``, and what the data gives as
+            ``chat_template_kwargs``. Empty for plain text.
         responses: (R,) the distinct responses, grouped by prompt.
         response_ids: (R, 16) uint8, content hash of prompt and response.
         prompt_of_response: (R,) int64.
@@ -106,6 +111,7 @@ class Candidates:
     prompts: list[Text]
     prompt_rows: npt.NDArray[np.int64]
     prompt_ids: npt.NDArray[np.uint8]
+    template_kwargs: list[dict[str, Any]]
     responses: list[Text]
     response_ids: npt.NDArray[np.uint8]
     prompt_of_response: npt.NDArray[np.int64]
@@ -130,24 +136,33 @@ class Candidates:
     def keep_prompts(
         self, kept: npt.NDArray[np.bool_]
     ) -> tuple[Candidates, npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Restricts the candidates to some prompts.
+        """Restricts the candidates to some prompts ((n,) bool) with all their pairs; else as :meth:`keep_pairs`."""
+        return self.keep_pairs(kept[self.prompt_of_pair])
+
+    def keep_pairs(
+        self, kept_pairs: npt.NDArray[np.bool_]
+    ) -> tuple[Candidates, npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Restricts the candidates to some pairs, and to their prompts with all of their responses.
 
         Args:
-            kept: (n,) bool.
+            kept_pairs: (P,) bool.
 
         Returns:
             The restricted candidates, and the index in ``self`` of each of its pairs and of each of its responses
             (int64).
         """
+        pair_index = np.flatnonzero(kept_pairs)
+        kept = np.zeros(len(self.prompts), dtype=bool)
+        kept[self.prompt_of_pair[pair_index]] = True
         new_prompt = np.cumsum(kept) - 1
         used = kept[self.prompt_of_response]
         new_response = np.cumsum(used) - 1
-        pair_index = np.flatnonzero(kept[self.prompt_of_pair])
         return (
             Candidates(
                 prompts=[self.prompts[i] for i in np.flatnonzero(kept)],
                 prompt_rows=self.prompt_rows[kept],
                 prompt_ids=self.prompt_ids[kept],
+                template_kwargs=[self.template_kwargs[i] for i in np.flatnonzero(kept)],
                 responses=[self.responses[i] for i in np.flatnonzero(used)],
                 response_ids=self.response_ids[used],
                 prompt_of_response=new_prompt[self.prompt_of_response[used]],
@@ -172,8 +187,9 @@ def read_candidates(
 ) -> Candidates:
     """Reads preference data of any accepted format.
 
-    Rows are grouped by the exact prompt, messages included. Rows with scored responses give every pair of unequal
-    scores; preference rows give the pairs that they state.
+    Rows are grouped by the exact prompt: text or messages, with what the columns ``tools`` and ``chat_template_kwargs``
+    give to the chat template, as in TRL. Rows with scored responses give every pair of unequal scores; preference rows
+    give the pairs that they state.
 
     Args:
         dataset: A ``datasets.Dataset``, a list of rows, a ``DatasetDict`` with a ``train`` split, or what
@@ -207,7 +223,7 @@ def read_candidates(
         )
     else:
         raise ValueError(_column_error(columns))
-    for column in ("images", "image", "tools", "chat_template_kwargs"):
+    for column in ("images", "image"):
         if column in columns:
             raise ValueError(
                 f"The column '{column}' is not supported: bpo reads prompts and responses of text alone. Remove it "
@@ -216,8 +232,9 @@ def read_candidates(
     if len(rows) == 0:
         raise ValueError("The dataset is empty: it has the right columns but no rows.")
     groups = _Groups()
+    template_kwargs = _template_kwargs(rows)
     for index, row in enumerate(rows):
-        reader.read(index, row, groups)
+        reader.read(index, row, template_kwargs[index] if template_kwargs else {}, groups)
     candidates = groups.build(max_pairs_per_prompt)
     report_skipped(candidates.skipped, on_invalid)
     return candidates
@@ -342,6 +359,67 @@ def _is_messages(value: Any) -> bool:
     )
 
 
+def _template_kwargs(rows: datasets.Dataset | _ListRows) -> list[dict[str, Any]]:
+    """Returns what each row gives to the chat template beside the messages; an empty list where none gives anything.
+
+    TRL passes ``tools``, which may be JSON, and every item of ``chat_template_kwargs``.
+
+    Raises:
+        ValueError: Values that TRL or Arrow cannot take.
+    """
+    if not {"tools", "chat_template_kwargs"} & set(rows.column_names):
+        return []
+    tools = [_tools(value, index) for index, value in enumerate(_column(rows, "tools"))]
+    given = [_kwargs(value, index) for index, value in enumerate(_column(rows, "chat_template_kwargs"))]
+    # TRL reads rows from Arrow, where an item that only some rows have is None in all the others; a template can tell
+    # None from nothing.
+    try:
+        filled = pa.array(given)
+    except pa.ArrowException as error:
+        raise ValueError(f"Arrow cannot hold the column 'chat_template_kwargs': {error}") from None
+    unset = dict.fromkeys(field.name for field in filled.type) if pa.types.is_struct(filled.type) else {}
+    merged = [
+        {**({} if tool is None else {"tools": tool}), **(kwargs or unset)}
+        for tool, kwargs in zip(tools, filled.to_pylist(), strict=True)
+    ]
+    for index, kwargs in enumerate(merged):
+        _check_json(kwargs, index, "tools' or 'chat_template_kwargs")
+    return merged
+
+
+def _column(rows: datasets.Dataset | _ListRows, name: str) -> list[Any]:
+    if name not in rows.column_names:
+        return [None] * len(rows)
+    return [row[name] for row in rows] if isinstance(rows, _ListRows) else list(rows[name])
+
+
+def _tools(value: Any, index: int) -> list[Any] | None:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise ValueError(f"Row {index}, column 'tools': not JSON: {error}") from None
+    if not isinstance(value, (list, type(None))):
+        raise ValueError(f"Row {index}, column 'tools': expected a list of tools, got {_short(value)}.")
+    return value
+
+
+def _kwargs(value: Any, index: int) -> dict[str, Any] | None:
+    if not isinstance(value, (Mapping, type(None))):
+        raise ValueError(f"Row {index}, column 'chat_template_kwargs': expected a mapping, got {_short(value)}.")
+    taken = sorted(_RESERVED_KWARGS & set(value or {}))
+    if taken:
+        raise ValueError(f"Row {index}, column 'chat_template_kwargs': {', '.join(taken)} is set by the trainer.")
+    return None if value is None else dict(value)
+
+
+def _check_json(value: Any, index: int, column: str) -> None:
+    try:
+        json.dumps(value)
+    except TypeError as error:
+        raise ValueError(f"Row {index}, column '{column}': {error}.") from None
+
+
 def _canonical(text: Text) -> bytes:
     return json.dumps(text, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode(errors="surrogatepass")
 
@@ -360,15 +438,16 @@ def _as_text(value: Any, index: int, column: str, role: str | None = None) -> Te
     if isinstance(value, str):
         return [{"role": role, "content": value}] if role else value
     if _is_messages(value):
-        if not all(isinstance(message["content"], str) for message in value):
-            raise ValueError(f"Row {index}, column '{column}': a message has no text content; bpo reads text only.")
-        # Arrow fills keys that other messages have with None or nothing; they are not part of the message.
-        messages = [{key: item for key, item in message.items() if item or key == "content"} for message in value]
-        for key, item in (pair for message in messages for pair in message.items()):
-            if not isinstance(item, str):
-                raise ValueError(
-                    f"Row {index}, column '{column}': the message key '{key}' holds {_short(item)}, not text."
-                )
+        for message in value:
+            calls_tools = message["content"] is None and message.get("tool_calls")
+            if not isinstance(message["role"], str) or not (isinstance(message["content"], str) or calls_tools):
+                raise ValueError(f"Row {index}, column '{column}': a message has no text content; bpo reads text only.")
+        # Arrow fills keys that other messages have with None, which chat templates never see.
+        messages = [
+            {key: item for key, item in message.items() if item is not None or key == "content"} for message in value
+        ]
+        if not all(isinstance(item, str) for message in messages for item in message.values()):
+            _check_json(messages, index, column)
         return messages
     raise ValueError(
         f"Row {index}, column '{column}': expected text or a list of {{role, content}} messages, got {_short(value)}."
@@ -400,14 +479,15 @@ def _is_score(value: float) -> bool:
 def extract_prompt(chosen: Text, rejected: Text) -> tuple[Text, Text, Text]:
     """Splits two responses that carry their prompt into prompt, chosen and rejected: the common prefix is the prompt.
 
-    A space before the point where texts part stays with the responses, as in TRL.
+    As in TRL, a space before the point where texts part stays with the responses, and so does the last character (the
+    last message) of one that is the beginning of the other.
     """
-    shared = 0
-    for left, right in zip(chosen, rejected, strict=False):
-        if left != right:
-            break
-        shared += 1
-    if isinstance(chosen, str) and shared and chosen[shared - 1] == " ":
+    shared = next(
+        (index for index, (left, right) in enumerate(zip(chosen, rejected, strict=False)) if left != right), None
+    )
+    if shared is None:
+        shared = max(min(len(chosen), len(rejected)) - 1, 0)
+    elif shared and chosen[shared - 1] == " ":
         shared -= 1
     return chosen[:shared], chosen[shared:], rejected[shared:]
 
@@ -420,7 +500,8 @@ class _Groups:
         self.skipped = Skipped()
         self.conversational: bool | None = None
 
-    def group(self, index: int, prompt: Text) -> _Group:
+    def group(self, index: int, prompt: Text, template_kwargs: dict[str, Any]) -> _Group:
+        """Returns the group of a prompt, whose identity the settings of its chat template are part of."""
         conversational = isinstance(prompt, list)
         if self.conversational is None:
             self.conversational = conversational
@@ -430,9 +511,11 @@ class _Groups:
                 f"Row {index}: the prompt is {kinds[not conversational]}, but earlier rows hold {kinds[conversational]}"
                 ". Bring all rows into one form."
             )
-        key = content_id(prompt)
+        # As JSON in the order given, in which a template renders it.
+        settings = [json.dumps(template_kwargs)] if conversational and template_kwargs else []
+        key = content_id(prompt, *settings)
         if key not in self.prompts:
-            self.prompts[key] = _Group(prompt, index, key)
+            self.prompts[key] = _Group(prompt, settings, index, key)
         return self.prompts[key]
 
     def build(self, max_pairs_per_prompt: int | None) -> Candidates:
@@ -461,6 +544,7 @@ class _Groups:
             prompts=[group.prompt for group in groups],
             prompt_rows=np.array([group.row for group in groups], dtype=np.int64),
             prompt_ids=_id_array([group.key for group in groups]),
+            template_kwargs=[json.loads(group.settings[0]) if group.settings else {} for group in groups],
             responses=[response for group in groups for response in group.responses],
             response_ids=_id_array([key for group in groups for key in group.keys]),
             prompt_of_response=np.repeat(np.arange(len(groups)), np.diff(offsets)).astype(np.int64),
@@ -496,8 +580,9 @@ class _Pair:
 class _Group:
     """One prompt: its distinct responses and, where the data states them, its pairs."""
 
-    def __init__(self, prompt: Text, row: int, key: bytes) -> None:
+    def __init__(self, prompt: Text, settings: list[str], row: int, key: bytes) -> None:
         self.prompt = prompt
+        self.settings = settings
         self.row = row
         self.key = key
         self.responses: list[Text] = []
@@ -511,7 +596,7 @@ class _Group:
 
     def add(self, response: Text, score: float, row: int) -> tuple[int, bool]:
         """Returns the position of the response and whether it is new."""
-        key = content_id(self.prompt, response)
+        key = self.response_id(response)
         if key in self._index:
             return self._index[key], False
         self._index[key] = len(self.responses)
@@ -520,6 +605,9 @@ class _Group:
         self.scores.append(score)
         self.rows.append(row)
         return self._index[key], True
+
+    def response_id(self, response: Text) -> bytes:
+        return content_id(self.prompt, *self.settings, response)
 
     def candidate_pairs(self, skipped: Skipped) -> list[_Pair]:
         if not self.scored:
@@ -549,7 +637,7 @@ class _PreferenceReader:
             raise ValueError(f"The dataset has the column '{scores[0]}' but not its counterpart; give both or none.")
         self.has_scores = bool(scores)
 
-    def read(self, index: int, row: Mapping[str, Any], groups: _Groups) -> None:
+    def read(self, index: int, row: Mapping[str, Any], template_kwargs: dict[str, Any], groups: _Groups) -> None:
         skipped, place = groups.skipped, f"row {index}"
         if row["chosen"] in (None, []) or row["rejected"] in (None, []):
             skipped.add("chosen or rejected is missing", place)
@@ -581,7 +669,7 @@ class _PreferenceReader:
         if chosen == rejected:
             skipped.add("chosen equals rejected", place)
             return
-        group = groups.group(index, prompt)
+        group = groups.group(index, prompt, template_kwargs)
         score_chosen = score_rejected = math.nan
         if self.has_scores:
             score_chosen = _score(row["score_chosen"], index, "score_chosen")
@@ -595,7 +683,7 @@ class _PreferenceReader:
                 reason = "chosen has a lower score than rejected"
             if reason is not None:
                 skipped.add(reason, place)
-                group.set_aside += [content_id(prompt, chosen), content_id(prompt, rejected)]
+                group.set_aside += [group.response_id(chosen), group.response_id(rejected)]
                 return
         first = group.add(chosen, score_chosen, index)[0]
         second = group.add(rejected, score_rejected, index)[0]
@@ -615,7 +703,7 @@ class _ScoredReader:
         self.responses = responses
         self.has_scores = "scores" in columns
 
-    def read(self, index: int, row: Mapping[str, Any], groups: _Groups) -> None:
+    def read(self, index: int, row: Mapping[str, Any], template_kwargs: dict[str, Any], groups: _Groups) -> None:
         skipped = groups.skipped
         items = row[self.responses]
         if items is None or (self.has_scores and row["scores"] is None):
@@ -628,7 +716,7 @@ class _ScoredReader:
             return
         prompt = _as_text(row[self.prompt], index, self.prompt)
         texts, scores = self._texts_and_scores(index, row, items)
-        group = groups.group(index, prompt)
+        group = groups.group(index, prompt, template_kwargs)
         group.scored = True
         role = "assistant" if isinstance(prompt, list) else None
         for position, (text, score) in enumerate(zip(texts, scores, strict=True)):
@@ -644,7 +732,7 @@ class _ScoredReader:
                 )
             if not _is_score(score):
                 skipped.add("score missing, NaN or infinite", place)
-                group.set_aside.append(content_id(prompt, response))
+                group.set_aside.append(group.response_id(response))
                 continue
             earlier, new = group.add(response, score, index)
             if not new and group.scores[earlier] == score:

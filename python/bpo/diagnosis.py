@@ -41,13 +41,13 @@ class Diagnosis:
 
     Attributes:
         prompts: Usable prompts.
-        responses: Their responses, one gradient each.
+        responses: Their responses, one gradient each (two where a response starts at different tokens in two pairs).
         pairs: Candidate pairs.
         skipped: What of the data cannot be used: reason → count.
         tokens: Of all prompts and responses, each response with its prompt.
         longest: Tokens of the longest sequence.
         truncated: Responses cut to the window.
-        window: Longest sequence allowed, in tokens.
+        window: Longest sequence allowed, in tokens; None for no limit.
         warnings: What tokenizing, loading and looking at the model warned of, boundary mismatches included.
         features: What identifies the coordinates.
         coordinates: How many numbers the gradient of a response has.
@@ -71,7 +71,7 @@ class Diagnosis:
     tokens: int
     longest: int
     truncated: int
-    window: int
+    window: int | None
     warnings: list[str]
     features: dict[str, Any]
     coordinates: int
@@ -119,7 +119,7 @@ class Diagnosis:
         lines = [
             f"data       {self.prompts:,} prompts, {self.responses:,} responses, {self.pairs:,} candidate pairs",
             *(f"unusable   {count} × {reason}" for reason, count in self.skipped.items()),
-            f"tokens     {self.tokens:,}; longest {self.longest:,}, window {self.window:,}; "
+            f"tokens     {self.tokens:,}; longest {self.longest:,}, window {self.window or 'without end'}; "
             f"{self.truncated / self.responses:.1%} of the responses cut",
             f"gradients  {self.features['kind']}: {self.coordinates:,} coordinates a response: {_named(parts)}",
         ]
@@ -175,7 +175,11 @@ def doctor(
         tokenizer = load_tokenizer(model, processing_class, config)
         policy = load_policy(model, config)
         kept, tokenized = tokenize_candidates(
-            candidates, tokenizer, window(policy, config), on_invalid=config.on_invalid
+            candidates,
+            tokenizer,
+            window(policy, config),
+            truncation_mode=config.truncation_mode,
+            on_invalid=config.on_invalid,
         )
         check_vocabulary(policy, tokenized)
         features = choose_features(policy, config)

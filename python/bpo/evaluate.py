@@ -33,9 +33,10 @@ class PreferenceEvaluation:
             the policy prefers without a reference.
         n_pairs: Pairs.
         n_prompts: Prompts.
-        logps: (R,) float32, log π(response | prompt).
-        response_ids: (R, 16) uint8, content hash of prompt and response, by which a reference is known to fit.
-        lengths: (R,) int64, tokens of each response.
+        logps: (S,) float32, log π(response | prompt) of every response of a pair (of every sequence, where tokens merge
+            across the boundary: see :class:`bpo.tokens.TokenizedResponses`).
+        response_ids: (S, 16) uint8, content hash of prompt and response, by which a reference is known to fit.
+        lengths: (S,) int64, tokens of each response.
         correct: (P,) float64 in {0, ½, 1}, for paired comparison of two policies on the same pairs.
     """
 
@@ -67,7 +68,7 @@ def evaluate_preferences(
         dataset: Preference data in any format of :func:`bpo.select`.
         reference: The reference policy's evaluation on the same data; ``None`` takes the model as its own reference.
         processing_class: The tokenizer; by default the one saved with the model.
-        config: Uses ``beta``, ``max_length``, ``tokens_per_batch`` and how a model is loaded.
+        config: Uses ``beta``, ``max_length``, ``truncation_mode``, ``tokens_per_batch`` and how a model is loaded.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -82,13 +83,17 @@ def evaluate_preferences(
     )
     tokenizer = load_tokenizer(model, processing_class, config)
     candidates, tokenized = tokenize_candidates(
-        candidates, tokenizer, window(model, config), on_invalid=config.on_invalid
+        candidates,
+        tokenizer,
+        window(model, config),
+        truncation_mode=config.truncation_mode,
+        on_invalid=config.on_invalid,
     )
     lengths = tokenized.response_lengths
     if reference is not None and not isinstance(reference, PreferenceEvaluation):
         raise TypeError("reference must be what evaluate_preferences returned for the reference policy.")
     if reference is not None and not (
-        np.array_equal(reference.response_ids, candidates.response_ids) and np.array_equal(reference.lengths, lengths)
+        np.array_equal(reference.response_ids, tokenized.sequence_ids) and np.array_equal(reference.lengths, lengths)
     ):
         raise ValueError(
             f"The reference was evaluated on {len(reference.logps)} other responses, or other tokens of them, than the "
@@ -108,10 +113,10 @@ def evaluate_preferences(
         )
     bad = np.flatnonzero(~np.isfinite(logps))
     if len(bad):
-        row = candidates.prompt_rows[candidates.prompt_of_response[bad[0]]]
+        row = candidates.prompt_rows[candidates.prompt_of_response[tokenized.response_of[bad[0]]]]
         raise ValueError(f"The log-probabilities of {len(bad)} responses are not finite (the first is of row {row}).")
     reference_logps = logps if reference is None else reference.logps
-    chosen, rejected = candidates.pairs.T
+    chosen, rejected = tokenized.pairs.T
     rewards = config.beta * (logps - reference_logps)
     margins = rewards[chosen] - rewards[rejected]
     correct = _wins(margins)
@@ -124,7 +129,7 @@ def evaluate_preferences(
         n_pairs=len(correct),
         n_prompts=len(candidates.prompts),
         logps=logps,
-        response_ids=candidates.response_ids,
+        response_ids=tokenized.sequence_ids,
         lengths=lengths,
         correct=correct,
     )

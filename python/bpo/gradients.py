@@ -48,7 +48,7 @@ def collect(
     store: str | os.PathLike[str] | None,
     progress: bool,
 ) -> GradientStore:
-    """Adds the sketched gradient of every response that the store lacks.
+    """Adds the sketched gradient of every response (every sequence) that the store lacks.
 
     Args:
         model: The policy.
@@ -84,10 +84,11 @@ def collect(
             "seed": config.sketch_seed,
         },
         "max_length": tokenized.max_length,
+        "truncation_mode": config.truncation_mode,
         "dtype": str(model.dtype).removeprefix("torch.") + (" under bfloat16 autocast" if config.bf16 else ""),
     }
-    writer = GradientWriter.open(store, config.sketch_dim, fingerprint, candidates.known_ids)
-    missing = np.flatnonzero(writer.rows_of(candidates.response_ids) < 0)
+    writer = GradientWriter.open(store, config.sketch_dim, fingerprint, candidates.known_ids, tokenized.sequence_ids)
+    missing = np.flatnonzero(writer.rows_of(tokenized.sequence_ids) < 0)
     pad_id = padding_id(processing_class)
     # In tokens, since the longest responses go first: counted in responses, the time left would be far too long.
     bar = tqdm(
@@ -111,6 +112,7 @@ def collect(
             extraction = _Extraction(model, reference, plan, candidates, tokenized, pad_id, sketching, config)
             for done in extraction.run(missing):
                 rows, sketch = done.rows, done.sketches.rows()
+                responses = tokenized.response_of[rows]
                 logps, ref_logps = done.logps, done.ref_logps
                 # A row whose squared norm overflows is as useless to k-means as an infinite one.
                 with np.errstate(over="ignore", invalid="ignore"):
@@ -119,9 +121,9 @@ def collect(
                 sketch[~finite] = 0.0
                 writer.append(
                     sketch,
-                    prompt_ids=candidates.prompt_ids[candidates.prompt_of_response[rows]],
-                    response_ids=candidates.response_ids[rows],
-                    scores=candidates.scores[rows],
+                    prompt_ids=candidates.prompt_ids[candidates.prompt_of_response[responses]],
+                    response_ids=tokenized.sequence_ids[rows],
+                    scores=candidates.scores[responses],
                     logps=logps,
                     ref_logps=ref_logps,
                     lengths=tokenized.response_lengths[rows],
@@ -169,7 +171,9 @@ class _Extraction:
             if done is None:
                 longest = int(self.tokenized.lengths[remaining[0]])
                 if size == 1:
-                    row = self.candidates.prompt_rows[self.candidates.prompt_of_response[remaining[0]]]
+                    row = self.candidates.prompt_rows[
+                        self.candidates.prompt_of_response[self.tokenized.response_of[remaining[0]]]
+                    ]
                     raise MemoryError(
                         f"Memory does not suffice for one sequence of {longest} tokens (row {row}): {error}\nLower "
                         "SelectConfig.max_length, set gradient_checkpointing, or load the model in a smaller dtype."
@@ -254,7 +258,13 @@ def collect_gradients(
     )
     tokenizer = load_tokenizer(model, processing_class, config)
     policy = load_policy(model, config)
-    kept, tokenized = tokenize_candidates(candidates, tokenizer, window(policy, config), on_invalid=config.on_invalid)
+    kept, tokenized = tokenize_candidates(
+        candidates,
+        tokenizer,
+        window(policy, config),
+        truncation_mode=config.truncation_mode,
+        on_invalid=config.on_invalid,
+    )
     return collect(
         policy,
         kept,

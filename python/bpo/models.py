@@ -134,12 +134,12 @@ def load_policy(model: Any, config: SelectConfig) -> PreTrainedModel:
     return policy
 
 
-def window(model: Any, config: SelectConfig) -> int:
-    """Returns the longest sequence that the settings, the model and its reference allow, in tokens."""
+def window(model: Any, config: SelectConfig) -> int | None:
+    """Returns the longest sequence that the settings, the model and its reference allow, in tokens; None for any."""
     longest = [config.max_length, _positions(model, config)]
     if config.ref_model is not None:
         longest.append(_positions(config.ref_model, config))
-    return min(length for length in longest if length)
+    return min((length for length in longest if length), default=None)
 
 
 def _positions(model: Any, config: SelectConfig) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,18 +13,18 @@ from tqdm.auto import tqdm
 from bpo.breadth import compress_breadth, embed_prompts, embed_with_policy
 from bpo.clustering import cluster_pairs
 from bpo.config import SelectConfig
-from bpo.data import Candidates, Skipped, read_candidates, report_skipped, warn
+from bpo.data import Candidates, Skipped, Text, read_candidates, report_skipped, warn
 from bpo.gradients import collect
 from bpo.losses import pair_coefficients
 from bpo.models import load_policy, load_tokenizer, window
 from bpo.selection import SELECTED, Selection
 from bpo.store import NONFINITE
 from bpo.strategies import KEEPS_EVERY_PROMPT, NEEDS_GRADIENTS, NEEDS_SCORES, STRATEGIES, Candidacy
-from bpo.tokens import TokenizedResponses, padding_id, tokenize_candidates
+from bpo.tokens import TokenizedResponses, padding_id, tokenize_candidates, tokenize_prompts
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     import numpy.typing as npt
 
@@ -105,11 +106,16 @@ def select(
             f"{len(candidates.pairs)} pairs have none. Give the columns score_chosen and score_rejected, or scored "
             "responses."
         )
-    tokenizer = tokenized = None
+    tokenizer = tokenized = longest = None
     if model is not None:
         tokenizer = load_tokenizer(model, processing_class, config)
+        longest = window(model, config)
         candidates, tokenized = tokenize_candidates(
-            candidates, tokenizer, window(model, config), on_invalid=config.on_invalid
+            candidates,
+            tokenizer,
+            longest,
+            truncation_mode=config.truncation_mode,
+            on_invalid=config.on_invalid,
         )
     n_prompts = len(candidates.prompts) if breadth is None else _count("breadth", breadth, len(candidates.prompts))
     # No choice of prompts can have more pairs than the deepest ones, so most bad budgets are known by now.
@@ -123,15 +129,15 @@ def select(
         if config.embedder is not None:
             embeddings = embed_prompts(candidates.prompts, config.embedder, trust_remote_code=config.trust_remote_code)
         else:
-            assert policy is not None and tokenizer is not None and tokenized is not None
+            assert policy is not None and tokenizer is not None
             embeddings = embed_with_policy(
                 policy,
-                _prompt_ids(candidates, tokenized),
+                tokenize_prompts(candidates, tokenizer, longest, truncation_mode=config.truncation_mode),
                 padding_id(tokenizer),
                 tokens_per_batch=config.tokens_per_batch,
             )
         kept_prompts = compress_breadth(embeddings, n_prompts, seed=seed, threads=config.threads).kept
-    kept, pair_index, rows_kept = candidates.keep_prompts(kept_prompts)
+    kept, pair_index, response_index = candidates.keep_prompts(kept_prompts)
     n_pairs = _count("budget", budget, len(kept.pairs))
     _check_budget(budget, n_pairs, n_prompts, strategy)
 
@@ -140,16 +146,17 @@ def select(
     eligible = np.ones(len(kept.pairs), dtype=bool)
     if needs_gradients:
         assert policy is not None and tokenizer is not None and tokenized is not None
+        sequences = tokenized.keep_pairs(pair_index, response_index)
         gradients = collect(
             policy,
             kept,
-            tokenized.take(rows_kept),
+            sequences,
             tokenizer,
             config=config,
             store=store,
             progress=progress,
         )
-        pairs = gradients.rows_of(kept.response_ids)[kept.pairs]
+        pairs = gradients.rows_of(sequences.sequence_ids)[sequences.pairs]
         logps = gradients.records["logp"][pairs]
         usable = gradients.records["flags"] & NONFINITE == 0
         log_ratios = np.where(usable, gradients.records["logp"], 0) - np.where(usable, gradients.records["ref_logp"], 0)
@@ -188,12 +195,6 @@ def select(
         config=config.to_dict(),
         skipped=candidates.skipped.places,
     )
-
-
-def _prompt_ids(candidates: Candidates, tokenized: TokenizedResponses) -> list[list[int]]:
-    """Returns the token ids of each prompt, as they stand in front of its first response."""
-    first = np.flatnonzero(np.diff(candidates.prompt_of_response, prepend=-1))
-    return [tokenized.ids[row][: max(1, tokenized.prompt_lengths[row])] for row in first]
 
 
 def _count(name: str, value: Any, total: int) -> int:
@@ -257,7 +258,7 @@ def _pair_table(
         return scattered(None if clusters is None else getattr(clusters, name), pa.float32())
 
     labels = None if clusters is None else np.where(clusters.labels < 0, np.nan, clusters.labels)
-    lengths = None if tokenized is None else tokenized.response_lengths
+    lengths = None if tokenized is None else tokenized.response_lengths[tokenized.pairs]
     columns = {
         "pair": pa.array(np.arange(n)),
         "prompt": pa.array(candidates.prompt_of_pair),
@@ -267,8 +268,8 @@ def _pair_table(
         "score_chosen": pa.array(candidates.pair_scores[:, 0], from_pandas=True),
         "score_rejected": pa.array(candidates.pair_scores[:, 1], from_pandas=True),
         "score_gap": pa.array(candidates.score_gaps, from_pandas=True),
-        "length_chosen": pa.nulls(n, pa.int64()) if lengths is None else pa.array(lengths[chosen]),
-        "length_rejected": pa.nulls(n, pa.int64()) if lengths is None else pa.array(lengths[rejected]),
+        "length_chosen": pa.nulls(n, pa.int64()) if lengths is None else pa.array(lengths[:, 0]),
+        "length_rejected": pa.nulls(n, pa.int64()) if lengths is None else pa.array(lengths[:, 1]),
         "logp_chosen": scattered(None if logps is None else logps[:, 0], pa.float32()),
         "logp_rejected": scattered(None if logps is None else logps[:, 1], pa.float32()),
         "informativeness": cluster_column("informativeness"),
@@ -289,17 +290,43 @@ def _training_set(candidates: Candidates, table: pa.Table, index: npt.NDArray[np
     def texts(rows: npt.NDArray[np.int64]) -> list[Any]:
         return [candidates.responses[row] for row in rows]
 
-    columns = {
-        "prompt": [candidates.prompts[prompt] for prompt in candidates.prompt_of_pair[index]],
+    prompts = candidates.prompt_of_pair[index]
+    texts_of = {
+        "prompt": [candidates.prompts[prompt] for prompt in prompts],
         "chosen": texts(candidates.pairs[index, 0]),
         "rejected": texts(candidates.pairs[index, 1]),
     }
+    columns: dict[str, list[Any]] = {}
+    settings = [dict(candidates.template_kwargs[prompt]) for prompt in prompts]
+    tools = [kwargs.pop("tools", None) for kwargs in settings]
+    if any(tool is not None for tool in tools):
+        # As JSON, which TRL takes: Arrow would fill every tool with the keys of all the others.
+        columns["tools"] = [None if tool is None else json.dumps(tool) for tool in tools]
+    if any(settings):
+        columns["chat_template_kwargs"] = settings
     selected = table.take(pa.array(index)).drop_columns(["chosen", "rejected", "fate"])
     for name in selected.column_names:
         # A column that the strategy does not use would be all null, which Parquet readers cannot give a type.
         if selected[name].null_count < selected.num_rows:
             columns[f"bpo_{name}"] = selected[name].to_pylist()
-    return datasets.Dataset.from_dict(columns)
+    features = None
+    if _has_structured_messages(texts_of.values()):
+        # Arrow would fill the arguments of every tool call with those of all the others.
+        text_features = dict.fromkeys(texts_of, datasets.List(datasets.Json()))
+        features = datasets.Features({**text_features, **datasets.Dataset.from_dict(columns).features})
+    return datasets.Dataset.from_dict({**texts_of, **columns}, features=features)
+
+
+def _has_structured_messages(columns: Iterable[list[Text]]) -> bool:
+    """Whether a message holds more than text, such as tool calls."""
+    return any(
+        not isinstance(value, (str, type(None)))
+        for texts in columns
+        for text in texts
+        if isinstance(text, list)
+        for message in text
+        for value in message.values()
+    )
 
 
 @contextlib.contextmanager

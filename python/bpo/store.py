@@ -47,6 +47,7 @@ _MISMATCH = {
     "features": ("set of differentiated parameters, or seed", "use the same features, lora_rank and sketch_seed"),
     "sketch": ("sketch", "use the same sketch settings and sketch_seed"),
     "max_length": ("max_length", "use the same max_length"),
+    "truncation_mode": ("truncation_mode", "use the same truncation_mode"),
     "dtype": ("compute type", "load the model in that type"),
 }
 
@@ -132,7 +133,8 @@ class GradientWriter:
         path: str | os.PathLike[str] | None,
         dim: int,
         fingerprint: dict[str, Any],
-        known_response_ids: npt.NDArray[np.uint8],
+        known_ids: npt.NDArray[np.uint8],
+        wanted_ids: npt.NDArray[np.uint8],
     ) -> GradientWriter:
         """Opens a store after checking that it was made with the same things; prepares one where there is none.
 
@@ -140,8 +142,9 @@ class GradientWriter:
             path: Directory; ``None`` for a temporary one.
             dim: Numbers a row.
             fingerprint: What the rows depend on.
-            known_response_ids: (·, 16) every response of the data. It must contain the store's, or they it: anything
-                else is other data.
+            known_ids: (·, 16) every response of the data. The store's rows must be of these, unless it has all that is
+                wanted: anything else is other data.
+            wanted_ids: (·, 16) the rows that will be asked for.
 
         Raises:
             StoreMismatchError: Another model, tokenizer, sketch, version or data.
@@ -152,7 +155,7 @@ class GradientWriter:
         if (directory / "manifest.json").exists():
             present = GradientStore(directory)
             _check_fingerprint(directory, present.fingerprint, fingerprint)
-            _check_data(present, known_response_ids)
+            _check_data(present, known_ids, wanted_ids)
         elif directory.exists() and not (
             directory.is_dir() and {path.name for path in directory.iterdir()} <= {"lock"}
         ):
@@ -238,12 +241,13 @@ def _brief(value: Any) -> str:
     return text[:12] + "…" if len(text) == 64 else text
 
 
-def _check_data(present: GradientStore, known_response_ids: npt.NDArray[np.uint8]) -> None:
-    stored = {identifier.tobytes() for identifier in present.records["response_id"]}
-    known = {identifier.tobytes() for identifier in known_response_ids}
-    if stored <= known or known <= stored:
+def _check_data(present: GradientStore, known_ids: npt.NDArray[np.uint8], wanted_ids: npt.NDArray[np.uint8]) -> None:
+    # The first half of an id is the response's, wherever it starts and whatever its tokens weigh.
+    stored = {identifier[:8].tobytes() for identifier in present.records["response_id"]}
+    known = {identifier[:8].tobytes() for identifier in known_ids}
+    if stored <= known or (present.rows_of(wanted_ids) >= 0).all():
         return
-    foreign = next(row for row, key in enumerate(present.records["response_id"]) if key.tobytes() not in known)
+    foreign = next(row for row, key in enumerate(present.records["response_id"]) if key[:8].tobytes() not in known)
     raise StoreMismatchError(
         f"The gradient store {present.path} was made with other data: {len(stored - known)} of its {len(stored)} "
         f"responses are not in this data set (the first is row {foreign} of the store), and {len(known - stored)} of "

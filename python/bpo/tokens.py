@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,38 +15,75 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from transformers import PreTrainedTokenizerBase
 
-    from bpo.config import OnInvalid
+    from bpo.config import OnInvalid, TruncationMode
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenizedResponses:
-    """Token ids of every response with its prompt in front.
+    """Token ids of responses with their prompt in front.
+
+    One *sequence* is a response together with the place where it starts. Both responses of a pair start where the
+    first of them parts from the prompt, as in TRL. So where tokens merge across the boundary, a response may start at
+    one place in one pair and earlier in another, and is a sequence for each; everywhere else it is a single one.
 
     Attributes:
-        ids: (R,) lists of token ids, prompt and response, cut to ``max_length``.
-        prompt_lengths: (R,) int64, tokens of the prompt; the log-probability of a response sums over the rest.
-        truncated: How many responses were cut at their end.
-        max_length: The window to which sequences were cut.
+        ids: (S,) lists of token ids, prompt and response, cut to ``max_length``.
+        prompt_lengths: (S,) int64, tokens of the prompt; the log-probability of a response sums over the rest.
+        pairs: (P, 2) int64, the sequences of the preferred and of the other response of each candidate pair.
+        response_of: (S,) int64, the response that each sequence is of.
+        sequence_ids: (S, 16) uint8, content hash of each sequence: that of the response where it starts as soon as it
+            parts from the prompt; else only the first eight bytes are the response's.
+        max_length: The window to which sequences were cut; None where nothing was.
+        truncated: How many sequences were cut.
     """
 
     ids: list[list[int]]
     prompt_lengths: npt.NDArray[np.int64]
-    max_length: int
+    pairs: npt.NDArray[np.int64]
+    response_of: npt.NDArray[np.int64]
+    sequence_ids: npt.NDArray[np.uint8]
+    max_length: int | None
     truncated: int
 
     @functools.cached_property
     def lengths(self) -> npt.NDArray[np.int64]:
-        """(R,) int64, tokens of prompt and response together."""
+        """(S,) int64, tokens of prompt and response together."""
         return np.array([len(ids) for ids in self.ids], dtype=np.int64)
 
     @functools.cached_property
     def response_lengths(self) -> npt.NDArray[np.int64]:
-        """(R,) int64, tokens of the response alone."""
+        """(S,) int64, tokens of the response alone."""
         return self.lengths - self.prompt_lengths
 
+    @functools.cached_property
+    def predicted_lengths(self) -> npt.NDArray[np.int64]:
+        """(S,) int64, tokens of the response that the model predicts: nothing predicts the first of a sequence."""
+        lengths: npt.NDArray[np.int64] = self.response_lengths - (self.prompt_lengths == 0)
+        return lengths
+
     def take(self, rows: npt.NDArray[np.int64]) -> TokenizedResponses:
-        """Returns those of some responses."""
-        return dataclasses.replace(self, ids=[self.ids[row] for row in rows], prompt_lengths=self.prompt_lengths[rows])
+        """Returns some sequences, in the order given, with the pairs whose two sequences are among them."""
+        place = np.full(len(self.ids), -1, dtype=np.int64)
+        place[rows] = np.arange(len(rows))
+        pairs = place[self.pairs]
+        return dataclasses.replace(
+            self,
+            ids=[self.ids[row] for row in rows],
+            prompt_lengths=self.prompt_lengths[rows],
+            pairs=pairs[(pairs >= 0).all(axis=1)],
+            response_of=self.response_of[rows],
+            sequence_ids=self.sequence_ids[rows],
+        )
+
+    def keep_pairs(
+        self, pair_index: npt.NDArray[np.int64], response_index: npt.NDArray[np.int64]
+    ) -> TokenizedResponses:
+        """Restricts the sequences as candidates were; takes the second and third result of ``keep_pairs`` there."""
+        rows, pairs = np.unique(self.pairs[pair_index], return_inverse=True)
+        taken = self.take(rows)
+        return dataclasses.replace(
+            taken, pairs=pairs.reshape(-1, 2), response_of=np.searchsorted(response_index, taken.response_of)
+        )
 
 
 def check_tokenizer(processing_class: PreTrainedTokenizerBase, conversational: bool) -> None:
@@ -75,80 +113,156 @@ def padding_id(processing_class: PreTrainedTokenizerBase) -> int:
 
 
 def tokenize_responses(
-    candidates: Candidates, processing_class: PreTrainedTokenizerBase, max_length: int
+    candidates: Candidates,
+    processing_class: PreTrainedTokenizerBase,
+    max_length: int | None,
+    *,
+    truncation_mode: TruncationMode = "keep_start",
 ) -> tuple[TokenizedResponses, npt.NDArray[np.bool_], Skipped]:
-    """Tokenizes every response behind its prompt, as TRL 1.x does for the same rows.
+    """Tokenizes the responses of every candidate pair behind their prompt, as TRL 1.x does for the same rows.
 
-    Conversations go through the chat template; plain text gets the end token. A response starts where the tokens of
-    the prompt alone and of prompt + response part, the earliest such place over the responses of a prompt (TRL takes
-    the earliest over the two of a pair, which differs only where tokens merge across the boundary). Sequences are cut
-    to ``max_length`` from the start (``truncation_mode="keep_start"``).
+    Conversations go through the chat template; plain text gets the end token. The two responses of a pair start where
+    the tokens of the prompt alone and of prompt + response part, at the earlier of both places.
 
     Args:
         candidates: Prompts and responses.
         processing_class: The tokenizer.
-        max_length: Longest sequence, in tokens.
+        max_length: Longest sequence, in tokens; None cuts nothing.
+        truncation_mode: TRL's word for which end of a longer sequence is kept.
 
     Returns:
-        The token ids; for each prompt whether it fits the window with room for a response ((n,) bool); and which do
-        not fit.
+        The sequences; for each pair whether the window has room for its responses ((P,) bool); and which have not.
 
     Raises:
-        ValueError: A tokenizer that cannot do this (see :func:`check_tokenizer`).
+        ValueError: A tokenizer that cannot do this (see :func:`check_tokenizer`), or a row that it fails on.
     """
     check_tokenizer(processing_class, candidates.conversational)
-    fits = np.ones(len(candidates.prompts), dtype=bool)
-    skipped = Skipped()
-    all_ids: list[list[int]] = []
-    prompt_lengths = np.zeros(len(candidates.responses), dtype=np.int64)
-    truncated = moved = row = 0
+    uncut: list[list[int]] = []  # (R,)
+    starts: list[int] = []  # (R,) where each response parts from its prompt
+    prompt_tokens: list[int] = []  # (n,)
     per_prompt = np.bincount(candidates.prompt_of_response, minlength=len(candidates.prompts))
     for index, prompt in enumerate(candidates.prompts):
-        data_row = int(candidates.prompt_rows[index])
-        prompt_ids = _ids(processing_class, prompt, data_row, add_generation_prompt=True)
-        sequences = [
-            _ids(processing_class, _joined(prompt, response, processing_class.eos_token), data_row)
-            for response in candidates.responses[row : row + per_prompt[index]]
-        ]
-        if not all(sequences):
-            raise ValueError(f"Row {data_row}: the tokenizer gives no tokens for prompt and response.")
-        boundary = min(_common_prefix_length(prompt_ids, sequence) for sequence in sequences)
-        if any(len(sequence) <= boundary for sequence in sequences):
-            raise ValueError(f"Row {data_row}: no token of a response follows the prompt; look at the chat template.")
-        moved += boundary < len(prompt_ids)
-        if boundary >= max_length:
-            fits[index] = False
-            place = f"row {data_row}, {boundary} tokens"
-            skipped.add(f"prompt fills the window of {max_length} tokens", place)
-        truncated += sum(len(sequence) > max_length for sequence in sequences) if fits[index] else 0
-        all_ids.extend(sequence[:max_length] for sequence in sequences)
-        prompt_lengths[row : row + len(sequences)] = min(boundary, max_length)
-        row += len(sequences)
-    if moved:
-        warn(
-            f"{moved} of {len(candidates.prompts)} tokenized prompts are not a prefix of prompt + response; as in TRL, "
-            "their response starts where the two part. End prompts on a token boundary to avoid it."
+        row = int(candidates.prompt_rows[index])
+        settings = candidates.template_kwargs[index]
+        prompt_ids = _ids(processing_class, prompt, row, settings, add_generation_prompt=True)
+        prompt_tokens.append(len(prompt_ids))
+        for response in candidates.responses[len(uncut) : len(uncut) + per_prompt[index]]:
+            ids = _ids(processing_class, _joined(prompt, response, processing_class.eos_token), row, settings)
+            if not ids:
+                raise ValueError(f"Row {row}: the tokenizer gives no tokens for prompt and response.")
+            uncut.append(ids)
+            starts.append(_common_prefix_length(prompt_ids, ids))
+
+    response_start = np.array(starts, dtype=np.int64)
+    pair_start = response_start[candidates.pairs].min(axis=1)
+    _warn_of_moved_starts(candidates, pair_start < np.array(prompt_tokens)[candidates.prompt_of_pair])
+    # One sequence for each response and start that some pair asks for, in the order of the responses.
+    keys = candidates.pairs * (pair_start.max() + 1) + pair_start[:, None]
+    _, first, pairs = np.unique(keys, return_index=True, return_inverse=True)
+    pairs = pairs.reshape(-1, 2)
+    response_of, start = candidates.pairs.ravel()[first], np.repeat(pair_start, 2)[first]
+    lengths = np.array([len(ids) for ids in uncut], dtype=np.int64)[response_of]
+    if (lengths <= start).any():
+        prompt_of_empty = candidates.prompt_of_response[response_of[lengths <= start][0]]
+        raise ValueError(
+            f"Row {candidates.prompt_rows[prompt_of_empty]}: no token of a response follows the prompt; look at the "
+            "chat template."
         )
-    return TokenizedResponses(all_ids, prompt_lengths, max_length, truncated), fits, skipped
+
+    over = np.maximum(lengths - max_length, 0) if max_length is not None else np.zeros_like(lengths)
+    keeps_end = truncation_mode == "keep_end"
+    fits = np.ones(len(pairs), dtype=bool)
+    if max_length is not None and not keeps_end:
+        fits = pair_start < max_length
+    tokenized = TokenizedResponses(
+        ids=[
+            uncut[response] if not cut else uncut[response][cut:] if keeps_end else uncut[response][:-cut]
+            for response, cut in zip(response_of.tolist(), over.tolist(), strict=True)
+        ],
+        prompt_lengths=np.maximum(start - over, 0) if keeps_end else np.minimum(start, lengths - over),
+        pairs=pairs,
+        response_of=response_of,
+        sequence_ids=_sequence_ids(candidates, response_of, start, start < response_start[response_of]),
+        max_length=max_length,
+        truncated=int((over[np.unique(pairs[fits])] > 0).sum()),
+    )
+    skipped = Skipped()
+    for place in dict.fromkeys(
+        f"row {candidates.pair_rows[pair]}, {pair_start[pair]} tokens" for pair in np.flatnonzero(~fits)
+    ):
+        skipped.add(f"prompt fills the window of {max_length} tokens", place)
+    return tokenized, fits, skipped
 
 
 def tokenize_candidates(
-    candidates: Candidates, processing_class: PreTrainedTokenizerBase, max_length: int, *, on_invalid: OnInvalid
+    candidates: Candidates,
+    processing_class: PreTrainedTokenizerBase,
+    max_length: int | None,
+    *,
+    truncation_mode: TruncationMode = "keep_start",
+    on_invalid: OnInvalid,
 ) -> tuple[Candidates, TokenizedResponses]:
-    """Tokenizes, and sets aside the prompts that leave no room for a response, as TRL does.
+    """Tokenizes, and sets aside the pairs whose prompt leaves no room for a response, as TRL does.
 
     Raises:
-        ValueError: No prompt fits; or one does not and ``on_invalid`` is ``"raise"``.
+        ValueError: No pair fits; or one does not and ``on_invalid`` is ``"raise"``.
     """
-    tokenized, fits, skipped = tokenize_responses(candidates, processing_class, max_length)
+    tokenized, fits, skipped = tokenize_responses(
+        candidates, processing_class, max_length, truncation_mode=truncation_mode
+    )
     report_skipped(skipped, on_invalid)
     candidates.skipped.merge(skipped)
     if not fits.any():
         raise ValueError(f"Every prompt fills the window of {max_length} tokens; raise SelectConfig.max_length.")
     if tokenized.truncated:
         warn(f"{tokenized.truncated} of {len(tokenized.ids)} responses are cut to the window of {max_length} tokens.")
-    kept, _, rows = candidates.keep_prompts(fits)
-    return kept, tokenized.take(rows)
+    kept, pair_index, response_index = candidates.keep_pairs(fits)
+    return kept, tokenized.keep_pairs(pair_index, response_index)
+
+
+def tokenize_prompts(
+    candidates: Candidates,
+    processing_class: PreTrainedTokenizerBase,
+    max_length: int | None,
+    *,
+    truncation_mode: TruncationMode = "keep_start",
+) -> list[list[int]]:
+    """Returns the token ids of each prompt as generation starts from it, cut to ``max_length``; never an empty list."""
+    window = slice(-max_length, None) if max_length and truncation_mode == "keep_end" else slice(max_length)
+    prompts = [
+        _ids(processing_class, prompt, int(row), settings, add_generation_prompt=True)[window]
+        for prompt, row, settings in zip(
+            candidates.prompts, candidates.prompt_rows, candidates.template_kwargs, strict=True
+        )
+    ]
+    return [ids or [padding_id(processing_class)] for ids in prompts]
+
+
+def _warn_of_moved_starts(candidates: Candidates, moved: npt.NDArray[np.bool_]) -> None:
+    """Says how many prompts, and pairs, have prompt tokens that do not come back in front of the response."""
+    if moved.any():
+        warn(
+            f"{len(np.unique(candidates.prompt_of_pair[moved]))} of {len(candidates.prompts)} tokenized prompts are "
+            f"not a prefix of prompt + response, in {moved.sum()} of {len(moved)} pairs; as in TRL, their responses "
+            "start where the two part. End prompts on a token boundary to avoid it."
+        )
+
+
+def _sequence_ids(
+    candidates: Candidates,
+    response_of: npt.NDArray[np.int64],
+    start: npt.NDArray[np.int64],
+    special: npt.NDArray[np.bool_],
+) -> npt.NDArray[np.uint8]:
+    """Returns the hash of the response, and for special sequences one whose second half depends on the rest, too.
+
+    The first half stays, so that a store still knows which data its rows are of.
+    """
+    ids = candidates.response_ids[response_of]
+    for sequence in np.flatnonzero(special):
+        digest = hashlib.sha256(ids[sequence].tobytes() + int(start[sequence]).to_bytes(8, "little")).digest()
+        ids[sequence, 8:] = np.frombuffer(digest[:8], dtype=np.uint8)
+    return ids
 
 
 def _joined(prompt: Text, response: Text, end: str) -> Text:
@@ -159,10 +273,19 @@ def _joined(prompt: Text, response: Text, end: str) -> Text:
     return prompt + response
 
 
-def _ids(processing_class: PreTrainedTokenizerBase, text: Text, row: int, **template: Any) -> list[int]:
+def _ids(
+    processing_class: PreTrainedTokenizerBase,
+    text: Text,
+    row: int,
+    settings: dict[str, Any],
+    *,
+    add_generation_prompt: bool = False,
+) -> list[int]:
     if isinstance(text, list):
         try:
-            encoded = processing_class.apply_chat_template(text, tokenize=True, return_dict=True, **template)
+            encoded = processing_class.apply_chat_template(
+                text, tokenize=True, return_dict=True, add_generation_prompt=add_generation_prompt, **settings
+            )
         except Exception as error:  # templates are programs: they raise what they like
             roles = [message["role"] for message in text]
             raise ValueError(f"Row {row}: the chat template fails on the roles {roles}: {error}") from error

@@ -77,7 +77,6 @@ _UNSUPPORTED = {
     "f_divergence_type": "reverse_kl",
     "ld_alpha": None,
     "use_weighting": False,
-    "truncation_mode": "keep_start",
 }
 
 
@@ -175,10 +174,13 @@ def _select_settings(args: BPOConfig, ref_model: Any, peft_config: Any) -> Selec
             )
     if len(args.loss_type) != 1:
         raise ValueError(f"BPOTrainer selects for one loss, got loss_type={args.loss_type}.")
-    if args.max_length is None:
-        raise ValueError("BPOTrainer needs max_length, since selection truncates as training does.")
     given: dict[str, Any] = dict(args.select_config or {})  # type: ignore[arg-type]
-    shared = {"beta": args.beta, "loss_type": args.loss_type[0], "max_length": args.max_length}
+    shared = {
+        "beta": args.beta,
+        "loss_type": args.loss_type[0],
+        "max_length": args.max_length,
+        "truncation_mode": args.truncation_mode,
+    }
     for name, value in shared.items():
         if given.get(name, value) != value:
             raise ValueError(

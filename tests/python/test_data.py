@@ -118,6 +118,19 @@ def test_all_pairs_of_unequal_scores_largest_gap_first_under_a_cap():
     assert capped.pairs.tolist() == [[1, 0], [1, 2]]
 
 
+def test_tools_are_part_of_the_prompt_of_a_conversation():
+    rows = [
+        {"prompt": USER, "chosen": BLUE, "rejected": GREEN, "tools": tools}
+        for tools in ([{"name": "f"}], '[{"name": "f"}]', None, [{"name": "g"}])
+    ]
+    with pytest.warns(InvalidDataWarning, match=r"duplicate of an earlier pair \(row 1\)"):
+        candidates = read_candidates(rows)
+    assert candidates.template_kwargs == [{"tools": [{"name": "f"}]}, {}, {"tools": [{"name": "g"}]}]
+    assert len(np.unique(candidates.response_ids, axis=0)) == 6
+    plain = read_candidates([{"prompt": "p", "chosen": "a", "rejected": "b", "tools": [{"name": "f"}]}])
+    assert plain.template_kwargs == [{}]  # as in TRL, no template sees them
+
+
 def test_message_keys_that_arrow_fills_with_none_are_dropped():
     rows = [
         {"prompt": [{"role": "user", "content": "x"}], "responses": ["a", "b"], "scores": [1, 0]},
@@ -155,6 +168,22 @@ def test_message_keys_that_arrow_fills_with_none_are_dropped():
         ([{"prompt": "p", "chosen": "a", "rejected": BLUE}], "must both be text or both be messages"),
         ([{"prompt": "p", "chosen": "a", "rejected": "b", "score_chosen": 1.0}], "not its counterpart"),
         ([{"prompt": "p", "chosen": "a", "rejected": "b", "images": [1]}], "'images' is not supported"),
+        ([{"prompt": USER, "chosen": BLUE, "rejected": GREEN, "tools": "{"}], "Row 0, column 'tools': not JSON"),
+        ([{"prompt": USER, "chosen": BLUE, "rejected": GREEN, "tools": '"f"'}], "expected a list of tools"),
+        ([{"prompt": USER, "chosen": BLUE, "rejected": GREEN, "tools": [{"x": {1}}]}], "Row 0, column 'tools' or"),
+        (
+            [{"prompt": USER, "chosen": BLUE, "rejected": GREEN, "chat_template_kwargs": "{}"}],
+            "Row 0, column 'chat_template_kwargs': expected a mapping",
+        ),
+        (
+            [{"prompt": USER, "chosen": BLUE, "rejected": GREEN, "chat_template_kwargs": {"tokenize": False}}],
+            "tokenize is set by the trainer",
+        ),
+        (
+            [{"prompt": USER, "chosen": BLUE, "rejected": GREEN, "chat_template_kwargs": {"x": x}} for x in (1, "a")],
+            "Arrow cannot hold the column 'chat_template_kwargs'",
+        ),
+        ([{"prompt": [{**USER[0], "x": {1}}], "chosen": BLUE, "rejected": GREEN}], "Row 0, column 'prompt': Object of"),
     ],
 )
 def test_bad_data_is_refused_with_what_to_do(dataset, expected):

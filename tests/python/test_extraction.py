@@ -148,7 +148,8 @@ def test_memory_stays_that_of_the_model(tokenizer, tmp_path):
         ids = [[1] * 1000 for _ in range(4)]
 
         def peak(prompt):
-            tokenized = TokenizedResponses(ids, np.full(4, prompt), 2048, 0)
+            none = np.zeros((0, 2), dtype=np.int64)
+            tokenized = TokenizedResponses(ids, np.full(4, prompt), none, np.arange(4), none, 2048, 0)
             completion_logps(model, tokenized, np.arange(4), 0).logps.sum().backward()
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 

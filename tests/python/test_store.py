@@ -45,6 +45,7 @@ def test_it_names_what_it_was_made_with(made, tmp_path):
         ({"sketch_dim": 32}, "sketch"),
         ({"sketch_nnz": 2}, "sketch"),
         ({"max_length": 30}, "max_length"),
+        ({"truncation_mode": "keep_end"}, "truncation_mode"),
     ],
 )
 def test_other_settings_are_refused(made, change, named):
@@ -79,6 +80,43 @@ def test_other_data_is_refused_more_data_extends_and_less_is_served(made):
         made(rows=scored_rows(2, 3, seed=5))
     assert len(made(rows=scored_rows(2, 3) + scored_rows(1, 3, seed=5))) == 9
     assert len(made(rows=scored_rows(1, 3))) == 9
+
+
+def test_a_response_with_two_starts_has_two_rows(tokenizer, tmp_path):
+    """Tokens merge across the boundary, so a response starts elsewhere with another partner; see test_tokens."""
+    merging = [
+        {"prompt": "one re", "chosen": "d green", "rejected": " two"},
+        {"prompt": "one re", "chosen": " blue", "rejected": " two"},
+    ]
+    plain = [{"prompt": f"{i} red?", "chosen": " cat", "rejected": " dog"} for i in range(2)]
+    model = tiny_llama(tokenizer)
+
+    def made(rows, **settings):
+        return collect_gradients(
+            model,
+            rows,
+            processing_class=tokenizer,
+            store=tmp_path / "store",
+            config=SelectConfig(sketch_dim=64, **settings),
+            progress=False,
+        )
+
+    with pytest.warns(UserWarning, match="not a prefix"):
+        store = made(merging + plain)
+    assert len(store) == 4 + 4
+    assert len(made(plain)) == 8  # less is served
+    with pytest.warns(UserWarning, match="not a prefix"):
+        assert len(made(merging)) == 8
+    with pytest.raises(StoreMismatchError, match="made with other data"):
+        made([{"prompt": "2 red?", "chosen": " cat", "rejected": " dog"}])
+
+
+def test_responses_that_no_pair_asks_for_have_no_row(made):
+    rows = scored_rows(2, 3)
+    for row in rows:
+        row["prompt"] = "sun " + row["prompt"]
+    with pytest.raises(StoreMismatchError, match="other data"):
+        made(rows=rows, max_pairs_per_prompt=1)
 
 
 def test_changed_scores_need_no_new_gradients(made):

@@ -1,40 +1,267 @@
+import copy
+import json
+import warnings
+
+import datasets
 import numpy as np
 import pytest
+import torch
+from tokenizers import processors
 
+import bpo
 from bpo import read_candidates
-from bpo.tokens import batches_by_tokens, check_tokenizer, tokenize_responses
-from conftest import scored_rows
+from bpo.logprobs import response_logps
+from bpo.tokens import batches_by_tokens, check_tokenizer, tokenize_candidates, tokenize_responses
+from conftest import CHAT_TEMPLATE, scored_rows
 
 
-@pytest.mark.parametrize("conversational", [False, True])
-def test_same_tokens_as_dpo_trainer(tokenizer, model_path, tmp_path, conversational):
-    from datasets import Dataset
+def user(content):
+    return {"role": "user", "content": content}
+
+
+def assistant(content):
+    return {"role": "assistant", "content": content}
+
+
+SYSTEM = {"role": "system", "content": "red green blue"}
+LONG = "star tea milk " * 30
+STANDARD = [
+    {"prompt": "red cat?", "chosen": " blue dog", "rejected": " one"},
+    # "re" + "d" is one token: the responses start at other places in other pairs of the prompt.
+    {"prompt": "one re", "chosen": "d green", "rejected": " two"},
+    {"prompt": "one re", "chosen": " blue", "rejected": " two"},
+    {"prompt": "one re", "chosen": " blue", "rejected": "d green"},
+    {"prompt": "three b", "chosen": "read", "rejected": "ird two"},
+    {"prompt": "dog ", "chosen": "cat", "rejected": " cat"},  # a space at the end
+    {"prompt": "", "chosen": "moon star", "rejected": "sun"},
+    {"prompt": "sun 🙂", "chosen": "🙃 tea", "rejected": "🙂 é漢"},
+    {"prompt": "sun\n", "chosen": "tea<|im_end|>", "rejected": "<|im_start|>tea<|im_end|> milk"},
+    {"prompt": LONG, "chosen": "north", "rejected": "south " + LONG},
+    {"prompt": "west?", "chosen": LONG, "rejected": "east"},
+]
+IMPLICIT = [
+    {"chosen": "red cat? blue dog", "rejected": "red cat? one"},
+    {"chosen": "red cat?  blue", "rejected": "red cat?  one"},
+    {"chosen": "one red green", "rejected": "one reg"},
+    {"chosen": "sun 🙂🙃 tea", "rejected": "sun 🙂é"},
+    {"chosen": "tea milk bread", "rejected": "tea milk"},  # one is the beginning of the other
+    {"chosen": LONG + "north", "rejected": LONG + "south " + LONG},
+]
+CONVERSATIONS = [
+    {"prompt": [user("red cat?")], "chosen": [assistant("blue dog")], "rejected": [assistant("one")]},
+    {"prompt": [SYSTEM, user("red?")], "chosen": [assistant(" blue")], "rejected": [assistant("")]},
+    {
+        "prompt": [user("red?"), assistant("blue"), user("two 🙂")],
+        "chosen": [assistant("one"), user("two"), assistant("three")],
+        "rejected": [assistant("one <|im_end|>\n")],
+    },
+    {"prompt": [user(LONG)], "chosen": [assistant("north")], "rejected": [assistant(LONG)]},
+]
+IMPLICIT_CONVERSATIONS = [
+    {"chosen": row["prompt"] + row["chosen"], "rejected": row["prompt"] + row["rejected"]} for row in CONVERSATIONS
+] + [{"chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("b"), user("c"), assistant("d")]}]
+# Renders the prompt alone, but not the whole conversation, with an empty thought.
+THINKING = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think></think>{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def trainer(tokenizer, model_path, tmp_path_factory):
+    """One of TRL's own, for its tokenization."""
     from trl import DPOConfig, DPOTrainer
 
-    candidates = read_candidates(scored_rows(4, 3, conversational=conversational))
-    tokenized, fits, _ = tokenize_responses(candidates, tokenizer, 1024)
-    assert fits.all()
+    args = DPOConfig(output_dir=str(tmp_path_factory.mktemp("out")), report_to="none", bf16=False, use_cpu=True)
+    rows = datasets.Dataset.from_list(STANDARD[:1])
+    return DPOTrainer(model_path, args=args, train_dataset=rows, processing_class=copy.deepcopy(tokenizer))
+
+
+def sequences_of_trl(trainer, rows, tokenizer, max_length, truncation_mode):
+    """Row → token ids and completion masks of chosen and rejected, as the model gets them."""
+    from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+    trainer._tokenizer = tokenizer
+    args = copy.copy(trainer.args)
+    args.max_length, args.truncation_mode = max_length, truncation_mode
+    prepared = trainer._prepare_dataset(rows.add_column("row", range(len(rows))), tokenizer, args, "train")
+    collator = DataCollatorForPreference(tokenizer.pad_token_id, max_length, truncation_mode)
+    sequences = {}
+    for row in prepared:
+        batch = collator([row])
+        sequences[row["row"]] = [
+            (ids[attended.bool()].tolist(), completion[attended.bool()].tolist())
+            for ids, attended, completion in zip(
+                batch["input_ids"], batch["attention_mask"], batch["completion_mask"], strict=True
+            )
+        ]
+    return sequences
+
+
+def sequences_of_bpo(rows, tokenizer, max_length, truncation_mode, by_pair=False):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        candidates, tokenized = tokenize_candidates(
+            read_candidates(rows), tokenizer, max_length, truncation_mode=truncation_mode, on_invalid="skip"
+        )
+    return {
+        row: [
+            (ids, [0] * start + [1] * (len(ids) - start))
+            for ids, start in ((tokenized.ids[side], int(tokenized.prompt_lengths[side])) for side in pair)
+        ]
+        for row, pair in zip(
+            range(len(tokenized.pairs)) if by_pair else candidates.pair_rows.tolist(), tokenized.pairs, strict=True
+        )
+    }
+
+
+@pytest.fixture(params=["plain", "bos", "bos and eos"])
+def any_tokenizer(request, tokenizer):
+    """With nothing added to plain text, a first token, or a first and a last one."""
+    changed = copy.deepcopy(tokenizer)
+    if request.param != "plain":
+        single = "<|im_start|> $A" + (" <|im_end|>" if request.param == "bos and eos" else "")
+        special = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<|im_start|>", "<|im_end|>")]
+        changed.backend_tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=special)
+        assert changed("a")["input_ids"][0] == special[0][1]
+    return changed
+
+
+@pytest.mark.parametrize("truncation_mode", ["keep_start", "keep_end"])
+@pytest.mark.parametrize("rows", [STANDARD, IMPLICIT], ids=["explicit", "implicit"])
+def test_same_tokens_as_dpo_trainer_for_plain_text(trainer, any_tokenizer, rows, truncation_mode):
+    rows = datasets.Dataset.from_list(rows)
+    for max_length in (None, 1024, 40, 7, 4):
+        expected = sequences_of_trl(trainer, rows, any_tokenizer, max_length, truncation_mode)
+        assert sequences_of_bpo(rows, any_tokenizer, max_length, truncation_mode) == expected
+        assert len(expected) == len(rows) or (truncation_mode == "keep_start" and max_length <= 40)
+
+
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, THINKING], ids=["chatml", "thinking"])
+@pytest.mark.parametrize("truncation_mode", ["keep_start", "keep_end"])
+@pytest.mark.parametrize("rows", [CONVERSATIONS, IMPLICIT_CONVERSATIONS], ids=["explicit", "implicit"])
+def test_same_tokens_as_dpo_trainer_for_conversations(trainer, tokenizer, rows, truncation_mode, template):
+    changed = copy.deepcopy(tokenizer)
+    changed.chat_template = template
+    rows = datasets.Dataset.from_list(rows)
+    for max_length in (None, 1024, 60, 30):
+        expected = sequences_of_trl(trainer, rows, changed, max_length, truncation_mode)
+        assert sequences_of_bpo(rows, changed, max_length, truncation_mode) == expected
+
+
+# Shows everything that it is given, and tells None from nothing.
+CURIOUS = (
+    "{% if tools is defined and tools %}{{ tools | tojson }}{% endif %}"
+    "{% if style is defined %}style {{ style }}{% endif %}"
+    "{% if documents %}{{ documents | tojson }}{% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message | tojson }}<|im_end|>\n{% endfor %}"
+    '{% if add_generation_prompt %}<|im_start|>{"content": {% endif %}'
+)
+
+
+def tool(name, **properties):
+    return {"type": "function", "function": {"name": name, "parameters": properties}}
+
+
+def call(**arguments):
+    return {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}
+
+
+TOOLS = [
+    {"tools": [tool("f", x={"type": "int"})]},
+    {
+        "tools": [tool("g", y={"type": "str", "enum": ["é", "b"]}), tool("h")],
+        "chat_template_kwargs": {"style": "short"},
+    },
+    {"chat_template_kwargs": {"documents": [{"title": "t", "text": "u"}]}},
+    {},
+]
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_same_tokens_as_dpo_trainer_with_tools(trainer, tokenizer, as_json):
+    changed = copy.deepcopy(tokenizer)
+    changed.chat_template = CURIOUS
+    rows = [{**row, **settings} for row, settings in zip(CONVERSATIONS, TOOLS, strict=True)]
+    rows += [{**CONVERSATIONS[0], **settings} for settings in TOOLS[1:]]  # the same prompt with other tools
+    for row in rows:
+        row.setdefault("chat_template_kwargs", {})  # TRL fails on None
+        if as_json and "tools" in row:
+            row["tools"] = json.dumps(row["tools"])
+    dataset = datasets.Dataset.from_list(rows)
+    expected = sequences_of_trl(trainer, dataset, changed, 1024, "keep_start")
+    assert sequences_of_bpo(dataset, changed, 1024, "keep_start") == expected
+    assert len(read_candidates(dataset).prompts) == 7
+    selected = bpo.select(None, dataset, budget=7, strategy="random", progress=False).dataset
+    assert sequences_of_trl(trainer, selected, changed, 1024, "keep_start") == expected
+    if as_json:  # else Arrow fills the tools of a list of rows, too
+        assert sequences_of_bpo(rows, changed, 1024, "keep_start") == expected
+
+
+@pytest.mark.parametrize("scored", [False, True])
+def test_tool_calls_reach_the_trainer_as_they_were_tokenized(trainer, tokenizer, tmp_path, scored):
+    changed = copy.deepcopy(tokenizer)
+    changed.chat_template = CURIOUS
+    answers = [[call(x=1)], [call(y="a", z=[None, 2.5])], [assistant("no tool")]]
+    prompts = [[user("red?")], [user("red?"), call(q=[]), {"role": "tool", "content": "7"}]]
     rows = [
-        {
-            "prompt": candidates.prompts[prompt],
-            "chosen": candidates.responses[chosen],
-            "rejected": candidates.responses[rejected],
-        }
-        for prompt, (chosen, rejected) in zip(candidates.prompt_of_pair, candidates.pairs, strict=True)
+        {"prompt": prompt, "responses": answers, "scores": [2, 1, 0], "tools": [tool("f"), tool("g", x=1)]}
+        for prompt in prompts
     ]
-    args = DPOConfig(output_dir=str(tmp_path), report_to="none", bf16=False, use_cpu=True)
-    trainer = DPOTrainer(model_path, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
-    for (chosen, rejected), row in zip(candidates.pairs, trainer.train_dataset, strict=True):
-        for side, index in (("chosen_ids", chosen), ("rejected_ids", rejected)):
-            boundary = tokenized.prompt_lengths[index]
-            assert tokenized.ids[index][:boundary] == row["prompt_ids"]
-            assert tokenized.ids[index][boundary:] == row[side]
+    if not scored:
+        rows = [
+            {"prompt": prompt, "chosen": answers[0], "rejected": answers[2], "chat_template_kwargs": settings}
+            for prompt, settings in zip(prompts, ({}, {"style": None}), strict=True)
+        ]
+    selection = bpo.select(None, rows, budget=1.0, strategy="random", progress=False)
+    selection.save(tmp_path)
+    for dataset in (selection.dataset, bpo.Selection.load(tmp_path).dataset):
+        expected = sequences_of_trl(trainer, dataset, changed, 1024, "keep_start")
+        ours = sequences_of_bpo(rows, changed, 1024, "keep_start", by_pair=True)
+        assert list(ours.values()) == list(expected.values())
+        assert len(expected) == (6 if scored else 2)
 
 
-def test_a_prompt_that_is_no_token_prefix_is_counted(tokenizer):
-    rows = [{"prompt": "re", "responses": ["d green", "gg"], "scores": [1, 0]}]
-    with pytest.warns(UserWarning, match="not a prefix"):
-        tokenize_responses(read_candidates(rows), tokenizer, 100)
+def test_a_response_is_a_sequence_for_each_place_where_it_starts(tokenizer):
+    """ "one re" + "d green" starts a token earlier than "one re" + " two", and so does what it is paired with."""
+    candidates = read_candidates(STANDARD[1:4])
+    with pytest.warns(UserWarning, match="1 of 1 tokenized prompts are not a prefix .* in 2 of 3 pairs"):
+        tokenized, fits, _ = tokenize_responses(candidates, tokenizer, 100)
+    responses = [candidates.responses[response] for response in tokenized.response_of]
+    assert fits.all() and responses == ["d green", " two", " two", " blue", " blue"]
+    assert tokenized.pairs.tolist() == [[0, 1], [4, 2], [3, 0]]
+    starts = tokenized.prompt_lengths
+    assert starts[0] == starts[1] == starts[3] == starts[2] - 1 == starts[4] - 1
+    same = (tokenized.sequence_ids == candidates.response_ids[tokenized.response_of]).all(axis=1)
+    assert same.tolist() == [True, False, True, False, True]
+    assert len(np.unique(tokenized.sequence_ids, axis=0)) == 5
+
+    kept, pairs, responses = candidates.keep_pairs(np.array([False, True, True]))
+    some = tokenized.keep_pairs(pairs, responses)
+    assert some.pairs.tolist() == [[3, 1], [2, 0]] and len(some.ids) == 4
+    np.testing.assert_array_equal(some.response_of[some.pairs], kept.pairs)
+
+
+def test_take_keeps_the_pairs_that_it_can(tokenizer):
+    tokenized, _, _ = tokenize_responses(read_candidates(scored_rows(2, 3)), tokenizer, 100)
+    assert tokenized.response_of.tolist() == list(range(6))
+    some = tokenized.take(np.array([5, 0, 3]))
+    assert some.response_of.tolist() == [5, 0, 3]
+    expected = [pair for pair in tokenized.pairs.tolist() if set(pair) <= {5, 0, 3}]
+    assert some.pairs.tolist() == [[[5, 0, 3].index(side) for side in pair] for pair in expected] != []
+
+
+def test_the_first_token_of_a_sequence_is_not_predicted(tokenizer, model):
+    rows = read_candidates([{"prompt": "red cat?", "chosen": " blue dog star", "rejected": " one"}])
+    tokenized, fits, _ = tokenize_responses(rows, tokenizer, 3, truncation_mode="keep_end")
+    assert fits.all() and tokenized.truncated == 2
+    assert tokenized.prompt_lengths.tolist() == [0, 1]
+    assert tokenized.response_lengths.tolist() == [3, 2]
+    assert tokenized.predicted_lengths.tolist() == [2, 2]
+    logps = response_logps(model, tokenized, 0)
+    whole = torch.log_softmax(model(torch.tensor([tokenized.ids[0]])).logits, dim=-1)[0]
+    expected = whole[0, tokenized.ids[0][1]] + whole[1, tokenized.ids[0][2]]
+    assert logps[0] == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_prompts_that_fill_the_window_are_named(tokenizer):
@@ -59,8 +286,6 @@ def test_prompts_that_fill_the_window_are_named(tokenizer):
     ],
 )
 def test_templates_that_fail_name_the_row(tokenizer, template, expected):
-    import copy
-
     broken = copy.deepcopy(tokenizer)
     broken.chat_template = template
     with pytest.raises(ValueError, match=expected):
@@ -68,8 +293,6 @@ def test_templates_that_fail_name_the_row(tokenizer, template, expected):
 
 
 def test_tokenizers_that_cannot_serve_are_refused(tokenizer):
-    import copy
-
     bare = copy.deepcopy(tokenizer)
     bare.chat_template = None
     with pytest.raises(ValueError, match="no chat template"):

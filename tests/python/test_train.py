@@ -1,7 +1,9 @@
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
+import datasets
 import pytest
 
 import bpo
@@ -67,7 +69,6 @@ def test_bpo_trainer_says_what_is_missing(model_path, rows, tmp_path):
         ({"ld_alpha": 0.5}, "ld_alpha"),
         ({"label_smoothing": 0.4}, "label_smoothing"),
         ({"f_divergence_type": "js_divergence"}, "f_divergence_type"),
-        ({"truncation_mode": "keep_end"}, "truncation_mode"),
         ({"select_config": {"beta": 0.7}}, "select_config has beta=0.7, but BPOConfig has 0.1"),
     ],
 )
@@ -109,6 +110,45 @@ def test_selected_dataset_trains_through_the_trl_command(model_path, rows, tmp_p
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-2000:]
     assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("truncation", [{"max_length": None}, {"max_length": 8, "truncation_mode": "keep_end"}])
+def test_bpo_trainer_cuts_where_it_selected(model_path, tmp_path, truncation):
+    rows = scored_rows(4, 3)
+    args = bpo.BPOConfig(output_dir=str(tmp_path), budget=8, **truncation, **SETTINGS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        trainer = bpo.BPOTrainer(model_path, args=args, train_dataset=rows)
+    longest = max(trainer.selection.pairs["length_chosen"].to_pylist())
+    batch = trainer.data_collator(list(trainer.train_dataset))
+    kept = batch["completion_mask"][: len(batch["completion_mask"]) // 2].sum(dim=1).tolist()
+    assert kept == trainer.selection.dataset["bpo_length_chosen"][:]
+    assert longest == 8 if truncation["max_length"] else longest > 8
+    assert trainer.train().training_loss > 0
+
+
+def test_evaluation_measures_what_trl_measures(tokenizer, tmp_path):
+    """Margin and accuracy of TRL's own evaluation, also where a response starts elsewhere in another pair."""
+    from trl import DPOConfig, DPOTrainer
+
+    model, reference = tiny_llama(tokenizer), tiny_llama(tokenizer, initializer_range=0.25)
+    merging = [
+        {"prompt": "one re", "chosen": "d green", "rejected": " two"},
+        {"prompt": "one re", "chosen": " blue", "rejected": " two"},
+    ]
+    stated = bpo.select(None, scored_rows(3, 3), budget=1.0, strategy="random", progress=False).dataset
+    rows = datasets.Dataset.from_list(merging + stated.select_columns(["prompt", "chosen", "rejected"]).to_list())
+    args = DPOConfig(output_dir=str(tmp_path), per_device_eval_batch_size=1, **SETTINGS)
+    trainer = DPOTrainer(
+        model, ref_model=reference, args=args, train_dataset=rows, eval_dataset=rows, processing_class=tokenizer
+    )
+    measured = trainer.evaluate()
+    with pytest.warns(UserWarning, match="not a prefix"):
+        before = bpo.evaluate_preferences(reference, rows, processing_class=tokenizer, progress=False)
+        after = bpo.evaluate_preferences(model, rows, reference=before, processing_class=tokenizer, progress=False)
+    assert after.n_pairs == len(rows) == 11
+    assert after.margin == pytest.approx(measured["eval_rewards/margins"], abs=1e-6)
+    assert after.accuracy == pytest.approx(measured["eval_rewards/accuracies"])
 
 
 def test_evaluation_rewards_what_training_taught(tokenizer, tmp_path):
