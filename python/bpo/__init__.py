@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from bpo.store import StoreMismatchError as StoreMismatchError
     from bpo.train import BPOConfig as BPOConfig
     from bpo.train import BPOTrainer as BPOTrainer
+    from bpo.train import warm_up as warm_up
 
 # Imported when first used: torch, transformers and trl take seconds, `import bpo` takes milliseconds.
 _LAZY = {
@@ -59,6 +60,7 @@ _LAZY = {
     "StoreMismatchError": "bpo.store",
     "BPOConfig": "bpo.train",
     "BPOTrainer": "bpo.train",
+    "warm_up": "bpo.train",
 }
 
 __all__ = ["StoreError", "__version__", *_LAZY]

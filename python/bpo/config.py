@@ -48,6 +48,10 @@ class SelectConfig:
             of large linear layers and embeddings: d² numbers in place of in × out each, before the sketch. For models
             whose whole gradient cannot be held for one response. ``None`` is exact.
         lora_rank: Rank of the fresh adapter.
+        preconditioner: Divides each coordinate of the gradients by Adam's √v̂ + ε, as LESS (arXiv 2402.04333) does but
+            with v̂ as saved: the path of a Trainer checkpoint or of its ``optimizer.pt``, of a ``.safetensors`` file of
+            {parameter name: v̂}, or ``"checkpoint"`` for the ``optimizer.pt`` beside a model or adapter given by path.
+            What is differentiated must have been trained: not a fresh adapter.
         sketch_seed: Of the sketch and of the fresh adapter's A. Not that of :func:`bpo.select`, so that one store of
             gradients serves every seed.
         sketch_dim: Numbers kept of each gradient (d). The cosine of two gradients is kept to about 1/√d.
@@ -97,6 +101,7 @@ class SelectConfig:
     parameters: str | Sequence[str] | None = None
     factor_dim: int | None = None
     lora_rank: int = 8
+    preconditioner: str | None = None
     sketch_seed: int = 0
     sketch_dim: int = 1024
     sketch_kind: SketchKind = "sparse"
@@ -132,7 +137,7 @@ class SelectConfig:
             value = getattr(self, name)
             if value not in get_args(literal):
                 raise ValueError(f"SelectConfig.{name} must be one of {list(get_args(literal))}, got {value!r}")
-        for name in ("embedder", "ref_model"):
+        for name in ("embedder", "ref_model", "preconditioner"):
             if isinstance(getattr(self, name), os.PathLike):
                 object.__setattr__(self, name, os.fspath(getattr(self, name)))
         for name in ("beta", "temperature"):
@@ -153,7 +158,7 @@ class SelectConfig:
         if isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or not 0 <= seed < 2**64:
             raise ValueError(f"SelectConfig.sketch_seed must be a whole number from 0 to 2**64 - 1, got {seed!r}")
         object.__setattr__(self, "sketch_seed", int(seed))
-        for name in ("embedder", "device"):
+        for name in ("embedder", "device", "preconditioner"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
                 raise ValueError(f"SelectConfig.{name} must be text or None, got {value!r}")

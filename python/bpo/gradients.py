@@ -27,6 +27,7 @@ from bpo.models import (
     tokenizer_fingerprint,
     window,
 )
+from bpo.precondition import Preconditioner, load_preconditioner, preconditioner_path
 from bpo.sketching import SketchBatch, Sketching
 from bpo.store import NONFINITE, ZERO, GradientStore, GradientWriter
 from bpo.tokens import TokenizedResponses, first_batch, longest_first, padding_id, tokenize_candidates
@@ -47,6 +48,7 @@ def collect(
     config: SelectConfig,
     store: str | os.PathLike[str] | None,
     progress: bool,
+    preconditioner: str | None = None,
 ) -> GradientStore:
     """Adds the sketched gradient of every response (every sequence) that the store lacks.
 
@@ -58,6 +60,7 @@ def collect(
         config: Settings.
         store: Directory; ``None`` is a temporary one.
         progress: Whether to show a progress bar.
+        preconditioner: File of second moments (:func:`bpo.precondition.preconditioner_path`).
 
     Returns:
         The store, open for reading.
@@ -65,6 +68,7 @@ def collect(
     check_vocabulary(model, tokenized)
     # Decided before freezing, since what is trainable says what the features are.
     features = choose_features(model, config)
+    precondition = None if preconditioner is None else load_preconditioner(preconditioner, model, features)
     reference = None if config.ref_model is None else load_policy(config.ref_model, config)
     if reference is not None:
         check_vocabulary(reference, tokenized)
@@ -77,6 +81,7 @@ def collect(
         "reference": "the policy" if reference is None else model_fingerprint(reference),
         "tokenizer": tokenizer_fingerprint(processing_class),
         "features": {**features.describe(), "seed": config.sketch_seed},
+        "preconditioner": None if precondition is None else precondition.fingerprint(),
         "sketch": {
             "kind": config.sketch_kind,
             "dim": config.sketch_dim,
@@ -109,7 +114,9 @@ def collect(
             plan = features.plan(model, tokenized, pad_id, config)
             features.warn_of_gaps(model)
             sketching = stack.enter_context(Sketching(sketcher, config.threads))
-            extraction = _Extraction(model, reference, plan, candidates, tokenized, pad_id, sketching, config)
+            extraction = _Extraction(
+                model, reference, plan, candidates, tokenized, pad_id, sketching, precondition, config
+            )
             for done in extraction.run(missing):
                 rows, sketch = done.rows, done.sketches.rows()
                 responses = tokenized.response_of[rows]
@@ -155,6 +162,7 @@ class _Extraction:
     tokenized: TokenizedResponses
     pad_id: int
     sketching: Sketching
+    precondition: Preconditioner | None
     config: SelectConfig
 
     def run(self, missing: npt.NDArray[np.int64]) -> Iterator[_Done]:
@@ -206,9 +214,13 @@ class _Extraction:
     def _batch(self, rows: npt.NDArray[np.int64]) -> _Done:
         sketches = self.sketching.batch(len(rows))
         autocast = torch.bfloat16 if self.config.bf16 else None
-        result = sum_gradients(
-            self.model, self.plan, self.tokenized, rows, self.pad_id, sketches.consume, autocast=autocast
-        )
+
+        def consume(offset: int, gradients: torch.Tensor, samples: slice) -> None:
+            if self.precondition is not None:
+                gradients = self.precondition(offset, gradients)
+            sketches.consume(offset, gradients, samples)
+
+        result = sum_gradients(self.model, self.plan, self.tokenized, rows, self.pad_id, consume, autocast=autocast)
         logps = result.logps.cpu().numpy()
         ref_logps = logps
         if self.reference is not None:
@@ -253,6 +265,7 @@ def collect_gradients(
         FileNotFoundError: A model path that does not exist.
     """
     config = SelectConfig.of(config)
+    preconditioner = preconditioner_path(model, config)
     candidates = read_candidates(
         dataset, max_pairs_per_prompt=config.max_pairs_per_prompt, on_invalid=config.on_invalid
     )
@@ -273,4 +286,5 @@ def collect_gradients(
         config=config,
         store=store,
         progress=progress,
+        preconditioner=preconditioner,
     )

@@ -194,7 +194,7 @@ def model_fingerprint(model: PreTrainedModel) -> str:
         # Scaling can be changed at run time, past the configuration.
         scaling = {name: module.scaling for name, module in model.named_modules() if hasattr(module, "scaling")}
         state = [adapters, list(model.active_adapters), scaling]
-        digest.update(json.dumps(state, sort_keys=True, default=_sorted_set).encode())
+        digest.update(json.dumps(state, sort_keys=True, default=plain).encode())
     # The state holds the scales of quantized weights, too, which are no parameters.
     for name, tensor in model.state_dict().items():
         if isinstance(tensor, torch.Tensor):
@@ -203,7 +203,7 @@ def model_fingerprint(model: PreTrainedModel) -> str:
     return digest.hexdigest()
 
 
-def _sorted_set(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """JSON for what PEFT keeps in its configurations: sets and enumerations."""
     return sorted(value) if isinstance(value, (set, frozenset)) else str(value)
 

@@ -17,6 +17,7 @@ from bpo.data import Candidates, Skipped, Text, read_candidates, report_skipped,
 from bpo.gradients import collect
 from bpo.losses import pair_coefficients
 from bpo.models import load_policy, load_tokenizer, window
+from bpo.precondition import preconditioner_path
 from bpo.selection import SELECTED, Selection
 from bpo.store import NONFINITE
 from bpo.strategies import KEEPS_EVERY_PROMPT, NEEDS_GRADIENTS, NEEDS_SCORES, STRATEGIES, Candidacy
@@ -96,6 +97,7 @@ def select(
     embeds_with_policy = breadth is not None and config.embedder is None
     if model is None and (needs_gradients or embeds_with_policy):
         raise ValueError(f"strategy={strategy!r} with breadth={breadth!r} needs a model; model is None.")
+    preconditioner = preconditioner_path(model, config) if needs_gradients else None
 
     candidates = read_candidates(
         dataset, max_pairs_per_prompt=config.max_pairs_per_prompt, on_invalid=config.on_invalid
@@ -155,6 +157,7 @@ def select(
             config=config,
             store=store,
             progress=progress,
+            preconditioner=preconditioner,
         )
         pairs = gradients.rows_of(sequences.sequence_ids)[sequences.pairs]
         logps = gradients.records["logp"][pairs]

@@ -45,6 +45,7 @@ _MISMATCH = {
     "reference": ("reference model", "pass the reference it was made with"),
     "tokenizer": ("tokenizer or chat template", "pass the tokenizer it was made with"),
     "features": ("set of differentiated parameters, or seed", "use the same features, lora_rank and sketch_seed"),
+    "preconditioner": ("preconditioner", "use the same preconditioner"),
     "sketch": ("sketch", "use the same sketch settings and sketch_seed"),
     "max_length": ("max_length", "use the same max_length"),
     "truncation_mode": ("truncation_mode", "use the same truncation_mode"),
