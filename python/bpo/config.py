@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import numbers
 import os
 from collections.abc import Mapping, Sequence
@@ -15,9 +16,32 @@ SketchKind = Literal["sparse", "rademacher", "normal"]
 Metric = Literal["euclidean", "cosine"]
 ClusterWeighting = Literal["size", "informativeness"]
 OnInvalid = Literal["skip", "raise"]
-LossType = Literal["sigmoid"]
+LossType = Literal[
+    "sigmoid",
+    "hinge",
+    "ipo",
+    "exo_pair",
+    "nca_pair",
+    "robust",
+    "bco_pair",
+    "sppo_hard",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+    "sft",
+    "sigmoid_norm",
+]
+FDivergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
 TruncationMode = Literal["keep_start", "keep_end"]
 DType = Literal["float32", "bfloat16", "float16"]
+
+_SORTS_THE_BATCH = "it sorts the log-ratios of a whole batch, so its gradient is not a sum over pairs"
+REFUSED_LOSSES = {"aot": _SORTS_THE_BATCH, "aot_unpaired": _SORTS_THE_BATCH}
+"""Losses of TRL that no gradient of a pair belongs to, and why."""
+
+# Rewards under another divergence are known up to β·log Z(x), which only the difference of two rewards is free of
+# (arXiv 2309.16240); sft has no reward.
+_F_DIVERGENCE_LOSSES = {"sigmoid", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft", "sigmoid_norm"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,8 +51,19 @@ class SelectConfig:
     Each default marked *(ours)* is a choice of this reconstruction; the paper (arXiv 2411.10914) leaves it open.
 
     Attributes:
-        loss_type: Preference loss whose gradients are clustered. TRL's name; ``"sigmoid"`` is DPO.
-        beta: DPO's β, TRL's default. With the policy as its own reference it scales every gradient alike.
+        loss_type: Preference loss whose gradients are clustered, or several that are added up. TRL's names;
+            ``"sigmoid"`` is DPO (:func:`bpo.pair_coefficients` says what each is). Kept as a tuple.
+        loss_weights: Weight of each loss; ``None`` is 1.0 for each.
+        beta: β of the loss (IPO's τ), TRL's default. With the policy as its own reference, DPO's gradients are all
+            scaled alike by it.
+        label_smoothing: ε of ``"robust"``, the probability that a preference is flipped, below 0.5; and of
+            ``"exo_pair"``, above 0. Other losses do not use it.
+        f_divergence_type: What keeps policy and reference together: ``"reverse_kl"``, ``"forward_kl"``,
+            ``"js_divergence"`` or ``"alpha_divergence"``. Other than ``"reverse_kl"`` only for losses of the difference
+            of two rewards.
+        f_alpha_divergence_coef: α of ``"alpha_divergence"``.
+        discopop_tau: τ of ``"discopop"``.
+        use_weighting: Whether each pair's loss is weighted as in WPO, by how probable its responses are.
         ref_model: Reference policy, a model or a path. ``None`` means the policy as given, as in TRL.
         max_length: Most tokens of prompt and response together, TRL's default. ``None`` cuts nothing. Sequences beyond
             the positions that the model or its reference was made for are cut all the same, which TRL does not do.
@@ -89,8 +124,14 @@ class SelectConfig:
         ValueError: SelectConfig.beta must be above 0, got -1
     """
 
-    loss_type: LossType = "sigmoid"
+    loss_type: LossType | Sequence[LossType] = "sigmoid"
+    loss_weights: Sequence[float] | None = None
     beta: float = 0.1
+    label_smoothing: float = 0.0
+    f_divergence_type: FDivergence = "reverse_kl"
+    f_alpha_divergence_coef: float = 0.5
+    discopop_tau: float = 0.05
+    use_weighting: bool = False
     ref_model: Any = None
     max_length: int | None = 1024
     truncation_mode: TruncationMode = "keep_start"
@@ -123,8 +164,8 @@ class SelectConfig:
 
     def __post_init__(self) -> None:
         choices = {
-            "loss_type": LossType,
             "truncation_mode": TruncationMode,
+            "f_divergence_type": FDivergence,
             "on_invalid": OnInvalid,
             "features": Features,
             "sketch_kind": SketchKind,
@@ -140,9 +181,9 @@ class SelectConfig:
         for name in ("embedder", "ref_model", "preconditioner"):
             if isinstance(getattr(self, name), os.PathLike):
                 object.__setattr__(self, name, os.fspath(getattr(self, name)))
-        for name in ("beta", "temperature"):
+        for name in ("beta", "discopop_tau", "temperature"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < float(value) < float("inf"):
+            if not _is_finite(value) or value <= 0:
                 raise ValueError(f"SelectConfig.{name} must be above 0, got {value!r}")
             object.__setattr__(self, name, float(value))
         counts = ("lora_rank", "sketch_dim", "sketch_nnz", "tokens_per_batch", "max_iter")
@@ -162,7 +203,7 @@ class SelectConfig:
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
                 raise ValueError(f"SelectConfig.{name} must be text or None, got {value!r}")
-        for name in ("trust_remote_code", "bf16", "gradient_checkpointing"):
+        for name in ("use_weighting", "bf16", "gradient_checkpointing", "trust_remote_code"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"SelectConfig.{name} must be True or False, got {getattr(self, name)!r}")
         if self.parameters is not None:
@@ -175,6 +216,60 @@ class SelectConfig:
                 f"SelectConfig.sketch_nnz must divide sketch_dim ({self.sketch_dim}), and be 1 for a dense sketch, got "
                 f"{self.sketch_nnz}"
             )
+        self._check_loss()
+
+    def _check_loss(self) -> None:
+        names = (self.loss_type,) if isinstance(self.loss_type, str) else self.loss_type
+        if not isinstance(names, (list, tuple)) or not names:
+            raise ValueError(f"SelectConfig.loss_type must be the name of a loss or a list of them, got {names!r}")
+        for name in names:
+            if str(name) in REFUSED_LOSSES:
+                raise ValueError(f"SelectConfig.loss_type {name!r} cannot be selected for: {REFUSED_LOSSES[name]}.")
+            if name not in get_args(LossType):
+                raise ValueError(f"SelectConfig.loss_type must be one of {list(get_args(LossType))}, got {name!r}")
+        object.__setattr__(self, "loss_type", tuple(names))
+        weights = self.loss_weights
+        if weights is not None:
+            if not isinstance(weights, (list, tuple)) or not all(map(_is_finite, weights)):
+                raise ValueError(f"SelectConfig.loss_weights must be a list of finite numbers, got {weights!r}")
+            if len(weights) != len(names):
+                raise ValueError(
+                    f"SelectConfig.loss_weights must have one weight for each of the {len(names)} losses of loss_type, "
+                    f"got {len(weights)}"
+                )
+            object.__setattr__(self, "loss_weights", tuple(map(float, weights)))
+        if not _is_finite(self.f_alpha_divergence_coef):
+            raise ValueError(
+                f"SelectConfig.f_alpha_divergence_coef must be a finite number, got {self.f_alpha_divergence_coef!r}"
+            )
+        smoothing = self.label_smoothing
+        if not _is_finite(smoothing) or not 0 <= smoothing < 1:
+            raise ValueError(f"SelectConfig.label_smoothing must be at least 0 and below 1, got {smoothing!r}")
+        if "robust" in names and smoothing >= 0.5:
+            raise ValueError(
+                f"SelectConfig.label_smoothing must be below 0.5 for loss_type 'robust', got {smoothing!r}: as many "
+                "preferences flipped as not say nothing"
+            )
+        if "exo_pair" in names and smoothing == 0:
+            raise ValueError(
+                "SelectConfig.label_smoothing must be above 0 for loss_type 'exo_pair', which takes its logarithm; "
+                "arXiv 2402.00856 recommends 1e-3"
+            )
+        without_form = [name for name in names if name not in _F_DIVERGENCE_LOSSES]
+        if self.f_divergence_type != "reverse_kl" and without_form:
+            raise ValueError(
+                f"SelectConfig.f_divergence_type must be 'reverse_kl' for loss_type {without_form[0]!r}, got "
+                f"{self.f_divergence_type!r}: other divergences leave a term in each reward that cancels only in the "
+                f"difference of two ({', '.join(sorted(_F_DIVERGENCE_LOSSES))})"
+            )
+        for name in ("f_alpha_divergence_coef", "label_smoothing"):
+            object.__setattr__(self, name, float(getattr(self, name)))
+
+    @property
+    def weighted_losses(self) -> list[tuple[LossType, float]]:
+        """The losses that are added up, each with its weight."""
+        weights = (1.0,) * len(self.loss_type) if self.loss_weights is None else self.loss_weights
+        return list(zip(self.loss_type, weights, strict=True))  # type: ignore[arg-type]
 
     @classmethod
     def of(cls, value: SelectConfig | Mapping[str, Any] | None) -> SelectConfig:
@@ -212,8 +307,13 @@ class SelectConfig:
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the fields as plain values; a model object is named by its class."""
+        """Returns the fields as JSON has them: tuples are lists, and a model object is named by its class."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        values = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
         if not isinstance(self.ref_model, (str, type(None))):
             values["ref_model"] = f"<{type(self.ref_model).__name__}>"
         return values
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)

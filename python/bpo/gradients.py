@@ -29,7 +29,7 @@ from bpo.models import (
 )
 from bpo.precondition import Preconditioner, load_preconditioner, preconditioner_path
 from bpo.sketching import SketchBatch, Sketching
-from bpo.store import NONFINITE, ZERO, GradientStore, GradientWriter
+from bpo.store import FIRST_UNPREDICTED, NONFINITE, ZERO, GradientStore, GradientWriter
 from bpo.tokens import TokenizedResponses, first_batch, longest_first, padding_id, tokenize_candidates
 
 if TYPE_CHECKING:
@@ -125,6 +125,7 @@ def collect(
                 with np.errstate(over="ignore", invalid="ignore"):
                     finite = np.isfinite(np.square(sketch).sum(axis=1)) & np.isfinite(logps) & np.isfinite(ref_logps)
                 flags = NONFINITE * ~finite + ZERO * ~sketch.any(axis=1)
+                flags += FIRST_UNPREDICTED * (tokenized.prompt_lengths[rows] == 0)
                 sketch[~finite] = 0.0
                 writer.append(
                     sketch,
@@ -135,6 +136,7 @@ def collect(
                     ref_logps=ref_logps,
                     lengths=tokenized.response_lengths[rows],
                     flags=flags,
+                    log_weights=done.log_weights,
                 )
                 bar.update(int(tokenized.lengths[rows].sum()))
     return writer.reopen()

@@ -160,11 +160,19 @@ def select(
             preconditioner=preconditioner,
         )
         pairs = gradients.rows_of(sequences.sequence_ids)[sequences.pairs]
-        logps = gradients.records["logp"][pairs]
-        usable = gradients.records["flags"] & NONFINITE == 0
-        log_ratios = np.where(usable, gradients.records["logp"], 0) - np.where(usable, gradients.records["ref_logp"], 0)
-        coefficients = pair_coefficients(log_ratios, pairs, loss_type=config.loss_type, beta=config.beta)
-        coefficients[~usable[pairs].all(axis=1)] = 0
+        records = gradients.records
+        logps = records["logp"][pairs]
+        coefficients = pair_coefficients(
+            records["logp"],
+            records["ref_logp"],
+            pairs,
+            lengths=records["length"],
+            predicted=gradients.predicted,
+            log_weights=records["log_weight"],
+            config=config,
+        )
+        finite = (records["flags"] & NONFINITE == 0)[pairs].all(axis=1) & np.isfinite(coefficients).all(axis=1)
+        coefficients[~finite] = 0
         with _core_progress("Clusters", progress) as report:
             clusters = cluster_pairs(
                 gradients.rows,

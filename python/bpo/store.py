@@ -28,16 +28,22 @@ RECORD = np.dtype(
         ("ref_logp", "<f4"),
         ("length", "<u4"),
         ("flags", "<u4"),
+        ("log_weight", "<f4"),
         ("crc32", "<u4"),
-        ("reserved", "<u4"),
     ]
 )
-"""One response: content hashes, score, log-probabilities, tokens of the response, flags, checksum of row and record."""
+"""One response: content hashes, score, log-probabilities, tokens of the response, flags, checksum of row and record.
+
+``log_weight`` is the mean over the predicted tokens of log π − log Σ_v π_v², v running over the vocabulary: the
+logarithm of WPO's weight (arXiv 2406.11827, eq. 2).
+"""
 
 NONFINITE = 1
 """Flag: the gradient or a log-probability is NaN, infinite or beyond float32; its row is stored as zeros."""
 ZERO = 2
 """Flag: the gradient is exactly zero."""
+FIRST_UNPREDICTED = 4
+"""Flag: the response starts the sequence, so nothing predicts its first token."""
 
 _MISMATCH = {
     "bpo": ("version of bpo", "install that version"),
@@ -93,6 +99,13 @@ class GradientStore:
 
     def __len__(self) -> int:
         return len(self.records)
+
+    @property
+    def predicted(self) -> npt.NDArray[np.int64]:
+        """(R,) int64, the tokens over which the log-probability of each response sums."""
+        lengths: npt.NDArray[np.int64] = self.records["length"].astype(np.int64)
+        lengths[self.records["flags"] & FIRST_UNPREDICTED != 0] -= 1
+        return lengths
 
     def rows_of(self, response_ids: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
         """Finds responses by content hash.
@@ -180,6 +193,7 @@ class GradientWriter:
         ref_logps: npt.NDArray[np.float32],
         lengths: npt.NDArray[np.int64],
         flags: npt.NDArray[np.int64],
+        log_weights: npt.NDArray[np.float32],
     ) -> None:
         """Appends one row a response; all arguments have the same first dimension."""
         records = np.zeros(len(sketches), dtype=RECORD)
@@ -190,6 +204,7 @@ class GradientWriter:
         records["ref_logp"] = ref_logps
         records["length"] = lengths
         records["flags"] = flags
+        records["log_weight"] = log_weights
         if self._writer is None:
             raise ValueError(f"{self.path}: lock() comes before append()")
         self._writer.append(sketches, records)

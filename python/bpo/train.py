@@ -26,7 +26,7 @@ from bpo.pipeline import select
 
 @dataclasses.dataclass
 class BPOConfig(DPOConfig):  # type: ignore[misc]
-    """TRL's ``DPOConfig`` with what :func:`bpo.select` needs; ``beta``, ``loss_type`` and ``max_length`` serve both.
+    """TRL's ``DPOConfig`` with what :func:`bpo.select` needs; its loss and its ``max_length`` serve both.
 
     Attributes:
         budget: Pairs to keep: a whole number, or a fraction of at most 1.0 of the candidates. Required.
@@ -79,13 +79,19 @@ class BPOConfig(DPOConfig):  # type: ignore[misc]
             )
 
 
-# What would change the gradients of the loss in training but not in the selection.
-_UNSUPPORTED = {
-    "label_smoothing": 0.0,
-    "f_divergence_type": "reverse_kl",
-    "ld_alpha": None,
-    "use_weighting": False,
-}
+# Fields of DPOConfig and of SelectConfig that say what the gradients are.
+_SHARED = (
+    "loss_type",
+    "loss_weights",
+    "beta",
+    "label_smoothing",
+    "f_divergence_type",
+    "f_alpha_divergence_coef",
+    "discopop_tau",
+    "use_weighting",
+    "max_length",
+    "truncation_mode",
+)
 
 
 class BPOTrainer(DPOTrainer):  # type: ignore[misc]
@@ -95,6 +101,9 @@ class BPOTrainer(DPOTrainer):  # type: ignore[misc]
     ``args`` is a :class:`BPOConfig` with a budget. The gradients are those of a fresh adapter on every linear layer, of
     the rank of ``peft_config`` where one is given, or of the adapter that the model has. With several processes the
     first fills the store and the others read it, so a ``store`` on a shared disk is required.
+
+    Selection is for the loss of ``args``. The auxiliary loss that TRL adds for mixtures of experts
+    (``router_aux_loss_coef``) belongs to a batch, not to a pair, and takes no part in it.
 
     Attributes:
         selection: The :class:`bpo.Selection` that is trained on.
@@ -174,21 +183,15 @@ class BPOTrainer(DPOTrainer):  # type: ignore[misc]
 
 def _select_settings(args: BPOConfig, ref_model: Any, peft_config: Any) -> SelectConfig:
     """Brings together the settings of training and of selection, which must agree."""
-    for name, supported in _UNSUPPORTED.items():
-        if getattr(args, name, supported) != supported:
-            raise ValueError(
-                f"BPOTrainer selects for {name}={supported!r} only, got {getattr(args, name)!r}. Select with bpo.select"
-                " and train with TRL's DPOTrainer if the difference does not matter to you."
-            )
-    if len(args.loss_type) != 1:
-        raise ValueError(f"BPOTrainer selects for one loss, got loss_type={args.loss_type}.")
+    if args.ld_alpha not in (None, 1.0):
+        raise ValueError(
+            f"BPOTrainer cannot select for ld_alpha={args.ld_alpha!r}: it weights the tokens of a response by the "
+            "length of the other one of its pair, so a response has no gradient of its own. Leave ld_alpha at None."
+        )
     given: dict[str, Any] = dict(args.select_config or {})  # type: ignore[arg-type]
-    shared = {
-        "beta": args.beta,
-        "loss_type": args.loss_type[0],
-        "max_length": args.max_length,
-        "truncation_mode": args.truncation_mode,
-    }
+    if isinstance(given.get("loss_type"), str):
+        given["loss_type"] = [given["loss_type"]]
+    shared = {name: getattr(args, name) for name in _SHARED}
     for name, value in shared.items():
         if given.get(name, value) != value:
             raise ValueError(

@@ -93,8 +93,8 @@ impl StoreWriter {
     /// Args:
     ///     sketches: (n, dim) C-contiguous float32.
     ///     records: (n,) C-contiguous array whose items have the 64 bytes of a record: prompt_id (16 bytes), response_id
-    ///         (16 bytes), score (float64), logp, ref_logp (float32), length, flags, crc32, reserved (uint32), all
-    ///         little-endian. The crc32 is filled in.
+    ///         (16 bytes), score (float64), logp, ref_logp (float32), length, flags (uint32), log_weight (float32),
+    ///         crc32 (uint32), all little-endian. The crc32 is filled in.
     ///
     /// Raises:
     ///     TypeError: If an array has another dtype.

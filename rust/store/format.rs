@@ -1,8 +1,7 @@
 //! Names, sizes and checks of the files of a store.
 //!
 //! A record, little-endian: prompt_id `[u8; 16]`, response_id `[u8; 16]`, score f64, logp f32, ref_logp f32,
-//! length u32, flags u32, crc32 u32, reserved u32 (zero). The CRC covers the 56 bytes before it and then the row's
-//! sketch.
+//! length u32, flags u32, log_weight f32, crc32 u32. The CRC covers the 60 bytes before it and then the row's sketch.
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -14,11 +13,11 @@ use crate::error::{Error, Result};
 use crate::matrix::MAX_DIM;
 
 pub const FORMAT: &str = "bpo-store";
-pub const FORMAT_VERSION: u64 = 1;
+pub const FORMAT_VERSION: u64 = 2;
 pub const RECORD_BYTES: usize = 64;
 
 /// Where the CRC lies in a record.
-const CRC: std::ops::Range<usize> = 56..60;
+const CRC: std::ops::Range<usize> = 60..64;
 
 /// A manifest is a page or two; anything near this size is something else.
 const MAX_MANIFEST_BYTES: u64 = 16 << 20;
@@ -143,11 +142,10 @@ fn checksum(record: &[u8], row: &[u8]) -> u32 {
     hasher.finalize()
 }
 
-/// Fills in the CRC of a record, and zeros what is reserved.
+/// Fills in the CRC of a record.
 pub fn seal(record: &mut [u8], row: &[u8]) {
     let checksum = checksum(record, row);
     record[CRC].copy_from_slice(&checksum.to_le_bytes());
-    record[CRC.end..].fill(0);
 }
 
 /// Whether a record and its row are as they were written.

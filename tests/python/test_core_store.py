@@ -19,8 +19,8 @@ RECORD = np.dtype(
         ("ref_logp", "<f4"),
         ("length", "<u4"),
         ("flags", "<u4"),
+        ("log_weight", "<f4"),
         ("crc32", "<u4"),
-        ("reserved", "<u4"),
     ]
 )
 DIM = 6
@@ -54,9 +54,9 @@ def test_round_trip(store):
     for name in ("prompt_id", "response_id", "length", "flags"):
         np.testing.assert_array_equal(records[name], written[name])
     np.testing.assert_array_equal(records["score"].view(np.uint64), written["score"].view(np.uint64))
-    assert not records["reserved"].any()
+    np.testing.assert_array_equal(records["log_weight"].view(np.uint32), written["log_weight"].view(np.uint32))
     for record, row in zip(records, rows, strict=True):
-        assert record["crc32"] == zlib.crc32(record.tobytes()[:56] + row.tobytes())
+        assert record["crc32"] == zlib.crc32(record.tobytes()[:60] + row.tobytes())
     assert reader.verify().shape == (0,)
 
 
@@ -133,7 +133,7 @@ def test_errors_say_what_to_do(store, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format_version": 2}, "format version 2, but this release reads version 1"),
+        ({"format_version": 1}, "format version 1, but this release reads version 2"),
         ({"format": "other"}, "this is not a store"),
         ({"dim": 0}, "dim is 0"),
         ({"dim": 2**60}, "dim is 1152921504606846976"),

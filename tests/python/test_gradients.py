@@ -115,7 +115,7 @@ def test_pair_gradient_of_sketches_is_the_sketch_of_the_dpo_gradient(tokenizer, 
     gradients, logps = hooked(model, features, tokenized, np.arange(12))
     reference = logps.numpy() + np.random.default_rng(0).normal(size=12).astype(np.float32)
     pairs = np.array([[0, 1], [5, 4], [8, 11]])
-    weights = pair_coefficients(logps.numpy() - reference, pairs, beta=beta)
+    weights = pair_coefficients(logps.numpy(), reference, pairs, config={"beta": beta})
     sketcher = _core.Sketcher(256, seed=3)
     rows = sketcher.sketch(gradients.numpy())
     parameters = [parameter for name, parameter in model.named_parameters() if name in names]

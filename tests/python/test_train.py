@@ -58,24 +58,44 @@ def test_bpo_trainer_takes_a_peft_config_and_a_model_object(tokenizer, rows, tmp
 def test_bpo_trainer_says_what_is_missing(model_path, rows, tmp_path):
     with pytest.raises(ValueError, match="budget"):
         bpo.BPOTrainer(model_path, args=bpo.BPOConfig(output_dir=str(tmp_path), **SETTINGS), train_dataset=rows)
-    args = bpo.BPOConfig(output_dir=str(tmp_path), budget=10, loss_type=["ipo"], **SETTINGS)
-    with pytest.raises(ValueError, match="loss_type"):
+    args = bpo.BPOConfig(output_dir=str(tmp_path), budget=10, loss_type=["aot"], **SETTINGS)
+    with pytest.raises(ValueError, match="'aot' cannot be selected for"):
         bpo.BPOTrainer(model_path, args=args, train_dataset=rows)
 
 
 @pytest.mark.parametrize(
     ("setting", "expected"),
     [
-        ({"ld_alpha": 0.5}, "ld_alpha"),
-        ({"label_smoothing": 0.4}, "label_smoothing"),
-        ({"f_divergence_type": "js_divergence"}, "f_divergence_type"),
+        ({"ld_alpha": 0.5}, "ld_alpha=0.5: it weights the tokens of a response by the length of the other"),
+        ({"loss_type": ["robust"], "label_smoothing": 0.5}, "label_smoothing must be below 0.5"),
         ({"select_config": {"beta": 0.7}}, "select_config has beta=0.7, but BPOConfig has 0.1"),
+        ({"select_config": {"loss_type": "ipo"}}, r"select_config has loss_type=\['ipo'\], but BPOConfig has"),
     ],
 )
 def test_bpo_trainer_refuses_losses_that_it_does_not_select_for(model_path, tmp_path, setting, expected):
     args = bpo.BPOConfig(output_dir=str(tmp_path), budget=10, **setting, **SETTINGS)
     with pytest.raises(ValueError, match=expected):
         bpo.BPOTrainer(model_path, args=args, train_dataset=scored_rows(4, 3))
+
+
+def test_bpo_trainer_selects_for_the_loss_that_it_trains(model_path, tmp_path):
+    loss = {
+        "loss_type": ["robust", "discopop", "sft"],
+        "loss_weights": [0.8, 0.2, 1.0],
+        "beta": 0.3,
+        "label_smoothing": 0.1,
+        "f_divergence_type": "alpha_divergence",
+        "f_alpha_divergence_coef": 0.3,
+        "discopop_tau": 0.1,
+        "use_weighting": True,
+        "ld_alpha": 1.0,  # weights of one: none
+    }
+    # TRL itself cannot weight the sft loss of more than one pair at a time.
+    settings = {**SETTINGS, "per_device_train_batch_size": 1}
+    args = bpo.BPOConfig(output_dir=str(tmp_path), budget=8, select_config={"sketch_dim": 64}, **loss, **settings)
+    trainer = bpo.BPOTrainer(model_path, args=args, train_dataset=scored_rows(4, 3))
+    assert {**trainer.selection.config, "ld_alpha": 1.0}.items() >= loss.items()
+    trainer.train()
 
 
 def test_bpo_trainer_evaluates_scored_responses_and_loads_as_trl_does(model_path, tmp_path):
