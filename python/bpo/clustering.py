@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -17,6 +17,20 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     Progress = Callable[[int, int], None]
+
+
+class PairGradients(NamedTuple):
+    """The gradients z = a·h_w + b·h_l of P pairs, as :func:`cluster_pairs` takes them.
+
+    Attributes:
+        rows: (R, d) float32, the sketch h of each response.
+        pairs: (P, 2) int64, rows of the preferred and of the other response.
+        coefficients: (P, 2) float32, a and b of each pair.
+    """
+
+    rows: npt.NDArray[np.float32]
+    pairs: npt.NDArray[np.int64]
+    coefficients: npt.NDArray[np.float32]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -87,6 +87,10 @@ class SelectConfig:
             with v̂ as saved: the path of a Trainer checkpoint or of its ``optimizer.pt``, of a ``.safetensors`` file of
             {parameter name: v̂}, or ``"checkpoint"`` for the ``optimizer.pt`` beside a model or adapter given by path.
             What is differentiated must have been trained: not a fresh adapter.
+        checkpoints: Checkpoints of a training, {path: average learning rate of its epoch}, as :func:`bpo.warm_up`
+            returns them. Gradients are then taken at each of them, and their cosines averaged with the learning rates
+            as weights (LESS). The reference is ``ref_model``, else the model given to :func:`bpo.select`, and the
+            log-probabilities of the selection are the reference's.
         sketch_seed: Of the sketch and of the fresh adapter's A. Not that of :func:`bpo.select`, so that one store of
             gradients serves every seed.
         sketch_dim: Numbers kept of each gradient (d). The cosine of two gradients is kept to about 1/√d.
@@ -143,6 +147,7 @@ class SelectConfig:
     factor_dim: int | None = None
     lora_rank: int = 8
     preconditioner: str | None = None
+    checkpoints: Mapping[str, float] | None = None
     sketch_seed: int = 0
     sketch_dim: int = 1024
     sketch_kind: SketchKind = "sparse"
@@ -211,6 +216,8 @@ class SelectConfig:
             if not patterns or not all(isinstance(pattern, str) for pattern in patterns):
                 raise ValueError(f"SelectConfig.parameters must be one or several patterns, got {self.parameters!r}")
             object.__setattr__(self, "parameters", patterns)
+        if self.checkpoints is not None:
+            object.__setattr__(self, "checkpoints", _learning_rates(self.checkpoints))
         if self.sketch_dim % self.sketch_nnz or (self.sketch_kind != "sparse" and self.sketch_nnz != 1):
             raise ValueError(
                 f"SelectConfig.sketch_nnz must divide sketch_dim ({self.sketch_dim}), and be 1 for a dense sketch, got "
@@ -317,3 +324,15 @@ class SelectConfig:
 
 def _is_finite(value: Any) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _learning_rates(checkpoints: Any) -> dict[str, float]:
+    """Checks ``SelectConfig.checkpoints``."""
+    if not isinstance(checkpoints, Mapping) or not checkpoints:
+        raise ValueError(f"SelectConfig.checkpoints must map paths to learning rates, got {checkpoints!r}")
+    for path, rate in checkpoints.items():
+        if not isinstance(path, (str, os.PathLike)) or not _is_finite(rate) or rate <= 0:
+            raise ValueError(
+                f"SelectConfig.checkpoints must map paths to learning rates above 0, got {path!r}: {rate!r}"
+            )
+    return {os.fspath(path): float(rate) for path, rate in checkpoints.items()}

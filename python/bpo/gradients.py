@@ -39,6 +39,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """The reference policy's log-probabilities, computed before.
+
+    Attributes:
+        fingerprint: Of the reference (:func:`bpo.models.model_fingerprint`).
+        logps: (S,) float32, log π_ref of each sequence.
+    """
+
+    fingerprint: str
+    logps: npt.NDArray[np.float32]
+
+
 def collect(
     model: PreTrainedModel,
     candidates: Candidates,
@@ -49,6 +62,7 @@ def collect(
     store: str | os.PathLike[str] | None,
     progress: bool,
     preconditioner: str | None = None,
+    reference: Reference | None = None,
 ) -> GradientStore:
     """Adds the sketched gradient of every response (every sequence) that the store lacks.
 
@@ -61,6 +75,8 @@ def collect(
         store: Directory; ``None`` is a temporary one.
         progress: Whether to show a progress bar.
         preconditioner: File of second moments (:func:`bpo.precondition.preconditioner_path`).
+        reference: The reference's log-probabilities; None computes them with ``config.ref_model``, else takes the
+            policy's own.
 
     Returns:
         The store, open for reading.
@@ -69,16 +85,20 @@ def collect(
     # Decided before freezing, since what is trainable says what the features are.
     features = choose_features(model, config)
     precondition = None if preconditioner is None else load_preconditioner(preconditioner, model, features)
-    reference = None if config.ref_model is None else load_policy(config.ref_model, config)
+    ref_model, ref_fingerprint = None, "the policy"
     if reference is not None:
-        check_vocabulary(reference, tokenized)
+        ref_fingerprint = reference.fingerprint
+    elif config.ref_model is not None:
+        ref_model = load_policy(config.ref_model, config)
+        check_vocabulary(ref_model, tokenized)
+        ref_fingerprint = model_fingerprint(ref_model)
     sketcher = _core.Sketcher(
         config.sketch_dim, seed=config.sketch_seed, kind=config.sketch_kind, nnz=config.sketch_nnz
     )
     fingerprint = {
         "bpo": bpo.__version__,
         "model": model_fingerprint(model),
-        "reference": "the policy" if reference is None else model_fingerprint(reference),
+        "reference": ref_fingerprint,
         "tokenizer": tokenizer_fingerprint(processing_class),
         "features": {**features.describe(), "seed": config.sketch_seed},
         "preconditioner": None if precondition is None else precondition.fingerprint(),
@@ -107,15 +127,15 @@ def collect(
     with contextlib.ExitStack() as stack:
         for context in (writer, bar, inference_state(model)):
             stack.enter_context(context)
-        if reference is not None:
-            stack.enter_context(inference_state(reference))
+        if ref_model is not None:
+            stack.enter_context(inference_state(ref_model))
         if len(missing):
             writer.lock()  # before any work that another writer would make useless
             plan = features.plan(model, tokenized, pad_id, config)
             features.warn_of_gaps(model)
             sketching = stack.enter_context(Sketching(sketcher, config.threads))
             extraction = _Extraction(
-                model, reference, plan, candidates, tokenized, pad_id, sketching, precondition, config
+                model, ref_model, reference, plan, candidates, tokenized, pad_id, sketching, precondition, config
             )
             for done in extraction.run(missing):
                 rows, sketch = done.rows, done.sketches.rows()
@@ -158,7 +178,8 @@ class _Extraction:
     """Responses through the model, in batches that memory allows."""
 
     model: PreTrainedModel
-    reference: PreTrainedModel | None
+    ref_model: PreTrainedModel | None
+    reference: Reference | None
     plan: Plan
     candidates: Candidates
     tokenized: TokenizedResponses
@@ -226,8 +247,10 @@ class _Extraction:
         logps = result.logps.cpu().numpy()
         ref_logps = logps
         if self.reference is not None:
-            with torch.inference_mode(), autocasting(self.reference, autocast):
-                ref_logps = completion_logps(self.reference, self.tokenized, rows, self.pad_id).logps.cpu().numpy()
+            ref_logps = self.reference.logps[rows]
+        elif self.ref_model is not None:
+            with torch.inference_mode(), autocasting(self.ref_model, autocast):
+                ref_logps = completion_logps(self.ref_model, self.tokenized, rows, self.pad_id).logps.cpu().numpy()
         return _Done(rows, sketches, logps, ref_logps, result.log_weights.cpu().numpy())
 
 
@@ -256,7 +279,7 @@ def collect_gradients(
         processing_class: The tokenizer; by default the one saved with the model.
         store: Directory of the gradient store. Responses that it already holds are not computed again. ``None`` is a
             temporary directory that goes with the returned object.
-        config: Settings.
+        config: Settings; ``checkpoints`` must be None, since a store is that of one model.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -267,6 +290,8 @@ def collect_gradients(
         FileNotFoundError: A model path that does not exist.
     """
     config = SelectConfig.of(config)
+    if config.checkpoints is not None:
+        raise ValueError("collect_gradients serves one model: give it a checkpoint as the model, and checkpoints=None.")
     preconditioner = preconditioner_path(model, config)
     candidates = read_candidates(
         dataset, max_pairs_per_prompt=config.max_pairs_per_prompt, on_invalid=config.on_invalid

@@ -11,7 +11,8 @@ import pyarrow as pa
 from tqdm.auto import tqdm
 
 from bpo.breadth import compress_breadth, embed_prompts, embed_with_policy
-from bpo.clustering import cluster_pairs
+from bpo.checkpoints import check_checkpoints, cluster_checkpoints, collect_checkpoints, collect_reference
+from bpo.clustering import PairGradients, cluster_pairs
 from bpo.config import SelectConfig
 from bpo.data import Candidates, Skipped, Text, read_candidates, report_skipped, warn
 from bpo.gradients import collect
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
     from bpo.clustering import PairClusters
     from bpo.config import Strategy
+    from bpo.store import GradientStore
 
 
 def select(
@@ -62,8 +64,9 @@ def select(
         breadth: Prompts to keep: a count, a fraction, or None for all.
         strategy: ``"bpo"``, ``"uniform"`` (the same depth for every prompt), ``"random"`` or ``"margin"`` (the largest
             score gaps).
-        store: Directory of the gradient store, reused and completed when it is there. None computes anew and keeps
-            nothing. Strategies without gradients leave it alone.
+        store: Directory of the gradient store, reused and completed when it is there; with
+            ``SelectConfig.checkpoints``, of one store for each. None computes anew and keeps nothing. Strategies
+            without gradients leave it alone.
         config: Everything else, as a :class:`bpo.SelectConfig` or a mapping of its fields.
         seed: Of every random choice but the sketch (``SelectConfig.sketch_seed``). The same seed gives the same
             selection for any number of threads, and, up to the rounding of the model's own arithmetic, for any batch
@@ -97,7 +100,11 @@ def select(
     embeds_with_policy = breadth is not None and config.embedder is None
     if model is None and (needs_gradients or embeds_with_policy):
         raise ValueError(f"strategy={strategy!r} with breadth={breadth!r} needs a model; model is None.")
-    preconditioner = preconditioner_path(model, config) if needs_gradients else None
+    preconditioner = None
+    if needs_gradients and config.checkpoints is not None:
+        check_checkpoints(config, store)
+    elif needs_gradients:
+        preconditioner = preconditioner_path(model, config)
 
     candidates = read_candidates(
         dataset, max_pairs_per_prompt=config.max_pairs_per_prompt, on_invalid=config.on_invalid
@@ -149,39 +156,29 @@ def select(
     if needs_gradients:
         assert policy is not None and tokenizer is not None and tokenized is not None
         sequences = tokenized.keep_pairs(pair_index, response_index)
-        gradients = collect(
-            policy,
-            kept,
-            sequences,
-            tokenizer,
-            config=config,
-            store=store,
-            progress=progress,
-            preconditioner=preconditioner,
-        )
-        pairs = gradients.rows_of(sequences.sequence_ids)[sequences.pairs]
-        records = gradients.records
-        logps = records["logp"][pairs]
-        coefficients = pair_coefficients(
-            records["logp"],
-            records["ref_logp"],
-            pairs,
-            lengths=records["length"],
-            predicted=gradients.predicted,
-            log_weights=records["log_weight"],
-            config=config,
-        )
-        finite = (records["flags"] & NONFINITE == 0)[pairs].all(axis=1) & np.isfinite(coefficients).all(axis=1)
-        coefficients[~finite] = 0
-        with _core_progress("Clusters", progress) as report:
-            clusters = cluster_pairs(
-                gradients.rows,
-                pairs,
-                coefficients,
-                config=config,
-                seed=seed,
-                progress=report,
+        inputs = kept, sequences, tokenizer
+        if config.checkpoints is None:
+            gradients = collect(
+                policy, *inputs, config=config, store=store, progress=progress, preconditioner=preconditioner
             )
+            pair_gradients = _pair_gradients(gradients, sequences, config)
+            logps = gradients.records["logp"][pair_gradients.pairs]
+            with _core_progress("Clusters", progress) as report:
+                clusters = cluster_pairs(*pair_gradients, config=config, seed=seed, progress=report)
+        else:
+            reference = collect_reference(policy, sequences, tokenizer, config=config, store=store, progress=progress)
+            logps = reference.logps[sequences.pairs]
+            del policy  # one model in memory at a time
+            stores = collect_checkpoints(reference, *inputs, config=config, store=store, progress=progress)
+            with _core_progress("Clusters", progress) as report:
+                clusters = cluster_checkpoints(
+                    [_pair_gradients(gradients, sequences, config) for gradients in stores],
+                    list(config.checkpoints.values()),
+                    config=config,
+                    store=store,
+                    seed=seed,
+                    progress=report,
+                )
         eligible = clusters.usable
         _report_unusable(kept, eligible, config)
 
@@ -206,6 +203,24 @@ def select(
         config=config.to_dict(),
         skipped=candidates.skipped.places,
     )
+
+
+def _pair_gradients(gradients: GradientStore, sequences: TokenizedResponses, config: SelectConfig) -> PairGradients:
+    """Returns the gradients of the pairs in terms of those of the responses; zero where one of these is unusable."""
+    pairs = gradients.rows_of(sequences.sequence_ids)[sequences.pairs]
+    records = gradients.records
+    coefficients = pair_coefficients(
+        records["logp"],
+        records["ref_logp"],
+        pairs,
+        lengths=records["length"],
+        predicted=gradients.predicted,
+        log_weights=records["log_weight"],
+        config=config,
+    )
+    finite = (records["flags"] & NONFINITE == 0)[pairs].all(axis=1) & np.isfinite(coefficients).all(axis=1)
+    coefficients[~finite] = 0
+    return PairGradients(gradients.rows, pairs, coefficients)
 
 
 def _count(name: str, value: Any, total: int) -> int:

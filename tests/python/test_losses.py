@@ -18,8 +18,8 @@ from trl import DPOConfig, DPOTrainer
 
 import bpo
 from bpo import InvalidDataWarning, SelectConfig, _core, collect_gradients, pair_coefficients, read_candidates
-from bpo.features import choose_features
 from bpo.config import _F_DIVERGENCE_LOSSES, REFUSED_LOSSES, FDivergence, LossType
+from bpo.features import choose_features
 from bpo.tokens import tokenize_responses
 from conftest import hooked, scored_rows, tiny_llama
 
