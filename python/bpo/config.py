@@ -6,7 +6,7 @@ import dataclasses
 import math
 import numbers
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 Strategy = Literal["bpo", "uniform", "random", "margin"]
@@ -32,6 +32,8 @@ LossType = Literal[
     "sigmoid_norm",
 ]
 FDivergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
+TokenWeights = Callable[[list[int], list[int]], Sequence[float]]
+"""Token ids of a prompt and of a response to a weight for each token of the response."""
 TruncationMode = Literal["keep_start", "keep_end"]
 DType = Literal["float32", "bfloat16", "float16"]
 
@@ -64,7 +66,15 @@ class SelectConfig:
         f_alpha_divergence_coef: α of ``"alpha_divergence"``.
         discopop_tau: τ of ``"discopop"``.
         use_weighting: Whether each pair's loss is weighted as in WPO, by how probable its responses are.
-        ref_model: Reference policy, a model or a path. ``None`` means the policy as given, as in TRL.
+        ref_model: Reference policy, a model or a path. ``None`` means the policy as given, as in TRL; ``"base"`` the
+            policy without its adapter. ``"columns"`` runs none and reads log π_ref from the data (see
+            :func:`bpo.read_candidates`). A directory of such a name is written with a slash, as in ``"./base"``.
+        token_weights: Weights w of the tokens of a response, with which its log-probability under policy and reference
+            is Σ_t w_t log π(y_t | x, y_<t), as in TIS-DPO (arXiv 2410.04350) and RTO (arXiv 2404.18922). The name under
+            which the data gives them (see :func:`bpo.read_candidates`), or a function of the token ids of a prompt and
+            of a response, each a list. There is one weight for each token of a response, the end token included,
+            counted before sequences are cut; any finite number will do. ``None`` weighs every token 1. Lengths count
+            tokens all the same. Training must weigh tokens likewise, which TRL's ``DPOTrainer`` does not.
         max_length: Most tokens of prompt and response together, TRL's default. ``None`` cuts nothing. Sequences beyond
             the positions that the model or its reference was made for are cut all the same, which TRL does not do.
         truncation_mode: ``"keep_start"`` cuts a longer sequence at its end, and sets aside pairs whose prompt fills
@@ -137,6 +147,7 @@ class SelectConfig:
     discopop_tau: float = 0.05
     use_weighting: bool = False
     ref_model: Any = None
+    token_weights: str | TokenWeights | None = None
     max_length: int | None = 1024
     truncation_mode: TruncationMode = "keep_start"
     max_pairs_per_prompt: int | None = None
@@ -185,7 +196,17 @@ class SelectConfig:
                 raise ValueError(f"SelectConfig.{name} must be one of {list(get_args(literal))}, got {value!r}")
         for name in ("embedder", "ref_model", "preconditioner"):
             if isinstance(getattr(self, name), os.PathLike):
-                object.__setattr__(self, name, os.fspath(getattr(self, name)))
+                path = os.fspath(getattr(self, name))
+                object.__setattr__(self, name, f"./{path}" if path in ("base", "columns") else path)
+        if not (self.token_weights is None or callable(self.token_weights) or isinstance(self.token_weights, str)):
+            raise ValueError(
+                f"SelectConfig.token_weights must be a name, a function or None, got {self.token_weights!r}"
+            )
+        if self.token_weights is not None and isinstance(self.ref_model, str) and self.ref_model == "columns":
+            raise ValueError(
+                "SelectConfig.token_weights needs a reference that runs: log-probabilities that the data gives "
+                "(ref_model='columns') are sums over tokens that cannot be weighted any more."
+            )
         for name in ("beta", "discopop_tau", "temperature"):
             value = getattr(self, name)
             if not _is_finite(value) or value <= 0:
@@ -314,11 +335,15 @@ class SelectConfig:
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the fields as JSON has them: tuples are lists, and a model object is named by its class."""
+        """Returns the fields as JSON has them: tuples are lists; models and functions are named only."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         values = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
         if not isinstance(self.ref_model, (str, type(None))):
             values["ref_model"] = f"<{type(self.ref_model).__name__}>"
+        if callable(self.token_weights):
+            function = self.token_weights
+            name = getattr(function, "__qualname__", type(function).__qualname__)
+            values["token_weights"] = f"<{function.__module__}.{name}>"
         return values
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import datasets
     import numpy.typing as npt
 
-    from bpo.config import OnInvalid
+    from bpo.config import OnInvalid, SelectConfig
 
 Text = str | list[dict[str, Any]]
 """A prompt or a response: plain text, or a list of chat messages."""
@@ -44,6 +44,8 @@ _KNOWN_COLUMNS = (
 )
 # What TRL gives to apply_chat_template itself.
 _RESERVED_KWARGS = {"conversation", "tokenize", "return_dict", "add_generation_prompt"}
+_REF_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
+_OTHER_COLUMNS = " with other token weights or reference log-probabilities"
 _FILE_KINDS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 _NAMED_ROWS = 5
 _LARGEST_SCORE = 1e300
@@ -99,11 +101,17 @@ class Candidates:
         responses: (R,) the distinct responses, grouped by prompt.
         response_ids: (R, 16) uint8, content hash of prompt and response.
         prompt_of_response: (R,) int64.
+        response_places: (R, 2) int64, the first row of the data that holds the response and its position there, counted
+            from 0; −1 where it is the row's ``chosen`` or ``rejected``.
         scores: (R,) float64, NaN where the data gives none.
         pairs: (P, 2) int64, rows of the preferred and of the other response.
         prompt_of_pair: (P,) int64.
         pair_rows: (P,) int64, the row of the data that states the pair, or that holds its preferred response.
         pair_scores: (P, 2) float64, scores of the preferred and of the other response, NaN where the data gives none.
+        token_weights: Distinct float32 arrays of token weights, in the order of the data; empty where none are read.
+        pair_weights: (P, 2) int64, which of ``token_weights`` the preferred and the other response have in the pair.
+        pair_ref_logps: (P, 2) float64, log π_ref of the preferred and of the other response, as the data gives them;
+            NaN where none are read.
         known_ids: (·, 16) uint8, content hash of every response of the data, usable or not.
         skipped: What was set aside.
     """
@@ -115,11 +123,15 @@ class Candidates:
     responses: list[Text]
     response_ids: npt.NDArray[np.uint8]
     prompt_of_response: npt.NDArray[np.int64]
+    response_places: npt.NDArray[np.int64]
     scores: npt.NDArray[np.float64]
     pairs: npt.NDArray[np.int64]
     prompt_of_pair: npt.NDArray[np.int64]
     pair_rows: npt.NDArray[np.int64]
     pair_scores: npt.NDArray[np.float64]
+    token_weights: list[npt.NDArray[np.float32]]
+    pair_weights: npt.NDArray[np.int64]
+    pair_ref_logps: npt.NDArray[np.float64]
     known_ids: npt.NDArray[np.uint8]
     skipped: Skipped
 
@@ -132,6 +144,13 @@ class Candidates:
     def conversational(self) -> bool:
         """Whether prompts and responses are chat messages."""
         return isinstance(self.prompts[0], list)
+
+    def place(self, side: int) -> str:
+        """Says where in the data the response stands that is entry ``side`` of ``pairs``, read row by row."""
+        row, position = self.response_places[self.pairs.flat[side]]
+        if position < 0:
+            return f"Row {self.pair_rows[side // 2]}, {('chosen', 'rejected')[side % 2]}"
+        return f"Row {row}, response {position}"
 
     def keep_prompts(
         self, kept: npt.NDArray[np.bool_]
@@ -166,11 +185,15 @@ class Candidates:
                 responses=[self.responses[i] for i in np.flatnonzero(used)],
                 response_ids=self.response_ids[used],
                 prompt_of_response=new_prompt[self.prompt_of_response[used]],
+                response_places=self.response_places[used],
                 scores=self.scores[used],
                 pairs=new_response[self.pairs[pair_index]],
                 prompt_of_pair=new_prompt[self.prompt_of_pair[pair_index]],
                 pair_rows=self.pair_rows[pair_index],
                 pair_scores=self.pair_scores[pair_index],
+                token_weights=self.token_weights,
+                pair_weights=self.pair_weights[pair_index],
+                pair_ref_logps=self.pair_ref_logps[pair_index],
                 known_ids=self.known_ids,
                 skipped=self.skipped,
             ),
@@ -184,6 +207,8 @@ def read_candidates(
     *,
     max_pairs_per_prompt: int | None = None,
     on_invalid: OnInvalid = "skip",
+    token_weights: str | None = None,
+    ref_logps: bool = False,
 ) -> Candidates:
     """Reads preference data of any accepted format.
 
@@ -196,6 +221,11 @@ def read_candidates(
             ``datasets.load_dataset`` takes: a directory, a .jsonl, .json, .parquet or .csv file, a hub id.
         max_pairs_per_prompt: Cap on the pairs of a prompt; the largest score gaps are kept, ties in data order.
         on_invalid: ``"skip"`` warns once with the counts and the places; ``"raise"`` makes that an error.
+        token_weights: Name under which the data gives a weight for each token of a response: as lists in the columns
+            ``<name>_chosen`` and ``<name>_rejected`` of preference rows; of scored responses as a column with a list of
+            lists, or, where responses are records, as an item of each record.
+        ref_logps: Whether to read log π_ref of the responses: the columns ``ref_chosen_logps`` and
+            ``ref_rejected_logps`` of preference rows, as TRL calls them; a list ``ref_logps`` of scored responses.
 
     Returns:
         The candidates.
@@ -214,13 +244,12 @@ def read_candidates(
     columns = list(rows.column_names)
     reader: _PreferenceReader | _ScoredReader
     if {"chosen", "rejected"} <= set(columns):
-        reader = _PreferenceReader(columns)
+        reader = _PreferenceReader(columns, token_weights, ref_logps)
     elif "responses" in columns and "prompt" in columns:
-        reader = _ScoredReader(columns, prompt="prompt", responses="responses")
+        reader = _ScoredReader(columns, token_weights, ref_logps, prompt="prompt", responses="responses")
     elif "completions" in columns and ("instruction" in columns or "prompt" in columns):
-        reader = _ScoredReader(
-            columns, prompt="prompt" if "prompt" in columns else "instruction", responses="completions"
-        )
+        prompt = "prompt" if "prompt" in columns else "instruction"
+        reader = _ScoredReader(columns, token_weights, ref_logps, prompt=prompt, responses="completions")
     else:
         raise ValueError(_column_error(columns))
     for column in ("images", "image"):
@@ -238,6 +267,17 @@ def read_candidates(
     candidates = groups.build(max_pairs_per_prompt)
     report_skipped(candidates.skipped, on_invalid)
     return candidates
+
+
+def read_configured(dataset: Any, config: SelectConfig) -> Candidates:
+    """Reads what a configuration asks for, with the token weights and reference log-probabilities of the data."""
+    return read_candidates(
+        dataset,
+        max_pairs_per_prompt=config.max_pairs_per_prompt,
+        on_invalid=config.on_invalid,
+        token_weights=config.token_weights if isinstance(config.token_weights, str) else None,
+        ref_logps=isinstance(config.ref_model, str) and config.ref_model == "columns",
+    )
 
 
 def report_skipped(skipped: Skipped, on_invalid: OnInvalid) -> None:
@@ -459,8 +499,8 @@ def _short(value: Any) -> str:
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
 
 
-def _score(value: Any, index: int, column: str) -> float:
-    """Returns the score as a float, NaN where there is none."""
+def _number(value: Any, index: int, column: str) -> float:
+    """Returns a number as a float, NaN where there is none."""
     if value is None:
         return math.nan
     try:
@@ -468,7 +508,26 @@ def _score(value: Any, index: int, column: str) -> float:
     except OverflowError:
         return math.inf
     except (TypeError, ValueError):
-        raise ValueError(f"Row {index}, column '{column}': the score {_short(value)} is not a number.") from None
+        raise ValueError(f"Row {index}, column '{column}': {_short(value)} is not a number.") from None
+
+
+def as_weights(value: Any, place: str) -> npt.NDArray[np.float32]:
+    """Returns token weights as an array.
+
+    Raises:
+        ValueError: No list of finite numbers; the message names the place.
+    """
+    try:
+        with np.errstate(over="ignore"):
+            weights = np.asarray(value, dtype=np.float64).astype(np.float32)
+    except (TypeError, ValueError):
+        weights = np.zeros((0, 0), dtype=np.float32)
+    if weights.ndim != 1:
+        raise ValueError(f"{place}: expected a list of token weights, got {_short(value)}.")
+    bad = np.flatnonzero(~np.isfinite(weights))
+    if len(bad):
+        raise ValueError(f"{place}: token weight {bad[0]}, counted from 0, is {value[bad[0]]}; weights must be finite.")
+    return weights
 
 
 def _is_score(value: float) -> bool:
@@ -499,6 +558,7 @@ class _Groups:
         self.prompts: dict[bytes, _Group] = {}
         self.skipped = Skipped()
         self.conversational: bool | None = None
+        self.weights: dict[bytes, int] = {}
 
     def group(self, index: int, prompt: Text, template_kwargs: dict[str, Any]) -> _Group:
         """Returns the group of a prompt, whose identity the settings of its chat template are part of."""
@@ -517,6 +577,10 @@ class _Groups:
         if key not in self.prompts:
             self.prompts[key] = _Group(prompt, settings, index, key)
         return self.prompts[key]
+
+    def weights_index(self, value: Any, place: str) -> int:
+        """Returns the index of an array of token weights among the distinct ones."""
+        return self.weights.setdefault(as_weights(value, place).tobytes(), len(self.weights))
 
     def build(self, max_pairs_per_prompt: int | None) -> Candidates:
         groups: list[_Group] = []
@@ -548,11 +612,15 @@ class _Groups:
             responses=[response for group in groups for response in group.responses],
             response_ids=_id_array([key for group in groups for key in group.keys]),
             prompt_of_response=np.repeat(np.arange(len(groups)), np.diff(offsets)).astype(np.int64),
+            response_places=np.array([place for group in groups for place in group.places], dtype=np.int64),
             scores=np.array([score for group in groups for score in group.scores], dtype=np.float64),
             pairs=pairs_in_prompt + offsets[prompt_of_pair, None],
             prompt_of_pair=prompt_of_pair,
             pair_rows=np.array([pair.row for pair in flat], dtype=np.int64),
             pair_scores=np.array([(pair.score_chosen, pair.score_rejected) for pair in flat], dtype=np.float64),
+            token_weights=[np.frombuffer(data, dtype=np.float32) for data in self.weights],
+            pair_weights=np.array([pair.weights for pair in flat], dtype=np.int64),
+            pair_ref_logps=np.array([pair.ref_logps for pair in flat], dtype=np.float64),
             known_ids=_id_array(known),
             skipped=self.skipped,
         )
@@ -564,13 +632,22 @@ def _id_array(ids: Iterable[bytes]) -> npt.NDArray[np.uint8]:
 
 @dataclasses.dataclass(frozen=True)
 class _Pair:
-    """Positions of two responses among those of the prompt, their scores (NaN if unknown), and the row of the data."""
+    """Positions of two responses among those of the prompt, their scores (NaN if unknown), and the row of the data.
+
+    ``weights`` and ``ref_logps`` are −1 and NaN where none are read.
+    """
 
     chosen: int
     rejected: int
     score_chosen: float
     score_rejected: float
     row: int
+    weights: tuple[int, int]
+    ref_logps: tuple[float, float]
+
+    def same_columns(self, other: _Pair) -> bool:
+        """Whether token weights and reference log-probabilities are the same."""
+        return self.weights == other.weights and np.array_equal(self.ref_logps, other.ref_logps, equal_nan=True)
 
     @property
     def gap(self) -> float:
@@ -588,14 +665,24 @@ class _Group:
         self.responses: list[Text] = []
         self.keys: list[bytes] = []
         self.scores: list[float] = []
-        self.rows: list[int] = []
+        self.places: list[tuple[int, int]] = []
+        self.weights: list[int] = []
+        self.ref_logps: list[float] = []
         self.stated: dict[tuple[int, int], _Pair] = {}
         self.scored = False
         self.set_aside: list[bytes] = []
         self._index: dict[bytes, int] = {}
 
-    def add(self, response: Text, score: float, row: int) -> tuple[int, bool]:
-        """Returns the position of the response and whether it is new."""
+    def add(
+        self,
+        response: Text,
+        score: float,
+        row: int,
+        position: int = -1,
+        weights: int = -1,
+        ref_logp: float = math.nan,
+    ) -> tuple[int, bool]:
+        """Returns the index of the response in the group and whether it is new."""
         key = self.response_id(response)
         if key in self._index:
             return self._index[key], False
@@ -603,7 +690,9 @@ class _Group:
         self.responses.append(response)
         self.keys.append(key)
         self.scores.append(score)
-        self.rows.append(row)
+        self.places.append((row, position))
+        self.weights.append(weights)
+        self.ref_logps.append(ref_logp)
         return self._index[key], True
 
     def response_id(self, response: Text) -> bytes:
@@ -617,7 +706,15 @@ class _Group:
             skipped.add("prompt with fewer than two usable responses", place)
             return []
         pairs = [
-            _Pair(chosen, rejected, self.scores[chosen], self.scores[rejected], self.rows[chosen])
+            _Pair(
+                chosen,
+                rejected,
+                self.scores[chosen],
+                self.scores[rejected],
+                self.places[chosen][0],
+                (self.weights[chosen], self.weights[rejected]),
+                (self.ref_logps[chosen], self.ref_logps[rejected]),
+            )
             for chosen in range(len(self.responses))
             for rejected in range(len(self.responses))
             if self.scores[chosen] > self.scores[rejected]
@@ -627,11 +724,25 @@ class _Group:
         return pairs
 
 
+def _require(columns: list[str], wanted: Sequence[str], setting: str) -> None:
+    missing = [column for column in wanted if column not in columns]
+    if missing:
+        raise ValueError(
+            f"SelectConfig.{setting} needs the columns {', '.join(missing)}, but the columns are {columns}."
+        )
+
+
 class _PreferenceReader:
     """Rows that state a chosen and a rejected response."""
 
-    def __init__(self, columns: list[str]) -> None:
+    def __init__(self, columns: list[str], token_weights: str | None, ref_logps: bool) -> None:
         self.has_prompt = "prompt" in columns
+        self.token_weights = token_weights
+        self.ref_logps = ref_logps
+        if token_weights is not None:
+            _require(columns, (f"{token_weights}_chosen", f"{token_weights}_rejected"), f"{token_weights=}")
+        if ref_logps:
+            _require(columns, _REF_COLUMNS, 'ref_model="columns"')
         scores = [column for column in ("score_chosen", "score_rejected") if column in columns]
         if len(scores) == 1:
             raise ValueError(f"The dataset has the column '{scores[0]}' but not its counterpart; give both or none.")
@@ -672,8 +783,8 @@ class _PreferenceReader:
         group = groups.group(index, prompt, template_kwargs)
         score_chosen = score_rejected = math.nan
         if self.has_scores:
-            score_chosen = _score(row["score_chosen"], index, "score_chosen")
-            score_rejected = _score(row["score_rejected"], index, "score_rejected")
+            score_chosen = _number(row["score_chosen"], index, "score_chosen")
+            score_rejected = _number(row["score_rejected"], index, "score_rejected")
             reason = None
             if not (_is_score(score_chosen) and _is_score(score_rejected)):
                 reason = "score missing, NaN or infinite"
@@ -685,23 +796,47 @@ class _PreferenceReader:
                 skipped.add(reason, place)
                 group.set_aside += [group.response_id(chosen), group.response_id(rejected)]
                 return
+        ref_logps = (math.nan, math.nan)
+        if self.ref_logps:
+            ref_chosen, ref_rejected = (_number(row[column], index, column) for column in _REF_COLUMNS)
+            if not (math.isfinite(ref_chosen) and math.isfinite(ref_rejected)):
+                skipped.add("reference log-probability missing, NaN or infinite", place)
+                group.set_aside += [group.response_id(chosen), group.response_id(rejected)]
+                return
+            ref_logps = (ref_chosen, ref_rejected)
+        weights = (-1, -1)
+        if self.token_weights is not None:
+            weights = (
+                groups.weights_index(row[f"{self.token_weights}_chosen"], f"Row {index}, chosen"),
+                groups.weights_index(row[f"{self.token_weights}_rejected"], f"Row {index}, rejected"),
+            )
         first = group.add(chosen, score_chosen, index)[0]
         second = group.add(rejected, score_rejected, index)[0]
+        pair = _Pair(first, second, score_chosen, score_rejected, index, weights, ref_logps)
         if (first, second) in group.stated:
-            skipped.add("duplicate of an earlier pair", place)
+            differs = not pair.same_columns(group.stated[first, second])
+            skipped.add("duplicate of an earlier pair" + _OTHER_COLUMNS * differs, place)
         elif (second, first) in group.stated:
             skipped.add("contradicts an earlier pair", f"{place}, against row {group.stated[second, first].row}")
         else:
-            group.stated[first, second] = _Pair(first, second, score_chosen, score_rejected, index)
+            group.stated[first, second] = pair
 
 
 class _ScoredReader:
     """Rows that hold one prompt and several scored responses."""
 
-    def __init__(self, columns: list[str], *, prompt: str, responses: str) -> None:
+    def __init__(
+        self, columns: list[str], token_weights: str | None, ref_logps: bool, *, prompt: str, responses: str
+    ) -> None:
         self.prompt = prompt
         self.responses = responses
         self.has_scores = "scores" in columns
+        self.token_weights = token_weights
+        self.ref_logps = ref_logps
+        if token_weights is not None and self.has_scores:
+            _require(columns, [token_weights], f"{token_weights=}")
+        if ref_logps:
+            _require(columns, ["ref_logps"], 'ref_model="columns"')
 
     def read(self, index: int, row: Mapping[str, Any], template_kwargs: dict[str, Any], groups: _Groups) -> None:
         skipped = groups.skipped
@@ -716,6 +851,8 @@ class _ScoredReader:
             return
         prompt = _as_text(row[self.prompt], index, self.prompt)
         texts, scores = self._texts_and_scores(index, row, items)
+        weights = self._weights(index, row, items)
+        ref_logps = self._ref_logps(index, row, items)
         group = groups.group(index, prompt, template_kwargs)
         group.scored = True
         role = "assistant" if isinstance(prompt, list) else None
@@ -734,20 +871,26 @@ class _ScoredReader:
                 skipped.add("score missing, NaN or infinite", place)
                 group.set_aside.append(group.response_id(response))
                 continue
-            earlier, new = group.add(response, score, index)
-            if not new and group.scores[earlier] == score:
-                skipped.add("duplicate response of the same prompt", place)
-            elif not new:
+            if self.ref_logps and not math.isfinite(ref_logps[position]):
+                skipped.add("reference log-probability missing, NaN or infinite", place)
+                group.set_aside.append(group.response_id(response))
+                continue
+            weight, ref_logp = -1, ref_logps[position]
+            if self.token_weights is not None:
+                weight = groups.weights_index(weights[position], place.capitalize())
+            earlier, new = group.add(response, score, index, position, weight, ref_logp)
+            if not new and group.scores[earlier] != score:
                 skipped.add("duplicate response with another score than before", place)
+            elif not new:
+                differs = group.weights[earlier] != weight or (self.ref_logps and group.ref_logps[earlier] != ref_logp)
+                skipped.add("duplicate response of the same prompt" + _OTHER_COLUMNS * differs, place)
 
     def _texts_and_scores(
         self, index: int, row: Mapping[str, Any], items: Sequence[Any]
     ) -> tuple[list[Any], list[float]]:
         if self.has_scores:
-            scores = list(row["scores"])
-            if len(scores) != len(items):
-                raise ValueError(f"Row {index}: {len(items)} responses but {len(scores)} scores.")
-            return list(items), [_score(score, index, "scores") for score in scores]
+            scores = _one_each(row["scores"], items, index, "scores")
+            return list(items), [_number(score, index, "scores") for score in scores]
         texts, values = [], []
         for item in items:
             if not isinstance(item, dict):
@@ -763,5 +906,28 @@ class _ScoredReader:
                     f"(or 'overall_score'), got the keys {sorted(item)}."
                 )
             texts.append(item[text_key])
-            values.append(_score(item[score_key], index, f"{self.responses}.{score_key}"))
+            values.append(_number(item[score_key], index, f"{self.responses}.{score_key}"))
         return texts, values
+
+    def _weights(self, index: int, row: Mapping[str, Any], items: Sequence[Any]) -> list[Any]:
+        if self.token_weights is None:
+            return []
+        if not self.has_scores:
+            return [item.get(self.token_weights) for item in items]
+        return _one_each(row[self.token_weights], items, index, self.token_weights)
+
+    def _ref_logps(self, index: int, row: Mapping[str, Any], items: Sequence[Any]) -> list[float]:
+        if not self.ref_logps:
+            return [math.nan] * len(items)
+        return [_number(value, index, "ref_logps") for value in _one_each(row["ref_logps"], items, index, "ref_logps")]
+
+
+def _one_each(values: Any, items: Sequence[Any], index: int, column: str) -> list[Any]:
+    """Checks that a column holds a list of one value a response."""
+    if not isinstance(values, (list, tuple)):
+        raise ValueError(
+            f"Row {index}, column '{column}': expected a list of one value a response, got {_short(values)}."
+        )
+    if len(values) != len(items):
+        raise ValueError(f"Row {index}: {len(items)} responses but {len(values)} {column}.")
+    return list(values)

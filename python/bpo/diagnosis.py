@@ -16,7 +16,7 @@ import torch
 from bpo import _core
 from bpo.capture import Plan, autocasting, sum_gradients
 from bpo.config import SelectConfig
-from bpo.data import InvalidDataWarning, read_candidates
+from bpo.data import InvalidDataWarning, read_configured
 from bpo.features import Features, choose_features
 from bpo.logprobs import check_vocabulary, completion_logps
 from bpo.models import inference_state, load_policy, load_tokenizer, window
@@ -168,9 +168,7 @@ def doctor(
     config = SelectConfig.of(config)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        candidates = read_candidates(
-            dataset, max_pairs_per_prompt=config.max_pairs_per_prompt, on_invalid=config.on_invalid
-        )
+        candidates = read_configured(dataset, config)
         skipped = candidates.skipped.counts()
         tokenizer = load_tokenizer(model, processing_class, config)
         policy = load_policy(model, config)
@@ -179,6 +177,7 @@ def doctor(
             tokenizer,
             window(policy, config),
             truncation_mode=config.truncation_mode,
+            token_weights=config.token_weights if callable(config.token_weights) else None,
             on_invalid=config.on_invalid,
         )
         check_vocabulary(policy, tokenized)

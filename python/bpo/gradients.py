@@ -16,7 +16,7 @@ import bpo
 from bpo import _core
 from bpo.capture import Plan, autocasting, sum_gradients
 from bpo.config import SelectConfig
-from bpo.data import Candidates, read_candidates, warn
+from bpo.data import Candidates, read_configured, warn
 from bpo.features import choose_features
 from bpo.logprobs import check_vocabulary, completion_logps
 from bpo.models import (
@@ -293,9 +293,7 @@ def collect_gradients(
     if config.checkpoints is not None:
         raise ValueError("collect_gradients serves one model: give it a checkpoint as the model, and checkpoints=None.")
     preconditioner = preconditioner_path(model, config)
-    candidates = read_candidates(
-        dataset, max_pairs_per_prompt=config.max_pairs_per_prompt, on_invalid=config.on_invalid
-    )
+    candidates = read_configured(dataset, config)
     tokenizer = load_tokenizer(model, processing_class, config)
     policy = load_policy(model, config)
     kept, tokenized = tokenize_candidates(
@@ -303,6 +301,7 @@ def collect_gradients(
         tokenizer,
         window(policy, config),
         truncation_mode=config.truncation_mode,
+        token_weights=config.token_weights if callable(config.token_weights) else None,
         on_invalid=config.on_invalid,
     )
     return collect(

@@ -93,13 +93,17 @@ def completion_logps(
     reduced = logits.shape[:2] == (1, int(predicting.sum()))
     logits = logits[0] if reduced else logits[:, :-1][predicting]
     targets = input_ids[:, 1:].to(logits.device)[predicting]
-    token_logps, token_weights = _TokenLogps.apply(logits, targets)
+    token_logps, agreements = _TokenLogps.apply(logits, targets)
+    if tokenized.weights is not None:
+        # The first token of a sequence has a weight, too, but nothing predicts it.
+        weights = [tokenized.weights[row][int(tokenized.prompt_lengths[row] == 0) :] for row in rows]
+        token_logps = token_logps * torch.from_numpy(np.concatenate(weights)).to(logits.device)
     zeros = torch.zeros(predicting.shape, device=logits.device)
     # Summed row by row of a padded matrix, which is deterministic on a GPU, too.
     tokens = predicting.sum(dim=1).clamp(min=1)
     return CompletionLogps(
         logps=zeros.masked_scatter(predicting, token_logps).sum(dim=1),
-        log_weights=zeros.masked_scatter(predicting, token_weights).sum(dim=1) / tokens,
+        log_weights=zeros.masked_scatter(predicting, agreements).sum(dim=1) / tokens,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from bpo.breadth import compress_breadth, embed_prompts, embed_with_policy
 from bpo.checkpoints import check_checkpoints, cluster_checkpoints, collect_checkpoints, collect_reference
 from bpo.clustering import PairGradients, cluster_pairs
 from bpo.config import SelectConfig
-from bpo.data import Candidates, Skipped, Text, read_candidates, report_skipped, warn
+from bpo.data import Candidates, Skipped, Text, read_configured, report_skipped, warn
 from bpo.gradients import collect
 from bpo.losses import pair_coefficients
 from bpo.models import load_policy, load_tokenizer, window
@@ -106,9 +107,9 @@ def select(
     elif needs_gradients:
         preconditioner = preconditioner_path(model, config)
 
-    candidates = read_candidates(
-        dataset, max_pairs_per_prompt=config.max_pairs_per_prompt, on_invalid=config.on_invalid
-    )
+    # What only gradients depend on need not be in the data otherwise.
+    reading = config if needs_gradients else dataclasses.replace(config, token_weights=None, ref_model=None)
+    candidates = read_configured(dataset, reading)
     if strategy in NEEDS_SCORES and np.isnan(candidates.score_gaps).any():
         raise ValueError(
             f"strategy={strategy!r} needs scores, but {int(np.isnan(candidates.score_gaps).sum())} of "
@@ -124,6 +125,7 @@ def select(
             tokenizer,
             longest,
             truncation_mode=config.truncation_mode,
+            token_weights=reading.token_weights if callable(reading.token_weights) else None,
             on_invalid=config.on_invalid,
         )
     n_prompts = len(candidates.prompts) if breadth is None else _count("breadth", breadth, len(candidates.prompts))
@@ -194,7 +196,7 @@ def select(
     fate[pair_index] = np.where(eligible, np.where(chosen, SELECTED, "depth"), "unusable")
     table = _pair_table(candidates, tokenized, fate, pair_index, usefulness, clusters, logps)
     return Selection(
-        dataset=_training_set(candidates, table, np.flatnonzero(fate == SELECTED)),
+        dataset=_training_set(candidates, table, np.flatnonzero(fate == SELECTED), config),
         pairs=table,
         depth=np.bincount(candidates.prompt_of_pair[fate == SELECTED], minlength=len(kept_prompts)).astype(np.int64),
         strategy=strategy,
@@ -309,7 +311,7 @@ def _pair_table(
     return pa.table(columns)
 
 
-def _training_set(candidates: Candidates, table: pa.Table, index: npt.NDArray[np.int64]) -> Any:
+def _training_set(candidates: Candidates, table: pa.Table, index: npt.NDArray[np.int64], config: SelectConfig) -> Any:
     """The selected pairs in TRL's format, with the provenance of each in ``bpo_*`` columns."""
     import datasets
 
@@ -330,6 +332,10 @@ def _training_set(candidates: Candidates, table: pa.Table, index: npt.NDArray[np
         columns["tools"] = [None if tool is None else json.dumps(tool) for tool in tools]
     if any(settings):
         columns["chat_template_kwargs"] = settings
+    if candidates.token_weights:
+        for side, name in enumerate(("chosen", "rejected")):
+            weights = candidates.pair_weights[index, side]
+            columns[f"{config.token_weights}_{name}"] = [candidates.token_weights[i].tolist() for i in weights]
     selected = table.take(pa.array(index)).drop_columns(["chosen", "rejected", "fate"])
     for name in selected.column_names:
         # A column that the strategy does not use would be all null, which Parquet readers cannot give a type.

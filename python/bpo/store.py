@@ -32,7 +32,8 @@ RECORD = np.dtype(
         ("crc32", "<u4"),
     ]
 )
-"""One response: content hashes, score, log-probabilities, tokens of the response, flags, checksum of row and record.
+"""One sequence (:class:`bpo.tokens.TokenizedResponses`): content hashes of prompt and sequence, score,
+log-probabilities, tokens of the response, flags, checksum of row and record.
 
 ``log_weight`` is the mean over the predicted tokens of log π − log Σ_v π_v², v running over the vocabulary: the
 logarithm of WPO's weight (arXiv 2406.11827, eq. 2).
@@ -156,9 +157,9 @@ class GradientWriter:
             path: Directory; ``None`` for a temporary one.
             dim: Numbers a row.
             fingerprint: What the rows depend on.
-            known_ids: (·, 16) every response of the data. The store's rows must be of these, unless it has all that is
-                wanted: anything else is other data.
-            wanted_ids: (·, 16) the rows that will be asked for.
+            known_ids: (·, 16) every response of the data.
+            wanted_ids: (·, 16) the rows that will be asked for. Either the responses of the store's rows are all known,
+                or those that are wanted are all in the store: anything else is other data.
 
         Raises:
             StoreMismatchError: Another model, tokenizer, sketch, version or data.
@@ -259,9 +260,11 @@ def _brief(value: Any) -> str:
 
 def _check_data(present: GradientStore, known_ids: npt.NDArray[np.uint8], wanted_ids: npt.NDArray[np.uint8]) -> None:
     # The first half of an id is the response's, wherever it starts and whatever its tokens weigh.
-    stored = {identifier[:8].tobytes() for identifier in present.records["response_id"]}
-    known = {identifier[:8].tobytes() for identifier in known_ids}
-    if stored <= known or (present.rows_of(wanted_ids) >= 0).all():
+    stored, known, wanted = (
+        {identifier[:8].tobytes() for identifier in ids}
+        for ids in (present.records["response_id"], known_ids, wanted_ids)
+    )
+    if stored <= known or wanted <= stored:
         return
     foreign = next(row for row, key in enumerate(present.records["response_id"]) if key[:8].tobytes() not in known)
     raise StoreMismatchError(

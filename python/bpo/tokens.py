@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bpo.data import Candidates, Skipped, Text, report_skipped, warn
+from bpo.data import Candidates, Skipped, Text, as_weights, report_skipped, warn
 
 if TYPE_CHECKING:
     import numpy.typing as npt
     from transformers import PreTrainedTokenizerBase
 
-    from bpo.config import OnInvalid, TruncationMode
+    from bpo.config import OnInvalid, TokenWeights, TruncationMode
+
+_NAMED_TOKENS = 40
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +26,8 @@ class TokenizedResponses:
 
     One *sequence* is a response together with the place where it starts. Both responses of a pair start where the
     first of them parts from the prompt, as in TRL. So where tokens merge across the boundary, a response may start at
-    one place in one pair and earlier in another, and is a sequence for each; everywhere else it is a single one.
+    one place in one pair and earlier in another, and is a sequence for each; everywhere else it is a single one. The
+    same holds for a response to whose tokens preference rows give other weights in another pair.
 
     Attributes:
         ids: (S,) lists of token ids, prompt and response, cut to ``max_length``.
@@ -32,7 +35,9 @@ class TokenizedResponses:
         pairs: (P, 2) int64, the sequences of the preferred and of the other response of each candidate pair.
         response_of: (S,) int64, the response that each sequence is of.
         sequence_ids: (S, 16) uint8, content hash of each sequence: that of the response where it starts as soon as it
-            parts from the prompt; else only the first eight bytes are the response's.
+            parts from the prompt and its tokens have no weights; else only the first eight bytes are the response's.
+        weights: (S,) float32 arrays, the weight of each token of the response in its log-probability; None where each
+            counts once.
         max_length: The window to which sequences were cut; None where nothing was.
         truncated: How many sequences were cut.
     """
@@ -42,6 +47,7 @@ class TokenizedResponses:
     pairs: npt.NDArray[np.int64]
     response_of: npt.NDArray[np.int64]
     sequence_ids: npt.NDArray[np.uint8]
+    weights: list[npt.NDArray[np.float32]] | None
     max_length: int | None
     truncated: int
 
@@ -73,7 +79,35 @@ class TokenizedResponses:
             pairs=pairs[(pairs >= 0).all(axis=1)],
             response_of=self.response_of[rows],
             sequence_ids=self.sequence_ids[rows],
+            weights=None if self.weights is None else [self.weights[row] for row in rows],
         )
+
+    def cut(self, max_length: int | None, truncation_mode: TruncationMode) -> TokenizedResponses:
+        """Returns the sequences cut to ``max_length``, without their responses where prompts fill the window."""
+        if max_length is None:
+            return self
+        over = np.maximum(self.lengths - max_length, 0)
+        keeps_end = truncation_mode == "keep_end"
+        weights = self.weights
+        if weights is not None:
+            lost = np.maximum(over - self.prompt_lengths, 0) if keeps_end else np.minimum(over, self.response_lengths)
+            weights = [
+                array[count:] if keeps_end else array[: len(array) - count]
+                for array, count in zip(weights, lost, strict=True)
+            ]
+        tokenized = dataclasses.replace(
+            self,
+            ids=[
+                ids if not count else ids[count:] if keeps_end else ids[:max_length]
+                for ids, count in zip(self.ids, over, strict=True)
+            ],
+            prompt_lengths=np.maximum(self.prompt_lengths - over, 0)
+            if keeps_end
+            else np.minimum(self.prompt_lengths, max_length),
+            weights=weights,
+            max_length=max_length,
+        )
+        return dataclasses.replace(tokenized, truncated=int(((over > 0) & (tokenized.response_lengths > 0)).sum()))
 
     def keep_pairs(
         self, pair_index: npt.NDArray[np.int64], response_index: npt.NDArray[np.int64]
@@ -118,6 +152,7 @@ def tokenize_responses(
     max_length: int | None,
     *,
     truncation_mode: TruncationMode = "keep_start",
+    token_weights: TokenWeights | None = None,
 ) -> tuple[TokenizedResponses, npt.NDArray[np.bool_], Skipped]:
     """Tokenizes the responses of every candidate pair behind their prompt, as TRL 1.x does for the same rows.
 
@@ -129,63 +164,47 @@ def tokenize_responses(
         processing_class: The tokenizer.
         max_length: Longest sequence, in tokens; None cuts nothing.
         truncation_mode: TRL's word for which end of a longer sequence is kept.
+        token_weights: Gives the weights of the tokens of a response, where the candidates do not bring them along.
 
     Returns:
         The sequences; for each pair whether the window has room for its responses ((P,) bool); and which have not.
 
     Raises:
-        ValueError: A tokenizer that cannot do this (see :func:`check_tokenizer`), or a row that it fails on.
+        ValueError: A tokenizer that cannot do this (see :func:`check_tokenizer`), a row that it fails on, or token
+            weights of another number than the tokens.
     """
     check_tokenizer(processing_class, candidates.conversational)
-    uncut: list[list[int]] = []  # (R,)
-    starts: list[int] = []  # (R,) where each response parts from its prompt
-    prompt_tokens: list[int] = []  # (n,)
-    per_prompt = np.bincount(candidates.prompt_of_response, minlength=len(candidates.prompts))
-    for index, prompt in enumerate(candidates.prompts):
-        row = int(candidates.prompt_rows[index])
-        settings = candidates.template_kwargs[index]
-        prompt_ids = _ids(processing_class, prompt, row, settings, add_generation_prompt=True)
-        prompt_tokens.append(len(prompt_ids))
-        for response in candidates.responses[len(uncut) : len(uncut) + per_prompt[index]]:
-            ids = _ids(processing_class, _joined(prompt, response, processing_class.eos_token), row, settings)
-            if not ids:
-                raise ValueError(f"Row {row}: the tokenizer gives no tokens for prompt and response.")
-            uncut.append(ids)
-            starts.append(_common_prefix_length(prompt_ids, ids))
-
-    response_start = np.array(starts, dtype=np.int64)
+    whole, response_start = _tokenize(candidates, processing_class)
     pair_start = response_start[candidates.pairs].min(axis=1)
-    _warn_of_moved_starts(candidates, pair_start < np.array(prompt_tokens)[candidates.prompt_of_pair])
-    # One sequence for each response and start that some pair asks for, in the order of the responses.
+    # One sequence for each response, start and weights that some pair asks for, in the order of the responses.
     keys = candidates.pairs * (pair_start.max() + 1) + pair_start[:, None]
-    _, first, pairs = np.unique(keys, return_index=True, return_inverse=True)
-    pairs = pairs.reshape(-1, 2)
-    response_of, start = candidates.pairs.ravel()[first], np.repeat(pair_start, 2)[first]
-    lengths = np.array([len(ids) for ids in uncut], dtype=np.int64)[response_of]
-    if (lengths <= start).any():
-        prompt_of_empty = candidates.prompt_of_response[response_of[lengths <= start][0]]
-        raise ValueError(
-            f"Row {candidates.prompt_rows[prompt_of_empty]}: no token of a response follows the prompt; look at the "
-            "chat template."
-        )
-
-    over = np.maximum(lengths - max_length, 0) if max_length is not None else np.zeros_like(lengths)
-    keeps_end = truncation_mode == "keep_end"
-    fits = np.ones(len(pairs), dtype=bool)
-    if max_length is not None and not keeps_end:
-        fits = pair_start < max_length
-    tokenized = TokenizedResponses(
-        ids=[
-            uncut[response] if not cut else uncut[response][cut:] if keeps_end else uncut[response][:-cut]
-            for response, cut in zip(response_of.tolist(), over.tolist(), strict=True)
-        ],
-        prompt_lengths=np.maximum(start - over, 0) if keeps_end else np.minimum(start, lengths - over),
-        pairs=pairs,
+    if candidates.token_weights:
+        ranks = np.unique(keys, return_inverse=True)[1].reshape(-1, 2)
+        keys = ranks * len(candidates.token_weights) + candidates.pair_weights
+    _, sides, pairs = np.unique(keys, return_index=True, return_inverse=True)
+    response_of, start = candidates.pairs.ravel()[sides], np.repeat(pair_start, 2)[sides]
+    weights = None
+    if token_weights is not None or candidates.token_weights:
+        weights = [
+            _sequence_weights(candidates, processing_class, token_weights, whole[response], begin, side)
+            for response, begin, side in zip(response_of, start.tolist(), sides.tolist(), strict=True)
+        ]
+    uncut = TokenizedResponses(
+        ids=[whole[response] for response in response_of],
+        prompt_lengths=start,
+        pairs=pairs.reshape(-1, 2),
         response_of=response_of,
-        sequence_ids=_sequence_ids(candidates, response_of, start, start < response_start[response_of]),
-        max_length=max_length,
-        truncated=int((over[np.unique(pairs[fits])] > 0).sum()),
+        sequence_ids=_sequence_ids(candidates.response_ids[response_of], start, response_start[response_of], weights),
+        weights=weights,
+        max_length=None,
+        truncated=0,
     )
+    empty = np.flatnonzero(uncut.response_lengths <= 0)
+    if len(empty):
+        place = candidates.place(int(sides[empty[0]]))
+        raise ValueError(f"{place}: no token of the response follows the prompt; look at the chat template.")
+    tokenized = uncut.cut(max_length, truncation_mode)
+    fits = tokenized.response_lengths[tokenized.pairs].min(axis=1) > 0
     skipped = Skipped()
     for place in dict.fromkeys(
         f"row {candidates.pair_rows[pair]}, {pair_start[pair]} tokens" for pair in np.flatnonzero(~fits)
@@ -200,6 +219,7 @@ def tokenize_candidates(
     max_length: int | None,
     *,
     truncation_mode: TruncationMode = "keep_start",
+    token_weights: TokenWeights | None = None,
     on_invalid: OnInvalid,
 ) -> tuple[Candidates, TokenizedResponses]:
     """Tokenizes, and sets aside the pairs whose prompt leaves no room for a response, as TRL does.
@@ -208,7 +228,7 @@ def tokenize_candidates(
         ValueError: No pair fits; or one does not and ``on_invalid`` is ``"raise"``.
     """
     tokenized, fits, skipped = tokenize_responses(
-        candidates, processing_class, max_length, truncation_mode=truncation_mode
+        candidates, processing_class, max_length, truncation_mode=truncation_mode, token_weights=token_weights
     )
     report_skipped(skipped, on_invalid)
     candidates.skipped.merge(skipped)
@@ -238,30 +258,75 @@ def tokenize_prompts(
     return [ids or [padding_id(processing_class)] for ids in prompts]
 
 
-def _warn_of_moved_starts(candidates: Candidates, moved: npt.NDArray[np.bool_]) -> None:
-    """Says how many prompts, and pairs, have prompt tokens that do not come back in front of the response."""
+def _tokenize(
+    candidates: Candidates, processing_class: PreTrainedTokenizerBase
+) -> tuple[list[list[int]], npt.NDArray[np.int64]]:
+    """Returns the token ids of every response behind its prompt, and where they part from those of the prompt alone."""
+    whole: list[list[int]] = []
+    starts: list[int] = []
+    lengths: list[int] = []  # (n,) of the prompts
+    per_prompt = np.bincount(candidates.prompt_of_response, minlength=len(candidates.prompts))
+    for index, prompt in enumerate(candidates.prompts):
+        row = int(candidates.prompt_rows[index])
+        settings = candidates.template_kwargs[index]
+        prompt_ids = _ids(processing_class, prompt, row, settings, add_generation_prompt=True)
+        lengths.append(len(prompt_ids))
+        for response in candidates.responses[len(whole) : len(whole) + per_prompt[index]]:
+            ids = _ids(processing_class, _joined(prompt, response, processing_class.eos_token), row, settings)
+            if not ids:
+                raise ValueError(f"Row {row}: the tokenizer gives no tokens for prompt and response.")
+            whole.append(ids)
+            starts.append(_common_prefix_length(prompt_ids, ids))
+    response_start = np.array(starts, dtype=np.int64)
+    moved = response_start[candidates.pairs].min(axis=1) < np.array(lengths)[candidates.prompt_of_pair]
     if moved.any():
         warn(
             f"{len(np.unique(candidates.prompt_of_pair[moved]))} of {len(candidates.prompts)} tokenized prompts are "
             f"not a prefix of prompt + response, in {moved.sum()} of {len(moved)} pairs; as in TRL, their responses "
             "start where the two part. End prompts on a token boundary to avoid it."
         )
+    return whole, response_start
+
+
+def _sequence_weights(
+    candidates: Candidates,
+    processing_class: PreTrainedTokenizerBase,
+    token_weights: TokenWeights | None,
+    ids: list[int],
+    start: int,
+    side: int,
+) -> npt.NDArray[np.float32]:
+    """Returns the weights of the tokens of one response, from the function or else from the data."""
+    if token_weights is None:
+        weights = candidates.token_weights[int(candidates.pair_weights.flat[side])]
+    else:
+        weights = as_weights(token_weights(ids[:start], ids[start:]), candidates.place(side))
+    if len(weights) != len(ids) - start:
+        tokens = processing_class.convert_ids_to_tokens(ids[start:])
+        named = ", ".join(map(repr, tokens[:_NAMED_TOKENS])) + (", …" if len(tokens) > _NAMED_TOKENS else "")
+        raise ValueError(
+            f"{candidates.place(side)}: {len(weights)} token weights for {len(tokens)} tokens; give one for each "
+            f"token of the response, the end token included: {named}."
+        )
+    return weights
 
 
 def _sequence_ids(
-    candidates: Candidates,
-    response_of: npt.NDArray[np.int64],
+    response_ids: npt.NDArray[np.uint8],
     start: npt.NDArray[np.int64],
-    special: npt.NDArray[np.bool_],
+    response_start: npt.NDArray[np.int64],
+    weights: list[npt.NDArray[np.float32]] | None,
 ) -> npt.NDArray[np.uint8]:
-    """Returns the hash of the response, and for special sequences one whose second half depends on the rest, too.
+    """Returns the hash of the response; one whose second half depends on the rest, too, where there is something else.
 
     The first half stays, so that a store still knows which data its rows are of.
     """
-    ids = candidates.response_ids[response_of]
-    for sequence in np.flatnonzero(special):
-        digest = hashlib.sha256(ids[sequence].tobytes() + int(start[sequence]).to_bytes(8, "little")).digest()
-        ids[sequence, 8:] = np.frombuffer(digest[:8], dtype=np.uint8)
+    ids: npt.NDArray[np.uint8] = response_ids.copy()
+    for sequence in np.flatnonzero((start != response_start) | (weights is not None)):
+        digest = hashlib.sha256(ids[sequence].tobytes() + int(start[sequence]).to_bytes(8, "little"))
+        if weights is not None:
+            digest.update(weights[sequence].astype("<f4").tobytes())
+        ids[sequence, 8:] = np.frombuffer(digest.digest()[:8], dtype=np.uint8)
     return ids
 
 

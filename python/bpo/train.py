@@ -189,6 +189,11 @@ def _select_settings(args: BPOConfig, ref_model: Any, peft_config: Any) -> Selec
             "length of the other one of its pair, so a response has no gradient of its own. Leave ld_alpha at None."
         )
     given: dict[str, Any] = dict(args.select_config or {})  # type: ignore[arg-type]
+    if given.get("token_weights") is not None:
+        raise ValueError(
+            "TRL's DPOTrainer does not weigh tokens, so BPOTrainer cannot train with select_config's token_weights. "
+            "Select with bpo.select and train with a trainer that does."
+        )
     if isinstance(given.get("loss_type"), str):
         given["loss_type"] = [given["loss_type"]]
     shared = {name: getattr(args, name) for name in _SHARED}

@@ -281,7 +281,7 @@ def test_prompts_that_fill_the_window_are_named(tokenizer):
     [
         ("{{ raise_exception('no system role') }}", "Row 0: the chat template fails on the roles .*no system role"),
         ("{{ messages[0]['content'] + 3 }}", "Row 0: the chat template fails"),
-        ("{{ messages[0]['content'] }}", "Row 0: no token of a response follows the prompt"),
+        ("{{ messages[0]['content'] }}", "Row 0, response 0: no token of the response follows the prompt"),
         ("", "Row 0: the tokenizer gives no tokens"),
     ],
 )
