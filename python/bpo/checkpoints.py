@@ -22,9 +22,8 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from bpo import _core
 from bpo.capture import autocasting
-from bpo.clustering import PairClusters, PairGradients, cluster_pairs
+from bpo.clustering import PairClusters, PairGradients, cluster_pairs, pair_norms
 from bpo.gradients import Reference, collect
 from bpo.logprobs import response_logps
 from bpo.models import check_path, inference_state, load_policy, model_fingerprint, tokenizer_fingerprint
@@ -230,8 +229,8 @@ def pair_features(
         OSError: No room for them on the disk.
     """
     weights = np.asarray(learning_rates, dtype=np.float64) / np.sum(learning_rates)
-    norms = np.stack([_core.pair_norms(*at_one, threads=threads) for at_one in gradients])  # (N, P)
-    usable = (np.isfinite(norms) & (norms > 0)).all(axis=0)
+    norms = np.stack([pair_norms(at_one, threads) for at_one in gradients])  # (N, P)
+    usable = np.isfinite(norms.sum(axis=0)) & (norms.min(axis=0) > 0)
     scales = np.zeros(norms.shape, dtype=np.float32)
     scales[:, usable] = np.sqrt(weights)[:, None] / norms[:, usable]
     informativeness = np.full(norms.shape[1], np.nan, dtype=np.float32)
@@ -240,7 +239,7 @@ def pair_features(
     def block(part: slice) -> npt.NDArray[np.float32]:
         columns = []
         for (rows, pairs, coefficients), scale in zip(gradients, scales, strict=True):
-            unit = coefficients[part] * scale[part, None]
+            unit = np.where(usable[part, None], coefficients[part] * scale[part, None], np.float32(0))
             columns.append(unit[:, :1] * rows[pairs[part, 0]] + unit[:, 1:] * rows[pairs[part, 1]])
         return np.hstack(columns)
 

@@ -74,7 +74,8 @@ def cluster_pairs(
     Args:
         rows: (R, d) float32, the sketch h of each response, possibly memory-mapped.
         pairs: (P, 2) int64, rows of the preferred and of the other response.
-        coefficients: (P, 2) float32, a and b of each pair (:func:`bpo.pair_coefficients`).
+        coefficients: (P, 2) float32, a and b of each pair (:func:`bpo.pair_coefficients`); a pair whose are not finite
+            is not usable.
         config: Uses ``n_clusters``, ``metric``, ``max_iter`` and ``threads``.
         seed: Of the k-means++ seeding.
         progress: Called with (done, total) now and then.
@@ -94,7 +95,7 @@ def cluster_pairs(
         True
     """
     config = SelectConfig.of(config)
-    norms = _core.pair_norms(rows, pairs, coefficients, threads=config.threads, progress=progress)
+    norms = pair_norms(PairGradients(rows, pairs, coefficients), config.threads, progress)
     usable = np.isfinite(norms) & (norms > 0)
     index = np.flatnonzero(usable)
     if len(index) == 0:
@@ -133,6 +134,17 @@ def cluster_pairs(
         alignment=spread(scores.alignment),
         inertia=result.inertia,
     )
+
+
+def pair_norms(
+    gradients: PairGradients, threads: int | None, progress: Progress | None = None
+) -> npt.NDArray[np.float32]:
+    """Returns ‖z‖ of each pair, (P,) float32; NaN where its coefficients are not finite."""
+    finite = np.isfinite(gradients.coefficients.sum(axis=1))
+    coefficients = np.where(finite[:, None], gradients.coefficients, 0).astype(np.float32)
+    norms = _core.pair_norms(gradients.rows, gradients.pairs, coefficients, threads=threads, progress=progress)
+    norms[~finite] = np.nan
+    return norms
 
 
 def default_n_clusters(n_pairs: int) -> int:

@@ -154,6 +154,7 @@ def select(
 
     # Gradients: one sketch a response; clusters and scores of the pairs.
     clusters = logps = None
+    noted = Skipped()
     eligible = np.ones(len(kept.pairs), dtype=bool)
     if needs_gradients:
         assert policy is not None and tokenizer is not None and tokenized is not None
@@ -182,7 +183,8 @@ def select(
                     progress=report,
                 )
         eligible = clusters.usable
-        _report_unusable(kept, eligible, config)
+        _report_unusable(kept, clusters, config)
+        noted = _outliers(kept, clusters)
 
     # Depth: which pairs of each prompt.
     chosen, usefulness = STRATEGIES[strategy](
@@ -204,11 +206,12 @@ def select(
         seed=seed,
         config=config.to_dict(),
         skipped=candidates.skipped.places,
+        noted=noted.places,
     )
 
 
 def _pair_gradients(gradients: GradientStore, sequences: TokenizedResponses, config: SelectConfig) -> PairGradients:
-    """Returns the gradients of the pairs in terms of those of the responses; zero where one of these is unusable."""
+    """Returns the gradients of the pairs in terms of those of the responses; NaN where one of these is unusable."""
     pairs = gradients.rows_of(sequences.sequence_ids)[sequences.pairs]
     records = gradients.records
     coefficients = pair_coefficients(
@@ -221,7 +224,7 @@ def _pair_gradients(gradients: GradientStore, sequences: TokenizedResponses, con
         config=config,
     )
     finite = (records["flags"] & NONFINITE == 0)[pairs].all(axis=1) & np.isfinite(coefficients).all(axis=1)
-    coefficients[~finite] = 0
+    coefficients[~finite] = np.nan  # which tells them from pairs of zero gradients
     return PairGradients(gradients.rows, pairs, coefficients)
 
 
@@ -252,13 +255,31 @@ def _check_budget(budget: Any, n_pairs: int, n_prompts: int, strategy: str) -> N
         )
 
 
-def _report_unusable(kept: Candidates, usable: npt.NDArray[np.bool_], config: SelectConfig) -> None:
+def _report_unusable(kept: Candidates, clusters: PairClusters, config: SelectConfig) -> None:
     """Names the pairs whose gradient is zero or not finite."""
     skipped = Skipped()
-    for row in kept.pair_rows[~usable]:
-        skipped.add("pair whose gradient is zero or not finite", f"row {row}")
+    for pair in np.flatnonzero(~clusters.usable):
+        zero = clusters.informativeness[pair] == 0
+        reason = "pair whose gradient is zero" if zero else "pair whose gradient is NaN or infinite"
+        skipped.add(reason, f"row {kept.pair_rows[pair]}")
     report_skipped(skipped, config.on_invalid)
     kept.skipped.merge(skipped)
+
+
+def _outliers(kept: Candidates, clusters: PairClusters) -> Skipped:
+    """Names the pairs whose gradient is far longer than those of the others; they are kept *(ours)*.
+
+    Far is six robust standard deviations (1.4826 times the median absolute deviation) of the logarithm of the norm.
+    """
+    noted = Skipped()
+    index = np.flatnonzero(clusters.usable)
+    logs = np.log(clusters.informativeness[index].astype(np.float64))
+    distance = logs - np.median(logs)
+    spread = 1.4826 * np.median(np.abs(distance))
+    for pair, far in zip(index, distance, strict=True):
+        if far > 6 * max(spread, 0.1):
+            noted.add("pair whose gradient is far longer than the others", f"row {kept.pair_rows[pair]}")
+    return noted
 
 
 def _pair_table(

@@ -58,6 +58,7 @@ class Selection:
         seed: Of every random choice but the sketch.
         config: The settings, as plain values.
         skipped: What of the data could not be used: reason → places.
+        noted: What was used but is worth a look, such as gradients far longer than the others: reason → places.
     """
 
     dataset: datasets.Dataset
@@ -68,6 +69,7 @@ class Selection:
     seed: int
     config: dict[str, Any]
     skipped: dict[str, list[str]]
+    noted: dict[str, list[str]] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -108,6 +110,7 @@ class Selection:
                 f"{pc.mean(self.pairs['score_gap']).as_py():.3f} all"
             )
         lines.extend(f"unusable {line}" for line in Skipped(self.skipped).describe().splitlines())
+        lines.extend(f"noted    {line}" for line in Skipped(self.noted).describe().splitlines())
         return "\n".join(lines)
 
     def report(self, path: str | os.PathLike[str]) -> Path:
@@ -150,6 +153,7 @@ class Selection:
                 "config": self.config,
                 "depth": self.depth.tolist(),
                 "skipped": self.skipped,
+                "noted": self.noted,
                 "sha256": {name: _sha256(scratch / name) for name in (_DATASET, _PAIRS)},
             }
             (scratch / _MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
@@ -186,7 +190,7 @@ class Selection:
                 f"{manifest.get('format_version')!r} is not {_FORMAT!r} version {_FORMAT_VERSION}, which this bpo "
                 f"{bpo.__version__} reads."
             )
-        missing = {"strategy", "budget", "seed", "config", "depth", "skipped", "sha256"} - set(manifest)
+        missing = {"strategy", "budget", "seed", "config", "depth", "skipped", "noted", "sha256"} - set(manifest)
         if missing:
             raise SelectionError(f"{directory / _MANIFEST} lacks {', '.join(sorted(missing))}.")
         for name in (_DATASET, _PAIRS):
@@ -203,6 +207,7 @@ class Selection:
             seed=manifest["seed"],
             config=manifest["config"],
             skipped=manifest["skipped"],
+            noted=manifest["noted"],
         )
 
 

@@ -397,9 +397,10 @@ def test_pairs_out_of_float32_are_named_and_set_aside(tokenizer):
     model, rows = tiny_llama(tokenizer), scored_rows(4, 3)
     model.lm_head.weight.data *= 1.5  # more certain than its reference, so text at random is less probable to it
     rows[1]["responses"][0] += 50 * " red star bird"
+    rows[1]["scores"] = [9.0, 1.0, 0.0]
     reference = tiny_llama(tokenizer)
     config = SelectConfig(sketch_dim=64, ref_model=reference, f_divergence_type="forward_kl", beta=1e-6)
-    with pytest.warns(InvalidDataWarning, match=r"2 × pair whose gradient is zero or not finite \(row 1; row 1\)"):
+    with pytest.warns(InvalidDataWarning, match=r"2 × pair whose gradient is NaN or infinite \(row 1; row 1\)"):
         selection = bpo.select(model, rows, budget=8, processing_class=tokenizer, config=config, progress=False)
     assert selection.fates() == {"selected": 8, "depth": 2, "breadth": 0, "unusable": 2}
     for name in ("informativeness", "centrality", "distance"):

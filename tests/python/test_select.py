@@ -252,7 +252,7 @@ def test_one_bad_response_costs_its_own_pairs_only(select, rows, tokenizer):
     token = tokenizer("zzz")["input_ids"][0]
     assert not any(token in tokenizer(text)["input_ids"] for row in scored_rows() for text in row["responses"])
     bad.model.embed_tokens.weight.data[token] = float("nan")
-    with pytest.warns(InvalidDataWarning, match=r"4 × pair whose gradient is zero or not finite \(row 2; row 2"):
+    with pytest.warns(InvalidDataWarning, match=r"4 × pair whose gradient is NaN or infinite \(row 2; row 2"):
         selection = select(rows, budget=30, model=bad)
     assert len(selection) == 30
     assert selection.fates() == {"selected": 30, "depth": 66, "breadth": 0, "unusable": 4}
@@ -380,3 +380,17 @@ def test_report_is_one_page_that_escapes_what_it_shows(select, rows, tmp_path):
     assert page.count("<circle") == 100
     plain = bpo.select(None, rows, budget=5, strategy="margin", progress=False)
     assert "<svg" not in plain.report(tmp_path / "plain.html").read_text()
+
+
+def test_gradients_far_longer_than_the_others_are_noted_and_kept(select, rows, tmp_path):
+    def heavy(_, response_ids):
+        return [1e5 if len(response_ids) == longest else 1.0] * len(response_ids)
+
+    rows[2]["responses"][1] = " moon" * 40
+    longest = 41  # the end token counts
+    config = SelectConfig(sketch_dim=64, token_weights=heavy)
+    selection = select(rows, budget=30, config=config)
+    ((reason, places),) = selection.noted.items()
+    assert places == ["row 2"] * 4
+    assert f"noted    4 × {reason} (row 2" in selection.summary()
+    assert Selection.load(selection.save(tmp_path / "saved")).noted == selection.noted

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 import bpo
 from bpo import SelectConfig, collect_gradients, pair_coefficients, read_candidates
-from bpo.capture import choose_features
+from bpo.features import choose_features
 from bpo.logprobs import response_logps
 from bpo.tokens import tokenize_responses
 from conftest import hooked, scored_rows, tiny_llama
@@ -36,7 +36,7 @@ def test_pair_gradients_are_those_of_tis_dpo(tokenizer):
     features = choose_features(policy, SelectConfig(features="full"))
     gradients, logps = hooked(policy, features, tokenized, np.arange(6))
     ref_logps = response_logps(reference, tokenized, 0)
-    coefficients = pair_coefficients(logps.numpy() - ref_logps, tokenized.pairs, beta=beta)
+    coefficients = pair_coefficients(logps.numpy(), ref_logps, tokenized.pairs, config={"beta": beta})
     for parameter in policy.parameters():
         parameter.requires_grad_(True)
     for pair, (a, b) in zip(tokenized.pairs, coefficients, strict=True):
