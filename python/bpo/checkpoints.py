@@ -22,14 +22,13 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from bpo.capture import autocasting
 from bpo.clustering import PairClusters, PairGradients, cluster_pairs, pair_norms
-from bpo.gradients import Reference, collect
-from bpo.logprobs import response_logps
-from bpo.models import check_path, inference_state, load_policy, model_fingerprint, tokenizer_fingerprint
+from bpo.gradients import collect
+from bpo.models import check_path, load_policy, tokenizer_fingerprint
 from bpo.precondition import preconditioner_path
+from bpo.reference import Reference
 from bpo.store import GradientStore
-from bpo.tokens import padding_id
+from bpo.tokens import batches_by_tokens, padding_id
 
 if TYPE_CHECKING:
     import os
@@ -85,10 +84,10 @@ def collect_reference(
     Returns:
         The log-probabilities, and what they are of.
     """
-    if config.ref_model is not None:
-        model = load_policy(config.ref_model, config)
+    source = Reference.by(model) if config.ref_model is None else Reference.of(model, config)
+    source.check_vocabulary(tokenized)
     made_with: dict[str, Any] = {
-        "reference": model_fingerprint(model),
+        "reference": source.fingerprint,
         "tokenizer": tokenizer_fingerprint(processing_class),
         "max_length": tokenized.max_length,
         "truncation_mode": config.truncation_mode,
@@ -105,6 +104,7 @@ def collect_reference(
             missing &= rows < 0
     if missing.any():
         index = np.flatnonzero(missing)
+        autocast = torch.bfloat16 if config.bf16 else None
         bar = tqdm(
             total=int(tokenized.lengths[index].sum()),
             desc="Reference",
@@ -112,16 +112,12 @@ def collect_reference(
             unit_scale=True,
             disable=not progress,
         )
-        autocast = torch.bfloat16 if config.bf16 else None
-        with bar, inference_state(model), autocasting(model, autocast):
-            logps[index] = response_logps(
-                model,
-                tokenized.take(index),
-                padding_id(processing_class),
-                tokens_per_batch=config.tokens_per_batch,
-                on_batch=bar.update,
-            )
-    return Reference(made_with["reference"], logps)
+        with bar:
+            for batch in batches_by_tokens(tokenized.lengths[index], config.tokens_per_batch):
+                rows = index[batch]
+                logps[rows] = source.logps(tokenized, rows, padding_id(processing_class), autocast=autocast)
+                bar.update(int(tokenized.lengths[rows].sum()))
+    return Reference("known", source.fingerprint, known=logps)
 
 
 def collect_checkpoints(

@@ -35,6 +35,8 @@ FDivergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_diverg
 TokenWeights = Callable[[list[int], list[int]], Sequence[float]]
 """Token ids of a prompt and of a response to a weight for each token of the response."""
 TruncationMode = Literal["keep_start", "keep_end"]
+NO_MODELS = ("base", "columns")
+"""What ``ref_model`` can be besides a model and a path."""
 DType = Literal["float32", "bfloat16", "float16"]
 
 _SORTS_THE_BATCH = "it sorts the log-ratios of a whole batch, so its gradient is not a sum over pairs"
@@ -197,12 +199,12 @@ class SelectConfig:
         for name in ("embedder", "ref_model", "preconditioner"):
             if isinstance(getattr(self, name), os.PathLike):
                 path = os.fspath(getattr(self, name))
-                object.__setattr__(self, name, f"./{path}" if path in ("base", "columns") else path)
+                object.__setattr__(self, name, f"./{path}" if path in NO_MODELS else path)
         if not (self.token_weights is None or callable(self.token_weights) or isinstance(self.token_weights, str)):
             raise ValueError(
                 f"SelectConfig.token_weights must be a name, a function or None, got {self.token_weights!r}"
             )
-        if self.token_weights is not None and isinstance(self.ref_model, str) and self.ref_model == "columns":
+        if self.token_weights is not None and self.reads_ref_logps:
             raise ValueError(
                 "SelectConfig.token_weights needs a reference that runs: log-probabilities that the data gives "
                 "(ref_model='columns') are sums over tokens that cannot be weighted any more."
@@ -333,6 +335,11 @@ class SelectConfig:
         if unknown:
             raise ValueError(f"SelectConfig has no field {', '.join(unknown)}; it has {', '.join(sorted(known))}")
         return cls(**values)
+
+    @property
+    def reads_ref_logps(self) -> bool:
+        """Whether log π_ref comes with the data."""
+        return isinstance(self.ref_model, str) and self.ref_model == "columns"
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields as JSON has them: tuples are lists; models and functions are named only."""

@@ -276,7 +276,7 @@ def read_configured(dataset: Any, config: SelectConfig) -> Candidates:
         max_pairs_per_prompt=config.max_pairs_per_prompt,
         on_invalid=config.on_invalid,
         token_weights=config.token_weights if isinstance(config.token_weights, str) else None,
-        ref_logps=isinstance(config.ref_model, str) and config.ref_model == "columns",
+        ref_logps=config.reads_ref_logps,
     )
 
 

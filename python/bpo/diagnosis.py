@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import sys
 import time
@@ -14,12 +13,13 @@ import numpy as np
 import torch
 
 from bpo import _core
-from bpo.capture import Plan, autocasting, sum_gradients
+from bpo.capture import Consumer, Plan, sum_gradients
 from bpo.config import SelectConfig
 from bpo.data import InvalidDataWarning, read_configured
 from bpo.features import Features, choose_features
-from bpo.logprobs import check_vocabulary, completion_logps
+from bpo.logprobs import check_vocabulary
 from bpo.models import inference_state, load_policy, load_tokenizer, window
+from bpo.reference import Reference
 from bpo.sketching import Sketching
 from bpo.store import RECORD
 from bpo.tokens import TokenizedResponses, batches_by_tokens, padding_id, tokenize_candidates
@@ -182,10 +182,8 @@ def doctor(
         )
         check_vocabulary(policy, tokenized)
         features = choose_features(policy, config)
-        reference = None if config.ref_model is None else load_policy(config.ref_model, config)
-        with inference_state(policy), contextlib.ExitStack() as stack:
-            if reference is not None:
-                stack.enter_context(inference_state(reference))
+        reference = Reference.of(policy, config)
+        with inference_state(policy):
             plan = features.plan(policy, tokenized, padding_id(tokenizer), config)
             features.warn_of_gaps(policy)
             trial = _Trial(policy, reference, features, plan, tokenized, padding_id(tokenizer), config)
@@ -227,7 +225,7 @@ class _Trial:
     def __init__(
         self,
         model: PreTrainedModel,
-        reference: PreTrainedModel | None,
+        reference: Reference,
         features: Features,
         plan: Plan,
         tokenized: TokenizedResponses,
@@ -270,10 +268,8 @@ class _Trial:
         rows = self._batches[index]
         begin = time.perf_counter()
         sketches = sketching.batch(len(rows))
-        self._gradients(rows, sketches.consume)
-        if self._reference is not None:
-            with torch.inference_mode(), autocasting(self._reference, self._autocast):
-                completion_logps(self._reference, self._tokenized, rows, self._pad_id).logps.cpu()
+        logps = self._gradients(rows, sketches.consume)
+        self._reference.logps(self._tokenized, rows, self._pad_id, autocast=self._autocast, policy_logps=logps)
         together = sketches.rows()
         self._timed[index] = time.perf_counter() - begin
         self.looked_at += len(rows)
@@ -302,8 +298,12 @@ class _Trial:
                 difference = float(np.linalg.norm(together[np.flatnonzero(rows == row)[0]] - alone)) / norm
                 self.sensitivity = max(self.sensitivity, difference)
 
-    def _gradients(self, rows: npt.NDArray[np.int64], consume: Any) -> None:
-        sum_gradients(self._model, self._plan, self._tokenized, rows, self._pad_id, consume, autocast=self._autocast)
+    def _gradients(self, rows: npt.NDArray[np.int64], consume: Consumer) -> npt.NDArray[np.float32]:
+        result = sum_gradients(
+            self._model, self._plan, self._tokenized, rows, self._pad_id, consume, autocast=self._autocast
+        )
+        logps: npt.NDArray[np.float32] = result.logps.cpu().numpy()
+        return logps
 
     def zero(self) -> list[str]:
         """Names of parameters whose gradient was zero in every response that ran alone."""

@@ -14,11 +14,11 @@ from tqdm.auto import tqdm
 
 import bpo
 from bpo import _core
-from bpo.capture import Plan, autocasting, sum_gradients
+from bpo.capture import Plan, sum_gradients
 from bpo.config import SelectConfig
 from bpo.data import Candidates, read_configured, warn
 from bpo.features import choose_features
-from bpo.logprobs import check_vocabulary, completion_logps
+from bpo.logprobs import check_vocabulary
 from bpo.models import (
     inference_state,
     load_policy,
@@ -28,6 +28,7 @@ from bpo.models import (
     window,
 )
 from bpo.precondition import Preconditioner, load_preconditioner, preconditioner_path
+from bpo.reference import Reference
 from bpo.sketching import SketchBatch, Sketching
 from bpo.store import FIRST_UNPREDICTED, NONFINITE, ZERO, GradientStore, GradientWriter
 from bpo.tokens import TokenizedResponses, first_batch, longest_first, padding_id, tokenize_candidates
@@ -37,19 +38,6 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-
-@dataclasses.dataclass(frozen=True)
-class Reference:
-    """The reference policy's log-probabilities, computed before.
-
-    Attributes:
-        fingerprint: Of the reference (:func:`bpo.models.model_fingerprint`).
-        logps: (S,) float32, log π_ref of each sequence.
-    """
-
-    fingerprint: str
-    logps: npt.NDArray[np.float32]
 
 
 def collect(
@@ -85,20 +73,15 @@ def collect(
     # Decided before freezing, since what is trainable says what the features are.
     features = choose_features(model, config)
     precondition = None if preconditioner is None else load_preconditioner(preconditioner, model, features)
-    ref_model, ref_fingerprint = None, "the policy"
-    if reference is not None:
-        ref_fingerprint = reference.fingerprint
-    elif config.ref_model is not None:
-        ref_model = load_policy(config.ref_model, config)
-        check_vocabulary(ref_model, tokenized)
-        ref_fingerprint = model_fingerprint(ref_model)
+    reference = Reference.of(model, config) if reference is None else reference
+    reference.check_vocabulary(tokenized)
     sketcher = _core.Sketcher(
         config.sketch_dim, seed=config.sketch_seed, kind=config.sketch_kind, nnz=config.sketch_nnz
     )
     fingerprint = {
         "bpo": bpo.__version__,
         "model": model_fingerprint(model),
-        "reference": ref_fingerprint,
+        "reference": reference.fingerprint,
         "tokenizer": tokenizer_fingerprint(processing_class),
         "features": {**features.describe(), "seed": config.sketch_seed},
         "preconditioner": None if precondition is None else precondition.fingerprint(),
@@ -113,6 +96,8 @@ def collect(
         "dtype": str(model.dtype).removeprefix("torch.") + (" under bfloat16 autocast" if config.bf16 else ""),
     }
     writer = GradientWriter.open(store, config.sketch_dim, fingerprint, candidates.known_ids, tokenized.sequence_ids)
+    if tokenized.ref_logps is not None:
+        writer.check_ref_logps(tokenized.sequence_ids, tokenized.ref_logps)
     missing = np.flatnonzero(writer.rows_of(tokenized.sequence_ids) < 0)
     pad_id = padding_id(processing_class)
     # In tokens, since the longest responses go first: counted in responses, the time left would be far too long.
@@ -127,15 +112,13 @@ def collect(
     with contextlib.ExitStack() as stack:
         for context in (writer, bar, inference_state(model)):
             stack.enter_context(context)
-        if ref_model is not None:
-            stack.enter_context(inference_state(ref_model))
         if len(missing):
             writer.lock()  # before any work that another writer would make useless
             plan = features.plan(model, tokenized, pad_id, config)
             features.warn_of_gaps(model)
             sketching = stack.enter_context(Sketching(sketcher, config.threads))
             extraction = _Extraction(
-                model, ref_model, reference, plan, candidates, tokenized, pad_id, sketching, precondition, config
+                model, reference, plan, candidates, tokenized, pad_id, sketching, precondition, config
             )
             for done in extraction.run(missing):
                 rows, sketch = done.rows, done.sketches.rows()
@@ -178,8 +161,7 @@ class _Extraction:
     """Responses through the model, in batches that memory allows."""
 
     model: PreTrainedModel
-    ref_model: PreTrainedModel | None
-    reference: Reference | None
+    reference: Reference
     plan: Plan
     candidates: Candidates
     tokenized: TokenizedResponses
@@ -245,12 +227,7 @@ class _Extraction:
 
         result = sum_gradients(self.model, self.plan, self.tokenized, rows, self.pad_id, consume, autocast=autocast)
         logps = result.logps.cpu().numpy()
-        ref_logps = logps
-        if self.reference is not None:
-            ref_logps = self.reference.logps[rows]
-        elif self.ref_model is not None:
-            with torch.inference_mode(), autocasting(self.ref_model, autocast):
-                ref_logps = completion_logps(self.ref_model, self.tokenized, rows, self.pad_id).logps.cpu().numpy()
+        ref_logps = self.reference.logps(self.tokenized, rows, self.pad_id, autocast=autocast, policy_logps=logps)
         return _Done(rows, sketches, logps, ref_logps, result.log_weights.cpu().numpy())
 
 

@@ -163,8 +163,8 @@ def _js_divergence(ratios: Tensor, _: float) -> Tensor:
 
 
 def _alpha_divergence(ratios: Tensor, alpha: float) -> Tensor:
-    """(t^(α−1) − 1)/(α − 1), as TRL has it: cut where the exponent is above 80, and log t for α → 1."""
-    if abs(alpha - 1) < 1e-6:
+    """(t^(α−1) − 1)/(α − 1), as TRL has it: cut where the exponent is above 80; its limit at α = 1 is log t."""
+    if alpha == 1:
         return ratios
     return torch.expm1(((alpha - 1) * ratios).clamp(max=_LARGEST_ALPHA_EXPONENT)) / (alpha - 1)
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from bpo.config import NO_MODELS
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -137,7 +139,7 @@ def load_policy(model: Any, config: SelectConfig) -> PreTrainedModel:
 def window(model: Any, config: SelectConfig) -> int | None:
     """Returns the longest sequence that the settings, the model and its reference allow, in tokens; None for any."""
     longest = [config.max_length, _positions(model, config)]
-    if config.ref_model is not None:
+    if config.ref_model is not None and config.ref_model not in NO_MODELS:
         longest.append(_positions(config.ref_model, config))
     return min((length for length in longest if length), default=None)
 

@@ -153,7 +153,7 @@ def select(
     _check_budget(budget, n_pairs, n_prompts, strategy)
 
     # Gradients: one sketch a response; clusters and scores of the pairs.
-    clusters = logps = None
+    clusters = logps = ref_logps = None
     noted = Skipped()
     eligible = np.ones(len(kept.pairs), dtype=bool)
     if needs_gradients:
@@ -165,12 +165,13 @@ def select(
                 policy, *inputs, config=config, store=store, progress=progress, preconditioner=preconditioner
             )
             pair_gradients = _pair_gradients(gradients, sequences, config)
-            logps = gradients.records["logp"][pair_gradients.pairs]
+            logps, ref_logps = (gradients.records[name][pair_gradients.pairs] for name in ("logp", "ref_logp"))
             with _core_progress("Clusters", progress) as report:
                 clusters = cluster_pairs(*pair_gradients, config=config, seed=seed, progress=report)
         else:
             reference = collect_reference(policy, sequences, tokenizer, config=config, store=store, progress=progress)
-            logps = reference.logps[sequences.pairs]
+            assert reference.known is not None
+            ref_logps = reference.known[sequences.pairs]
             del policy  # one model in memory at a time
             stores = collect_checkpoints(reference, *inputs, config=config, store=store, progress=progress)
             with _core_progress("Clusters", progress) as report:
@@ -196,7 +197,7 @@ def select(
         warn(f"{int(chosen.sum())} pairs are kept of the {n_pairs} asked for, because of {' and '.join(limits)}.")
     fate = np.full(len(candidates.pairs), "breadth", dtype=object)
     fate[pair_index] = np.where(eligible, np.where(chosen, SELECTED, "depth"), "unusable")
-    table = _pair_table(candidates, tokenized, fate, pair_index, usefulness, clusters, logps)
+    table = _pair_table(candidates, tokenized, fate, pair_index, usefulness, clusters, logps, ref_logps)
     return Selection(
         dataset=_training_set(candidates, table, np.flatnonzero(fate == SELECTED), config),
         pairs=table,
@@ -290,6 +291,7 @@ def _pair_table(
     usefulness: npt.NDArray[np.float64],
     clusters: PairClusters | None,
     logps: npt.NDArray[np.float32] | None,
+    ref_logps: npt.NDArray[np.float32] | None,
 ) -> pa.Table:
     """One row a candidate pair; what a strategy does not use is null."""
     n = len(candidates.pairs)
@@ -321,6 +323,8 @@ def _pair_table(
         "length_rejected": pa.nulls(n, pa.int64()) if lengths is None else pa.array(lengths[:, 1]),
         "logp_chosen": scattered(None if logps is None else logps[:, 0], pa.float32()),
         "logp_rejected": scattered(None if logps is None else logps[:, 1], pa.float32()),
+        "ref_logp_chosen": scattered(None if ref_logps is None else ref_logps[:, 0], pa.float32()),
+        "ref_logp_rejected": scattered(None if ref_logps is None else ref_logps[:, 1], pa.float32()),
         "informativeness": cluster_column("informativeness"),
         "cluster": scattered(labels, pa.int32()),
         "centrality": cluster_column("centrality"),

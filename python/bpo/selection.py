@@ -50,8 +50,9 @@ class Selection:
         pairs: ``pyarrow.Table``, one row a candidate pair: ``pair``, ``prompt``, ``row`` (of the data),
             ``chosen`` and ``rejected`` (positions among the prompt's responses), ``score_chosen``, ``score_rejected``,
             ``score_gap``, ``length_chosen`` and ``length_rejected`` (tokens), ``logp_chosen``, ``logp_rejected``,
-            ``informativeness``, ``cluster``, ``centrality``, ``distance``, ``alignment``, ``usefulness`` (what the
-            strategy ranked by, larger first) and ``fate``. What a strategy does not use is null.
+            ``ref_logp_chosen``, ``ref_logp_rejected``, ``informativeness``, ``cluster``, ``centrality``, ``distance``,
+            ``alignment``, ``usefulness`` (what the strategy ranked by, larger first) and ``fate``. What a strategy does
+            not use is null.
         depth: (n,) int64, pairs kept of each prompt.
         strategy: Its name.
         budget: Pairs asked for, as a count.
@@ -79,6 +80,23 @@ class Selection:
             f"Selection({len(self)} of {self.pairs.num_rows} pairs, {int((self.depth > 0).sum())} of {len(self.depth)} "
             f"prompts, strategy={self.strategy!r}, seed={self.seed})"
         )
+
+    def with_ref_logps(self) -> datasets.Dataset:
+        """Returns ``dataset`` with log π_ref of both responses, as ``ref_chosen_logps`` and ``ref_rejected_logps``.
+
+        They are those that the selection used, so the reference need not run again. :class:`bpo.BPOTrainer` sees to
+        that by itself with ``precompute_ref_log_probs=True``. TRL's ``DPOTrainer`` would compute its own then and fail
+        on columns that are there already, which is why ``dataset`` is without; tell it once it is made::
+
+            trainer = DPOTrainer(model, args=DPOConfig(...), train_dataset=selection.with_ref_logps())
+            trainer.precompute_ref_logps = True
+
+        Raises:
+            ValueError: The strategy uses no gradients, so no log-probabilities were computed.
+        """
+        if not has_ref_logps(self.dataset):
+            raise ValueError(f"strategy={self.strategy!r} computes no log-probabilities; use strategy='bpo'.")
+        return add_ref_logps(self.dataset)
 
     def fates(self) -> dict[str, int]:
         """Returns how many candidate pairs met each fate."""
@@ -209,6 +227,18 @@ class Selection:
             skipped=manifest["skipped"],
             noted=manifest["noted"],
         )
+
+
+def has_ref_logps(dataset: Any) -> bool:
+    """Whether a selected data set has the log-probabilities of the reference among its provenance."""
+    return {"bpo_ref_logp_chosen", "bpo_ref_logp_rejected"} <= set(getattr(dataset, "column_names", None) or [])
+
+
+def add_ref_logps(dataset: datasets.Dataset) -> datasets.Dataset:
+    """Returns a selected data set with the log-probabilities of the reference under TRL's names, too."""
+    for side in ("chosen", "rejected"):
+        dataset = dataset.add_column(f"ref_{side}_logps", list(dataset[f"bpo_ref_logp_{side}"]))
+    return dataset
 
 
 def check_directory(directory: str | os.PathLike[str]) -> Path:

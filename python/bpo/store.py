@@ -49,7 +49,7 @@ FIRST_UNPREDICTED = 4
 _MISMATCH = {
     "bpo": ("version of bpo", "install that version"),
     "model": ("model", "pass the model it was made with"),
-    "reference": ("reference model", "pass the reference it was made with"),
+    "reference": ("reference", "use the ref_model it was made with"),
     "tokenizer": ("tokenizer or chat template", "pass the tokenizer it was made with"),
     "features": ("set of differentiated parameters, or seed", "use the same features, lora_rank and sketch_seed"),
     "preconditioner": ("preconditioner", "use the same preconditioner"),
@@ -182,6 +182,25 @@ class GradientWriter:
         if self._present is None:
             return np.full(len(response_ids), -1, dtype=np.int64)
         return self._present.rows_of(response_ids)
+
+    def check_ref_logps(self, response_ids: npt.NDArray[np.uint8], ref_logps: npt.NDArray[np.float64]) -> None:
+        """Checks that the rows which are there already have these reference log-probabilities ((n,) float64).
+
+        Raises:
+            StoreMismatchError: One has another.
+        """
+        if self._present is None:
+            return
+        rows = self._present.rows_of(response_ids)
+        given = ref_logps[rows >= 0].astype(np.float32)
+        stored = self._present.records["ref_logp"][rows[rows >= 0]]
+        other = np.flatnonzero(given != stored)
+        if len(other):
+            raise StoreMismatchError(
+                f"The gradient store {self.path} was made with other reference log-probabilities: {len(other)} of "
+                f"{len(given)} responses differ, such as row {rows[rows >= 0][other[0]]} of the store with "
+                f"{stored[other[0]]}, which is {given[other[0]]} in the data. Name another store directory."
+            )
 
     def append(
         self,

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from bpo.config import OnInvalid, TokenWeights, TruncationMode
 
 _NAMED_TOKENS = 40
+# Relative; the same model in bfloat16 differs by less from batch to batch.
+_REF_TOLERANCE = 1e-2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +40,7 @@ class TokenizedResponses:
             parts from the prompt and its tokens have no weights; else only the first eight bytes are the response's.
         weights: (S,) float32 arrays, the weight of each token of the response in its log-probability; None where each
             counts once.
+        ref_logps: (S,) float64, log π_ref of each sequence as the data gives it; None where it does not.
         max_length: The window to which sequences were cut; None where nothing was.
         truncated: How many sequences were cut.
     """
@@ -48,6 +51,7 @@ class TokenizedResponses:
     response_of: npt.NDArray[np.int64]
     sequence_ids: npt.NDArray[np.uint8]
     weights: list[npt.NDArray[np.float32]] | None
+    ref_logps: npt.NDArray[np.float64] | None
     max_length: int | None
     truncated: int
 
@@ -80,6 +84,7 @@ class TokenizedResponses:
             response_of=self.response_of[rows],
             sequence_ids=self.sequence_ids[rows],
             weights=None if self.weights is None else [self.weights[row] for row in rows],
+            ref_logps=None if self.ref_logps is None else self.ref_logps[rows],
         )
 
     def cut(self, max_length: int | None, truncation_mode: TruncationMode) -> TokenizedResponses:
@@ -167,7 +172,8 @@ def tokenize_responses(
         token_weights: Gives the weights of the tokens of a response, where the candidates do not bring them along.
 
     Returns:
-        The sequences; for each pair whether the window has room for its responses ((P,) bool); and which have not.
+        The sequences; for each pair whether it can be used ((P,) bool); and which cannot: the window has no room for
+        their responses, or reference log-probabilities that the data gives are not those of these tokens.
 
     Raises:
         ValueError: A tokenizer that cannot do this (see :func:`check_tokenizer`), a row that it fails on, or token
@@ -196,6 +202,7 @@ def tokenize_responses(
         response_of=response_of,
         sequence_ids=_sequence_ids(candidates.response_ids[response_of], start, response_start[response_of], weights),
         weights=weights,
+        ref_logps=None,
         max_length=None,
         truncated=0,
     )
@@ -204,13 +211,17 @@ def tokenize_responses(
         place = candidates.place(int(sides[empty[0]]))
         raise ValueError(f"{place}: no token of the response follows the prompt; look at the chat template.")
     tokenized = uncut.cut(max_length, truncation_mode)
-    fits = tokenized.response_lengths[tokenized.pairs].min(axis=1) > 0
+    usable = tokenized.response_lengths[tokenized.pairs].min(axis=1) > 0
     skipped = Skipped()
     for place in dict.fromkeys(
-        f"row {candidates.pair_rows[pair]}, {pair_start[pair]} tokens" for pair in np.flatnonzero(~fits)
+        f"row {candidates.pair_rows[pair]}, {pair_start[pair]} tokens" for pair in np.flatnonzero(~usable)
     ):
         skipped.add(f"prompt fills the window of {max_length} tokens", place)
-    return tokenized, fits, skipped
+    if not np.isnan(candidates.pair_ref_logps).all():
+        moved = pair_start[:, None] < response_start[candidates.pairs]
+        ref_logps, known = _sequence_ref_logps(candidates, tokenized, moved, skipped)
+        tokenized, usable = dataclasses.replace(tokenized, ref_logps=ref_logps), usable & known
+    return tokenized, usable, skipped
 
 
 def tokenize_candidates(
@@ -222,21 +233,21 @@ def tokenize_candidates(
     token_weights: TokenWeights | None = None,
     on_invalid: OnInvalid,
 ) -> tuple[Candidates, TokenizedResponses]:
-    """Tokenizes, and sets aside the pairs whose prompt leaves no room for a response, as TRL does.
+    """Tokenizes, and sets aside the pairs that cannot be used: TRL drops those whose prompt leaves a response no room.
 
     Raises:
-        ValueError: No pair fits; or one does not and ``on_invalid`` is ``"raise"``.
+        ValueError: No pair can be used; or one cannot and ``on_invalid`` is ``"raise"``.
     """
-    tokenized, fits, skipped = tokenize_responses(
+    tokenized, usable, skipped = tokenize_responses(
         candidates, processing_class, max_length, truncation_mode=truncation_mode, token_weights=token_weights
     )
     report_skipped(skipped, on_invalid)
     candidates.skipped.merge(skipped)
-    if not fits.any():
-        raise ValueError(f"Every prompt fills the window of {max_length} tokens; raise SelectConfig.max_length.")
+    if not usable.any():
+        raise ValueError(f"No pair can be used; if prompts fill the window, raise max_length.\n{skipped.describe()}")
     if tokenized.truncated:
         warn(f"{tokenized.truncated} of {len(tokenized.ids)} responses are cut to the window of {max_length} tokens.")
-    kept, pair_index, response_index = candidates.keep_pairs(fits)
+    kept, pair_index, response_index = candidates.keep_pairs(usable)
     return kept, tokenized.keep_pairs(pair_index, response_index)
 
 
@@ -309,6 +320,27 @@ def _sequence_weights(
             f"token of the response, the end token included: {named}."
         )
     return weights
+
+
+def _sequence_ref_logps(
+    candidates: Candidates, tokenized: TokenizedResponses, moved: npt.NDArray[np.bool_], skipped: Skipped
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
+    """Returns log π_ref of each sequence as the data gives it, and for each pair whether that is so.
+
+    Preference rows give the value of the sequence in the pair, and several rows may give that of the same sequence.
+    Scored responses have one value, so it cannot be that of a pair that starts before the response parts from the
+    prompt: ``moved`` ((P, 2) bool).
+    """
+    given = candidates.pair_ref_logps
+    values = np.full(len(tokenized.ids), np.nan)
+    values[tokenized.pairs.ravel()[::-1]] = given.ravel()[::-1]  # the first of several
+    same = np.isclose(given, values[tokenized.pairs], rtol=_REF_TOLERANCE, atol=_REF_TOLERANCE).min(axis=1)
+    moved = (moved & (candidates.response_places[candidates.pairs, 1] >= 0)).max(axis=1)
+    for row in candidates.pair_rows[~same]:
+        skipped.add("reference log-probability differs from that of the same response in an earlier row", f"row {row}")
+    for row in candidates.pair_rows[moved]:
+        skipped.add("pair that starts before the response, where ref_logps does not hold", f"row {row}")
+    return values, same & ~moved
 
 
 def _sequence_ids(

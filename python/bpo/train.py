@@ -22,6 +22,7 @@ import bpo
 from bpo.config import SelectConfig
 from bpo.models import check_path, is_adapter, load_tokenizer, naming, plain
 from bpo.pipeline import select
+from bpo.selection import add_ref_logps, has_ref_logps
 
 
 @dataclasses.dataclass
@@ -105,6 +106,9 @@ class BPOTrainer(DPOTrainer):  # type: ignore[misc]
     Selection is for the loss of ``args``. The auxiliary loss that TRL adds for mixtures of experts
     (``router_aux_loss_coef``) belongs to a batch, not to a pair, and takes no part in it.
 
+    With ``precompute_ref_log_probs=True`` the reference does not run a second time: training uses the log-probabilities
+    that selection computed, in the precision of the model as it was loaded.
+
     Attributes:
         selection: The :class:`bpo.Selection` that is trained on.
 
@@ -179,6 +183,12 @@ class BPOTrainer(DPOTrainer):  # type: ignore[misc]
             processing_class,
             **kwargs,
         )
+
+    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+        """Adds log π_ref of the selected pairs, which selecting computed; TRL computes that of other data."""
+        if dataset is self.train_dataset and has_ref_logps(dataset):
+            return add_ref_logps(dataset)
+        return super()._precompute_ref_logps(dataset, name, batch_size)
 
 
 def _select_settings(args: BPOConfig, ref_model: Any, peft_config: Any) -> SelectConfig:

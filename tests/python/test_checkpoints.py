@@ -62,7 +62,7 @@ def test_one_checkpoint_selects_as_it_does_as_the_model(select, model_path, warm
     for name in ("informativeness", "centrality", "distance", "alignment"):
         np.testing.assert_allclose(among.pairs[name], alone.pairs[name], rtol=1e-4, atol=1e-5)
     logps = select(model_path).pairs["logp_chosen"]  # the reference's
-    np.testing.assert_allclose(among.pairs["logp_chosen"], logps, rtol=1e-5)
+    np.testing.assert_allclose(among.pairs["ref_logp_chosen"], logps, rtol=1e-5)
 
 
 def pair_gradient_sketches(checkpoint, reference, tokenized, pairs, config):
@@ -91,7 +91,7 @@ def test_inner_products_are_cosines_averaged_with_the_learning_rates(model_path,
 
     with torch.no_grad():
         logps = completion_logps(model, tokenized, np.arange(len(tokenized.ids)), 0).logps.numpy()
-    np.testing.assert_allclose(reference.logps, logps, rtol=1e-5)
+    np.testing.assert_allclose(reference.known, logps, rtol=1e-5)
     cosines, squares = 0, 0
     for checkpoint, weight in zip(rates, (0.75, 0.25), strict=True):
         z = pair_gradient_sketches(checkpoint, logps, tokenized, candidates.pairs, config)
@@ -116,7 +116,7 @@ def test_a_second_call_runs_no_model(select, warmed, model, tmp_path, monkeypatc
     # Of a store that is lost, the gradients are computed again, and not the reference.
     shutil.rmtree(tmp_path / "store" / names[1])
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints, "response_logps", refuse)
+        patch.setattr("bpo.reference.completion_logps", refuse)
         again = select(**settings)
     monkeypatch.setattr(type(model), "forward", refuse)
     for selection in (again, select(**settings)):

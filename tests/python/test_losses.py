@@ -70,7 +70,7 @@ CASES = [
     ),
     *(case(loss_type="robust", label_smoothing=smoothing) for smoothing in (0.0, 0.01, 0.45)),
     *(case(loss_type="exo_pair", label_smoothing=smoothing) for smoothing in (1e-6, 1e-3, 0.5, 0.9)),
-    *(case(loss_type=name, beta=beta) for name, beta in itertools.product(LOSSES, (1e-3, 1.0, 5.0))),
+    *(case(loss_type=name, beta=beta) for name, beta in itertools.product(LOSSES, (1e-6, 1.0, 5.0))),
     *(case(loss_type="discopop", discopop_tau=tau, beta=0.5) for tau in (0.2, 1.0, 3.0)),
     case(loss_type=["sigmoid", "bco_pair", "sft"], loss_weights=[0.8, 0.2, 1.0]),
     case(loss_type=["sigmoid", "bco_pair", "sft"], loss_weights=[0.8, 0.2, 1.0], use_weighting=True),

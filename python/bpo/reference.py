@@ -1,0 +1,114 @@
+"""Where the log-probabilities of the reference policy come from."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+
+from bpo.capture import autocasting
+from bpo.logprobs import check_vocabulary, completion_logps
+from bpo.models import inference_state, load_policy, model_fingerprint
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+    from transformers import PreTrainedModel
+
+    from bpo.config import SelectConfig
+    from bpo.tokens import TokenizedResponses
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """log π_ref of sequences: from the policy itself, the policy without its adapter, a model, the data, or known.
+
+    Attributes:
+        source: Which of these.
+        fingerprint: What identifies the reference in a store.
+        model: The model that runs, None where none does.
+        known: (S,) float32 log-probabilities of all sequences, where they were computed before.
+    """
+
+    source: Literal["policy", "base", "model", "columns", "known"]
+    fingerprint: str
+    model: PreTrainedModel | None = None
+    known: npt.NDArray[np.float32] | None = None
+
+    @classmethod
+    def of(cls, policy: PreTrainedModel, config: SelectConfig) -> Reference:
+        """Returns the reference that ``SelectConfig.ref_model`` means.
+
+        Raises:
+            ValueError: ``ref_model="base"`` for a policy that has no adapter.
+            FileNotFoundError: A model path that does not exist.
+        """
+        if config.ref_model is None:
+            return cls("policy", "the policy")
+        if isinstance(config.ref_model, str) and config.ref_model == "columns":
+            return cls("columns", "the data")
+        if isinstance(config.ref_model, str) and config.ref_model == "base":
+            if not hasattr(policy, "disable_adapter"):
+                raise ValueError(
+                    "SelectConfig.ref_model='base' is the policy without its adapter, but "
+                    f"{type(policy).__name__} has none. Pass a PeftModel; a directory is './base'."
+                )
+            return cls("base", "the policy without its adapter", policy)
+        return cls.by(load_policy(config.ref_model, config))
+
+    @classmethod
+    def by(cls, model: PreTrainedModel) -> Reference:
+        """Returns a model as reference."""
+        return cls("model", model_fingerprint(model), model)
+
+    def check_vocabulary(self, tokenized: TokenizedResponses) -> None:
+        """Checks that the reference knows every token.
+
+        Raises:
+            ValueError: It does not.
+        """
+        if self.model is not None:
+            check_vocabulary(self.model, tokenized)
+
+    def logps(
+        self,
+        tokenized: TokenizedResponses,
+        rows: npt.NDArray[np.int64],
+        pad_id: int,
+        *,
+        autocast: torch.dtype | None = None,
+        policy_logps: npt.NDArray[np.float32] | None = None,
+    ) -> npt.NDArray[np.float32]:
+        """Returns log π_ref of some sequences.
+
+        Args:
+            tokenized: All sequences.
+            rows: (n,) which of them.
+            pad_id: Padding token.
+            autocast: Type of the arithmetic under autocast; None for that of the weights.
+            policy_logps: (n,) their log-probabilities under the policy.
+
+        Returns:
+            (n,) float32.
+        """
+        if self.source == "policy":
+            assert policy_logps is not None
+            return policy_logps
+        if self.source == "columns":
+            assert tokenized.ref_logps is not None
+            return tokenized.ref_logps[rows].astype(np.float32)
+        if self.source == "known":
+            assert self.known is not None
+            return self.known[rows]
+        assert self.model is not None
+        with contextlib.ExitStack() as stack:
+            # Outside disable_adapter, which leaves the adapter trainable.
+            stack.enter_context(inference_state(self.model))
+            if self.source == "base":
+                stack.enter_context(self.model.disable_adapter())
+            stack.enter_context(torch.inference_mode())
+            stack.enter_context(autocasting(self.model, autocast))
+            logps: npt.NDArray[np.float32] = completion_logps(self.model, tokenized, rows, pad_id).logps.cpu().numpy()
+        return logps
