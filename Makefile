@@ -34,11 +34,12 @@ lint: $(VENV)/.installed ## Formatting, clippy, ruff, mypy, stubtest
 	$(BIN)/mypy --python-executable $(BIN)/python
 	$(BIN)/stubtest bpo._core
 
-bench: $(VENV)/.installed ## Benchmarks in short mode: criterion and pytest for the core, then its ratios to peers and limits
+bench: $(VENV)/.installed ## Benchmarks in short mode: criterion and pytest for the core, then the ratios to peers, core and extraction
 	cargo bench --quiet -- --quick --noplot
 	$(BIN)/python -m pytest benches/python --benchmark-only --benchmark-columns=median,min,rounds --benchmark-sort=name \
 	  --benchmark-max-time=0.3
 	$(BIN)/python benches/python/peers.py $(ARGS)
+	$(BIN)/python benches/python/extraction.py --short
 
 count: ## Instructions of each kernel under callgrind, where the clock is too noisy (needs valgrind)
 	@binary=$$(cargo bench --bench count --no-run 2>&1 | sed -n 's/.*(\(.*count-.*\))/\1/p'); \

@@ -487,7 +487,14 @@ def _as_text(value: Any, index: int, column: str, role: str | None = None) -> Te
             {key: item for key, item in message.items() if item is not None or key == "content"} for message in value
         ]
         if not all(isinstance(item, str) for message in messages for item in message.values()):
+            import datasets
+
             _check_json(messages, index, column)
+            if not hasattr(datasets, "Json"):
+                raise ValueError(
+                    f"Row {index}, column '{column}': tool calls need a newer version of datasets, with columns of "
+                    f"JSON; this is {datasets.__version__}."
+                )
         return messages
     raise ValueError(
         f"Row {index}, column '{column}': expected text or a list of {{role, content}} messages, got {_short(value)}."

@@ -251,17 +251,20 @@ class _Trial:
 
     def run(self, deadline: float) -> None:
         """Runs batches until the time is over, and some responses alone."""
-        spread = np.unique(np.linspace(0, len(self._batches) - 1, _TIMED).astype(int))
+        last = len(self._batches) - 1
+        # The shortest batch in which a response is not alone.
+        compared = max((index for index in range(last + 1) if len(self._batches[index]) > 1), default=last)
+        spread = np.unique([*np.linspace(0, last, _TIMED).astype(int), compared])
         # The shortest for what is cheap to look at, the longest for memory; those between while there is time.
         middle = spread[len(spread) // 2]
-        order = sorted(spread, key=lambda index: (index != spread[-1], index != 0, abs(index - middle)))
+        order = sorted(spread, key=lambda index: (index != compared, index != 0, abs(index - middle)))
         with Sketching(self._sketcher, self._config.threads) as sketching:
             for place, index in enumerate(order):
                 if place > 1 and time.perf_counter() > deadline:
                     break
                 rows = self._batches[index]
                 together = self._time(index, sketching)
-                if index == spread[-1]:
+                if index == compared:
                     self._compare(rows[[0, -1]], rows, together, sketching)
 
     def _time(self, index: int, sketching: Sketching) -> npt.NDArray[np.float32]:

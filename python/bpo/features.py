@@ -289,6 +289,7 @@ class FreshAdapter(Features):
     def __init__(self, model: PreTrainedModel, rank: int, seed: int, patterns: Sequence[str] | None = None) -> None:
         super().__init__()
         self.rank = rank
+        self._patterns = patterns
         head = model.get_output_embeddings()
         for name, module in model.named_modules():
             if module is head:
@@ -317,7 +318,9 @@ class FreshAdapter(Features):
         return {"kind": "fresh LoRA B", "rank": self.rank, "names": _digest(self.slots), "coordinates": self.dim}
 
     def warn_of_gaps(self, model: PreTrainedModel) -> None:
-        """Says how much of the model lies outside of what LoRA adapts."""
+        """Says how much of the model lies outside of what LoRA adapts, unless that was asked for."""
+        if self._patterns is not None:
+            return
         embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
         adapted = {id(model.get_parameter(name)) for name in self.slots}
         head = model.get_output_embeddings()

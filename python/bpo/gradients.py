@@ -171,7 +171,7 @@ class _Extraction:
     config: SelectConfig
 
     def run(self, missing: npt.NDArray[np.int64]) -> Iterator[_Done]:
-        """Yields each batch once the next one has gone through the model, so that its sketches have had time.
+        """Yields the batches, one whose sketches are under way once the next one has gone through the model.
 
         A batch that does not fit into memory is halved, and so are those after it.
         """
@@ -197,6 +197,9 @@ class _Extraction:
             if previous is not None:
                 yield previous
             previous, remaining = done, remaining[size:]
+            if not done.sketches.under_way:
+                yield done
+                previous = None
         if previous is not None:
             yield previous
 

@@ -45,10 +45,8 @@ def pair_coefficients(
     a and b are the automatic derivatives of the formulas below, in float64: exact, for all pairs at once. The loss is
     that of a batch of one pair; TRL averages it over the pairs of a batch, but the ``sft`` loss over their tokens.
 
-    Each response is a row of the first five arguments, as in a :class:`bpo.GradientStore`.
-
     Args:
-        logps: (R,) log π(y|x).
+        logps: (R,) log π(y|x) of each response, as in the records of a :class:`bpo.GradientStore`.
         ref_logps: (R,) log π_ref(y|x).
         pairs: (P, 2) rows of the preferred and of the other response.
         lengths: (R,) tokens of each response; needed by ``"ipo"`` and ``"sigmoid_norm"``.

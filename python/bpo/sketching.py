@@ -33,6 +33,11 @@ class SketchBatch:
         if future is not None:
             self._futures.append(future)
 
+    @property
+    def under_way(self) -> bool:
+        """Whether some gradients have been left to be sketched beside the model."""
+        return bool(self._futures)
+
     def rows(self) -> npt.NDArray[np.float32]:
         """Waits, and returns the (n, d) sketches."""
         for future in self._futures:

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from bpo.config import OnInvalid, TokenWeights, TruncationMode
 
 _NAMED_TOKENS = 40
-# Relative; the same model in bfloat16 differs by less from batch to batch.
-_REF_TOLERANCE = 1e-2
+# Absolute and relative; a model in bfloat16 differs from itself in another batch by up to 2 %.
+_REF_TOLERANCE = 0.05
 
 
 @dataclasses.dataclass(frozen=True)

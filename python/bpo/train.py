@@ -20,7 +20,7 @@ from trl import DPOConfig, DPOTrainer
 
 import bpo
 from bpo.config import SelectConfig
-from bpo.models import check_path, is_adapter, load_tokenizer, naming, plain
+from bpo.models import check_path, is_adapter, load_tokenizer, naming, plain, window
 from bpo.pipeline import select
 from bpo.selection import add_ref_logps, has_ref_logps
 
@@ -155,6 +155,7 @@ class BPOTrainer(DPOTrainer):  # type: ignore[misc]
             eval_dataset = {name: _all_pairs(part, settings) for name, part in eval_dataset.items()}
         elif eval_dataset is not None:
             eval_dataset = _all_pairs(eval_dataset, settings)
+        self._window = window(model, settings)
         state = PartialState()
         if state.num_processes > 1 and args.store is None:
             raise ValueError(
@@ -184,11 +185,20 @@ class BPOTrainer(DPOTrainer):  # type: ignore[misc]
             **kwargs,
         )
 
-    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+    def _precompute_ref_logps(self, dataset: Any, *args: Any) -> Any:
         """Adds log π_ref of the selected pairs, which selecting computed; TRL computes that of other data."""
-        if dataset is self.train_dataset and has_ref_logps(dataset):
+        if dataset is self.train_dataset and has_ref_logps(dataset) and self._cuts_as_selected(dataset):
             return add_ref_logps(dataset)
-        return super()._precompute_ref_logps(dataset, name, batch_size)
+        return super()._precompute_ref_logps(dataset, *args)
+
+    def _cuts_as_selected(self, dataset: Any) -> bool:
+        """Whether no sequence is longer than what the model was made for, where selection cuts and TRL does not."""
+        if self._window in (None, self.args.max_length):
+            return True
+        return all(
+            len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) <= self._window
+            for row in dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
+        )
 
 
 def _select_settings(args: BPOConfig, ref_model: Any, peft_config: Any) -> SelectConfig:

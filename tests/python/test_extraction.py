@@ -136,20 +136,19 @@ def test_sketching_beside_the_model_gives_the_same_bits():
 def test_memory_stays_that_of_the_model(tokenizer, tmp_path):
     """No logits of prompts, no gradients of parameters: long prompts and a large vocabulary cost next to nothing."""
     script = f"""
-        import resource, sys
+        import resource, sys, types
         sys.path.insert(0, {str(__file__.rpartition("/")[0])!r})
         import numpy as np, torch
         from transformers import LlamaConfig, LlamaForCausalLM
         from bpo.logprobs import completion_logps
-        from bpo.tokens import TokenizedResponses
 
         model = LlamaForCausalLM(LlamaConfig(vocab_size=60_000, hidden_size=32, intermediate_size=32,
             num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=2048))
         ids = [[1] * 1000 for _ in range(4)]
 
         def peak(prompt):
-            none = np.zeros((0, 2), dtype=np.int64)
-            tokenized = TokenizedResponses(ids, np.full(4, prompt), none, np.arange(4), none, 2048, 0)
+            tokenized = types.SimpleNamespace(ids=ids, prompt_lengths=np.full(4, prompt),
+                lengths=np.full(4, 1000), weights=None)
             completion_logps(model, tokenized, np.arange(4), 0).logps.sum().backward()
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 

@@ -213,6 +213,23 @@ def test_bpo_trainer_takes_the_reference_from_the_selection(tokenizer, reference
         trainer(precompute_ref_log_probs=True, strategy="random")
 
 
+def test_bpo_trainer_runs_the_reference_on_tokens_that_selection_cut(tokenizer, tmp_path):
+    """TRL runs beyond the positions that a model was made for; selection does not."""
+    narrow = {"max_position_embeddings": 16}
+    reference = tiny_llama(tokenizer, **narrow)
+    args = bpo.BPOConfig(str(tmp_path), budget=8, precompute_ref_log_probs=True, **SETTINGS)
+    with pytest.warns(UserWarning, match="are cut to the window of 16 tokens"):
+        trainer = bpo.BPOTrainer(
+            tiny_llama(tokenizer, **narrow),
+            reference,
+            args=args,
+            train_dataset=scored_rows(4, 3),
+            processing_class=tokenizer,
+        )
+    selected = trainer.selection.dataset["bpo_ref_logp_chosen"][:]
+    assert not np.allclose(selected, trainer.train_dataset["ref_chosen_logps"][:])
+
+
 def test_trl_takes_the_reference_from_the_selection_once_it_is_told(tokenizer, reference, tmp_path):
     config = SelectConfig(sketch_dim=64, ref_model=reference)
     arguments = {"budget": 8, "processing_class": tokenizer, "config": config, "progress": False}

@@ -6,13 +6,16 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from tokenizers import processors
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from transformers import BloomConfig, BloomModel, ByT5Tokenizer, PreTrainedTokenizerFast
 
 import bpo
-from bpo import read_candidates
+from bpo import SelectConfig, read_candidates
+from bpo.features import FreshAdapter
 from bpo.logprobs import response_logps
+from bpo.models import window
 from bpo.tokens import batches_by_tokens, check_tokenizer, tokenize_candidates, tokenize_responses
-from conftest import CHAT_TEMPLATE, scored_rows
+from conftest import CHAT_TEMPLATE, WORDS, hooked, scored_rows, tiny_llama
 
 
 def user(content):
@@ -43,6 +46,7 @@ IMPLICIT = [
     {"chosen": "red cat? blue dog", "rejected": "red cat? one"},
     {"chosen": "red cat?  blue", "rejected": "red cat?  one"},
     {"chosen": "one red green", "rejected": "one reg"},
+    {"chosen": "a b", "rejected": "a c"},
     {"chosen": "sun 🙂🙃 tea", "rejected": "sun 🙂é"},
     {"chosen": "tea milk bread", "rejected": "tea milk"},  # one is the beginning of the other
     {"chosen": LONG + "north", "rejected": LONG + "south " + LONG},
@@ -115,16 +119,37 @@ def sequences_of_bpo(rows, tokenizer, max_length, truncation_mode, by_pair=False
     }
 
 
-@pytest.fixture(params=["plain", "bos", "bos and eos"])
-def any_tokenizer(request, tokenizer):
-    """With nothing added to plain text, a first token, or a first and a last one."""
+def with_special_tokens(tokenizer, template):
+    """A copy that adds a first, or a last token to plain text."""
     changed = copy.deepcopy(tokenizer)
-    if request.param != "plain":
-        single = "<|im_start|> $A" + (" <|im_end|>" if request.param == "bos and eos" else "")
-        special = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<|im_start|>", "<|im_end|>")]
-        changed.backend_tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=special)
-        assert changed("a")["input_ids"][0] == special[0][1]
+    special = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<|im_start|>", "<|im_end|>")]
+    changed.backend_tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=special)
     return changed
+
+
+def metaspace(_):
+    """As of SentencePiece: a space before everything, and tokens that reach across spaces."""
+    raw = Tokenizer(models.BPE(unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Metaspace(split=False)
+    raw.train_from_iterator(
+        [" ".join(WORDS)] * 4,
+        trainers.BpeTrainer(vocab_size=400, special_tokens=["<unk>", "</s>"], show_progress=False),
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<unk>", eos_token="</s>", unk_token="<unk>")
+
+
+@pytest.fixture(
+    params=[
+        lambda plain: plain,
+        lambda plain: with_special_tokens(plain, "<|im_start|> $A"),
+        lambda plain: with_special_tokens(plain, "<|im_start|> $A <|im_end|>"),
+        metaspace,
+        lambda _: ByT5Tokenizer(),  # in Python; ends a text unless it has an end
+    ],
+    ids=["bytes", "bos", "bos and eos", "metaspace", "slow"],
+)
+def any_tokenizer(request, tokenizer):
+    return request.param(tokenizer)
 
 
 @pytest.mark.parametrize("truncation_mode", ["keep_start", "keep_end"])
@@ -262,6 +287,31 @@ def test_the_first_token_of_a_sequence_is_not_predicted(tokenizer, model):
     whole = torch.log_softmax(model(torch.tensor([tokenized.ids[0]])).logits, dim=-1)[0]
     expected = whole[0, tokenized.ids[0][1]] + whole[1, tokenized.ids[0][2]]
     assert logps[0] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_a_sequence_of_which_nothing_is_predicted(tokenizer, model):
+    rows = read_candidates([{"prompt": "", "chosen": "blue", "rejected": "one"}])
+    for truncation_mode in ("keep_start", "keep_end"):
+        tokenized = tokenize_responses(rows, tokenizer, 1, truncation_mode=truncation_mode)[0]
+        assert tokenized.predicted_lengths.tolist() == [0, 0]
+        gradients, logps = hooked(model, FreshAdapter(model, 2, 0), tokenized, np.arange(2))
+        assert not logps.any() and not gradients.any()
+
+
+def test_the_model_and_its_reference_limit_the_window(tokenizer):
+    model = tiny_llama(tokenizer)  # of 256 positions
+    narrow = tiny_llama(tokenizer, max_position_embeddings=24)
+    boundless = BloomModel(BloomConfig(vocab_size=8, hidden_size=8, n_layer=1, n_head=1))
+    for settings, given, expected in (
+        ({}, model, 256),
+        ({"max_length": None}, model, 256),
+        ({"max_length": 30}, model, 30),
+        ({"max_length": None, "ref_model": narrow}, model, 24),
+        ({"max_length": None, "ref_model": "columns"}, model, 256),
+        ({"max_length": None}, boundless, None),
+        ({}, boundless, 1024),
+    ):
+        assert window(given, SelectConfig(**settings)) == expected
 
 
 def test_prompts_that_fill_the_window_are_named(tokenizer):
