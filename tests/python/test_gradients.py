@@ -5,7 +5,7 @@ import gc
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 
 from bpo import SelectConfig, UnsupportedModelError, _core, collect_gradients, pair_coefficients, read_candidates
 from bpo.features import FreshAdapter, Parameters, choose_features
@@ -279,7 +279,7 @@ def test_a_merged_or_disabled_adapter_is_refused(tokenizer):
 
 def test_an_adapter_inside_a_plain_model_is_refused(tokenizer):
     model = tiny_llama(tokenizer)
-    model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["q_proj"]), model)
     with pytest.raises(UnsupportedModelError, match="without being a PeftModel"):
         choose_features(model, SelectConfig())
 
