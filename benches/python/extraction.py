@@ -45,7 +45,7 @@ import bpo
 from bpo import _core
 from bpo.capture import Plan, sum_gradients
 from bpo.features import choose_features
-from bpo.logprobs import completion_logps
+from bpo.logprobs import Forward, completion_logps
 from bpo.models import inference_state
 from bpo.sketching import Sketching
 from bpo.tokens import TokenizedResponses, batches_by_tokens, padding_id, tokenize_candidates
@@ -164,13 +164,13 @@ class Methods:
             config = bpo.SelectConfig(lora_rank=RANK)
             features = choose_features(model, config)
             with inference_state(model):
-                self._plans[model] = features.plan(model, self.data.tokenized, self.data.pad_id, config)
+                self._plans[model] = features.plan(Forward(model, self.data.tokenized, self.data.pad_id))
         with inference_state(model), Sketching(_core.Sketcher(1024), self.threads) as sketching:
-            previous = None
+            previous, forward = None, Forward(model, batches.tokenized, self.data.pad_id)
             for rows in batches:
                 sketches = sketching.batch(len(rows))
                 consume = functools.partial(self._timed, sketches.consume)
-                sum_gradients(model, self._plans[model], batches.tokenized, rows, self.data.pad_id, consume)
+                sum_gradients(forward, self._plans[model], rows, consume)
                 if previous is not None:
                     self._timed(previous.rows)
                 previous = sketches

@@ -11,15 +11,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from bpo.logprobs import CompletionLogps, completion_logps, predicting_positions
-from bpo.tokens import TokenizedResponses
+from bpo.logprobs import CompletionLogps, Forward, predicting_positions
 
 if TYPE_CHECKING:
     import numpy as np
@@ -201,119 +200,107 @@ class Plan:
     whole: dict[str, Slot] = dataclasses.field(default_factory=dict)
 
 
-def sum_gradients(
-    model: PreTrainedModel,
-    plan: Plan,
-    tokenized: TokenizedResponses,
-    rows: npt.NDArray[np.int64],
-    pad_id: int,
-    consume: Consumer,
-    *,
-    autocast: torch.dtype | None = None,
-) -> CompletionLogps:
+def sum_gradients(forward: Forward, plan: Plan, rows: npt.NDArray[np.int64], consume: Consumer) -> CompletionLogps:
     """Runs one forward and one backward over a batch and hands every parameter's per-sample gradients to ``consume``.
 
     Args:
-        model: A causal language model with frozen parameters (see :func:`bpo.models.inference_state`). Where it has
-            gradient checkpointing enabled, its layers keep their inputs only and are computed again on the way back.
+        forward: A model with frozen parameters (see :func:`bpo.models.inference_state`) and responses. Where the model
+            has gradient checkpointing enabled, its layers keep their inputs only and are computed again on the way
+            back.
         plan: Which gradients to form, and how.
-        tokenized: Token ids of all responses.
-        rows: (n,) which of them form the batch.
-        pad_id: Padding token.
+        rows: (n,) which of the responses form the batch.
         consume: Receives offset, (n', size) gradients and the slice of the batch they belong to; the gradients of one
             coordinate may come in several parts, which add up.
-        autocast: Type of the arithmetic under autocast; None for that of the weights.
 
     Returns:
         The log-probabilities of the responses, without gradient.
     """
-    batch = _Batch(model, tokenized, rows, consume, autocast)
+    batch = _Batch(forward, rows, consume)
 
     def require_gradient(_: nn.Module, __: Any, output: torch.Tensor) -> None:
         if not output.requires_grad:
             output.requires_grad_(True)
 
     # The graph starts at the embedded tokens: with all parameters frozen nothing else would need one.
-    handles = [model.get_input_embeddings().register_forward_hook(require_gradient)]
+    handles = [forward.model.get_input_embeddings().register_forward_hook(require_gradient)]
     handles += [layer.module.register_forward_hook(batch.layer_hook(layer, None)) for layer in plan.layers]
     for replay in plan.replays.values():
         handles.append(replay.module.register_forward_hook(batch.replay_hook(replay), with_kwargs=True))
         handles += [layer.module.register_forward_hook(batch.layer_hook(layer, replay)) for layer in replay.layers]
     try:
-        with torch.enable_grad(), _checkpointed(model):
-            with batch.autocast():
-                result = completion_logps(model, tokenized, rows, pad_id)
-            batch.forward = False
+        with torch.enable_grad(), _checkpointed(forward.model):
+            result = forward.logps(rows)
+            batch.on_the_way = False
             result.logps.sum().backward()  # type: ignore[no-untyped-call]
     finally:
         for handle in handles:
             handle.remove()
     if plan.whole:
-        _whole_model(model, plan.whole, tokenized, rows, pad_id, consume, batch)
+        for index in range(len(rows)):
+            alone, _ = by_autograd(forward, plan.whole, rows[index : index + 1])
+            for name, gradient in alone.items():
+                consume(plan.whole[name].offset, gradient, slice(index, index + 1))
     return CompletionLogps(result.logps.detach(), result.log_weights)
 
 
-def _whole_model(
-    model: PreTrainedModel,
-    whole: dict[str, Slot],
-    tokenized: TokenizedResponses,
-    rows: npt.NDArray[np.int64],
-    pad_id: int,
-    consume: Consumer,
-    batch: _Batch,
-) -> None:
-    """One forward and backward a sample, for the parameters whose gradients cannot be had otherwise."""
-    parameters = [model.get_parameter(name) for name in whole]
+def by_autograd(
+    forward: Forward, slots: Mapping[str, Slot], row: npt.NDArray[np.int64]
+) -> tuple[dict[str, torch.Tensor], float]:
+    """Takes the gradients of some parameters from a forward and a backward of the whole model over one response.
+
+    Args:
+        forward: A model with frozen parameters, and responses.
+        slots: The parameters, by name.
+        row: (1,) the response.
+
+    Returns:
+        What is kept of each gradient, (1, size) float32, without those of parameters that have no part in it; and the
+        log-probability of the response.
+    """
+    parameters = [forward.model.get_parameter(name) for name in slots]
     for parameter in parameters:
         parameter.requires_grad_(True)
     try:
-        for index in range(len(rows)):
-            with torch.enable_grad(), _checkpointed(model):
-                with batch.autocast():
-                    logps = completion_logps(model, tokenized, rows[index : index + 1], pad_id).logps
-                gradients = torch.autograd.grad(logps.sum(), parameters, allow_unused=True)
-            for slot, gradient in zip(whole.values(), gradients, strict=True):
-                if gradient is not None:
-                    consume(slot.offset, slot.keep(gradient), slice(index, index + 1))
+        with torch.enable_grad(), _checkpointed(forward.model):
+            logps = forward.logps(row).logps
+            gradients = torch.autograd.grad(logps.sum(), parameters, allow_unused=True)
     finally:
         for parameter in parameters:
             parameter.requires_grad_(False)
+    kept = {
+        name: slots[name].keep(gradient)
+        for name, gradient in zip(slots, gradients, strict=True)
+        if gradient is not None
+    }
+    return kept, float(logps.detach())
 
 
 class _Batch:
     """The batch in flight: tells its samples apart in what the hooks see."""
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenized: TokenizedResponses,
-        rows: npt.NDArray[np.int64],
-        consume: Consumer,
-        autocast: torch.dtype | None,
-    ) -> None:
+    def __init__(self, forward: Forward, rows: npt.NDArray[np.int64], consume: Consumer) -> None:
+        self.forward = forward
         self.consume = consume
         self.size = len(rows)
-        self.width = int(tokenized.lengths[rows].max())
-        self.predicting = predicting_positions(tokenized, rows)
+        self.width = int(forward.tokenized.lengths[rows].max())
+        self.predicting = predicting_positions(forward.tokenized, rows)
         self.n_predicting = int(self.predicting.sum())
-        self.forward = True  # afterwards, hooks see what gradient checkpointing computes again: known already
+        self.on_the_way = True  # afterwards, hooks see what gradient checkpointing computes again: known already
         self.replay: Replay | None = None  # the module that is being run again …
         self.sample = 0  # … and for which sample
-        self.autocast = functools.partial(autocasting, model, autocast)
-        self._device_type = model.get_input_embeddings().weight.device.type
 
     def layer_hook(self, layer: Layer, inside: Replay | None) -> Callable[..., None]:
         """A forward hook that catches what the gradients of a layer need."""
 
         def hook(_: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
-            if self.replay is not inside or (inside is None and not self.forward):
+            if self.replay is not inside or (inside is None and not self.on_the_way):
                 return
             if not output.requires_grad:
                 output.requires_grad_(True)
             size = self.size if inside is None else 1
             first = 0 if inside is None else self.sample
             x = self._by_sample(args[0].detach(), size)
-            with torch.autocast(self._device_type, enabled=False):
+            with torch.autocast(self.forward.device.type, enabled=False):
                 remembered = None if x is None else layer.remember(x)
 
             def on_gradient(gradient: torch.Tensor) -> None:
@@ -356,7 +343,7 @@ class _Batch:
         """A forward hook that records a call, to run it again for each sample once its output gradient is known."""
 
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            if self.replay is not None or not self.forward:
+            if self.replay is not None or not self.on_the_way:
                 return
             tensor = floating_tensors(output)[replay.output]
             if not tensor.requires_grad:
@@ -364,21 +351,23 @@ class _Batch:
             inputs = map_tensors((args, kwargs), torch.Tensor.detach)
 
             def on_gradient(gradient: torch.Tensor) -> None:
+                leaves = {
+                    name: parameter.detach().requires_grad_(True)
+                    for name, parameter in replay.module.named_parameters(remove_duplicate=False)
+                    if name in replay.parameters
+                }
                 for index in range(self.size):
-                    self._run_again(replay, inputs, gradient, index)
+                    self._run_again(replay, leaves, inputs, gradient, index)
 
             tensor.register_hook(on_gradient)  # type: ignore[no-untyped-call]
 
         return hook
 
-    def _run_again(self, replay: Replay, inputs: Any, gradient: torch.Tensor, index: int) -> None:
+    def _run_again(
+        self, replay: Replay, leaves: dict[str, torch.Tensor], inputs: Any, gradient: torch.Tensor, index: int
+    ) -> None:
         rules = iter(replay.rules)
         args, kwargs = map_tensors(inputs, lambda tensor: self._cut(tensor, next(rules), index))
-        leaves = {
-            name: parameter.detach().requires_grad_(True)
-            for name, parameter in replay.module.named_parameters(remove_duplicate=False)
-            if name in replay.parameters
-        }
         targets = list(leaves.values())
         if replay.layers:
             # Layers give their gradients on the way from the output to the inputs.
@@ -386,7 +375,7 @@ class _Batch:
             map_tensors((args, kwargs), lambda tensor: targets.append(tensor) if tensor.requires_grad else None)
         self.replay, self.sample = replay, index
         try:
-            with torch.enable_grad(), self.autocast():
+            with torch.enable_grad(), self.forward.autocasting():
                 outputs = torch.func.functional_call(replay.module, leaves, args, kwargs)
             output = floating_tensors(outputs)[replay.output]
             own = self._cut(gradient, replay.output_rule, index)
@@ -406,17 +395,16 @@ class _Batch:
         return tensor
 
 
-def autocasting(model: PreTrainedModel, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
-    """The arithmetic of a forward pass: autocast to a type, or none."""
-    if dtype is None:
-        return contextlib.nullcontext()
-    return torch.autocast(model.get_input_embeddings().weight.device.type, dtype=dtype)
-
-
 @contextlib.contextmanager
 def _checkpointed(model: PreTrainedModel) -> Iterator[None]:
     """Honours gradient checkpointing where the model has it enabled, also outside training mode."""
-    layers = [module for module in model.modules() if _checkpoints(module)]
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers = [
+        module
+        for module in model.modules()
+        if isinstance(module, GradientCheckpointingLayer) and getattr(module, "gradient_checkpointing", False)
+    ]
     for layer in layers:
         layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
     try:
@@ -424,12 +412,6 @@ def _checkpointed(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for layer in layers:
             del layer.__dict__["forward"]
-
-
-def _checkpoints(module: nn.Module) -> bool:
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    return isinstance(module, GradientCheckpointingLayer) and bool(getattr(module, "gradient_checkpointing", False))
 
 
 def _as_leaf(tensor: torch.Tensor) -> torch.Tensor:

@@ -19,16 +19,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from tqdm.auto import tqdm
 
 from bpo.clustering import PairClusters, PairGradients, cluster_pairs, pair_norms
 from bpo.gradients import collect
+from bpo.logprobs import Forward
 from bpo.models import check_path, load_policy, tokenizer_fingerprint
 from bpo.precondition import preconditioner_path
 from bpo.reference import Reference
 from bpo.store import GradientStore
-from bpo.tokens import batches_by_tokens, padding_id
+from bpo.tokens import batches_by_tokens
 
 if TYPE_CHECKING:
     import os
@@ -104,7 +104,7 @@ def collect_reference(
             missing &= rows < 0
     if missing.any():
         index = np.flatnonzero(missing)
-        autocast = torch.bfloat16 if config.bf16 else None
+        forward = Forward.of(model, tokenized, processing_class, config)
         bar = tqdm(
             total=int(tokenized.lengths[index].sum()),
             desc="Reference",
@@ -115,7 +115,7 @@ def collect_reference(
         with bar:
             for batch in batches_by_tokens(tokenized.lengths[index], config.tokens_per_batch):
                 rows = index[batch]
-                logps[rows] = source.logps(tokenized, rows, padding_id(processing_class), autocast=autocast)
+                logps[rows] = source.logps(forward, rows)
                 bar.update(int(tokenized.lengths[rows].sum()))
     return Reference("known", source.fingerprint, known=logps)
 

@@ -12,21 +12,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from bpo import _core
-from bpo.capture import Consumer, Plan, sum_gradients
+from bpo.capture import Plan, sum_gradients
 from bpo.config import SelectConfig
 from bpo.data import InvalidDataWarning, read_configured
 from bpo.features import Features, choose_features
-from bpo.logprobs import check_vocabulary
+from bpo.logprobs import Forward, check_vocabulary
 from bpo.models import inference_state, load_policy, load_tokenizer, window
 from bpo.reference import Reference
-from bpo.sketching import Sketching
+from bpo.sketching import SketchBatch, Sketching
 from bpo.store import RECORD
-from bpo.tokens import TokenizedResponses, batches_by_tokens, padding_id, tokenize_candidates
+from bpo.tokens import batches_by_tokens, tokenize_configured
 
 if TYPE_CHECKING:
     import numpy.typing as npt
-    from transformers import PreTrainedModel
 
 # Batches whose time is measured, evenly over those of the run, while there is time.
 _TIMED = 9
@@ -172,21 +170,15 @@ def doctor(
         skipped = candidates.skipped.counts()
         tokenizer = load_tokenizer(model, processing_class, config)
         policy = load_policy(model, config)
-        kept, tokenized = tokenize_candidates(
-            candidates,
-            tokenizer,
-            window(policy, config),
-            truncation_mode=config.truncation_mode,
-            token_weights=config.token_weights if callable(config.token_weights) else None,
-            on_invalid=config.on_invalid,
-        )
+        kept, tokenized = tokenize_configured(candidates, tokenizer, window(policy, config), config)
         check_vocabulary(policy, tokenized)
         features = choose_features(policy, config)
         reference = Reference.of(policy, config)
         with inference_state(policy):
-            plan = features.plan(policy, tokenized, padding_id(tokenizer), config)
+            forward = Forward.of(policy, tokenized, tokenizer, config)
+            plan = features.plan(forward)
             features.warn_of_gaps(policy)
-            trial = _Trial(policy, reference, features, plan, tokenized, padding_id(tokenizer), config)
+            trial = _Trial(forward, reference, features, plan, config)
             trial.run(begin + seconds)
     said = [
         str(entry.message)
@@ -223,27 +215,14 @@ class _Trial:
     """A few batches of the run, as the run would take them."""
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        reference: Reference,
-        features: Features,
-        plan: Plan,
-        tokenized: TokenizedResponses,
-        pad_id: int,
-        config: SelectConfig,
+        self, forward: Forward, reference: Reference, features: Features, plan: Plan, config: SelectConfig
     ) -> None:
-        self._model = model
+        self._forward = forward
         self._reference = reference
         self._features = features
         self._plan = plan
-        self._tokenized = tokenized
-        self._pad_id = pad_id
         self._config = config
-        self._autocast = torch.bfloat16 if config.bf16 else None
-        self._sketcher = _core.Sketcher(
-            config.sketch_dim, seed=config.sketch_seed, kind=config.sketch_kind, nnz=config.sketch_nnz
-        )
-        self._batches = batches_by_tokens(tokenized.lengths, config.tokens_per_batch)
+        self._batches = batches_by_tokens(forward.tokenized.lengths, config.tokens_per_batch)
         self._timed: dict[int, float] = {}  # index of the batch → seconds
         self._touched: set[int] = set()  # offsets of parameters with a gradient other than zero
         self.looked_at = self.unusable = 0
@@ -258,55 +237,41 @@ class _Trial:
         # The shortest for what is cheap to look at, the longest for memory; those between while there is time.
         middle = spread[len(spread) // 2]
         order = sorted(spread, key=lambda index: (index != compared, index != 0, abs(index - middle)))
-        with Sketching(self._sketcher, self._config.threads) as sketching:
+        with Sketching.of(self._config) as sketching:
             for place, index in enumerate(order):
                 if place > 1 and time.perf_counter() > deadline:
                     break
-                rows = self._batches[index]
                 together = self._time(index, sketching)
                 if index == compared:
-                    self._compare(rows[[0, -1]], rows, together, sketching)
+                    self._compare(self._batches[index], together, sketching)
 
     def _time(self, index: int, sketching: Sketching) -> npt.NDArray[np.float32]:
         rows = self._batches[index]
         begin = time.perf_counter()
         sketches = sketching.batch(len(rows))
-        logps = self._gradients(rows, sketches.consume)
-        self._reference.logps(self._tokenized, rows, self._pad_id, autocast=self._autocast, policy_logps=logps)
+        result = sum_gradients(self._forward, self._plan, rows, sketches.consume)
+        self._reference.logps(self._forward, rows, result.logps.cpu().numpy())
         together = sketches.rows()
         self._timed[index] = time.perf_counter() - begin
         self.looked_at += len(rows)
         self.unusable += int((~np.isfinite(together).all(axis=1) | ~together.any(axis=1)).sum())
         return together
 
-    def _compare(
-        self,
-        some: npt.NDArray[np.int64],
-        rows: npt.NDArray[np.int64],
-        together: npt.NDArray[np.float32],
-        sketching: Sketching,
-    ) -> None:
-        for row in np.unique(some):
+    def _compare(self, rows: npt.NDArray[np.int64], together: npt.NDArray[np.float32], sketching: Sketching) -> None:
+        """Runs the first and the last response of a batch alone, against their (n, d) sketches in it."""
+        for place in {0, len(rows) - 1}:
             sketches = sketching.batch(1)
 
-            def consume(offset: int, gradients: torch.Tensor, samples: slice, sketches: Any = sketches) -> None:
+            def consume(offset: int, gradients: torch.Tensor, samples: slice, sketches: SketchBatch = sketches) -> None:
                 if bool(gradients.any()):
                     self._touched.add(offset)
                 sketches.consume(offset, gradients, samples)
 
-            self._gradients(np.array([row]), consume)
+            sum_gradients(self._forward, self._plan, rows[place : place + 1], consume)
             alone = sketches.rows()[0]
             norm = float(np.linalg.norm(alone))
             if np.isfinite(norm) and norm > 0:
-                difference = float(np.linalg.norm(together[np.flatnonzero(rows == row)[0]] - alone)) / norm
-                self.sensitivity = max(self.sensitivity, difference)
-
-    def _gradients(self, rows: npt.NDArray[np.int64], consume: Consumer) -> npt.NDArray[np.float32]:
-        result = sum_gradients(
-            self._model, self._plan, self._tokenized, rows, self._pad_id, consume, autocast=self._autocast
-        )
-        logps: npt.NDArray[np.float32] = result.logps.cpu().numpy()
-        return logps
+                self.sensitivity = max(self.sensitivity, float(np.linalg.norm(together[place] - alone)) / norm)
 
     def zero(self) -> list[str]:
         """Names of parameters whose gradient was zero in every response that ran alone."""
@@ -314,16 +279,16 @@ class _Trial:
 
     def estimated_seconds(self) -> float:
         """Time of all batches: that of a padded token, between the lengths at which it was measured."""
-        lengths = self._tokenized.lengths
-        padded = np.array([len(rows) * int(lengths[rows].max()) for rows in self._batches])
+        lengths = self._forward.tokenized.lengths
         width = np.array([int(lengths[rows].max()) for rows in self._batches])
+        padded = width * [len(rows) for rows in self._batches]
         timed = sorted(self._timed, key=lambda index: width[index])
         each = [self._timed[index] / padded[index] for index in timed]
         return float((np.interp(width, width[timed], each) * padded).sum())
 
     def peak_memory(self) -> int:
         """Bytes: of the GPU where the model is on one, else of the process."""
-        device = self._model.get_input_embeddings().weight.device
+        device = self._forward.device
         if device.type == "cuda":
             return torch.cuda.max_memory_allocated(device)
         if sys.platform == "win32":

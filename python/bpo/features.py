@@ -22,14 +22,14 @@ from bpo.capture import (
     Replay,
     Slot,
     UnsupportedModelError,
-    autocasting,
+    by_autograd,
     floating_tensors,
     map_tensors,
     sum_gradients,
 )
 from bpo.config import SelectConfig
 from bpo.data import warn
-from bpo.logprobs import completion_logps, predicting_positions
+from bpo.logprobs import Forward, predicting_positions
 from bpo.tokens import TokenizedResponses
 
 if TYPE_CHECKING:
@@ -70,8 +70,7 @@ class Features:
         """Returns the coordinates of each kind of parameter, layers taken together, the largest first."""
         parts: dict[str, int] = {}
         for name, slot in self.slots.items():
-            kind = re.sub(r"\b\d+\b", "*", name)
-            parts[kind] = parts.get(kind, 0) + slot.size
+            parts[_kind(name)] = parts.get(_kind(name), 0) + slot.size
         return dict(sorted(parts.items(), key=lambda item: -item[1]))
 
     def _slot(
@@ -88,14 +87,11 @@ class Features:
         self.dim += slot.size
         return slot
 
-    def plan(self, model: PreTrainedModel, tokenized: TokenizedResponses, pad_id: int, config: SelectConfig) -> Plan:
+    def plan(self, forward: Forward) -> Plan:
         """Finds out, on two short responses, how every gradient can be caught, and checks that it is right.
 
         Args:
-            model: The model these features are of, frozen.
-            tokenized: Token ids of all responses.
-            pad_id: Padding token.
-            config: Settings of the arithmetic.
+            forward: The model these features are of, frozen, and the responses.
 
         Returns:
             The plan.
@@ -104,16 +100,15 @@ class Features:
             UnsupportedModelError: The model's output for a response depends on the other responses of its batch, or the
                 gradients of a batch are not those of its responses alone.
         """
-        rows = _probe_rows(tokenized)
-        calls = _probe(model, tokenized, rows, pad_id)
-        plan = self._planned(model, calls)
-        autocast = torch.bfloat16 if config.bf16 else None
-        wrong = self._wrong(model, plan, tokenized, rows, pad_id, autocast)
+        rows = _probe_rows(forward.tokenized)
+        calls = _probe(forward, rows)
+        plan = self._planned(forward.model, calls)
+        wrong = self._wrong(forward, plan, rows)
         # A module around may use the parameters of a layer without calling it; else only the whole model will do.
         for escalate in (self._to_modules, self._to_whole):
             if wrong:
-                escalate(model, plan, calls, wrong)
-                wrong = self._wrong(model, plan, tokenized, rows, pad_id, autocast)
+                escalate(forward.model, plan, calls, wrong)
+                wrong = self._wrong(forward, plan, rows)
         if wrong:
             worst = sorted(wrong, key=lambda name: -wrong[name])[:5]
             named = ", ".join(f"{name} ({wrong[name]:.1e})" for name in worst)
@@ -185,23 +180,14 @@ class Features:
             "the whole model for each response. Leave them out with SelectConfig.parameters if that is too slow."
         )
 
-    def _wrong(
-        self,
-        model: PreTrainedModel,
-        plan: Plan,
-        tokenized: TokenizedResponses,
-        rows: npt.NDArray[np.int64],
-        pad_id: int,
-        autocast: torch.dtype | None,
-    ) -> dict[str, float]:
+    def _wrong(self, forward: Forward, plan: Plan, rows: npt.NDArray[np.int64]) -> dict[str, float]:
         """Returns the parameters whose gradients in a batch are not those of each response alone, and the errors."""
         names = self._checked()
-        tolerance = _SELF_CHECK_TOLERANCE.get(autocast or model.dtype, 0.1)
-        together, logps = self._caught(model, plan, tokenized, rows, pad_id, autocast, names)
+        tolerance = _SELF_CHECK_TOLERANCE.get(forward.autocast or forward.model.dtype, 0.1)
+        together, logps = self._caught(forward, plan, rows, names)
         errors: dict[str, float] = {}
         for index in range(len(rows)):
-            row = rows[index : index + 1]
-            exact, logp = self._exact(model, plan, tokenized, row, pad_id, autocast, names)
+            exact, logp = self._exact(forward, plan, rows[index : index + 1], names)
             if not abs(logps[index] - logp) <= tolerance * abs(logp) and np.isfinite(logp):
                 raise UnsupportedModelError(
                     f"log π of a response is {logps[index]:.6g} in a batch of two, but {logp:.6g} alone: in this model "
@@ -220,7 +206,7 @@ class Features:
         """The parameters that the self-check looks at: one of every kind, then the others while there is room."""
         kinds: dict[str, str] = {}
         for name in self.slots:
-            kinds.setdefault(re.sub(r"\d+", "#", name), name)
+            kinds.setdefault(_kind(name), name)
         names, room = [], _CHECKED_COORDINATES
         for name in dict.fromkeys([*kinds.values(), *self.slots]):
             if self.slots[name].size <= room:
@@ -229,14 +215,7 @@ class Features:
         return names
 
     def _caught(
-        self,
-        model: PreTrainedModel,
-        plan: Plan,
-        tokenized: TokenizedResponses,
-        rows: npt.NDArray[np.int64],
-        pad_id: int,
-        autocast: torch.dtype | None,
-        names: list[str],
+        self, forward: Forward, plan: Plan, rows: npt.NDArray[np.int64], names: list[str]
     ) -> tuple[dict[str, torch.Tensor], npt.NDArray[np.float32]]:
         """The gradients of some parameters, (n, size) each, and the log-probabilities, as the plan catches them."""
         by_offset = {self.slots[name].offset: torch.zeros(len(rows), self.slots[name].size) for name in names}
@@ -245,21 +224,14 @@ class Features:
             if offset in by_offset:
                 by_offset[offset][samples] += gradients.cpu()
 
-        logps = sum_gradients(model, plan, tokenized, rows, pad_id, keep, autocast=autocast).logps
+        logps = sum_gradients(forward, plan, rows, keep).logps
         return {name: by_offset[self.slots[name].offset] for name in names}, logps.cpu().numpy()
 
     def _exact(
-        self,
-        model: PreTrainedModel,
-        plan: Plan,
-        tokenized: TokenizedResponses,
-        row: npt.NDArray[np.int64],
-        pad_id: int,
-        autocast: torch.dtype | None,
-        names: list[str],
+        self, forward: Forward, plan: Plan, row: npt.NDArray[np.int64], names: list[str]
     ) -> tuple[dict[str, torch.Tensor], float]:
         """The gradients of a response alone, (1, size) each, and its log-probability."""
-        gradients, logps = self._caught(model, plan, tokenized, row, pad_id, autocast, names)
+        gradients, logps = self._caught(forward, plan, row, names)
         return gradients, float(logps[0])
 
     def warn_of_gaps(self, model: PreTrainedModel) -> None:
@@ -396,31 +368,13 @@ class Parameters(Features):
         return described if self.factor_dim is None else {**described, "factor_dim": self.factor_dim}
 
     def _exact(
-        self,
-        model: PreTrainedModel,
-        plan: Plan,
-        tokenized: TokenizedResponses,
-        row: npt.NDArray[np.int64],
-        pad_id: int,
-        autocast: torch.dtype | None,
-        names: list[str],
+        self, forward: Forward, plan: Plan, row: npt.NDArray[np.int64], names: list[str]
     ) -> tuple[dict[str, torch.Tensor], float]:
         """By autograd, which knows nothing of hooks and plans."""
-        parameters = [model.get_parameter(name) for name in names]
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-        try:
-            with autocasting(model, autocast):
-                logps = completion_logps(model, tokenized, row, pad_id).logps
-            gradients = torch.autograd.grad(logps.sum(), parameters, allow_unused=True)
-        finally:
-            for parameter in parameters:
-                parameter.requires_grad_(False)
-        kept = {}
-        for name, gradient in zip(names, gradients, strict=True):
-            slot = self.slots[name]
-            kept[name] = torch.zeros(1, slot.size) if gradient is None else slot.keep(gradient).cpu()
-        return kept, float(logps.detach())
+        kept, logp = by_autograd(forward, {name: self.slots[name] for name in names}, row)
+        return {
+            name: kept[name].cpu() if name in kept else torch.zeros(1, self.slots[name].size) for name in names
+        }, logp
 
 
 def choose_features(model: PreTrainedModel, config: SelectConfig) -> Features:
@@ -498,12 +452,10 @@ class _Call:
         return self.output_rule != "shared" and self.rules[:1] not in ([], ["shared"])
 
 
-def _probe(
-    model: PreTrainedModel, tokenized: TokenizedResponses, rows: npt.NDArray[np.int64], pad_id: int
-) -> dict[str, _Call]:
+def _probe(forward: Forward, rows: npt.NDArray[np.int64]) -> dict[str, _Call]:
     """Runs two responses through the model and notes how every module that has a part in the gradient sees them."""
-    size, width = len(rows), int(tokenized.lengths[rows].max())
-    n_predicting = int(predicting_positions(tokenized, rows).sum())
+    size, width = len(rows), int(forward.tokenized.lengths[rows].max())
+    n_predicting = int(predicting_positions(forward.tokenized, rows).sum())
     calls: dict[str, _Call] = {}
 
     def rule(tensor: torch.Tensor) -> str:
@@ -531,11 +483,13 @@ def _probe(
         return hook
 
     handles = [
-        module.register_forward_hook(hook_of(name), with_kwargs=True) for name, module in model.named_modules() if name
+        module.register_forward_hook(hook_of(name), with_kwargs=True)
+        for name, module in forward.model.named_modules()
+        if name
     ]
     try:
         with torch.enable_grad():
-            completion_logps(model, tokenized, rows, pad_id).logps.sum().backward()  # type: ignore[no-untyped-call]
+            forward.logps(rows).logps.sum().backward()  # type: ignore[no-untyped-call]
     finally:
         for handle in handles:
             handle.remove()
@@ -591,6 +545,11 @@ def _layers_of(plan: Plan, names: Collection[str], slots: dict[str, Slot]) -> li
 def _slots_of(layer: Layer) -> dict[str, Slot]:
     slots = {"weight": layer.weight, "bias": getattr(layer, "bias", None)}
     return {f"{layer.name}.{key}": slot for key, slot in slots.items() if slot is not None}
+
+
+def _kind(name: str) -> str:
+    """The name of a parameter without the number of its layer."""
+    return re.sub(r"\b\d+\b", "*", name)
 
 
 def _parent(name: str) -> str:

@@ -13,12 +13,11 @@ import torch
 from tqdm.auto import tqdm
 
 import bpo
-from bpo import _core
 from bpo.capture import Plan, sum_gradients
 from bpo.config import SelectConfig
 from bpo.data import Candidates, read_configured, warn
 from bpo.features import choose_features
-from bpo.logprobs import check_vocabulary
+from bpo.logprobs import Forward, check_vocabulary
 from bpo.models import (
     inference_state,
     load_policy,
@@ -31,7 +30,7 @@ from bpo.precondition import Preconditioner, load_preconditioner, preconditioner
 from bpo.reference import Reference
 from bpo.sketching import SketchBatch, Sketching
 from bpo.store import FIRST_UNPREDICTED, NONFINITE, ZERO, GradientStore, GradientWriter
-from bpo.tokens import TokenizedResponses, first_batch, longest_first, padding_id, tokenize_candidates
+from bpo.tokens import TokenizedResponses, first_batch, longest_first, tokenize_configured
 
 if TYPE_CHECKING:
     import os
@@ -75,9 +74,6 @@ def collect(
     precondition = None if preconditioner is None else load_preconditioner(preconditioner, model, features)
     reference = Reference.of(model, config) if reference is None else reference
     reference.check_vocabulary(tokenized)
-    sketcher = _core.Sketcher(
-        config.sketch_dim, seed=config.sketch_seed, kind=config.sketch_kind, nnz=config.sketch_nnz
-    )
     fingerprint = {
         "bpo": bpo.__version__,
         "model": model_fingerprint(model),
@@ -99,7 +95,6 @@ def collect(
     if tokenized.ref_logps is not None:
         writer.check_ref_logps(tokenized.sequence_ids, tokenized.ref_logps)
     missing = np.flatnonzero(writer.rows_of(tokenized.sequence_ids) < 0)
-    pad_id = padding_id(processing_class)
     # In tokens, since the longest responses go first: counted in responses, the time left would be far too long.
     bar = tqdm(
         total=int(tokenized.lengths.sum()),
@@ -114,13 +109,12 @@ def collect(
             stack.enter_context(context)
         if len(missing):
             writer.lock()  # before any work that another writer would make useless
-            plan = features.plan(model, tokenized, pad_id, config)
+            forward = Forward.of(model, tokenized, processing_class, config)
+            plan = features.plan(forward)
             features.warn_of_gaps(model)
-            sketching = stack.enter_context(Sketching(sketcher, config.threads))
-            extraction = _Extraction(
-                model, reference, plan, candidates, tokenized, pad_id, sketching, precondition, config
-            )
-            for done in extraction.run(missing):
+            sketching = stack.enter_context(Sketching.of(config))
+            extraction = _Extraction(forward, reference, plan, candidates, sketching, precondition)
+            for done in extraction.run(missing, config.tokens_per_batch):
                 rows, sketch = done.rows, done.sketches.rows()
                 responses = tokenized.response_of[rows]
                 logps, ref_logps = done.logps, done.ref_logps
@@ -160,33 +154,29 @@ class _Done:
 class _Extraction:
     """Responses through the model, in batches that memory allows."""
 
-    model: PreTrainedModel
+    forward: Forward
     reference: Reference
     plan: Plan
     candidates: Candidates
-    tokenized: TokenizedResponses
-    pad_id: int
     sketching: Sketching
     precondition: Preconditioner | None
-    config: SelectConfig
 
-    def run(self, missing: npt.NDArray[np.int64]) -> Iterator[_Done]:
+    def run(self, missing: npt.NDArray[np.int64], budget: int) -> Iterator[_Done]:
         """Yields the batches, one whose sketches are under way once the next one has gone through the model.
 
         A batch that does not fit into memory is halved, and so are those after it.
         """
-        budget = self.config.tokens_per_batch
+        tokenized = self.forward.tokenized
         previous: _Done | None = None
-        remaining = missing[longest_first(self.tokenized.lengths[missing])]
+        remaining = missing[longest_first(tokenized.lengths[missing])]
         while len(remaining):
-            size = first_batch(self.tokenized.lengths[remaining], budget)
+            size = first_batch(tokenized.lengths[remaining], budget)
             done, error = self._attempt(remaining[:size])
             if done is None:
-                longest = int(self.tokenized.lengths[remaining[0]])
+                longest = int(tokenized.lengths[remaining[0]])
                 if size == 1:
-                    row = self.candidates.prompt_rows[
-                        self.candidates.prompt_of_response[self.tokenized.response_of[remaining[0]]]
-                    ]
+                    prompt = self.candidates.prompt_of_response[tokenized.response_of[remaining[0]]]
+                    row = self.candidates.prompt_rows[prompt]
                     raise MemoryError(
                         f"Memory does not suffice for one sequence of {longest} tokens (row {row}): {error}\nLower "
                         "SelectConfig.max_length, set gradient_checkpointing, or load the model in a smaller dtype."
@@ -221,16 +211,15 @@ class _Extraction:
 
     def _batch(self, rows: npt.NDArray[np.int64]) -> _Done:
         sketches = self.sketching.batch(len(rows))
-        autocast = torch.bfloat16 if self.config.bf16 else None
 
         def consume(offset: int, gradients: torch.Tensor, samples: slice) -> None:
             if self.precondition is not None:
                 gradients = self.precondition(offset, gradients)
             sketches.consume(offset, gradients, samples)
 
-        result = sum_gradients(self.model, self.plan, self.tokenized, rows, self.pad_id, consume, autocast=autocast)
+        result = sum_gradients(self.forward, self.plan, rows, consume)
         logps = result.logps.cpu().numpy()
-        ref_logps = self.reference.logps(self.tokenized, rows, self.pad_id, autocast=autocast, policy_logps=logps)
+        ref_logps = self.reference.logps(self.forward, rows, logps)
         return _Done(rows, sketches, logps, ref_logps, result.log_weights.cpu().numpy())
 
 
@@ -276,14 +265,7 @@ def collect_gradients(
     candidates = read_configured(dataset, config)
     tokenizer = load_tokenizer(model, processing_class, config)
     policy = load_policy(model, config)
-    kept, tokenized = tokenize_candidates(
-        candidates,
-        tokenizer,
-        window(policy, config),
-        truncation_mode=config.truncation_mode,
-        token_weights=config.token_weights if callable(config.token_weights) else None,
-        on_invalid=config.on_invalid,
-    )
+    kept, tokenized = tokenize_configured(candidates, tokenizer, window(policy, config), config)
     return collect(
         policy,
         kept,

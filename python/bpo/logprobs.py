@@ -11,13 +11,15 @@ import numpy as np
 import torch
 
 from bpo.models import base_of
-from bpo.tokens import TokenizedResponses, batches_by_tokens
+from bpo.tokens import TokenizedResponses, batches_by_tokens, padding_id
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Sequence
 
     import numpy.typing as npt
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from bpo.config import SelectConfig
 
 # Rows of logits that are widened to float32 at a time: 64 MB for a vocabulary of 128,000.
 _LOGIT_ROWS = 128
@@ -58,6 +60,51 @@ def predicting_positions(tokenized: TokenizedResponses, rows: npt.NDArray[np.int
     prompt_lengths = torch.from_numpy(tokenized.prompt_lengths[rows])[:, None]
     lengths = torch.from_numpy(tokenized.lengths[rows])[:, None]
     return (positions >= prompt_lengths) & (positions < lengths)
+
+
+@dataclasses.dataclass(frozen=True)
+class Forward:
+    """A model and the responses that it is run over, and in what arithmetic.
+
+    Attributes:
+        model: A causal language model.
+        tokenized: Token ids of all responses.
+        pad_id: Fills batches at the right.
+        autocast: Type of the arithmetic under autocast; None for that of the weights.
+    """
+
+    model: PreTrainedModel
+    tokenized: TokenizedResponses
+    pad_id: int
+    autocast: torch.dtype | None = None
+
+    @classmethod
+    def of(
+        cls,
+        model: PreTrainedModel,
+        tokenized: TokenizedResponses,
+        processing_class: PreTrainedTokenizerBase,
+        config: SelectConfig,
+    ) -> Forward:
+        """Returns the forward pass that a configuration asks for."""
+        return cls(model, tokenized, padding_id(processing_class), torch.bfloat16 if config.bf16 else None)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model takes its input."""
+        device: torch.device = self.model.get_input_embeddings().weight.device
+        return device
+
+    def autocasting(self) -> contextlib.AbstractContextManager[Any]:
+        """The arithmetic of the pass, as a context."""
+        if self.autocast is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.autocast)
+
+    def logps(self, rows: npt.NDArray[np.int64]) -> CompletionLogps:
+        """Runs the model once over some responses ((n,) of them)."""
+        with self.autocasting():
+            return completion_logps(self.model, self.tokenized, rows, self.pad_id)
 
 
 def completion_logps(

@@ -23,7 +23,7 @@ from bpo.precondition import preconditioner_path
 from bpo.selection import SELECTED, Selection
 from bpo.store import NONFINITE
 from bpo.strategies import KEEPS_EVERY_PROMPT, NEEDS_GRADIENTS, NEEDS_SCORES, STRATEGIES, Candidacy
-from bpo.tokens import TokenizedResponses, padding_id, tokenize_candidates, tokenize_prompts
+from bpo.tokens import TokenizedResponses, padding_id, tokenize_configured, tokenize_prompts
 
 if TYPE_CHECKING:
     import os
@@ -120,14 +120,7 @@ def select(
     if model is not None:
         tokenizer = load_tokenizer(model, processing_class, config)
         longest = window(model, config)
-        candidates, tokenized = tokenize_candidates(
-            candidates,
-            tokenizer,
-            longest,
-            truncation_mode=config.truncation_mode,
-            token_weights=reading.token_weights if callable(reading.token_weights) else None,
-            on_invalid=config.on_invalid,
-        )
+        candidates, tokenized = tokenize_configured(candidates, tokenizer, longest, reading)
     n_prompts = len(candidates.prompts) if breadth is None else _count("breadth", breadth, len(candidates.prompts))
     # No choice of prompts can have more pairs than the deepest ones, so most bad budgets are known by now.
     most_pairs = np.sort(np.bincount(candidates.prompt_of_pair))[::-1][:n_prompts].sum()
@@ -224,8 +217,8 @@ def _pair_gradients(gradients: GradientStore, sequences: TokenizedResponses, con
         log_weights=records["log_weight"],
         config=config,
     )
-    finite = (records["flags"] & NONFINITE == 0)[pairs].all(axis=1) & np.isfinite(coefficients).all(axis=1)
-    coefficients[~finite] = np.nan  # which tells them from pairs of zero gradients
+    nonfinite = (records["flags"] & NONFINITE != 0)[pairs].any(axis=1)
+    coefficients[nonfinite] = np.nan  # which tells them from pairs of zero gradients
     return PairGradients(gradients.rows, pairs, coefficients)
 
 

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 
-from bpo.capture import autocasting
-from bpo.logprobs import check_vocabulary, completion_logps
+from bpo.logprobs import Forward, check_vocabulary
 from bpo.models import inference_state, load_policy, model_fingerprint
 
 if TYPE_CHECKING:
@@ -47,7 +46,7 @@ class Reference:
         """
         if config.ref_model is None:
             return cls("policy", "the policy")
-        if isinstance(config.ref_model, str) and config.ref_model == "columns":
+        if config.reads_ref_logps:
             return cls("columns", "the data")
         if isinstance(config.ref_model, str) and config.ref_model == "base":
             if not hasattr(policy, "disable_adapter"):
@@ -74,20 +73,15 @@ class Reference:
 
     def logps(
         self,
-        tokenized: TokenizedResponses,
+        forward: Forward,
         rows: npt.NDArray[np.int64],
-        pad_id: int,
-        *,
-        autocast: torch.dtype | None = None,
         policy_logps: npt.NDArray[np.float32] | None = None,
     ) -> npt.NDArray[np.float32]:
         """Returns log π_ref of some sequences.
 
         Args:
-            tokenized: All sequences.
+            forward: The sequences, and how a model is run over them.
             rows: (n,) which of them.
-            pad_id: Padding token.
-            autocast: Type of the arithmetic under autocast; None for that of the weights.
             policy_logps: (n,) their log-probabilities under the policy.
 
         Returns:
@@ -97,8 +91,8 @@ class Reference:
             assert policy_logps is not None
             return policy_logps
         if self.source == "columns":
-            assert tokenized.ref_logps is not None
-            return tokenized.ref_logps[rows].astype(np.float32)
+            assert forward.tokenized.ref_logps is not None
+            return forward.tokenized.ref_logps[rows].astype(np.float32)
         if self.source == "known":
             assert self.known is not None
             return self.known[rows]
@@ -109,6 +103,6 @@ class Reference:
             if self.source == "base":
                 stack.enter_context(self.model.disable_adapter())
             stack.enter_context(torch.inference_mode())
-            stack.enter_context(autocasting(self.model, autocast))
-            logps: npt.NDArray[np.float32] = completion_logps(self.model, tokenized, rows, pad_id).logps.cpu().numpy()
+            result = dataclasses.replace(forward, model=self.model).logps(rows)
+            logps: npt.NDArray[np.float32] = result.logps.cpu().numpy()
         return logps

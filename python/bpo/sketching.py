@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from bpo import _core
+
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from bpo import _core
+    from bpo.config import SelectConfig
 
 # Gradients on their way from the GPU to the sketch; more make the model wait.
 _BYTES_UNDER_WAY = 1 << 30
@@ -64,6 +66,14 @@ class Sketching:
         self._worker = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="bpo-sketch")
         self._under_way: collections.deque[tuple[concurrent.futures.Future[None], int]] = collections.deque()
         self._bytes = 0
+
+    @classmethod
+    def of(cls, config: SelectConfig) -> Sketching:
+        """Returns the sketching that a configuration asks for."""
+        sketcher = _core.Sketcher(
+            config.sketch_dim, seed=config.sketch_seed, kind=config.sketch_kind, nnz=config.sketch_nnz
+        )
+        return cls(sketcher, config.threads)
 
     def batch(self, size: int) -> SketchBatch:
         """Starts the sketches of a batch of n samples."""

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from transformers import PreTrainedTokenizerBase
 
-    from bpo.config import OnInvalid, TokenWeights, TruncationMode
+    from bpo.config import OnInvalid, SelectConfig, TokenWeights, TruncationMode
 
 _NAMED_TOKENS = 40
 # Absolute and relative; a model in bfloat16 differs from itself in another batch by up to 2 %.
@@ -249,6 +249,20 @@ def tokenize_candidates(
         warn(f"{tokenized.truncated} of {len(tokenized.ids)} responses are cut to the window of {max_length} tokens.")
     kept, pair_index, response_index = candidates.keep_pairs(usable)
     return kept, tokenized.keep_pairs(pair_index, response_index)
+
+
+def tokenize_configured(
+    candidates: Candidates, processing_class: PreTrainedTokenizerBase, max_length: int | None, config: SelectConfig
+) -> tuple[Candidates, TokenizedResponses]:
+    """Tokenizes as a configuration asks for; see :func:`tokenize_candidates`."""
+    return tokenize_candidates(
+        candidates,
+        processing_class,
+        max_length,
+        truncation_mode=config.truncation_mode,
+        token_weights=config.token_weights if callable(config.token_weights) else None,
+        on_invalid=config.on_invalid,
+    )
 
 
 def tokenize_prompts(

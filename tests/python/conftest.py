@@ -96,19 +96,39 @@ def model_path(model, tokenizer, tmp_path_factory):
 
 def hooked(model, features, tokenized, rows, pad_id=0):
     """Full gradients and log-probabilities of a batch, by the hooks."""
-    from bpo import SelectConfig
-    from bpo.capture import sum_gradients
+    from bpo.logprobs import Forward
     from bpo.models import inference_state
+
+    forward = Forward(model, tokenized, pad_id)
+    with inference_state(model):
+        return caught(forward, features, features.plan(forward), rows)
+
+
+def caught(forward, features, plan, rows):
+    """The same with a plan that is there already, of a model that is frozen already."""
+    from bpo.capture import sum_gradients
 
     gradients = torch.zeros(len(rows), features.dim)
 
     def keep(offset, values, samples):
         gradients[samples, offset : offset + values.shape[1]] += values
 
-    with inference_state(model):
-        plan = features.plan(model, tokenized, pad_id, SelectConfig())
-        logps = sum_gradients(model, plan, tokenized, rows, pad_id, keep).logps
+    logps = sum_gradients(forward, plan, rows, keep).logps
     return gradients, logps
+
+
+def stored(model, rows, tokenizer, store=None, **settings):
+    """The gradient store of some rows of data, with small sketches."""
+    from bpo import SelectConfig, collect_gradients
+
+    return collect_gradients(
+        model,
+        rows,
+        processing_class=tokenizer,
+        store=store,
+        config=SelectConfig(**{"sketch_dim": 64, **settings}),
+        progress=False,
+    )
 
 
 def scored_rows(n_prompts=10, n_responses=5, *, conversational=False, seed=0):

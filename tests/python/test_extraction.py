@@ -9,14 +9,14 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from bpo import SelectConfig, _core, collect_gradients, read_candidates
-from bpo.capture import sum_gradients
+from bpo import SelectConfig, _core, read_candidates
 from bpo.features import choose_features
 from bpo.gradients import is_out_of_memory
+from bpo.logprobs import Forward
 from bpo.models import inference_state
 from bpo.sketching import Sketching
 from bpo.tokens import tokenize_responses
-from conftest import hooked, scored_rows, tiny_llama
+from conftest import caught, hooked, scored_rows, stored, tiny_llama
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +25,7 @@ def tokenized(tokenizer):
 
 
 def rows_of(model, tokenizer, **changes):
-    config = SelectConfig(**{"sketch_dim": 256, **changes})
-    return collect_gradients(model, scored_rows(4, 4), processing_class=tokenizer, config=config, progress=False)
+    return stored(model, scored_rows(4, 4), tokenizer, **{"sketch_dim": 256, **changes})
 
 
 def relative_errors(left, right):
@@ -70,14 +69,10 @@ def test_gradient_checkpointing_is_honoured_and_changes_nothing(tokenizer, token
         ("base_model.model." if wrap else "") + "model.layers.0.mlp"
     ).register_forward_pre_hook(lambda *_: forwards.append(1))
     with inference_state(model):
-        plan = features.plan(model, tokenized, 0, SelectConfig())
+        forward = Forward(model, tokenized, 0)
+        plan = features.plan(forward)
         forwards.clear()
-        gradients = torch.zeros_like(plain)
-
-        def keep(offset, values, samples):
-            gradients[samples, offset : offset + values.shape[1]] += values
-
-        sum_gradients(model, plan, tokenized, rows, 0, keep)
+        gradients, _ = caught(forward, features, plan, rows)
     handle.remove()
     assert len(forwards) == 2  # forward, and again on the way back
     torch.testing.assert_close(gradients, plain, rtol=1e-5, atol=1e-6)

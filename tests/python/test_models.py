@@ -14,12 +14,11 @@ from peft import IA3Config, LoHaConfig, LoKrConfig, LoraConfig, VeraConfig, get_
 from torch import nn
 
 from bpo import SelectConfig, UnsupportedModelError, read_candidates
-from bpo.capture import sum_gradients
 from bpo.features import choose_features
-from bpo.logprobs import completion_logps
+from bpo.logprobs import Forward, completion_logps
 from bpo.models import inference_state
 from bpo.tokens import tokenize_responses
-from conftest import TINY, scored_rows, tiny_gpt2, tiny_llama
+from conftest import TINY, caught, hooked, scored_rows, tiny_gpt2, tiny_llama
 
 MOE = {**TINY, "num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "models.md"
@@ -116,19 +115,15 @@ def table():
     return "\n".join(lines) + "\n"
 
 
-def errors(model, config, tokenized, exact_names=None):
-    """Relative errors of the gradients of a batch, the plan, and the gradients."""
+def errors(model, config, tokenized):
+    """Relative errors of the gradients of a batch, the plan, and the features."""
     features = choose_features(model, config)
     rows = np.arange(len(tokenized.ids))
-    gradients = torch.zeros(len(rows), features.dim)
-
-    def keep(offset, values, samples):
-        gradients[samples, offset : offset + values.shape[1]] += values
-
+    forward = Forward(model, tokenized, 0)
     found = []
     with inference_state(model):
-        plan = features.plan(model, tokenized, 0, config)
-        sum_gradients(model, plan, tokenized, rows, 0, keep)
+        plan = features.plan(forward)
+        gradients, _ = caught(forward, features, plan, rows)
         assert all(parameter.grad is None for parameter in model.parameters())
         parameters = [model.get_parameter(name) for name in features.slots]
         for parameter in parameters:
@@ -257,14 +252,7 @@ def test_factored_gradients_keep_inner_products(tokenizer, tokenized):
 
     def products(**changes):
         features = choose_features(model, SelectConfig(features="full", parameters=patterns, **changes))
-        gradients = torch.zeros(len(rows), features.dim)
-
-        def keep(offset, values, samples):
-            gradients[samples, offset : offset + values.shape[1]] += values
-
-        with inference_state(model):
-            plan = features.plan(model, tokenized, 0, SelectConfig())
-            sum_gradients(model, plan, tokenized, rows, 0, keep)
+        gradients, _ = hooked(model, features, tokenized, rows)
         return gradients @ gradients.T
 
     exact = products()

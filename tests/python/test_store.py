@@ -6,7 +6,7 @@ import torch
 
 import bpo
 from bpo import GradientStore, SelectConfig, StoreError, StoreMismatchError, collect_gradients
-from conftest import scored_rows, tiny_llama
+from conftest import scored_rows, stored, tiny_llama
 
 
 @pytest.fixture
@@ -92,14 +92,7 @@ def test_a_response_with_two_starts_has_two_rows(tokenizer, tmp_path):
     model = tiny_llama(tokenizer)
 
     def made(rows, **settings):
-        return collect_gradients(
-            model,
-            rows,
-            processing_class=tokenizer,
-            store=tmp_path / "store",
-            config=SelectConfig(sketch_dim=64, **settings),
-            progress=False,
-        )
+        return stored(model, rows, tokenizer, tmp_path / "store", **settings)
 
     with pytest.warns(UserWarning, match="not a prefix"):
         store = made(merging + plain)

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 
 import bpo
-from bpo import SelectConfig, collect_gradients, pair_coefficients, read_candidates
+from bpo import SelectConfig, pair_coefficients, read_candidates
 from bpo.features import choose_features
 from bpo.logprobs import response_logps
 from bpo.tokens import tokenize_responses
-from conftest import hooked, scored_rows, tiny_llama
+from conftest import hooked, scored_rows, stored, tiny_llama
 
 
 def random_weights(prompt_ids, response_ids, seed=0):
@@ -146,14 +146,7 @@ def test_columns_records_preference_rows_and_functions_mean_the_same(tokenizer, 
 
 def test_other_weights_are_other_rows_of_a_store(tokenizer, model, tmp_path):
     def made(rows, **settings):
-        return collect_gradients(
-            model,
-            rows,
-            processing_class=tokenizer,
-            store=tmp_path / "store",
-            config=SelectConfig(sketch_dim=64, **settings),
-            progress=False,
-        )
+        return stored(model, rows, tokenizer, tmp_path / "store", **settings)
 
     assert len(made(weighted_rows(tokenizer), token_weights="importance")) == 12
     assert len(made(weighted_rows(tokenizer), token_weights=random_weights)) == 12
