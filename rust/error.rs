@@ -48,14 +48,25 @@ pub enum Error {
     #[error("cancelled")]
     Cancelled,
 
-    #[error("{path}: {source}")]
-    Io { path: PathBuf, source: std::io::Error },
+    #[error("{path}: {source}{}", doing.as_ref().map(|doing| format!(" while {doing}")).unwrap_or_default())]
+    Io { path: PathBuf, doing: Option<String>, source: std::io::Error },
 
     #[error("{path}: {reason}")]
     StoreFormat { path: PathBuf, reason: String },
 
+    #[error("{path}: the store has format version {found}, but this release of bpo reads version {known}; {remedy}")]
+    StoreVersion { path: PathBuf, found: String, known: u32, remedy: &'static str },
+
+    #[error(
+        "{path}: {damage}; `bpo store verify` says how much of the store is sound, `bpo store repair` goes on with it"
+    )]
+    StoreDamaged { path: PathBuf, damage: String },
+
     #[error("{path}: another process is writing to this store; wait for it to finish, or choose another directory")]
     StoreLocked { path: PathBuf },
+
+    #[error("{path}: the writer of this store is closed; open the store anew to go on")]
+    StoreClosed { path: PathBuf },
 }
 
 impl Error {

@@ -17,8 +17,8 @@ pub enum Values<'a> {
     F32(&'a [f32]),
     F16(&'a [f16]),
     Bf16(&'a [bf16]),
-    /// Bytes, and the factor of each row.
-    I8(&'a [i8], &'a [f32]),
+    /// Bytes, and the factor of each row where that is not 1.
+    I8(&'a [i8], Option<&'a [f32]>),
 }
 
 impl Values<'_> {
@@ -45,7 +45,7 @@ impl<'a> Rows<'a> {
     /// # Errors
     /// [`Error::Shape`] unless there are exactly `count * dim` values, and a factor for each row of bytes.
     pub fn new(values: Values<'a>, count: usize, dim: usize) -> Result<Self> {
-        if let Values::I8(_, scales) = values
+        if let Values::I8(_, Some(scales)) = values
             && scales.len() != count
         {
             return Err(Error::shape("scales", format!("({count},)"), format!("({},)", scales.len())));
@@ -76,8 +76,9 @@ impl<'a> Rows<'a> {
             Values::F16(values) => f16::widen(&values[range], scratch),
             Values::Bf16(values) => bf16::widen(&values[range], scratch),
             Values::I8(values, scales) => {
+                let scale = scales.map_or(1.0, |scales| scales[index]);
                 for (out, &value) in scratch.iter_mut().zip(&values[range]) {
-                    *out = scales[index] * f32::from(value);
+                    *out = scale * f32::from(value);
                 }
             }
         }

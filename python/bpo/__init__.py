@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from bpo._core import StoreError, __version__
+from bpo._core import StoreDamagedError, StoreError, StoreLockedError, StoreVersionError, __version__
 
 if TYPE_CHECKING:
     from bpo._core import allocate_depth as allocate_depth
@@ -27,6 +27,11 @@ if TYPE_CHECKING:
     from bpo.evaluate import evaluate_preferences as evaluate_preferences
     from bpo.gradients import collect_gradients as collect_gradients
     from bpo.losses import pair_coefficients as pair_coefficients
+    from bpo.maintenance import describe_store as describe_store
+    from bpo.maintenance import export_store as export_store
+    from bpo.maintenance import merge_stores as merge_stores
+    from bpo.maintenance import repair_store as repair_store
+    from bpo.maintenance import verify_store as verify_store
     from bpo.pipeline import select as select
     from bpo.selection import Selection as Selection
     from bpo.selection import SelectionError as SelectionError
@@ -53,6 +58,11 @@ _LAZY = {
     "evaluate_preferences": "bpo.evaluate",
     "collect_gradients": "bpo.gradients",
     "pair_coefficients": "bpo.losses",
+    "describe_store": "bpo.maintenance",
+    "export_store": "bpo.maintenance",
+    "merge_stores": "bpo.maintenance",
+    "repair_store": "bpo.maintenance",
+    "verify_store": "bpo.maintenance",
     "select": "bpo.pipeline",
     "Selection": "bpo.selection",
     "SelectionError": "bpo.selection",
@@ -63,7 +73,7 @@ _LAZY = {
     "warm_up": "bpo.train",
 }
 
-__all__ = ["StoreError", "__version__", *_LAZY]
+__all__ = ["StoreDamagedError", "StoreError", "StoreLockedError", "StoreVersionError", "__version__", *_LAZY]
 
 
 def __getattr__(name: str) -> Any:

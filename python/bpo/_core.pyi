@@ -11,8 +11,12 @@ __all__ = [
     "KMeansResult",
     "PairScores",
     "Sketcher",
+    "StoreDamagedError",
     "StoreError",
+    "StoreLockedError",
     "StoreReader",
+    "StoreRepair",
+    "StoreVersionError",
     "StoreWriter",
     "__version__",
     "allocate_depth",
@@ -23,6 +27,7 @@ __all__ = [
     "pair_kmeans",
     "pair_norms",
     "ranking_keys",
+    "repair_store",
     "score_pairs",
 ]
 
@@ -30,12 +35,16 @@ __version__: str
 
 # float32, float16, or uint16 for the bits of bfloat16.
 _Rows = NDArray[np.float32] | NDArray[np.float16] | NDArray[np.uint16]
-# The same, or int8 that goes with scales.
+# The same, or int8 that goes with scales, of its own or in the coefficients of pairs.
 _ScaledRows = _Rows | NDArray[np.int8]
+_DType = Literal["float32", "float16", "bfloat16", "int8"]
 # Called with (done, total).
 _Progress = Callable[[int, int], object]
 
 class StoreError(ValueError): ...
+class StoreDamagedError(StoreError): ...
+class StoreLockedError(StoreError): ...
+class StoreVersionError(StoreError): ...
 
 @final
 class Sketcher:
@@ -109,7 +118,7 @@ def pair_kmeans(
     progress: _Progress | None = None,
 ) -> KMeansResult: ...
 def pair_norms(
-    rows: _Rows,
+    rows: _ScaledRows,
     pairs: NDArray[np.int64],
     coefficients: NDArray[np.float32],
     *,
@@ -129,7 +138,7 @@ class PairScores:
     def direction(self) -> NDArray[np.float32]: ...
 
 def score_pairs(
-    rows: _Rows,
+    rows: _ScaledRows,
     pairs: NDArray[np.int64],
     coefficients: NDArray[np.float32],
     centroids: NDArray[np.float32],
@@ -160,7 +169,7 @@ def allocate_depth(
     progress: _Progress | None = None,
 ) -> NDArray[np.bool_]: ...
 def d_optimal(
-    rows: _Rows,
+    rows: _ScaledRows,
     pairs: NDArray[np.int64],
     coefficients: NDArray[np.float32],
     budget: int,
@@ -173,7 +182,7 @@ def d_optimal(
     progress: _Progress | None = None,
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]: ...
 def coreset(
-    rows: _Rows,
+    rows: _ScaledRows,
     pairs: NDArray[np.int64],
     coefficients: NDArray[np.float32],
     clusters: NDArray[np.int32],
@@ -189,15 +198,24 @@ def coreset(
 @final
 class StoreWriter:
     @staticmethod
-    def create(path: str | PathLike[str], dim: int, fingerprint_json: str) -> StoreWriter: ...
+    def create(
+        path: str | PathLike[str], dim: int, fingerprint_json: str, *, dtype: _DType = "float32"
+    ) -> StoreWriter: ...
     @staticmethod
     def append_to(path: str | PathLike[str]) -> StoreWriter: ...
     @property
     def path(self) -> Path: ...
     @property
     def dim(self) -> int: ...
+    @property
+    def dtype(self) -> _DType: ...
+    @property
+    def committed(self) -> int: ...
     def append(self, sketches: NDArray[np.float32], records: NDArray[Any]) -> None: ...
-    def flush(self) -> None: ...
+    def copy_from(
+        self, reader: StoreReader, wanted: NDArray[np.bool_], *, progress: _Progress | None = None
+    ) -> None: ...
+    def commit(self) -> None: ...
     def close(self) -> None: ...
     def __len__(self) -> int: ...
     def __enter__(self) -> StoreWriter: ...
@@ -211,7 +229,7 @@ class StoreWriter:
 
 @final
 class StoreReader:
-    def __new__(cls, path: str | PathLike[str]) -> StoreReader: ...
+    def __new__(cls, path: str | PathLike[str], *, skip_damaged: bool = False) -> StoreReader: ...
     @property
     def path(self) -> Path: ...
     @property
@@ -219,7 +237,34 @@ class StoreReader:
     @property
     def dim(self) -> int: ...
     @property
+    def dtype(self) -> _DType: ...
+    @property
     def fingerprint_json(self) -> str: ...
+    @property
+    def tail_bytes(self) -> int: ...
     def __len__(self) -> int: ...
     def records(self) -> NDArray[np.uint8]: ...
-    def verify(self, progress: _Progress | None = None) -> NDArray[np.int64]: ...
+    def verify(
+        self,
+        wanted: NDArray[np.bool_] | None = None,
+        *,
+        threads: int | None = None,
+        progress: _Progress | None = None,
+    ) -> NDArray[np.int64]: ...
+
+@final
+class StoreRepair:
+    @property
+    def mended(self) -> list[str]: ...
+    @property
+    def set_aside(self) -> NDArray[np.int64]: ...
+    @property
+    def lost(self) -> int: ...
+    @property
+    def cut_bytes(self) -> int: ...
+    @property
+    def count(self) -> int: ...
+
+def repair_store(
+    path: str | PathLike[str], *, threads: int | None = None, progress: _Progress | None = None
+) -> StoreRepair: ...

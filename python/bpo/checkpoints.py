@@ -27,7 +27,7 @@ from bpo.logprobs import Forward
 from bpo.models import check_path, load_policy, tokenizer_fingerprint
 from bpo.precondition import preconditioner_path
 from bpo.reference import Reference
-from bpo.store import GradientStore
+from bpo.store import GradientStore, widened
 from bpo.tokens import batches_by_tokens
 
 if TYPE_CHECKING:
@@ -236,7 +236,7 @@ def pair_features(
         columns = []
         for (rows, pairs, coefficients), scale in zip(gradients, scales, strict=True):
             unit = np.where(usable[part, None], coefficients[part] * scale[part, None], np.float32(0))
-            columns.append(unit[:, :1] * rows[pairs[part, 0]] + unit[:, 1:] * rows[pairs[part, 1]])
+            columns.append(unit[:, :1] * widened(rows[pairs[part, 0]]) + unit[:, 1:] * widened(rows[pairs[part, 1]]))
         return np.hstack(columns)
 
     shape = norms.shape[1], len(gradients) * gradients[0].rows.shape[1]

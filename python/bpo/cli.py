@@ -7,33 +7,31 @@ import json
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import bpo
+from bpo.config import SketchDType
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit status: 0, 1 for an error in what was given, 130 when interrupted."""
+    """Runs the command; returns its exit status: 0, 1 for an error in what was given or found, 130 when interrupted."""
     parser = argparse.ArgumentParser(prog="bpo", description=bpo.__doc__.splitlines()[0] if bpo.__doc__ else None)
     parser.add_argument("--version", action="version", version=f"bpo {bpo.__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
 
     select = commands.add_parser("select", help="choose the pairs to train on")
     select.add_argument("model", help="path or hub id of the policy")
-    select.add_argument("dataset", help="file, directory or hub id of the preference data")
-    select.add_argument("--budget", type=count_or_fraction, required=True, help="pairs to keep: a count or a fraction")
-    select.add_argument("--breadth", type=count_or_fraction, help="prompts to keep, likewise; all by default")
-    select.add_argument("--strategy", default="bpo", help="bpo, uniform, random or margin")
+    _add_selection(select)
     select.add_argument("--store", type=Path, help="directory of the gradient store, reused when it is there")
-    select.add_argument("--output", type=Path, required=True, help="directory for the selection")
-    select.add_argument("--seed", type=int, default=0)
-    select.add_argument(
-        "--set", action="append", default=[], metavar="FIELD=VALUE", help="a field of bpo.SelectConfig; repeatable"
-    )
     select.set_defaults(run=_select)
+
+    reselect = commands.add_parser("reselect", help="choose again from a gradient store, without the model")
+    reselect.add_argument("store", type=Path, help="directory of the gradient store")
+    _add_selection(reselect)
+    reselect.set_defaults(run=_select, model=None)
 
     doctor = commands.add_parser("doctor", help="before a run: what is differentiated, is it sound, what will it cost")
     doctor.add_argument("model", help="path or hub id of the policy")
@@ -45,18 +43,50 @@ def main(arguments: Sequence[str] | None = None) -> int:
     show.add_argument("path", type=Path)
     show.set_defaults(run=_show)
 
+    store = commands.add_parser("store", help="describe, verify, repair, merge and export gradient stores")
+    tasks = store.add_subparsers(dest="task", required=True)
+    for name, run, text in (
+        ("info", _show, "what a store holds and what it was made with"),
+        ("verify", _verify, "compare a store with its checksums; the exit status is 1 if something is wrong"),
+        ("repair", _repair, "mend what can be mended; damaged rows are set aside and computed anew by the next run"),
+    ):
+        task = tasks.add_parser(name, help=text)
+        task.add_argument("path", type=Path)
+        task.set_defaults(run=run)
+    merge = tasks.add_parser("merge", help="copy the rows of several stores into one")
+    merge.add_argument("output", type=Path, help="directory of the result; a store there is added to")
+    merge.add_argument("stores", type=Path, nargs="+")
+    merge.add_argument("--dtype", choices=get_args(SketchDType), help="keep the numbers in this type")
+    merge.set_defaults(run=_merge)
+    export = tasks.add_parser("export", help="write the rows for other programs")
+    export.add_argument("path", type=Path)
+    export.add_argument("output", type=Path, help="a new file, .npz or .parquet")
+    export.set_defaults(run=_export)
+
     options = parser.parse_args(arguments)
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _print_warning
-            options.run(options)
+            return int(options.run(options) or 0)
     except (ValueError, TypeError, OSError) as error:
         print(f"bpo: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("bpo: interrupted; what the store holds is kept, the same command goes on from there", file=sys.stderr)
         return 130
-    return 0
+
+
+def _add_selection(command: argparse.ArgumentParser) -> None:
+    """The arguments that say what to select from what."""
+    command.add_argument("dataset", help="file, directory or hub id of the preference data")
+    command.add_argument("--budget", type=count_or_fraction, required=True, help="pairs to keep: a count or a fraction")
+    command.add_argument("--breadth", type=count_or_fraction, help="prompts to keep, likewise; all by default")
+    command.add_argument("--strategy", default="bpo", help="bpo, uniform, random or margin")
+    command.add_argument("--output", type=Path, required=True, help="directory for the selection")
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument(
+        "--set", action="append", default=[], metavar="FIELD=VALUE", help="a field of bpo.SelectConfig; repeatable"
+    )
 
 
 def _select(options: argparse.Namespace) -> None:
@@ -89,9 +119,38 @@ def _show(options: argparse.Namespace) -> None:
     if (options.path / "selection.json").is_file():
         print(bpo.Selection.load(options.path).summary())
         return
-    store = bpo.GradientStore.open(options.path)
-    print(f"{len(store)} responses of {store.rows.shape[1]} numbers")
-    print(json.dumps(store.fingerprint, indent=1))
+    print(bpo.describe_store(options.path))
+
+
+def _verify(options: argparse.Namespace) -> int:
+    problems = bpo.verify_store(options.path)
+    for problem in problems:
+        print(f"bpo: {problem}", file=sys.stderr)
+    if not problems:
+        print(f"{options.path}: all {len(bpo.GradientStore.open(options.path))} rows are as they were written")
+    return int(bool(problems))
+
+
+def _repair(options: argparse.Namespace) -> None:
+    done = bpo.repair_store(options.path)
+    said = [f"written anew: {', '.join(done.mended)}"] if done.mended else []
+    if len(done.set_aside):
+        named = ", ".join(map(str, done.set_aside[:20])) + (", …" if len(done.set_aside) > 20 else "")
+        said.append(f"{len(done.set_aside)} damaged rows set aside: {named}")
+    if done.lost:
+        said.append(f"{done.lost} rows were lost with the end of a file")
+    if done.cut_bytes:
+        said.append(f"{done.cut_bytes} bytes behind the last row cut off")
+    print(f"{options.path}: {'; '.join(said) or 'nothing to mend'}")
+    print(f"{done.count} rows; the next run computes anew what is missing")
+
+
+def _merge(options: argparse.Namespace) -> None:
+    print(bpo.merge_stores(options.output, options.stores, dtype=options.dtype))
+
+
+def _export(options: argparse.Namespace) -> None:
+    print(bpo.export_store(options.path, options.output))
 
 
 def count_or_fraction(text: str) -> int | float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -23,12 +23,13 @@ class PairGradients(NamedTuple):
     """The gradients z = a·h_w + b·h_l of P pairs, as :func:`cluster_pairs` takes them.
 
     Attributes:
-        rows: (R, d) float32, the sketch h of each response.
+        rows: (R, d), the sketch h of each response up to a factor: float32, float16, uint16 (the bits of bfloat16) or
+            int8.
         pairs: (P, 2) int64, rows of the preferred and of the other response.
-        coefficients: (P, 2) float32, a and b of each pair.
+        coefficients: (P, 2) float32, a and b of each pair, times the factors of its two rows.
     """
 
-    rows: npt.NDArray[np.float32]
+    rows: npt.NDArray[Any]
     pairs: npt.NDArray[np.int64]
     coefficients: npt.NDArray[np.float32]
 
@@ -59,7 +60,7 @@ class PairClusters:
 
 
 def cluster_pairs(
-    rows: npt.NDArray[np.float32],
+    rows: npt.NDArray[Any],
     pairs: npt.NDArray[np.int64],
     coefficients: npt.NDArray[np.float32],
     *,
@@ -72,7 +73,7 @@ def cluster_pairs(
     Steps 6 and 7 of the method (arXiv 2411.10914); number of clusters, metric and the formulas of the scores are ours.
 
     Args:
-        rows: (R, d) float32, the sketch h of each response, possibly memory-mapped.
+        rows: (R, d), the sketch h of each response, possibly memory-mapped, as in :class:`PairGradients`.
         pairs: (P, 2) int64, rows of the preferred and of the other response.
         coefficients: (P, 2) float32, a and b of each pair (:func:`bpo.pair_coefficients`); a pair whose are not finite
             is not usable.

@@ -38,6 +38,7 @@ TruncationMode = Literal["keep_start", "keep_end"]
 NO_MODELS = ("base", "columns")
 """What ``ref_model`` can be besides a model and a path."""
 DType = Literal["float32", "bfloat16", "float16"]
+SketchDType = Literal["float32", "float16", "bfloat16", "int8"]
 
 _SORTS_THE_BATCH = "it sorts the log-ratios of a whole batch, so its gradient is not a sum over pairs"
 REFUSED_LOSSES = {"aot": _SORTS_THE_BATCH, "aot_unpaired": _SORTS_THE_BATCH}
@@ -108,6 +109,9 @@ class SelectConfig:
         sketch_dim: Numbers kept of each gradient (d). The cosine of two gradients is kept to about 1/√d.
         sketch_kind: ``"sparse"`` (rotated blocks), ``"rademacher"`` or ``"normal"`` (dense).
         sketch_nnz: Numbers of the sparse sketch that each coordinate goes to; divides ``sketch_dim``.
+        sketch_dtype: How the store keeps the numbers of a sketch: ``"float32"``, ``"float16"`` or ``"bfloat16"`` (half
+            the bytes), or ``"int8"`` (a quarter), the latter and float16 with a scale for each response.
+            docs/store-format.md has the measured effect of each.
         tokens_per_batch: Tokens, padding included, of one forward and backward. On a CPU twice as many were no faster
             and took half as much memory again; raise it on a GPU.
         bf16: Whether the model runs under bfloat16 autocast, TRL's name and, there, the default. Sketches are float32.
@@ -165,6 +169,7 @@ class SelectConfig:
     sketch_dim: int = 1024
     sketch_kind: SketchKind = "sparse"
     sketch_nnz: int = 1
+    sketch_dtype: SketchDType = "float16"
     tokens_per_batch: int = 1024
     bf16: bool = False
     gradient_checkpointing: bool = False
@@ -187,6 +192,7 @@ class SelectConfig:
             "on_invalid": OnInvalid,
             "features": Features,
             "sketch_kind": SketchKind,
+            "sketch_dtype": SketchDType,
             "dtype": DType,
             "metric": Metric,
             "ranking": Ranking,

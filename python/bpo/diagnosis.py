@@ -20,7 +20,7 @@ from bpo.logprobs import Forward, check_vocabulary
 from bpo.models import inference_state, load_policy, load_tokenizer, window
 from bpo.reference import Reference
 from bpo.sketching import SketchBatch, Sketching
-from bpo.store import RECORD
+from bpo.store import RECORD, row_bytes
 from bpo.tokens import batches_by_tokens, tokenize_configured
 
 if TYPE_CHECKING:
@@ -206,7 +206,7 @@ def doctor(
         batch_sensitivity=trial.sensitivity,
         seconds=trial.estimated_seconds(),
         peak_memory_bytes=trial.peak_memory(),
-        store_bytes=len(tokenized.ids) * (4 * config.sketch_dim + RECORD.itemsize),
+        store_bytes=len(tokenized.ids) * (row_bytes(config.sketch_dtype, config.sketch_dim) + RECORD.itemsize),
         elapsed_seconds=time.perf_counter() - begin,
     )
 

@@ -30,7 +30,7 @@ from bpo.precondition import Preconditioner, load_preconditioner, preconditioner
 from bpo.reference import Reference
 from bpo.sketching import SketchBatch, Sketching
 from bpo.store import FIRST_UNPREDICTED, NONFINITE, ZERO, GradientStore, GradientWriter
-from bpo.tokens import TokenizedResponses, first_batch, longest_first, tokenize_configured
+from bpo.tokens import TokenizedResponses, first_batch, storage_order, tokenize_configured
 
 if TYPE_CHECKING:
     import os
@@ -86,24 +86,34 @@ def collect(
             "dim": config.sketch_dim,
             "nnz": config.sketch_nnz,
             "seed": config.sketch_seed,
+            "dtype": config.sketch_dtype,
         },
         "max_length": tokenized.max_length,
         "truncation_mode": config.truncation_mode,
         "dtype": str(model.dtype).removeprefix("torch.") + (" under bfloat16 autocast" if config.bf16 else ""),
     }
-    writer = GradientWriter.open(store, config.sketch_dim, fingerprint, candidates.known_ids, tokenized.sequence_ids)
+    writer = GradientWriter.open(store, fingerprint, candidates.known_ids, tokenized.sequence_ids)
     if tokenized.ref_logps is not None:
         writer.check_ref_logps(tokenized.sequence_ids, tokenized.ref_logps)
-    missing = np.flatnonzero(writer.rows_of(tokenized.sequence_ids) < 0)
-    # In tokens, since the longest responses go first: counted in responses, the time left would be far too long.
+    order = storage_order(tokenized.lengths, candidates.prompt_of_response[tokenized.response_of])
+    missing = order[writer.rows_of(tokenized.sequence_ids)[order] < 0]
+    n_present = len(order) - len(missing)
+    # In tokens, since those of a response tell its time.
     bar = tqdm(
         total=int(tokenized.lengths.sum()),
         initial=int(tokenized.lengths.sum() - tokenized.lengths[missing].sum()),
-        desc="Gradients",
+        desc=f"Gradients ({n_present} of {len(order)} responses are there)" if n_present else "Gradients",
         unit="token",
         unit_scale=True,
         disable=not progress,
     )
+    shown = 0  # rows that the bar counts: those that no crash takes away
+
+    def show(committed: int) -> None:
+        nonlocal shown
+        bar.update(int(tokenized.lengths[missing[shown:committed]].sum()))
+        shown = committed
+
     with contextlib.ExitStack() as stack:
         for context in (writer, bar, inference_state(model)):
             stack.enter_context(context)
@@ -124,7 +134,7 @@ def collect(
                 flags = NONFINITE * ~finite + ZERO * ~sketch.any(axis=1)
                 flags += FIRST_UNPREDICTED * (tokenized.prompt_lengths[rows] == 0)
                 sketch[~finite] = 0.0
-                writer.append(
+                committed = writer.append(
                     sketch,
                     prompt_ids=candidates.prompt_ids[candidates.prompt_of_response[responses]],
                     response_ids=tokenized.sequence_ids[rows],
@@ -135,7 +145,8 @@ def collect(
                     flags=flags,
                     log_weights=done.log_weights,
                 )
-                bar.update(int(tokenized.lengths[rows].sum()))
+                show(committed)
+            show(writer.commit())
     return writer.reopen()
 
 
@@ -162,18 +173,19 @@ class _Extraction:
     precondition: Preconditioner | None
 
     def run(self, missing: npt.NDArray[np.int64], budget: int) -> Iterator[_Done]:
-        """Yields the batches, one whose sketches are under way once the next one has gone through the model.
+        """Yields the batches in the order given.
 
-        A batch that does not fit into memory is halved, and so are those after it.
+        One whose sketches are under way comes once the next one has gone through the model. A batch that does not fit
+        into memory is halved, and so are those after it.
         """
         tokenized = self.forward.tokenized
         previous: _Done | None = None
-        remaining = missing[longest_first(tokenized.lengths[missing])]
+        remaining = missing
         while len(remaining):
             size = first_batch(tokenized.lengths[remaining], budget)
             done, error = self._attempt(remaining[:size])
             if done is None:
-                longest = int(tokenized.lengths[remaining[0]])
+                longest = int(tokenized.lengths[remaining[:size]].max())
                 if size == 1:
                     prompt = self.candidates.prompt_of_response[tokenized.response_of[remaining[0]]]
                     row = self.candidates.prompt_rows[prompt]

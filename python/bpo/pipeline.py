@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-from tqdm.auto import tqdm
 
 from bpo.breadth import compress_breadth, embed_prompts, embed_with_policy
 from bpo.checkpoints import check_checkpoints, cluster_checkpoints, collect_checkpoints, collect_reference
@@ -20,20 +18,20 @@ from bpo.gradients import collect
 from bpo.losses import pair_coefficients
 from bpo.models import load_policy, load_tokenizer, window
 from bpo.precondition import preconditioner_path
+from bpo.progress import core_progress
 from bpo.selection import SELECTED, Selection
-from bpo.store import NONFINITE
+from bpo.store import NONFINITE, GradientStore, StoreMismatchError, with_settings_of
 from bpo.strategies import KEEPS_EVERY_PROMPT, NEEDS_GRADIENTS, NEEDS_SCORES, STRATEGIES, Candidacy
-from bpo.tokens import TokenizedResponses, padding_id, tokenize_configured, tokenize_prompts
+from bpo.tokens import padding_id, tokenize_configured, tokenize_prompts
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Mapping
 
     import numpy.typing as npt
 
     from bpo.clustering import PairClusters
     from bpo.config import Strategy
-    from bpo.store import GradientStore
 
 
 def select(
@@ -57,7 +55,8 @@ def select(
 
     Args:
         model: The policy that will be trained: path, hub id, ``PreTrainedModel`` or ``PeftModel``. It is not changed.
-            May be None for strategies that use no gradients, with ``breadth=None``.
+            May be None, without an embedder only with ``breadth=None``, for strategies that use no gradients; and where
+            ``store`` holds the gradients already: whatever they depend on is then as it was when they were computed.
         dataset: Preference rows, scored responses or UltraFeedback-like completions, as a ``datasets.Dataset``, a list
             of rows, a file, a directory or a hub id (see :func:`bpo.read_candidates`).
         budget: Pairs to keep: a count, or a fraction (a float in (0, 1]) of the candidate pairs of the kept prompts.
@@ -67,7 +66,7 @@ def select(
             score gaps).
         store: Directory of the gradient store, reused and completed when it is there; with
             ``SelectConfig.checkpoints``, of one store for each. None computes anew and keeps nothing. Strategies
-            without gradients leave it alone.
+            without gradients leave it alone. The rows that are used are compared with their checksums.
         config: Everything else, as a :class:`bpo.SelectConfig` or a mapping of its fields.
         seed: Of every random choice but the sketch (``SelectConfig.sketch_seed``). The same seed gives the same
             selection for any number of threads, and, up to the rounding of the model's own arithmetic, for any batch
@@ -79,8 +78,11 @@ def select(
 
     Raises:
         ValueError: Unusable data, a budget below the number of prompts or above the candidates, a tokenizer without
-            padding or chat template, an unsupported model, or a store made with something else.
-        FileNotFoundError: A model or data path that does not exist.
+            padding or chat template, or an unsupported model.
+        bpo.StoreError: A store made with something else (:class:`bpo.StoreMismatchError`), damaged
+            (``StoreDamagedError``), in use (``StoreLockedError``) or of another version (``StoreVersionError``).
+        FileNotFoundError: A model, data or store path that does not exist.
+        OSError: A file that cannot be read or written; the gradients committed so far are kept.
 
     Example:
         >>> import bpo
@@ -99,16 +101,29 @@ def select(
     seed = int(seed)
     needs_gradients = strategy in NEEDS_GRADIENTS
     embeds_with_policy = breadth is not None and config.embedder is None
-    if model is None and (needs_gradients or embeds_with_policy):
-        raise ValueError(f"strategy={strategy!r} with breadth={breadth!r} needs a model; model is None.")
+    reselects = model is None and needs_gradients and store is not None and config.checkpoints is None
+    if model is None and ((needs_gradients and not reselects) or embeds_with_policy):
+        raise ValueError(
+            f"strategy={strategy!r} with breadth={breadth!r} needs a model; model is None."
+            + (" Name the store that holds the gradients, or a model." if needs_gradients and store is None else "")
+            + (" Name an embedder for the prompts, or a model." if embeds_with_policy else "")
+        )
     preconditioner = None
+    present = None
+    if reselects:
+        assert store is not None
+        present = GradientStore.open(store)
+        config = with_settings_of(present, config)
     if needs_gradients and config.checkpoints is not None:
         check_checkpoints(config, store)
-    elif needs_gradients:
+    elif needs_gradients and model is not None:
         preconditioner = preconditioner_path(model, config)
 
     # What only gradients depend on need not be in the data otherwise.
-    reading = config if needs_gradients else dataclasses.replace(config, token_weights=None, ref_model=None)
+    reading = config
+    if not needs_gradients or reselects:
+        named = config.token_weights if reselects and isinstance(config.token_weights, str) else None
+        reading = dataclasses.replace(config, token_weights=named, ref_model=None)
     candidates = read_configured(dataset, reading)
     if strategy in NEEDS_SCORES and np.isnan(candidates.score_gaps).any():
         raise ValueError(
@@ -116,16 +131,19 @@ def select(
             f"{len(candidates.pairs)} pairs have none. Give the columns score_chosen and score_rejected, or scored "
             "responses."
         )
-    tokenizer = tokenized = longest = None
-    if model is not None:
+    tokenizer = tokenized = longest = lengths = None
+    if present is not None:
+        candidates, lengths = _in_store(candidates, present, config)
+    elif model is not None:
         tokenizer = load_tokenizer(model, processing_class, config)
         longest = window(model, config)
         candidates, tokenized = tokenize_configured(candidates, tokenizer, longest, reading)
+        lengths = tokenized.response_lengths[tokenized.pairs]
     n_prompts = len(candidates.prompts) if breadth is None else _count("breadth", breadth, len(candidates.prompts))
     # No choice of prompts can have more pairs than the deepest ones, so most bad budgets are known by now.
     most_pairs = np.sort(np.bincount(candidates.prompt_of_pair))[::-1][:n_prompts].sum()
     _check_budget(budget, _count("budget", budget, int(most_pairs)), n_prompts, strategy)
-    policy = load_policy(model, config) if needs_gradients or embeds_with_policy else None
+    policy = load_policy(model, config) if (needs_gradients and not reselects) or embeds_with_policy else None
 
     # Breadth: representative prompts.
     kept_prompts = np.ones(len(candidates.prompts), dtype=bool)
@@ -149,7 +167,10 @@ def select(
     clusters = logps = ref_logps = None
     noted = Skipped()
     eligible = np.ones(len(kept.pairs), dtype=bool)
-    if needs_gradients:
+    if present is not None:
+        rows = present.rows_of_responses(kept.response_ids)[0]
+        clusters, logps, ref_logps = _cluster(present, rows[kept.pairs], config, seed, progress)
+    elif needs_gradients:
         assert policy is not None and tokenizer is not None and tokenized is not None
         sequences = tokenized.keep_pairs(pair_index, response_index)
         inputs = kept, sequences, tokenizer
@@ -157,25 +178,30 @@ def select(
             gradients = collect(
                 policy, *inputs, config=config, store=store, progress=progress, preconditioner=preconditioner
             )
-            pair_gradients = _pair_gradients(gradients, sequences, config)
-            logps, ref_logps = (gradients.records[name][pair_gradients.pairs] for name in ("logp", "ref_logp"))
-            with _core_progress("Clusters", progress) as report:
-                clusters = cluster_pairs(*pair_gradients, config=config, seed=seed, progress=report)
+            pairs = gradients.rows_of(sequences.sequence_ids)[sequences.pairs]
+            clusters, logps, ref_logps = _cluster(gradients, pairs, config, seed, progress)
         else:
             reference = collect_reference(policy, sequences, tokenizer, config=config, store=store, progress=progress)
             assert reference.known is not None
             ref_logps = reference.known[sequences.pairs]
             del policy  # one model in memory at a time
             stores = collect_checkpoints(reference, *inputs, config=config, store=store, progress=progress)
-            with _core_progress("Clusters", progress) as report:
+            pair_gradients = [
+                _pair_gradients(
+                    gradients, gradients.rows_of(sequences.sequence_ids)[sequences.pairs], config, progress=progress
+                )
+                for gradients in stores
+            ]
+            with core_progress("Clusters", progress) as report:
                 clusters = cluster_checkpoints(
-                    [_pair_gradients(gradients, sequences, config) for gradients in stores],
+                    pair_gradients,
                     list(config.checkpoints.values()),
                     config=config,
                     store=store,
                     seed=seed,
                     progress=report,
                 )
+    if clusters is not None:
         eligible = clusters.usable
         _report_unusable(kept, clusters, config)
         noted = _outliers(kept, clusters)
@@ -190,7 +216,7 @@ def select(
         warn(f"{int(chosen.sum())} pairs are kept of the {n_pairs} asked for, because of {' and '.join(limits)}.")
     fate = np.full(len(candidates.pairs), "breadth", dtype=object)
     fate[pair_index] = np.where(eligible, np.where(chosen, SELECTED, "depth"), "unusable")
-    table = _pair_table(candidates, tokenized, fate, pair_index, usefulness, clusters, logps, ref_logps)
+    table = _pair_table(candidates, lengths, fate, pair_index, usefulness, clusters, logps, ref_logps)
     return Selection(
         dataset=_training_set(candidates, table, np.flatnonzero(fate == SELECTED), config),
         pairs=table,
@@ -204,9 +230,48 @@ def select(
     )
 
 
-def _pair_gradients(gradients: GradientStore, sequences: TokenizedResponses, config: SelectConfig) -> PairGradients:
+def _in_store(
+    candidates: Candidates, present: GradientStore, config: SelectConfig
+) -> tuple[Candidates, npt.NDArray[np.int64]]:
+    """Returns the candidates whose two responses a store holds, and their lengths ((P, 2) int64 tokens)."""
+    rows, several = present.rows_of_responses(candidates.response_ids)
+    if several.any():
+        place = candidates.prompt_rows[candidates.prompt_of_response[np.flatnonzero(several)[0]]]
+        raise ValueError(
+            f"{present.path} holds {int(several.sum())} responses more than once, such as one of row {place}: with "
+            "other token weights, or starting at another token. Pass the model, whose tokenizer tells them apart."
+        )
+    there: npt.NDArray[np.bool_] = rows[candidates.pairs].min(axis=1) >= 0
+    skipped = Skipped()
+    for pair in np.flatnonzero(~there):
+        skipped.add("pair of a response that the store does not hold", f"row {candidates.pair_rows[pair]}")
+    if not there.any():
+        raise StoreMismatchError(
+            f"The gradient store {present.path} holds the responses of none of the {len(there)} candidate pairs. Pass "
+            "the data that it was made with, or the model, which computes what is missing."
+        )
+    report_skipped(skipped, config.on_invalid)
+    candidates.skipped.merge(skipped)
+    kept, _, response_index = candidates.keep_pairs(there)
+    return kept, present.records["length"][rows[response_index]].astype(np.int64)[kept.pairs]
+
+
+def _cluster(
+    gradients: GradientStore, pairs: npt.NDArray[np.int64], config: SelectConfig, seed: int, progress: bool
+) -> tuple[PairClusters, npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """Clusters and scores pairs of rows of a store; returns their log-probabilities under policy and reference, too."""
+    pair_gradients = _pair_gradients(gradients, pairs, config, progress=progress)
+    with core_progress("Clusters", progress) as report:
+        clusters = cluster_pairs(*pair_gradients, config=config, seed=seed, progress=report)
+    return clusters, gradients.records["logp"][pairs], gradients.records["ref_logp"][pairs]
+
+
+def _pair_gradients(
+    gradients: GradientStore, pairs: npt.NDArray[np.int64], config: SelectConfig, *, progress: bool = False
+) -> PairGradients:
     """Returns the gradients of the pairs in terms of those of the responses; NaN where one of these is unusable."""
-    pairs = gradients.rows_of(sequences.sequence_ids)[sequences.pairs]
+    with core_progress("Checksums", progress) as report:
+        gradients.check(pairs.ravel(), threads=config.threads, progress=report)
     records = gradients.records
     coefficients = pair_coefficients(
         records["logp"],
@@ -219,7 +284,7 @@ def _pair_gradients(gradients: GradientStore, sequences: TokenizedResponses, con
     )
     nonfinite = (records["flags"] & NONFINITE != 0)[pairs].any(axis=1)
     coefficients[nonfinite] = np.nan  # which tells them from pairs of zero gradients
-    return PairGradients(gradients.rows, pairs, coefficients)
+    return PairGradients(gradients.rows, pairs, coefficients * gradients.scales[pairs])
 
 
 def _count(name: str, value: Any, total: int) -> int:
@@ -278,7 +343,7 @@ def _outliers(kept: Candidates, clusters: PairClusters) -> Skipped:
 
 def _pair_table(
     candidates: Candidates,
-    tokenized: TokenizedResponses | None,
+    lengths: npt.NDArray[np.int64] | None,
     fate: npt.NDArray[np.object_],
     pair_index: npt.NDArray[np.int64],
     usefulness: npt.NDArray[np.float64],
@@ -302,7 +367,6 @@ def _pair_table(
         return scattered(None if clusters is None else getattr(clusters, name), pa.float32())
 
     labels = None if clusters is None else np.where(clusters.labels < 0, np.nan, clusters.labels)
-    lengths = None if tokenized is None else tokenized.response_lengths[tokenized.pairs]
     columns = {
         "pair": pa.array(np.arange(n)),
         "prompt": pa.array(candidates.prompt_of_pair),
@@ -377,19 +441,3 @@ def _has_structured_messages(columns: Iterable[list[Text]]) -> bool:
         for message in text
         for value in message.values()
     )
-
-
-@contextlib.contextmanager
-def _core_progress(description: str, enabled: bool) -> Iterator[Callable[[int, int], None] | None]:
-    """A progress bar as the callback that the Rust core takes; None where none is wanted."""
-    if not enabled:
-        yield None
-        return
-    with tqdm(desc=description, bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}") as bar:
-
-        def report(done: int, total: int) -> None:
-            bar.total = total
-            bar.n = done
-            bar.refresh()
-
-        yield report

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import re
 import shutil
 import tempfile
+import time
 import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,8 +16,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bpo import _core
+from bpo._core import StoreError
+from bpo.config import SelectConfig
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import TracebackType
 
     import numpy.typing as npt
@@ -29,11 +35,13 @@ RECORD = np.dtype(
         ("length", "<u4"),
         ("flags", "<u4"),
         ("log_weight", "<f4"),
+        ("scale", "<f4"),
+        ("row_crc32", "<u4"),
         ("crc32", "<u4"),
     ]
 )
 """One sequence (:class:`bpo.tokens.TokenizedResponses`): content hashes of prompt and sequence, score,
-log-probabilities, tokens of the response, flags, checksum of row and record.
+log-probabilities, tokens of the response, flags, the scale of its row, checksums of row and record.
 
 ``log_weight`` is the mean over the predicted tokens of log π − log Σ_v π_v², v running over the vocabulary: the
 logarithm of WPO's weight (arXiv 2406.11827, eq. 2).
@@ -45,6 +53,8 @@ ZERO = 2
 """Flag: the gradient is exactly zero."""
 FIRST_UNPREDICTED = 4
 """Flag: the response starts the sequence, so nothing predicts its first token."""
+SET_ASIDE = 8
+"""Flag: the row was damaged and is void; its ids are zero."""
 
 _MISMATCH = {
     "bpo": ("version of bpo", "install that version"),
@@ -59,47 +69,88 @@ _MISMATCH = {
     "dtype": ("compute type", "load the model in that type"),
 }
 
+# bfloat16, for which NumPy has no type, is mapped as its bits.
+_NUMPY_TYPES = {"float32": "<f4", "float16": "<f2", "bfloat16": "<u2", "int8": "i1"}
+# What an interrupted creation leaves.
+_UNFINISHED = re.compile(r"lock|records\.bin|rows\.\w+|manifest(\.copy)?\.new|manifest\.copy\.json")
+# Time between two commits, each of which waits for the disk. A crash costs the batches since the last one.
+_COMMIT_SECONDS = 1.0
 
-class StoreMismatchError(ValueError):
+
+class StoreMismatchError(StoreError):
     """A store was made with another model, data, sketch or version than it is now asked to serve."""
 
 
 class GradientStore:
     """A gradient store, open for reading.
 
+    The sketch of response i is ``scales[i] * rows[i]``, with bfloat16 widened; :meth:`sketches` returns it. Rows that
+    were damaged and set aside by a repair are still counted; :meth:`rows_of` never finds them.
+
     Attributes:
         path: Its directory.
         fingerprint: What it was made with: model, tokenizer, features, sketch, version.
-        rows: (R, d) float32, read-only and memory-mapped: the sketch of ∇log π(response | prompt).
+        dtype: How the numbers are kept: ``"float32"``, ``"float16"``, ``"bfloat16"`` or ``"int8"``.
+        rows: (R, d), read-only and memory-mapped, of that type; of bfloat16 the bits, as uint16.
         records: (R,) structured array of dtype :data:`RECORD`.
+        reader: What the Rust core reads it with.
+        tail_bytes: Bytes behind the last row, of a writer at work or of one that died; they count for nothing.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        if not (Path(path) / "manifest.json").is_file():
-            raise FileNotFoundError(f"{path} holds no gradient store (no manifest.json).")
-        reader = _core.StoreReader(os.fspath(path))
+    def __init__(self, path: str | os.PathLike[str], *, skip_damaged: bool = False) -> None:
+        try:
+            self.reader = _core.StoreReader(os.fspath(path), skip_damaged=skip_damaged)
+        except FileNotFoundError as error:
+            if Path(str(error.filename)).name != "manifest.json":
+                raise
+            raise FileNotFoundError(f"{path} holds no gradient store (no manifest.json).") from None
         self.path = Path(path)
-        self.fingerprint: dict[str, Any] = json.loads(reader.fingerprint_json)
-        self.records = reader.records().view(RECORD)
-        shape = (len(reader), reader.dim)
-        self.rows: npt.NDArray[np.float32] = (
-            np.memmap(reader.rows_path, dtype="<f4", mode="r", shape=shape)
+        self.fingerprint: dict[str, Any] = json.loads(self.reader.fingerprint_json)
+        self.dtype = self.reader.dtype
+        self.tail_bytes = self.reader.tail_bytes
+        self.records = self.reader.records().view(RECORD)
+        shape = (len(self.reader), self.reader.dim)
+        kind = np.dtype(_NUMPY_TYPES[self.dtype])
+        self.rows: npt.NDArray[Any] = (
+            np.memmap(self.reader.rows_path, dtype=kind, mode="r", shape=shape)
             if shape[0]
-            else np.zeros(shape, dtype=np.float32)  # an empty file cannot be mapped
+            else np.zeros(shape, dtype=kind)  # an empty file cannot be mapped
         )
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> GradientStore:
+    def open(cls, path: str | os.PathLike[str], *, skip_damaged: bool = False) -> GradientStore:
         """Opens a store for reading.
+
+        Args:
+            path: Its directory.
+            skip_damaged: Whether to open a store of which some records are damaged or some rows lost: those then count
+                as set aside. Sketches are not read; see :meth:`verify`.
 
         Raises:
             FileNotFoundError: No store there.
-            bpo.StoreError: Not a store, or one of an unknown format version.
+            bpo.StoreDamagedError: A file is not as it was written; the message names it and the place.
+            bpo.StoreVersionError: A store of another format version.
+            bpo.StoreError: Not a store.
         """
-        return cls(path)
+        return cls(path, skip_damaged=skip_damaged)
 
     def __len__(self) -> int:
         return len(self.records)
+
+    def __repr__(self) -> str:
+        return f"GradientStore({str(self.path)!r}: {len(self)} responses of {self.rows.shape[1]} {self.dtype})"
+
+    @property
+    def scales(self) -> npt.NDArray[np.float32]:
+        """(R,) float32, by which each row is multiplied."""
+        scales: npt.NDArray[np.float32] = self.records["scale"]
+        return scales
+
+    @property
+    def set_aside(self) -> npt.NDArray[np.bool_]:
+        """(R,) bool, whether a row was damaged and is void."""
+        aside: npt.NDArray[np.bool_] = self.records["flags"] & SET_ASIDE != 0
+        return aside
 
     @property
     def predicted(self) -> npt.NDArray[np.int64]:
@@ -107,6 +158,18 @@ class GradientStore:
         lengths: npt.NDArray[np.int64] = self.records["length"].astype(np.int64)
         lengths[self.records["flags"] & FIRST_UNPREDICTED != 0] -= 1
         return lengths
+
+    def sketches(self, index: Any = slice(None)) -> npt.NDArray[np.float32]:
+        """Returns the sketches of some rows.
+
+        Args:
+            index: A slice, or (n,) rows.
+
+        Returns:
+            (n, d) float32, in memory.
+        """
+        sketches: npt.NDArray[np.float32] = widened(self.rows[index]) * self.scales[index, None]
+        return sketches
 
     def rows_of(self, response_ids: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
         """Finds responses by content hash.
@@ -117,12 +180,97 @@ class GradientStore:
         Returns:
             (n,) int64 row of each, −1 where the store lacks it.
         """
-        known = {identifier.tobytes(): row for row, identifier in enumerate(self.records["response_id"])}
-        return np.array([known.get(identifier.tobytes(), -1) for identifier in response_ids], dtype=np.int64)
+        return self._found(response_ids, 16)[0]
 
-    def verify(self) -> npt.NDArray[np.int64]:
-        """Reads everything and returns the rows whose checksum does not match (int64, empty when all is well)."""
-        return _core.StoreReader(os.fspath(self.path)).verify()
+    def rows_of_responses(
+        self, response_ids: npt.NDArray[np.uint8]
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+        """Finds responses whose start and token weights are not known, as without a tokenizer.
+
+        Args:
+            response_ids: (n, 16) uint8, of :class:`bpo.data.Candidates`.
+
+        Returns:
+            (n,) int64, a row of each response, −1 where the store has none, and (n,) bool, whether it has several: for
+            other starts or weights of its tokens (see :class:`bpo.tokens.TokenizedResponses`).
+        """
+        return self._found(response_ids, 8)
+
+    def _found(self, ids: npt.NDArray[np.uint8], n_bytes: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+        """Finds rows by the first bytes of their ids: the first row of each, or −1, and whether there are more."""
+        present = np.flatnonzero(~self.set_aside)
+        known = _as_bytes(self.records["response_id"][present], n_bytes)
+        order = np.argsort(known, kind="stable")
+        known = known[order]
+        wanted = _as_bytes(ids, n_bytes)
+        first, end = (np.searchsorted(known, wanted, side) for side in ("left", "right"))
+        rows = np.full(len(wanted), -1, dtype=np.int64)
+        rows[end > first] = present[order[first[end > first]]]
+        return rows, end - first > 1
+
+    def verify(
+        self,
+        rows: npt.NDArray[np.int64] | None = None,
+        *,
+        threads: int | None = None,
+        progress: Callable[[int, int], object] | None = None,
+    ) -> npt.NDArray[np.int64]:
+        """Reads rows and compares them with their checksums.
+
+        Args:
+            rows: (n,) int64, which; None for all.
+            threads: Threads of the Rust core; None for all cores.
+            progress: Called with (done, total) now and then.
+
+        Returns:
+            (m,) int64, the damaged rows, ascending; empty when all is well.
+
+        Raises:
+            OSError: A file cannot be read.
+        """
+        wanted = None
+        if rows is not None:
+            wanted = np.zeros(len(self), dtype=bool)
+            wanted[rows] = True
+        return self.reader.verify(wanted, threads=threads, progress=progress)
+
+    def check(
+        self,
+        rows: npt.NDArray[np.int64],
+        *,
+        threads: int | None = None,
+        progress: Callable[[int, int], object] | None = None,
+    ) -> None:
+        """Checks that some rows are as they were written; see :meth:`verify`.
+
+        Raises:
+            bpo.StoreDamagedError: One is not.
+        """
+        damaged = self.verify(rows, threads=threads, progress=progress)
+        if len(damaged):
+            place = damaged[0] * row_bytes(self.dtype, self.rows.shape[1])
+            raise _core.StoreDamagedError(
+                f"{self.reader.rows_path}: row {damaged[0]}, at byte {place}, is not as it was "
+                f"written, nor are {len(damaged) - 1} others; `bpo store repair {self.path}` sets them aside, and the "
+                "next run computes them anew"
+            )
+
+
+def row_bytes(dtype: str, dim: int) -> int:
+    """Returns the bytes of a sketch of ``dim`` numbers of a type."""
+    return np.dtype(_NUMPY_TYPES[dtype]).itemsize * dim
+
+
+def widened(rows: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    """Returns stored rows as float32, without their scale; uint16 is the bits of bfloat16."""
+    if rows.dtype == np.uint16:
+        return (rows.astype(np.uint32) << 16).view(np.float32)
+    return rows.astype(np.float32)
+
+
+def _as_bytes(ids: npt.NDArray[np.uint8], n_bytes: int) -> npt.NDArray[np.bytes_]:
+    """(n, 16) uint8 as (n,) byte strings of the first bytes, which NumPy can sort; all are of the same length."""
+    return np.ascontiguousarray(ids[:, :n_bytes]).view(f"S{n_bytes}").reshape(-1)
 
 
 class GradientWriter:
@@ -132,21 +280,18 @@ class GradientWriter:
     finished store, also from a read-only directory.
     """
 
-    def __init__(
-        self, path: Path, dim: int, fingerprint: dict[str, Any], present: GradientStore | None, temporary: bool
-    ) -> None:
+    def __init__(self, path: Path, fingerprint: dict[str, Any], present: GradientStore | None, temporary: bool) -> None:
         self.path = path
-        self._dim = dim
         self._fingerprint = fingerprint
         self._present = present
         self._writer: _core.StoreWriter | None = None
+        self._committed_at = 0.0
         self._temporary = temporary
 
     @classmethod
     def open(
         cls,
         path: str | os.PathLike[str] | None,
-        dim: int,
         fingerprint: dict[str, Any],
         known_ids: npt.NDArray[np.uint8],
         wanted_ids: npt.NDArray[np.uint8],
@@ -155,8 +300,7 @@ class GradientWriter:
 
         Args:
             path: Directory; ``None`` for a temporary one.
-            dim: Numbers a row.
-            fingerprint: What the rows depend on.
+            fingerprint: What the rows depend on; its ``sketch`` says their ``dim`` and ``dtype``.
             known_ids: (·, 16) every response of the data.
             wanted_ids: (·, 16) the rows that will be asked for. Either the responses of the store's rows are all known,
                 or those that are wanted are all in the store: anything else is other data.
@@ -169,13 +313,13 @@ class GradientWriter:
         present = None
         if (directory / "manifest.json").exists():
             present = GradientStore(directory)
-            _check_fingerprint(directory, present.fingerprint, fingerprint)
+            check_fingerprint(directory, present.fingerprint, fingerprint)
             _check_data(present, known_ids, wanted_ids)
         elif directory.exists() and not (
-            directory.is_dir() and {path.name for path in directory.iterdir()} <= {"lock"}
+            directory.is_dir() and all(_UNFINISHED.fullmatch(path.name) for path in directory.iterdir())
         ):
-            raise _core.StoreError(f"{directory} is no empty directory and no gradient store; name another directory.")
-        return cls(directory, dim, fingerprint, present, temporary=path is None)
+            raise StoreError(f"{directory} is no empty directory and no gradient store; name another directory.")
+        return cls(directory, fingerprint, present, temporary=path is None)
 
     def rows_of(self, response_ids: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
         """Row of each response that the store held when it was opened, −1 for the others; see GradientStore."""
@@ -214,8 +358,26 @@ class GradientWriter:
         lengths: npt.NDArray[np.int64],
         flags: npt.NDArray[np.int64],
         log_weights: npt.NDArray[np.float32],
-    ) -> None:
-        """Appends one row a response; all arguments have the same first dimension."""
+    ) -> int:
+        """Appends one row a response, and commits what was appended if the last commit is some time ago.
+
+        Args:
+            sketches: (n, d).
+            prompt_ids: (n, 16).
+            response_ids: (n, 16).
+            scores: (n,).
+            logps: (n,).
+            ref_logps: (n,).
+            lengths: (n,).
+            flags: (n,).
+            log_weights: (n,).
+
+        Returns:
+            How many of the rows appended so far are committed, so that no crash takes them away.
+
+        Raises:
+            OSError: A file cannot be written, for example because the disk is full; the message says what is kept.
+        """
         records = np.zeros(len(sketches), dtype=RECORD)
         records["prompt_id"] = prompt_ids
         records["response_id"] = response_ids
@@ -228,21 +390,40 @@ class GradientWriter:
         if self._writer is None:
             raise ValueError(f"{self.path}: lock() comes before append()")
         self._writer.append(sketches, records)
+        if time.monotonic() - self._committed_at < _COMMIT_SECONDS:
+            return self._writer.committed - self._n_present
+        return self.commit()
+
+    def commit(self) -> int:
+        """Waits until everything appended is on disk; returns how many rows that are."""
+        if self._writer is None:
+            return 0
+        self._writer.commit()
+        self._committed_at = time.monotonic()
+        return self._writer.committed - self._n_present
+
+    @property
+    def _n_present(self) -> int:
+        return 0 if self._present is None else len(self._present)
 
     def lock(self) -> None:
         """Creates the store where there is none, and keeps every other writer out until this one is closed.
 
         Raises:
-            bpo.StoreError: Another process is writing, or has been since this store was opened.
+            bpo.StoreLockedError: Another process is writing.
+            bpo.StoreError: Another process added rows since this store was opened.
         """
         if self._present is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._writer = _core.StoreWriter.create(os.fspath(self.path), self._dim, json.dumps(self._fingerprint))
+            sketch = self._fingerprint["sketch"]
+            self._writer = _core.StoreWriter.create(
+                os.fspath(self.path), sketch["dim"], json.dumps(self._fingerprint), dtype=sketch["dtype"]
+            )
             return
         self._writer = _core.StoreWriter.append_to(os.fspath(self.path))
         if len(self._writer) != len(self._present):
             self._writer.close()
-            raise _core.StoreError(f"{self.path}: another process added rows just now; run again to go on from there.")
+            raise StoreError(f"{self.path}: another process added rows just now; run again to go on from there.")
 
     def reopen(self) -> GradientStore:
         """Opens for reading what was written; a temporary store lives as long as the returned object."""
@@ -258,17 +439,22 @@ class GradientWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if self._writer is not None:
-            self._writer.close()
+            self._writer.__exit__(kind, error, traceback)
         if kind is not None and self._temporary:
             shutil.rmtree(self.path, ignore_errors=True)
 
 
-def _check_fingerprint(path: Path, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
+def check_fingerprint(path: Path, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Checks that a store was made with the same things.
+
+    Raises:
+        StoreMismatchError: It was not; the message says with what and what to do.
+    """
     for key, (name, remedy) in _MISMATCH.items():
-        if stored.get(key) != wanted[key]:
+        if stored.get(key) != wanted.get(key):
             raise StoreMismatchError(
                 f"The gradient store {path} was made with another {name}: {_brief(stored.get(key))} there, "
-                f"{_brief(wanted[key])} here. Name another store directory, or {remedy}."
+                f"{_brief(wanted.get(key))} here. Name another store directory, or {remedy}."
             )
 
 
@@ -277,15 +463,39 @@ def _brief(value: Any) -> str:
     return text[:12] + "…" if len(text) == 64 else text
 
 
+def with_settings_of(store: GradientStore, config: SelectConfig) -> SelectConfig:
+    """Returns a configuration that says of the gradients what the store says, for a selection without a model.
+
+    Raises:
+        StoreMismatchError: A setting of the gradients that is neither its default nor that of the store.
+    """
+    sketch, features = store.fingerprint["sketch"], store.fingerprint["features"]
+    stored = {
+        **{f"sketch_{name}": sketch[name] for name in ("kind", "dim", "nnz", "seed", "dtype")},
+        "max_length": store.fingerprint["max_length"],
+        "truncation_mode": store.fingerprint["truncation_mode"],
+        "factor_dim": features.get("factor_dim"),
+        **({"lora_rank": features["rank"]} if "rank" in features else {}),
+    }
+    for name, value in stored.items():
+        asked = getattr(config, name)
+        if asked not in (value, getattr(SelectConfig(), name)):
+            raise StoreMismatchError(
+                f"The gradient store {store.path} was made with {name}={value!r}, and config asks for {asked!r}. "
+                "Without a model its gradients are taken as they are: leave the setting out, or pass the model and "
+                "another store."
+            )
+    return dataclasses.replace(config, **stored)
+
+
 def _check_data(present: GradientStore, known_ids: npt.NDArray[np.uint8], wanted_ids: npt.NDArray[np.uint8]) -> None:
     # The first half of an id is the response's, wherever it starts and whatever its tokens weigh.
-    stored, known, wanted = (
-        {identifier[:8].tobytes() for identifier in ids}
-        for ids in (present.records["response_id"], known_ids, wanted_ids)
-    )
+    ids_there = present.records["response_id"][~present.set_aside]
+    stored, known, wanted = (set(_as_bytes(ids, 8).tolist()) for ids in (ids_there, known_ids, wanted_ids))
     if stored <= known or wanted <= stored:
         return
-    foreign = next(row for row, key in enumerate(present.records["response_id"]) if key[:8].tobytes() not in known)
+    keys = _as_bytes(present.records["response_id"], 8).tolist()
+    foreign = next(row for row in np.flatnonzero(~present.set_aside) if keys[row] not in known)
     raise StoreMismatchError(
         f"The gradient store {present.path} was made with other data: {len(stored - known)} of its {len(stored)} "
         f"responses are not in this data set (the first is row {foreign} of the store), and {len(known - stored)} of "

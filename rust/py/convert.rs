@@ -67,7 +67,7 @@ enum RowsValues<'py> {
     F16(Matrix<'py, f16>),
     /// bfloat16, for which NumPy has no type, crosses as its bits.
     Bits(Matrix<'py, u16>),
-    I8(Matrix<'py, i8>, Vector<'py, f32>),
+    I8(Matrix<'py, i8>, Option<Vector<'py, f32>>),
 }
 
 impl<'py> RowsArray<'py> {
@@ -102,7 +102,7 @@ impl<'py> RowsArray<'py> {
                     let value = f64::from(scales.slice()[index]);
                     return Err(Error::NotFinite { array: "scales", index, value }.into());
                 }
-                Ok(Self { values: RowsValues::I8(Matrix::new(name, array)?, scales), mapped: is_mapped(array)? })
+                Ok(Self { values: RowsValues::I8(Matrix::new(name, array)?, Some(scales)), mapped: is_mapped(array)? })
             }
             Some(_) => Err(PyValueError::new_err(format!("`scales` belong to int8 `{name}` alone; leave them out"))),
             None if is_int8 => Err(PyValueError::new_err(format!("int8 `{name}` need `scales`, one for each row"))),
@@ -110,11 +110,25 @@ impl<'py> RowsArray<'py> {
         }
     }
 
+    /// The rows of pairs: as [`RowsArray::with_scales`], and of int8 whose factors are in the coefficients of the pairs.
+    ///
+    /// # Errors
+    /// As [`RowsArray::with_scales`].
+    pub fn of_pairs(array: &Bound<'py, PyAny>, scales: Option<&Bound<'py, PyAny>>) -> PyResult<Self> {
+        let name = "rows";
+        if scales.is_none() && untyped(name, array, 2)?.dtype().is_equiv_to(&i8::get_dtype(array.py())) {
+            return Ok(Self { values: RowsValues::I8(Matrix::new(name, array)?, None), mapped: is_mapped(array)? });
+        }
+        Self::with_scales(name, array, scales)
+    }
+
     pub fn rows(&self) -> Result<Rows<'_>> {
         let (values, shape) = match &self.values {
             RowsValues::F32(array) => (Values::F32(array.slice()), array.shape()),
             RowsValues::F16(array) => (Values::F16(array.slice()), array.shape()),
-            RowsValues::I8(array, scales) => (Values::I8(array.slice(), scales.slice()), array.shape()),
+            RowsValues::I8(array, scales) => {
+                (Values::I8(array.slice(), scales.as_ref().map(Vector::slice)), array.shape())
+            }
             RowsValues::Bits(array) => (Values::Bf16(array.slice().reinterpret_cast::<bf16>()), array.shape()),
         };
         let mut rows = Rows::new(values, shape[0], shape[1])?;

@@ -23,7 +23,8 @@ use crate::progress::Progress;
 /// product n d in bytes and not in numbers, and n d + 8 q (d + s) bytes.
 ///
 /// Args:
-///     rows: (n, d) C-contiguous float32, float16 or uint16 (the bits of bfloat16); memory maps are fine.
+///     rows: (n, d) C-contiguous float32, float16, uint16 (the bits of bfloat16) or int8, whose scales then are in the
+///         coefficients; memory maps are fine.
 ///     pairs: (P, 2) int64: the two rows of each pair.
 ///     coefficients: (P, 2) float32: a and b of each pair, such that z_p has unit length.
 ///     clusters: (P,) int32: the cluster of each pair, not negative.
@@ -62,7 +63,7 @@ pub fn coreset<'py>(
     threads: Option<usize>,
     progress: Option<Py<PyAny>>,
 ) -> PyResult<(Bound<'py, PyArray1<i64>>, Bound<'py, PyArray1<f64>>)> {
-    let arrays = PairArrays::new(RowsArray::new("rows", rows)?, pairs, coefficients)?;
+    let arrays = PairArrays::new(RowsArray::of_pairs(rows, None)?, pairs, coefficients)?;
     let pairs = arrays.pairs()?;
     let clusters = Vector::<i32>::new("clusters", clusters)?;
     let clusters = clusters.slice();

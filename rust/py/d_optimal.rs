@@ -21,7 +21,8 @@ use crate::progress::Progress;
 /// d = 8192.
 ///
 /// Args:
-///     rows: (n, d) C-contiguous float32, float16 or uint16 (the bits of bfloat16), d <= 8192; memory maps are fine.
+///     rows: (n, d) C-contiguous float32, float16, uint16 (the bits of bfloat16) or int8, whose scales then are in the
+///         coefficients; d <= 8192; memory maps are fine.
 ///     pairs: (P, 2) int64: the two rows of each pair.
 ///     coefficients: (P, 2) float32: a and b of each pair.
 ///     budget: Pairs to pick.
@@ -60,7 +61,7 @@ pub fn d_optimal<'py>(
     threads: Option<usize>,
     progress: Option<Py<PyAny>>,
 ) -> PyResult<(Bound<'py, PyArray1<i64>>, Bound<'py, PyArray1<f64>>)> {
-    let arrays = PairArrays::new(RowsArray::new("rows", rows)?, pairs, coefficients)?;
+    let arrays = PairArrays::new(RowsArray::of_pairs(rows, None)?, pairs, coefficients)?;
     let pairs = arrays.pairs()?;
     let limit_arrays = LimitArrays::new(eligible, prompts, max_depth)?;
     let limits = limit_arrays.limits();

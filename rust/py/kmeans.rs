@@ -219,7 +219,7 @@ pub fn assign(
 ///     pairs: (P, 2) int64: the two rows of each pair.
 ///     coefficients: (P, 2) float32: a and b of each pair.
 ///     k: Number of clusters, at most P.
-///     scales: (n,) float32, with int8 rows: row i stands for scales[i] * rows[i].
+///     scales: (n,) float32, with int8 rows: row i stands for scales[i] * rows[i]; None if the coefficients say so.
 ///     init: "k-means++" (k-means‖, then greedy k-means++ with 2 + ln k trials for each centroid), or the first
 ///         centroids, (k, d) float32.
 ///     metric: "euclidean", or "cosine" for spherical k-means.
@@ -261,7 +261,7 @@ pub fn pair_kmeans(
     threads: Option<usize>,
     progress: Option<Py<PyAny>>,
 ) -> PyResult<KMeansResult> {
-    let arrays = PairArrays::new(RowsArray::with_scales("rows", rows, scales)?, pairs, coefficients)?;
+    let arrays = PairArrays::new(RowsArray::of_pairs(rows, scales)?, pairs, coefficients)?;
     let pairs = arrays.pairs()?;
     let params = Params {
         clusters: k,

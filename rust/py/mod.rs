@@ -23,13 +23,13 @@ mod _core {
     #[pymodule_export]
     use super::depth::allocate_depth;
     #[pymodule_export]
-    use super::errors::StoreError;
+    use super::errors::{StoreDamagedError, StoreError, StoreLockedError, StoreVersionError};
     #[pymodule_export]
     use super::kmeans::{KMeansResult, assign, kmeans, pair_kmeans};
     #[pymodule_export]
     use super::sketch::Sketcher;
     #[pymodule_export]
-    use super::store::{StoreReader, StoreWriter};
+    use super::store::{StoreReader, StoreRepair, StoreWriter, repair_store};
     #[pymodule_export]
     use super::usefulness::{PairScores, pair_norms, ranking_keys, score_pairs};
 

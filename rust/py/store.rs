@@ -12,35 +12,44 @@ use super::convert::{Matrix, Vector};
 use super::run::run;
 use crate::error::{Error, Result};
 use crate::store::format::{Manifest, RECORD_BYTES};
-use crate::store::{self};
+use crate::store::{self, Tolerance};
 
-/// The one writer of a store; a context manager that flushes and closes.
+/// The one writer of a store; a context manager that commits and closes.
 #[pyclass(frozen, module = "bpo._core")]
 pub struct StoreWriter {
     path: PathBuf,
     dim: usize,
+    dtype: &'static str,
     /// None once closed.
     writer: Mutex<Option<store::StoreWriter>>,
 }
 
 impl StoreWriter {
     fn new(writer: store::StoreWriter) -> Self {
-        Self { path: writer.directory().to_path_buf(), dim: writer.dim(), writer: Mutex::new(Some(writer)) }
+        let manifest = writer.manifest();
+        Self {
+            path: writer.directory().to_path_buf(),
+            dim: manifest.dim,
+            dtype: manifest.encoding.name(),
+            writer: Mutex::new(Some(writer)),
+        }
     }
 
-    /// Runs `work` on the open writer, detached from the interpreter.
-    fn with<T: Send>(
-        &self,
-        py: Python<'_>,
-        work: impl FnOnce(&mut store::StoreWriter) -> Result<T> + Send,
-    ) -> PyResult<T> {
-        py.detach(|| {
-            let mut writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
-            match writer.as_mut() {
-                Some(writer) => work(writer).map_err(PyErr::from),
-                None => Err(PyValueError::new_err(format!("the store {} is closed", self.path.display()))),
-            }
-        })
+    /// Runs `work` on the open writer.
+    fn with<T>(&self, work: impl FnOnce(&mut store::StoreWriter) -> Result<T>) -> Result<T> {
+        let mut writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
+        match writer.as_mut() {
+            Some(writer) => work(writer),
+            None => Err(Error::StoreClosed { path: self.path.clone() }),
+        }
+    }
+
+    /// Commits, and releases the lock whether that worked or not.
+    fn finish(&self) -> Result<()> {
+        match self.writer.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            Some(mut writer) => writer.appender().close(),
+            None => Ok(()),
+        }
     }
 }
 
@@ -52,24 +61,27 @@ impl StoreWriter {
     ///     path: Directory of the store; made if it is not there.
     ///     dim: Length of a sketch.
     ///     fingerprint_json: A JSON object that says what the rows are computed from.
+    ///     dtype: How the numbers are kept: "float32", "float16", "bfloat16" or "int8".
     ///
     /// Raises:
-    ///     StoreError: If there is a store already or another process is writing to it.
+    ///     StoreError: If there is a store already; StoreLockedError if another process is writing to it.
     ///     ValueError: If an argument is out of its range.
     ///     OSError: If a file cannot be written.
     #[staticmethod]
-    fn create(py: Python<'_>, path: PathBuf, dim: usize, fingerprint_json: &str) -> PyResult<Self> {
-        let manifest = Manifest::new(dim, fingerprint_json)?;
+    #[pyo3(signature = (path, dim, fingerprint_json, *, dtype = "float32"))]
+    fn create(py: Python<'_>, path: PathBuf, dim: usize, fingerprint_json: &str, dtype: &str) -> PyResult<Self> {
+        let manifest = Manifest::new(dim, dtype, fingerprint_json)?;
         Ok(Self::new(py.detach(|| store::StoreWriter::create(&path, manifest))?))
     }
 
-    /// Opens a store to add rows after its last complete one; an incomplete one is cut off.
+    /// Opens a store to add rows after its last committed one; what lies behind is cut off.
     ///
     /// Args:
     ///     path: Directory of the store.
     ///
     /// Raises:
-    ///     StoreError: If the directory is not a store of this version or another process is writing to it.
+    ///     StoreError: If the directory is not a store of this version (StoreVersionError), is damaged
+    ///         (StoreDamagedError) or another process is writing to it (StoreLockedError).
     ///     OSError: If a file cannot be read or written.
     #[staticmethod]
     fn append_to(py: Python<'_>, path: PathBuf) -> PyResult<Self> {
@@ -88,17 +100,32 @@ impl StoreWriter {
         self.dim
     }
 
-    /// Appends rows. If that fails, the store keeps the rows that it had.
+    /// How the numbers are kept.
+    #[getter]
+    fn dtype(&self) -> &'static str {
+        self.dtype
+    }
+
+    /// Rows that are on disk and that no crash takes away.
+    ///
+    /// Raises:
+    ///     ValueError: If the writer is closed.
+    #[getter]
+    fn committed(&self) -> PyResult<u64> {
+        Ok(self.with(|writer| Ok(writer.appender().committed()))?)
+    }
+
+    /// Appends rows, which count once they are committed. If it fails, the store is as it was before.
     ///
     /// Args:
     ///     sketches: (n, dim) C-contiguous float32.
-    ///     records: (n,) C-contiguous array whose items have the 64 bytes of a record: prompt_id (16 bytes), response_id
-    ///         (16 bytes), score (float64), logp, ref_logp (float32), length, flags (uint32), log_weight (float32),
-    ///         crc32 (uint32), all little-endian. The crc32 is filled in.
+    ///     records: (n,) C-contiguous array whose items have the 72 bytes of a record: prompt_id (16 bytes), response_id
+    ///         (16 bytes), score (float64), logp, ref_logp (float32), length, flags (uint32), log_weight, scale (float32),
+    ///         row_crc32, crc32 (uint32), all little-endian. The last three are filled in.
     ///
     /// Raises:
     ///     TypeError: If an array has another dtype.
-    ///     ValueError: If an array has another shape or layout, or the writer is closed.
+    ///     ValueError: If an array has another shape or layout, a value is not finite, or the writer is closed.
     ///     OSError: If a file cannot be written.
     fn append(&self, py: Python<'_>, sketches: &Bound<'_, PyAny>, records: &Bound<'_, PyAny>) -> PyResult<()> {
         let sketches = Matrix::<f32>::new("sketches", sketches)?;
@@ -109,31 +136,56 @@ impl StoreWriter {
         let sketches = sketches.slice();
         let records = record_bytes(records)?;
         let records = records.slice();
-        self.with(py, |writer| writer.append(sketches, records))
+        Ok(py.detach(|| self.with(|writer| writer.appender().append(sketches, records)))?)
     }
 
-    /// Waits until everything is on disk.
+    /// Appends rows of another store and commits them: the same bytes where both have the same dtype.
+    ///
+    /// Args:
+    ///     reader: The other store.
+    ///     wanted: (len(reader),) bool: which of its rows; those that are set aside are left out.
+    ///     progress: Called with (done, total) at most ten times a second, and at the end.
     ///
     /// Raises:
-    ///     OSError: If the operating system could not write.
-    ///     ValueError: If the writer is closed.
-    fn flush(&self, py: Python<'_>) -> PyResult<()> {
-        self.with(py, store::StoreWriter::flush)
+    ///     StoreDamagedError: If a row is not as it was written.
+    ///     ValueError: If the shapes do not fit, or the writer is closed.
+    ///     OSError: If a file cannot be read or written.
+    #[pyo3(signature = (reader, wanted, *, progress = None))]
+    fn copy_from(
+        &self,
+        py: Python<'_>,
+        reader: &StoreReader,
+        wanted: &Bound<'_, PyAny>,
+        progress: Option<Py<PyAny>>,
+    ) -> PyResult<()> {
+        let wanted = Vector::<bool>::new("wanted", wanted)?;
+        let wanted = wanted.slice();
+        run(py, Some(1), progress.as_ref(), |progress| {
+            self.with(|writer| writer.copy_from(&reader.0, wanted, progress))
+        })
     }
 
-    /// Flushes and releases the lock. Closing again does nothing.
+    /// Waits until everything appended is on disk, and counts it.
+    ///
+    /// Raises:
+    ///     OSError: If the operating system could not write; the rows committed before are kept, and the store has to be
+    ///         opened anew to go on.
+    ///     ValueError: If the writer is closed.
+    fn commit(&self, py: Python<'_>) -> PyResult<()> {
+        Ok(py.detach(|| self.with(|writer| writer.appender().commit()))?)
+    }
+
+    /// Commits and releases the lock. Closing again does nothing.
     ///
     /// Raises:
     ///     OSError: If the operating system could not write.
     fn close(&self, py: Python<'_>) -> PyResult<()> {
-        py.detach(|| match self.writer.lock().unwrap_or_else(PoisonError::into_inner).take() {
-            Some(mut writer) => Ok(writer.flush()?),
-            None => Ok(()),
-        })
+        Ok(py.detach(|| self.finish())?)
     }
 
-    fn __len__(&self, py: Python<'_>) -> PyResult<usize> {
-        self.with(py, |writer| Ok(writer.count() as usize))
+    /// Rows, those included that are not committed yet.
+    fn __len__(&self) -> PyResult<usize> {
+        Ok(self.with(|writer| Ok(writer.count() as usize))?)
     }
 
     fn __enter__(slf: Py<Self>) -> Py<Self> {
@@ -143,11 +195,13 @@ impl StoreWriter {
     fn __exit__(
         &self,
         py: Python<'_>,
-        _exception_type: &Bound<'_, PyAny>,
+        exception_type: &Bound<'_, PyAny>,
         _exception: &Bound<'_, PyAny>,
         _traceback: &Bound<'_, PyAny>,
     ) -> PyResult<()> {
-        self.close(py)
+        let closed = self.close(py);
+        // The first error is the one to look at; a full disk, for one, would fail here again.
+        if exception_type.is_none() { closed } else { Ok(()) }
     }
 }
 
@@ -171,13 +225,14 @@ fn record_bytes<'py>(records: &Bound<'py, PyAny>) -> PyResult<Vector<'py, u8>> {
     Vector::new("records", &records.call_method1("view", ("uint8",))?)
 }
 
-/// The rows that were complete when the store was opened. Any number of readers may be at work beside one writer.
+/// The rows that were committed when the store was opened. Any number of readers may be at work beside one writer.
 ///
 /// Args:
 ///     path: Directory of the store.
+///     skip_damaged: Whether to open a store of which some rows are damaged or lost; they then read as set aside.
 ///
 /// Raises:
-///     StoreError: If the directory is not a store of this version.
+///     StoreError: If the directory is not a store of this version (StoreVersionError) or damaged (StoreDamagedError).
 ///     OSError: If a file cannot be read.
 #[pyclass(frozen, module = "bpo._core")]
 pub struct StoreReader(store::StoreReader);
@@ -185,8 +240,10 @@ pub struct StoreReader(store::StoreReader);
 #[pymethods]
 impl StoreReader {
     #[new]
-    fn new(py: Python<'_>, path: PathBuf) -> PyResult<Self> {
-        Ok(Self(py.detach(|| store::StoreReader::open(&path))?))
+    #[pyo3(signature = (path, *, skip_damaged = false))]
+    fn new(py: Python<'_>, path: PathBuf, skip_damaged: bool) -> PyResult<Self> {
+        let tolerance = if skip_damaged { Tolerance::SoundRows } else { Tolerance::None };
+        Ok(Self(py.detach(|| store::StoreReader::open(&path, tolerance))?))
     }
 
     /// Directory of the store.
@@ -195,10 +252,10 @@ impl StoreReader {
         self.0.paths().directory.clone()
     }
 
-    /// File of the sketches: row-major little-endian float32 without a header, of which the first len(self) rows count.
+    /// File of the sketches: row-major, little-endian, without a header, of which the first len(self) rows count.
     #[getter]
     fn rows_path(&self) -> PathBuf {
-        self.0.paths().rows.clone()
+        self.0.rows_path()
     }
 
     /// Length of a sketch.
@@ -207,39 +264,112 @@ impl StoreReader {
         self.0.manifest().dim
     }
 
+    /// How the numbers are kept.
+    #[getter]
+    fn dtype(&self) -> &'static str {
+        self.0.manifest().encoding.name()
+    }
+
     /// The JSON object that the store was made with.
     #[getter]
     fn fingerprint_json(&self) -> String {
         serde_json::Value::from(self.0.manifest().fingerprint.clone()).to_string()
     }
 
+    /// Bytes behind the last committed row: of a writer at work, or of one that died.
+    #[getter]
+    fn tail_bytes(&self) -> u64 {
+        self.0.tail()
+    }
+
     fn __len__(&self) -> usize {
         self.0.count() as usize
     }
 
-    /// Reads the records.
+    /// Reads the records and checks them once more.
     ///
     /// Returns:
-    ///     (64 * len(self),) uint8.
+    ///     (72 * len(self),) uint8.
     ///
     /// Raises:
+    ///     StoreDamagedError: If the file was damaged since the store was opened.
     ///     OSError: If the file cannot be read.
     fn records<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyArray1<u8>>> {
         Ok(py.detach(|| self.0.records())?.into_pyarray(py))
     }
 
-    /// Checks the CRC of every row.
+    /// Reads rows and checks the CRCs of each and of its record.
     ///
     /// Args:
+    ///     wanted: (len(self),) bool: which rows; None for all.
+    ///     threads: Threads to use; all cores if None.
     ///     progress: Called with (done, total) at most ten times a second, and at the end.
     ///
     /// Returns:
     ///     (m,) int64: the indices of the damaged rows, ascending.
     ///
     /// Raises:
+    ///     ValueError: If wanted has another shape.
     ///     OSError: If a file cannot be read.
-    #[pyo3(signature = (progress = None))]
-    fn verify<'py>(&self, py: Python<'py>, progress: Option<Py<PyAny>>) -> PyResult<Bound<'py, PyArray1<i64>>> {
-        Ok(run(py, Some(1), progress.as_ref(), |progress| self.0.verify(progress))?.into_pyarray(py))
+    #[pyo3(signature = (wanted = None, *, threads = None, progress = None))]
+    fn verify<'py>(
+        &self,
+        py: Python<'py>,
+        wanted: Option<&Bound<'_, PyAny>>,
+        threads: Option<usize>,
+        progress: Option<Py<PyAny>>,
+    ) -> PyResult<Bound<'py, PyArray1<i64>>> {
+        let wanted = wanted.map(|wanted| Vector::<bool>::new("wanted", wanted)).transpose()?;
+        let wanted = wanted.as_ref().map(Vector::slice);
+        let damaged = run(py, threads, progress.as_ref(), |progress| self.0.verify(wanted, progress))?;
+        Ok(indices(py, damaged))
     }
+}
+
+/// What repair_store did.
+#[pyclass(frozen, get_all, module = "bpo._core")]
+pub struct StoreRepair {
+    /// Names of the files that were written anew.
+    mended: Vec<String>,
+    /// (m,) int64: damaged rows that are set aside now, ascending.
+    set_aside: Py<PyArray1<i64>>,
+    /// Rows at the end that a file cut short had lost.
+    lost: u64,
+    /// Bytes cut off behind the last committed row.
+    cut_bytes: u64,
+    /// Rows of the store, those that are set aside included.
+    count: u64,
+}
+
+/// Mends a store as far as it can be. Sound rows stay where they are; damaged ones are set aside, so that the next run
+/// computes them anew.
+///
+/// Args:
+///     path: Directory of the store.
+///     threads: Threads to use; all cores if None.
+///     progress: Called with (done, total) at most ten times a second, and at the end.
+///
+/// Raises:
+///     StoreError: If nothing says any more what the rows are, or another process is writing to the store.
+///     OSError: If a file cannot be read or written; nothing is given up then.
+#[pyfunction]
+#[pyo3(signature = (path, *, threads = None, progress = None))]
+pub fn repair_store(
+    py: Python<'_>,
+    path: PathBuf,
+    threads: Option<usize>,
+    progress: Option<Py<PyAny>>,
+) -> PyResult<StoreRepair> {
+    let done = run(py, threads, progress.as_ref(), |progress| store::repair(&path, progress))?;
+    Ok(StoreRepair {
+        mended: done.mended,
+        set_aside: indices(py, done.set_aside).unbind(),
+        lost: done.lost,
+        cut_bytes: done.cut,
+        count: done.count,
+    })
+}
+
+fn indices(py: Python<'_>, rows: Vec<u64>) -> Bound<'_, PyArray1<i64>> {
+    rows.into_iter().map(|row| row as i64).collect::<Vec<_>>().into_pyarray(py)
 }

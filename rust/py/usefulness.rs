@@ -14,7 +14,8 @@ use crate::usefulness::{self, Ranking};
 /// Lengths of pairs: the informativeness ||a_p * rows[w_p] + b_p * rows[l_p]||.
 ///
 /// Args:
-///     rows: (n, d) C-contiguous float32, float16 or uint16 (the bits of bfloat16); memory maps are fine.
+///     rows: (n, d) C-contiguous float32, float16, uint16 (the bits of bfloat16) or int8, whose scales then are in the
+///         coefficients; memory maps are fine.
 ///     pairs: (P, 2) int64: the two rows of each pair.
 ///     coefficients: (P, 2) float32: a and b of each pair.
 ///     threads: Threads to use; all cores if None. Does not change any bit of the result.
@@ -36,7 +37,7 @@ pub fn pair_norms<'py>(
     threads: Option<usize>,
     progress: Option<Py<PyAny>>,
 ) -> PyResult<Bound<'py, PyArray1<f32>>> {
-    let arrays = PairArrays::new(RowsArray::new("rows", rows)?, pairs, coefficients)?;
+    let arrays = PairArrays::new(RowsArray::of_pairs(rows, None)?, pairs, coefficients)?;
     let pairs = arrays.pairs()?;
     let norms = |progress: &Progress| usefulness::pair_norms(&pairs.points()?, progress);
     Ok(run(py, threads, progress.as_ref(), norms)?.into_pyarray(py))
@@ -58,7 +59,8 @@ pub struct PairScores {
 /// Scores pairs z_p = a_p * rows[w_p] + b_p * rows[l_p] against the centroids of their clusters.
 ///
 /// Args:
-///     rows: (n, d) C-contiguous float32, float16 or uint16 (the bits of bfloat16); memory maps are fine.
+///     rows: (n, d) C-contiguous float32, float16, uint16 (the bits of bfloat16) or int8, whose scales then are in the
+///         coefficients; memory maps are fine.
 ///     pairs: (P, 2) int64: the two rows of each pair.
 ///     coefficients: (P, 2) float32: a and b of each pair, such that z_p has unit length.
 ///     centroids: (k, d) float32.
@@ -87,7 +89,7 @@ pub fn score_pairs(
     threads: Option<usize>,
     progress: Option<Py<PyAny>>,
 ) -> PyResult<PairScores> {
-    let arrays = PairArrays::new(RowsArray::new("rows", rows)?, pairs, coefficients)?;
+    let arrays = PairArrays::new(RowsArray::of_pairs(rows, None)?, pairs, coefficients)?;
     let pairs = arrays.pairs()?;
     let centroids = Matrix::<f32>::new("centroids", centroids)?;
     if centroids.shape()[1] != pairs.rows.dim() {

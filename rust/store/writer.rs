@@ -1,26 +1,214 @@
 //! The one writer of a store.
+//!
+//! Rows are written as they come, and count once they are committed: the rows are synced, then their records and one of
+//! the two counts of the header are written, and synced. What a commit was interrupted in is the rows since the last
+//! one: the other count still says where these begin, and the records between the two, which have CRCs of their own,
+//! say whether it came through.
 
 use std::fs::{self, File, OpenOptions, TryLockError};
-use std::io::{Seek, SeekFrom, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use super::format::{Manifest, Paths, RECORD_BYTES, at, seal};
+use super::disk::Disk;
+use super::format::{
+    Header, Manifest, Paths, RECORD_BYTES, at, doing, record_offset, replace, scale, seal, slot_bytes, slot_offset,
+    sync_directory,
+};
+use super::reader::{StoreReader, Tolerance, lost_manifest, read_manifest};
 use crate::error::{Error, Result};
+use crate::progress::Progress;
 
-/// Appends rows. Holds the lock of the store until it is dropped.
+/// Appends rows to two files, committing in steps.
+#[derive(Debug)]
+pub struct Appender<D> {
+    manifest: Manifest,
+    rows: D,
+    records: D,
+    rows_path: PathBuf,
+    records_path: PathBuf,
+    committed: u64,
+    /// Records of the rows that were written since.
+    pending: Vec<u8>,
+    /// The slot that the next commit writes to.
+    slot: usize,
+    /// Whether the files are in a state that only opening the store anew can tell.
+    failed: bool,
+}
+
+impl<D: Disk> Appender<D> {
+    /// Goes on after `committed` rows: makes both counts say so, then cuts off what lies behind.
+    ///
+    /// # Errors
+    /// If a file cannot be written.
+    pub fn new(
+        manifest: Manifest,
+        (rows, rows_path): (D, PathBuf),
+        (records, records_path): (D, PathBuf),
+        committed: u64,
+    ) -> Result<Self> {
+        let pending = Vec::new();
+        let mut appender =
+            Self { manifest, rows, records, rows_path, records_path, committed, pending, slot: 0, failed: false };
+        // In this order: a count must never speak of rows that are other ones by now.
+        appender.write_counts()?;
+        appender.cut()?;
+        Ok(appender)
+    }
+
+    /// Rows that no crash can take away any more.
+    pub fn committed(&self) -> u64 {
+        self.committed
+    }
+
+    /// Rows in all.
+    pub fn count(&self) -> u64 {
+        self.committed + (self.pending.len() / RECORD_BYTES) as u64
+    }
+
+    pub fn manifest(&self) -> &Manifest {
+        &self.manifest
+    }
+
+    /// Appends sketches, row-major (n, dim), and their n records; fills in scale and CRCs of each record. They count
+    /// from the next [`Appender::commit`] on. If it fails, the store is as it was before.
+    ///
+    /// # Errors
+    /// If the sizes do not fit, a value is not finite, or a file cannot be written.
+    pub fn append(&mut self, sketches: &[f32], records: &[u8]) -> Result<()> {
+        let dim = self.manifest.dim;
+        if !sketches.len().is_multiple_of(dim) {
+            return Err(Error::shape("sketches", format!("(n, {dim})"), format!("({},)", sketches.len())));
+        }
+        let count = sketches.len() / dim;
+        if records.len() != count * RECORD_BYTES {
+            let expected = format!("({count},) with {RECORD_BYTES} bytes each");
+            return Err(Error::shape("records", expected, format!("({},) bytes", records.len())));
+        }
+        let finite = |row: &[f32]| row.iter().all(|value| value.is_finite());
+        if let Some(row) = sketches.chunks_exact(dim).position(|row| !finite(row)) {
+            return Err(Error::NonFiniteRow { array: "sketches", row });
+        }
+        let mut encoded = Vec::with_capacity(count * self.manifest.row_bytes());
+        let scales: Vec<f32> =
+            sketches.chunks_exact(dim).map(|row| self.manifest.encoding.encode(row, &mut encoded)).collect();
+        self.append_encoded(&encoded, &scales, records)
+    }
+
+    /// Appends rows that are encoded already, with the scale of each.
+    ///
+    /// # Errors
+    /// If a file cannot be written, or could not be before.
+    ///
+    /// # Panics
+    /// If the sizes do not fit.
+    pub fn append_encoded(&mut self, encoded: &[u8], scales: &[f32], records: &[u8]) -> Result<()> {
+        let row_bytes = self.manifest.row_bytes();
+        assert!(encoded.len() == scales.len() * row_bytes && records.len() == scales.len() * RECORD_BYTES);
+        self.check()?;
+        let first = self.count();
+        let mut records = records.to_vec();
+        let parts = records.chunks_exact_mut(RECORD_BYTES).zip(encoded.chunks_exact(row_bytes)).zip(scales);
+        for (row, ((record, encoded), &scale)) in (first..).zip(parts) {
+            seal(record, row, scale, encoded);
+        }
+        if let Err(error) = self.rows.write_at(encoded, first * row_bytes as u64) {
+            self.give_back();
+            let what = || format!("writing {} rows from row {first} on; the {first} before are kept", scales.len());
+            return Err(doing(&self.rows_path, what)(error));
+        }
+        self.pending.extend(records);
+        Ok(())
+    }
+
+    /// Waits until everything appended is on disk, and counts it. If it fails, what was committed before is kept.
+    ///
+    /// # Errors
+    /// If the operating system could not write. Then, or if it failed before, the store has to be opened anew.
+    pub fn commit(&mut self) -> Result<()> {
+        if self.pending.is_empty() {
+            return Ok(());
+        }
+        self.check()?;
+        let count = self.count();
+        let result = self.write_commit(count);
+        if result.is_err() {
+            // After a failed sync the system may have dropped what it could not write: the files say one thing now and
+            // another after a restart.
+            self.failed = true;
+            self.pending.clear();
+            self.give_back();
+        } else {
+            self.pending.clear();
+            self.committed = count;
+            self.slot = 1 - self.slot;
+        }
+        result
+    }
+
+    fn write_commit(&mut self, count: u64) -> Result<()> {
+        let first = self.committed;
+        let what = || format!("committing rows {first} to {}; those before are kept", count - 1);
+        self.rows.sync().map_err(doing(&self.rows_path, what))?;
+        let written = self
+            .records
+            .write_at(&self.pending, record_offset(self.committed))
+            .and_then(|()| self.records.write_at(&slot_bytes(count), slot_offset(self.slot) as u64))
+            .and_then(|()| self.records.sync());
+        written.map_err(doing(&self.records_path, what))
+    }
+
+    /// Commits, and makes both counts of the header agree: a store that was closed is the same whenever it was
+    /// committed, and damage to it cannot be taken for an interrupted commit.
+    ///
+    /// # Errors
+    /// As [`Appender::commit`].
+    pub fn close(&mut self) -> Result<()> {
+        self.commit()?;
+        if self.failed { Ok(()) } else { self.write_counts() }
+    }
+
+    /// One after the other, so that a crash leaves one of them whole.
+    fn write_counts(&mut self) -> Result<()> {
+        for slot in 0..2 {
+            let written = self.records.write_at(&slot_bytes(self.committed), slot_offset(slot) as u64);
+            written.and_then(|()| self.records.sync()).map_err(at(&self.records_path))?;
+        }
+        Ok(())
+    }
+
+    /// Cuts off whatever lies behind the last committed row.
+    fn cut(&mut self) -> Result<()> {
+        let rows = self.committed * self.manifest.row_bytes() as u64;
+        self.rows.set_len(rows).map_err(at(&self.rows_path))?;
+        self.records.set_len(record_offset(self.committed)).map_err(at(&self.records_path))
+    }
+
+    /// Gives the room of rows that could not be written back, as far as that goes: what is left of them counts nothing.
+    fn give_back(&mut self) {
+        let rows = self.count() * self.manifest.row_bytes() as u64;
+        let _ = self.rows.set_len(rows);
+        let _ = self.records.set_len(record_offset(self.committed));
+    }
+
+    fn check(&self) -> Result<()> {
+        if self.failed {
+            let reason = "writing failed before; open the store anew to go on after the rows that are kept".to_owned();
+            return Err(Error::StoreFormat { path: self.rows_path.clone(), reason });
+        }
+        Ok(())
+    }
+}
+
+/// Appends rows to a store in a directory. Holds its lock until it is dropped.
 #[derive(Debug)]
 pub struct StoreWriter {
     paths: Paths,
-    manifest: Manifest,
-    rows: File,
-    records: File,
-    count: u64,
+    appender: Appender<File>,
     /// Locked; the lock goes with the file handle.
     _lock: File,
 }
 
 impl StoreWriter {
-    /// Makes a new store in `directory`, which may exist.
+    /// Makes a new store in `directory`, which may exist, or finishes making one.
     ///
     /// # Errors
     /// If there is a store already, another process is writing to it, or a file cannot be written.
@@ -32,105 +220,101 @@ impl StoreWriter {
             let reason = "there is a store already; append to it, or choose another directory".to_owned();
             return Err(Error::StoreFormat { path: paths.directory, reason });
         }
-        manifest.write(&paths)?;
-        Self::open(paths, manifest, lock)
+        if let Some(error) = lost_manifest(&paths) {
+            return Err(error);
+        }
+        let bytes = manifest.to_bytes();
+        let rows = paths.rows(manifest.encoding);
+        let header = Header::bytes(crc32fast::hash(&bytes), 0);
+        for (path, content) in [(&rows, &[][..]), (&paths.records, &header[..])] {
+            fs::write(path, content).and_then(|()| File::open(path)?.sync_all()).map_err(at(path))?;
+        }
+        // The manifest goes last, so that there is a store or there is none.
+        replace(&paths.copy, &bytes)?;
+        replace(&paths.manifest, &bytes)?;
+        sync_directory(directory)?;
+        Self::open(paths, manifest, 0, lock)
     }
 
-    /// Opens the store in `directory` to add rows after the last complete one.
+    /// Opens the store in `directory` to add rows after the last committed one.
     ///
     /// # Errors
-    /// If there is no store, its manifest is not valid, another process is writing to it, or a file cannot be written.
+    /// If there is no store, it is damaged, another process is writing to it, or a file cannot be written.
     pub fn append_to(directory: &Path) -> Result<Self> {
-        let paths = Paths::new(directory);
-        let manifest = Manifest::read(&paths.manifest)?;
-        let lock = lock(&paths)?;
-        Self::open(paths, manifest, lock)
+        // Before the lock, so that nothing is made where no store is.
+        read_manifest(&Paths::new(directory))?;
+        let lock = lock(&Paths::new(directory))?;
+        let (paths, manifest, count) = StoreReader::open(directory, Tolerance::None)?.into_parts();
+        Self::open(paths, manifest, count, lock)
     }
 
-    fn open(paths: Paths, manifest: Manifest, lock: File) -> Result<Self> {
-        let open = |path: &Path| {
-            OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path).map_err(at(path))
+    fn open(paths: Paths, manifest: Manifest, count: u64, lock: File) -> Result<Self> {
+        let open = |path: PathBuf| {
+            let file = OpenOptions::new().write(true).open(&path).map_err(at(&path))?;
+            Ok::<_, Error>((file, path))
         };
-        let (rows, records) = (open(&paths.rows)?, open(&paths.records)?);
-        let size = |file: &File, path: &Path| Ok(file.metadata().map_err(at(path))?.len());
-        let count = manifest.complete_rows(size(&rows, &paths.rows)?, size(&records, &paths.records)?);
-        let mut writer = Self { paths, manifest, rows, records, count, _lock: lock };
-        writer.cut_tail()?;
-        Ok(writer)
+        let (rows, records) = (open(paths.rows(manifest.encoding))?, open(paths.records.clone())?);
+        let appender = Appender::new(manifest, rows, records, count)?;
+        Ok(Self { paths, appender, _lock: lock })
+    }
+
+    pub fn appender(&mut self) -> &mut Appender<File> {
+        &mut self.appender
     }
 
     pub fn count(&self) -> u64 {
-        self.count
+        self.appender.count()
     }
 
-    pub fn dim(&self) -> usize {
-        self.manifest.dim
+    pub fn manifest(&self) -> &Manifest {
+        self.appender.manifest()
     }
 
     pub fn directory(&self) -> &Path {
         &self.paths.directory
     }
 
-    /// Appends sketches, row-major (n, dim), and their n records; fills in the CRC of each record.
-    ///
-    /// Sketches are written before records, so a row without a record is never counted. If a write fails, the store
-    /// goes back to the rows that it had.
+    /// Appends and commits the rows of another store that `wanted` says, bytes and all where the encodings are the same.
     ///
     /// # Errors
-    /// If the sizes do not fit or a file cannot be written.
-    pub fn append(&mut self, sketches: &[f32], records: &[u8]) -> Result<()> {
-        let dim = self.manifest.dim;
-        let count = sketches.len() / dim;
-        if sketches.len() != count * dim {
-            return Err(Error::shape("sketches", format!("(n, {dim})"), format!("({},)", sketches.len())));
+    /// If the other store is damaged or its rows have another length, or a file cannot be read or written.
+    pub fn copy_from(&mut self, other: &StoreReader, wanted: &[bool], progress: &Progress) -> Result<()> {
+        let (ours, theirs) = (self.manifest().clone(), other.manifest().clone());
+        if ours.dim != theirs.dim {
+            return Err(Error::argument("dim", format!("{} in every store", ours.dim), theirs.dim));
         }
-        if records.len() != count * RECORD_BYTES {
-            let expected = format!("({count},) with {RECORD_BYTES} bytes each");
-            return Err(Error::shape("records", expected, format!("({},) bytes", records.len())));
-        }
-        let rows: Vec<u8> = sketches.iter().flat_map(|value| value.to_le_bytes()).collect();
-        let mut records = records.to_vec();
-        for (record, row) in records.chunks_exact_mut(RECORD_BYTES).zip(rows.chunks_exact(self.manifest.row_bytes())) {
-            seal(record, row);
-        }
-        let written = self
-            .rows
-            .write_all(&rows)
-            .map_err(at(&self.paths.rows))
-            .and_then(|()| self.records.write_all(&records).map_err(at(&self.paths.records)));
-        if let Err(error) = written {
-            self.cut_tail()?;
-            return Err(error);
-        }
-        self.count += count as u64;
-        Ok(())
-    }
-
-    /// Waits until everything is on disk.
-    ///
-    /// # Errors
-    /// If the operating system could not write.
-    pub fn flush(&mut self) -> Result<()> {
-        self.rows.sync_data().map_err(at(&self.paths.rows))?;
-        self.records.sync_data().map_err(at(&self.paths.records))
-    }
-
-    /// Cuts off whatever lies behind the last complete row, and moves there.
-    fn cut_tail(&mut self) -> Result<()> {
-        let cut = |file: &mut File, path: &Path, size: u64| {
-            file.set_len(size).and_then(|()| file.seek(SeekFrom::Start(size))).map_err(at(path)).map(|_| ())
-        };
-        cut(&mut self.rows, &self.paths.rows, self.count * self.manifest.row_bytes() as u64)?;
-        cut(&mut self.records, &self.paths.records, self.count * RECORD_BYTES as u64)
+        let same = ours.encoding == theirs.encoding;
+        other.read_rows(wanted, progress, |rows| {
+            let records: Vec<u8> = rows.iter().flat_map(|row| row.record).copied().collect();
+            if same {
+                let encoded: Vec<u8> = rows.iter().flat_map(|row| row.encoded).copied().collect();
+                let scales: Vec<f32> = rows.iter().map(|row| scale(row.record)).collect();
+                self.appender.append_encoded(&encoded, &scales, &records)?;
+            } else {
+                let mut sketches = vec![0.0; rows.len() * theirs.dim];
+                for (row, out) in rows.iter().zip(sketches.chunks_exact_mut(theirs.dim)) {
+                    theirs.encoding.decode(row.encoded, scale(row.record), out);
+                }
+                self.appender.append(&sketches, &records)?;
+            }
+            self.appender.commit()
+        })
     }
 }
 
-fn lock(paths: &Paths) -> Result<File> {
+/// Takes the lock of a store.
+///
+/// # Errors
+/// If another process has it, or the file system knows no locks.
+pub fn lock(paths: &Paths) -> Result<File> {
     let path = &paths.lock;
     let file = OpenOptions::new().write(true).create(true).truncate(false).open(path).map_err(at(path))?;
     match file.try_lock() {
         Ok(()) => Ok(file),
         Err(TryLockError::WouldBlock) => Err(Error::StoreLocked { path: paths.directory.clone() }),
-        Err(TryLockError::Error(source)) => Err(Error::Io { path: path.clone(), source }),
+        Err(TryLockError::Error(source)) => {
+            let what = || "locking; name a directory on a file system that has locks".to_owned();
+            Err(doing(path, what)(source))
+        }
     }
 }

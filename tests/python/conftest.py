@@ -118,7 +118,7 @@ def caught(forward, features, plan, rows):
 
 
 def stored(model, rows, tokenizer, store=None, **settings):
-    """The gradient store of some rows of data, with small sketches."""
+    """The gradient store of some rows of data, with small sketches that are kept as they are."""
     from bpo import SelectConfig, collect_gradients
 
     return collect_gradients(
@@ -126,7 +126,7 @@ def stored(model, rows, tokenizer, store=None, **settings):
         rows,
         processing_class=tokenizer,
         store=store,
-        config=SelectConfig(**{"sketch_dim": 64, **settings}),
+        config=SelectConfig(**{"sketch_dim": 64, "sketch_dtype": "float32", **settings}),
         progress=False,
     )
 

@@ -21,7 +21,7 @@ from bpo.tokens import tokenize_candidates
 from conftest import scored_rows
 
 ROWS = scored_rows(4, 3)
-SKETCH = {"sketch_dim": 128, "n_clusters": 4}
+SKETCH = {"sketch_dim": 128, "sketch_dtype": "float32", "n_clusters": 4}
 
 
 @pytest.fixture(scope="module")
@@ -79,15 +79,16 @@ def pair_gradient_sketches(checkpoint, reference, tokenized, pairs, config):
 
 def test_inner_products_are_cosines_averaged_with_the_learning_rates(model_path, tokenizer, warmed):
     rates = dict(zip(warmed, (3e-5, 1e-5), strict=True))
-    config = SelectConfig(sketch_dim=128, checkpoints=rates)
+    config = SelectConfig(sketch_dim=128, sketch_dtype="float32", checkpoints=rates)
     model = load_policy(model_path, config)
     candidates, tokenized = tokenize_candidates(bpo.read_candidates(ROWS), tokenizer, 256, on_invalid="raise")
     inputs = {"config": config, "store": None, "progress": False}
     reference = collect_reference(model, tokenized, tokenizer, **inputs)
     stores = collect_checkpoints(reference, candidates, tokenized, tokenizer, **inputs)
-    features, informativeness = pair_features(
-        [_pair_gradients(store, tokenized, config) for store in stores], list(rates.values())
-    )
+    gradients = [
+        _pair_gradients(store, store.rows_of(tokenized.sequence_ids)[tokenized.pairs], config) for store in stores
+    ]
+    features, informativeness = pair_features(gradients, list(rates.values()))
 
     with torch.no_grad():
         logps = completion_logps(model, tokenized, np.arange(len(tokenized.ids)), 0).logps.numpy()

@@ -135,10 +135,10 @@ def test_store_holds_what_was_asked_and_a_second_call_computes_nothing(tokenizer
     data, config = scored_rows(4, 3), SelectConfig(sketch_dim=64)
     arguments = {"processing_class": tokenizer, "config": config, "progress": False, "store": tmp_path / "store"}
     first = collect_gradients(model, data[:2], **arguments)
-    assert len(first) == 6 and first.rows.shape == (6, 64)
+    assert len(first) == 6 and first.sketches().shape == (6, 64)
     grown = collect_gradients(model, data, **arguments)
     assert len(grown) == 12
-    np.testing.assert_array_equal(grown.rows[:6], first.rows)
+    np.testing.assert_array_equal(grown.sketches()[:6], first.sketches())
     assert len(grown.verify()) == 0
 
     def refuse(*_, **__):
@@ -146,7 +146,7 @@ def test_store_holds_what_was_asked_and_a_second_call_computes_nothing(tokenizer
 
     model.forward = refuse
     again = collect_gradients(model, data, **arguments)
-    np.testing.assert_array_equal(again.rows, grown.rows)
+    np.testing.assert_array_equal(again.sketches(), grown.sketches())
 
 
 def test_two_batch_sizes_give_the_same_rows_in_the_same_order(tokenizer):
@@ -156,13 +156,15 @@ def test_two_batch_sizes_give_the_same_rows_in_the_same_order(tokenizer):
             model,
             data,
             processing_class=tokenizer,
-            config=SelectConfig(sketch_dim=128, tokens_per_batch=tokens, threads=threads),
+            config=SelectConfig(sketch_dim=128, sketch_dtype="float32", tokens_per_batch=tokens, threads=threads),
             progress=False,
         )
         for tokens, threads in ((1, 1), (300, 2))
     ]
     np.testing.assert_array_equal(stores[0].records["response_id"], stores[1].records["response_id"])
-    np.testing.assert_allclose(stores[0].rows, stores[1].rows, rtol=1e-4, atol=1e-5 * np.abs(stores[0].rows).max())
+    np.testing.assert_allclose(
+        stores[0].sketches(), stores[1].sketches(), rtol=1e-4, atol=1e-5 * np.abs(stores[0].sketches()).max()
+    )
 
 
 def test_nan_and_zero_gradients_are_flagged(tokenizer):
@@ -177,7 +179,7 @@ def test_nan_and_zero_gradients_are_flagged(tokenizer):
         model, scored_rows(1, 3), processing_class=tokenizer, config=SelectConfig(sketch_dim=32), progress=False
     )
     assert (store.records["flags"] & 1).all()
-    assert not store.rows.any()
+    assert not store.sketches().any()
 
 
 def test_parameters_used_outside_their_module_take_the_whole_model(tokenizer, tokenized):
@@ -230,7 +232,7 @@ def test_reference_model_changes_the_log_ratios_only(tokenizer):
         )
         for reference in (None, other)
     ]
-    np.testing.assert_array_equal(stores[0].rows, stores[1].rows)
+    np.testing.assert_array_equal(stores[0].sketches(), stores[1].sketches())
     np.testing.assert_array_equal(stores[0].records["logp"], stores[0].records["ref_logp"])
     candidates = read_candidates(scored_rows(2, 3))
     tokenized = tokenize_responses(candidates, tokenizer, 256)[0]

@@ -121,7 +121,7 @@ def trainer(tokenizer, reference, tmp_path_factory):
 def stored(tokenizer, reference):
     """The same rows as bpo sees them: whole gradients, and a store of sketches."""
     model = tiny_llama(tokenizer)
-    config = SelectConfig(features="full", sketch_dim=256, ref_model=reference)
+    config = SelectConfig(features="full", sketch_dim=256, sketch_dtype="float32", ref_model=reference)
     candidates = read_candidates(ROWS + LONG_ROWS)
     assert candidates.pair_rows.tolist() == list(range(len(ROWS + LONG_ROWS)))
     with pytest.warns(UserWarning, match="1 of 6 tokenized prompts are not a prefix"):
@@ -162,7 +162,7 @@ def assert_gradient_is_that_of_trl(trainer, stored, config, row):
     (coefficients,) = coefficients_of(stored.store, stored.pairs[row : row + 1], config)
     expected = gradient_of_trl(trainer, config, row)
     sketched = _core.Sketcher(256, seed=0).sketch(expected[None])[0]
-    for rows, target in ((stored.gradients, expected), (stored.store.rows, sketched)):
+    for rows, target in ((stored.gradients, expected), (stored.store.sketches(), sketched)):
         found = coefficients @ rows[stored.pairs[row]]
         assert np.linalg.norm(found - target) <= 1e-4 * np.linalg.norm(target)
     return coefficients

@@ -87,7 +87,11 @@ def full(tokenizer, tmp_path_factory):
 def test_rows_are_sketches_of_preconditioned_autograd_gradients(kind, tokenizer, request):
     checkpoint, denominators = request.getfixturevalue(kind)
     config = SelectConfig(
-        features="full" if kind == "full" else "lora", preconditioner="checkpoint", sketch_dim=256, dtype="float32"
+        features="full" if kind == "full" else "lora",
+        preconditioner="checkpoint",
+        sketch_dim=256,
+        sketch_dtype="float32",
+        dtype="float32",
     )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*had no gradient in training")
@@ -103,7 +107,7 @@ def test_rows_are_sketches_of_preconditioned_autograd_gradients(kind, tokenizer,
         gradients = torch.autograd.grad(logp, parameters)
         exact = torch.cat([(g / denominators[name]).flatten() for name, g in zip(names, gradients, strict=True)])
         expected = _core.Sketcher(256).sketch(exact[None].numpy())[0]
-        assert np.linalg.norm(store.rows[place] - expected) <= 1e-5 * np.linalg.norm(expected)
+        assert np.linalg.norm(store.sketches()[place] - expected) <= 1e-5 * np.linalg.norm(expected)
 
 
 def test_a_trained_adapter_has_state_for_a_and_b(lora, tokenizer):
@@ -164,7 +168,7 @@ def test_a_store_knows_its_preconditioner(lora, tokenizer, tmp_path):
     again = collect_gradients(
         lora[0], ROWS, config=SelectConfig(sketch_dim=64, preconditioner=f"{lora[0]}/optimizer.pt"), **arguments
     )
-    np.testing.assert_array_equal(first.rows, again.rows)
+    np.testing.assert_array_equal(first.sketches(), again.sketches())
     with pytest.raises(StoreMismatchError, match=r"made with another preconditioner: .*… there, None here"):
         collect_gradients(lora[0], ROWS, config=plain, **arguments)
 

@@ -35,7 +35,7 @@ def reference(tokenizer):
 @pytest.fixture
 def collect(model, tokenizer):
     def run(rows, model=model, store=None, **settings):
-        config = SelectConfig(**{"sketch_dim": 64, **settings})
+        config = SelectConfig(**{"sketch_dim": 64, "sketch_dtype": "float32", **settings})
         return collect_gradients(model, rows, processing_class=tokenizer, store=store, config=config, progress=False)
 
     return run
@@ -64,7 +64,7 @@ def test_base_is_the_policy_without_its_adapter(tokenizer, collect):
     trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     rows = scored_rows(2, 3)
     own, base = collect(rows, model), collect(rows, model, ref_model="base", tokens_per_batch=60)
-    np.testing.assert_allclose(own.rows, base.rows, rtol=1e-4, atol=1e-5 * np.abs(own.rows).max())
+    np.testing.assert_allclose(own.sketches(), base.sketches(), rtol=1e-4, atol=1e-5 * np.abs(own.sketches()).max())
     plain = collect(rows, tiny_llama(tokenizer))
     np.testing.assert_allclose(base.records["ref_logp"], plain.records["logp"], rtol=1e-5)
     assert (np.abs(base.records["ref_logp"] - base.records["logp"]) > 1e-3).all()

@@ -31,7 +31,7 @@ def made(tokenizer, tmp_path):
 def test_it_names_what_it_was_made_with(made, tmp_path):
     store = GradientStore.open(tmp_path / "store")
     assert store.fingerprint["bpo"] == bpo.__version__
-    assert store.fingerprint["sketch"] == {"kind": "sparse", "dim": 64, "nnz": 1, "seed": 0}
+    assert store.fingerprint["sketch"] == {"kind": "sparse", "dim": 64, "nnz": 1, "seed": 0, "dtype": "float16"}
     assert len(store.fingerprint["model"]) == 64
     assert json.loads((tmp_path / "store" / "manifest.json").read_text())["format"] == "bpo-store"
 

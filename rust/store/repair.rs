@@ -1,0 +1,153 @@
+//! Mends a store as far as it can be: what is sound stays where it is, and what is not is set aside to be computed anew.
+
+use std::fs::{self, OpenOptions};
+use std::io::Write;
+use std::path::Path;
+
+use super::format::{
+    HEADER_BYTES, Header, Manifest, Paths, RECORD_BYTES, at, record_offset, replace, set_aside, sync_directory,
+};
+use super::reader::{StoreReader, Tolerance, damaged_records, for_records, read_header};
+use super::writer::lock;
+use crate::error::{Error, Result};
+use crate::progress::Progress;
+
+/// What was done.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Repair {
+    /// Files that were written anew, by name.
+    pub mended: Vec<String>,
+    /// Rows that were damaged and are set aside now, ascending.
+    pub set_aside: Vec<u64>,
+    /// Rows that a file cut short had lost.
+    pub lost: u64,
+    /// Bytes cut off behind the last committed row.
+    pub cut: u64,
+    /// Rows of the store, those that are set aside included.
+    pub count: u64,
+}
+
+/// Repairs the store in `directory`. What it changes it writes beside the old file first; no row is moved.
+///
+/// # Errors
+/// If neither the manifest nor its copy is sound, a process is writing to the store, or a file cannot be read or
+/// written; a row that cannot be read at all may be readable again, so it stops the repair.
+pub fn repair(directory: &Path, progress: &Progress) -> Result<Repair> {
+    let paths = Paths::new(directory);
+    let mut done = Repair::default();
+    let header = read_header(&paths.records)?;
+    let bytes = sound_manifest(&paths, header)?;
+    let manifest = Manifest::parse(&paths.manifest, &bytes)?;
+    let _lock = lock(&paths)?;
+    for path in [&paths.manifest, &paths.copy] {
+        if Manifest::read_bytes(path).ok().as_ref() != Some(&bytes) {
+            replace(path, &bytes)?;
+            done.mended.push(name(path));
+        }
+    }
+
+    // The count, unless both of the header are lost: then the last record that is one.
+    let manifest_crc = crc32fast::hash(&bytes);
+    let rows_path = paths.rows(manifest.encoding);
+    for path in [&paths.records, &rows_path] {
+        OpenOptions::new().append(true).create(true).open(path).map_err(at(path))?;
+    }
+    let records_size = fs::metadata(&paths.records).map_err(at(&paths.records))?.len();
+    let usable = header.filter(|header| header.manifest_crc == Some(manifest_crc) && header.counts.is_some());
+    if usable.is_none() {
+        let there = records_size.saturating_sub(HEADER_BYTES as u64) / RECORD_BYTES as u64;
+        let counts = header.and_then(|header| header.counts).map(|counts| counts.larger);
+        let count = match counts {
+            Some(count) => count,
+            None => last_sound(&paths.records, there)?,
+        };
+        let mut file = OpenOptions::new().write(true).open(&paths.records).map_err(at(&paths.records))?;
+        let header = Header::bytes(manifest_crc, count);
+        file.write_all(&header).and_then(|()| file.sync_all()).map_err(at(&paths.records))?;
+        done.mended.push(name(&paths.records));
+    }
+
+    let reader = StoreReader::open(directory, Tolerance::SoundRows)?;
+    let claimed = read_header(&paths.records)?.and_then(|header| header.counts);
+    done.count = reader.count();
+    // Where the counts differ and the smaller one is there, a commit was interrupted: nothing that counted is lost.
+    let expected = claimed.map_or(0, |counts| counts.smaller.unwrap_or(counts.larger));
+    done.lost = expected.saturating_sub(done.count);
+    done.cut = reader.tail();
+    done.set_aside = reader.verify(None, progress)?;
+
+    let agree = claimed.is_some_and(|counts| counts.larger == done.count && counts.smaller == Some(done.count));
+    if !done.set_aside.is_empty() || !agree {
+        let temporary = paths.records.with_extension("new");
+        let mut file = fs::File::create(&temporary).map_err(at(&temporary))?;
+        file.write_all(&Header::bytes(manifest_crc, done.count)).map_err(at(&temporary))?;
+        let mut damaged = done.set_aside.iter().copied().peekable();
+        for_records(&paths.records, 0..done.count, |first, records| {
+            let mut records = records.to_vec();
+            for (row, record) in (first..).zip(records.chunks_exact_mut(RECORD_BYTES)) {
+                if damaged.next_if_eq(&row).is_some() {
+                    record.copy_from_slice(&set_aside(row));
+                }
+            }
+            file.write_all(&records).map_err(at(&temporary))
+        })?;
+        file.sync_all().map_err(at(&temporary))?;
+        fs::rename(&temporary, &paths.records).map_err(at(&paths.records))?;
+        if !done.mended.contains(&name(&paths.records)) {
+            done.mended.push(name(&paths.records));
+        }
+    }
+    for (path, size) in
+        [(&rows_path, done.count * manifest.row_bytes() as u64), (&paths.records, record_offset(done.count))]
+    {
+        let file = OpenOptions::new().write(true).open(path).map_err(at(path))?;
+        if file.metadata().map_err(at(path))?.len() != size {
+            file.set_len(size).and_then(|()| file.sync_all()).map_err(at(path))?;
+        }
+    }
+    sync_directory(directory)?;
+    Ok(done)
+}
+
+/// The bytes of the manifest or of its copy, whichever is as it was written.
+fn sound_manifest(paths: &Paths, header: Option<Header>) -> Result<Vec<u8>> {
+    let read = |path: &Path| match Manifest::read_bytes(path) {
+        Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(Error::StoreFormat { .. }) => Ok(None),
+        other => other.map(Some),
+    };
+    let candidates: Vec<Vec<u8>> = [read(&paths.manifest)?, read(&paths.copy)?].into_iter().flatten().collect();
+    if candidates.is_empty() {
+        return Manifest::read_bytes(&paths.manifest); // which says why
+    }
+    let crc = header.and_then(|header| header.manifest_crc);
+    let fits = |bytes: &&Vec<u8>| match crc {
+        Some(crc) => crc32fast::hash(bytes) == crc,
+        // Without the header, what two files say alike is right, and else what is a manifest at all.
+        None => candidates.iter().all(|other| other == *bytes),
+    };
+    if let Some(bytes) = candidates.iter().find(fits) {
+        return Ok(bytes.clone());
+    }
+    // A store of another version has another header; this says so.
+    Manifest::parse(&paths.manifest, &candidates[0])?;
+    let reason = "neither the manifest nor its copy is as it was written, so nothing says what the rows are".to_owned();
+    Err(Error::StoreFormat { path: paths.manifest.clone(), reason })
+}
+
+/// One more than the last row with a sound record.
+fn last_sound(path: &Path, there: u64) -> Result<u64> {
+    let damaged = damaged_records(path, 0..there)?;
+    let mut count = there;
+    for row in damaged.into_iter().rev() {
+        if row + 1 != count {
+            break;
+        }
+        count = row;
+    }
+    Ok(count)
+}
+
+fn name(path: &Path) -> String {
+    path.file_name().unwrap_or_default().to_string_lossy().into_owned()
+}
