@@ -21,8 +21,7 @@ torch.set_num_threads(1)  # on models this small more threads cost more than the
 WORDS = "red green blue one two three cat dog bird sun moon star tea milk bread north south east west".split()  # noqa: SIM905
 
 
-@pytest.fixture(scope="session")
-def tokenizer():
+def build_tokenizer():
     """A byte-level BPE tokenizer with a chat template."""
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -39,6 +38,11 @@ def tokenizer():
     wrapped = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="<|im_end|>")
     wrapped.chat_template = CHAT_TEMPLATE
     return wrapped
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return build_tokenizer()
 
 
 TINY = {
