@@ -68,6 +68,16 @@ impl<'a> Rows<'a> {
         self.dim
     }
 
+    /// Bytes of a row as it lies in memory.
+    pub fn row_bytes(&self) -> usize {
+        self.dim
+            * match self.values {
+                Values::F32(_) => size_of::<f32>(),
+                Values::F16(_) | Values::Bf16(_) => size_of::<f16>(),
+                Values::I8(..) => size_of::<i8>(),
+            }
+    }
+
     /// `count` values of row `index` from `first` on: a part of it where it is float32, else written to `scratch`.
     pub fn part<'r>(&'r self, index: usize, first: usize, count: usize, scratch: &'r mut [f32]) -> &'r [f32] {
         let range = index * self.dim + first..index * self.dim + first + count;

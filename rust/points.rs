@@ -19,6 +19,12 @@ const TILE_ROWS: usize = 252;
 /// Points of a tile: bounds the work between two looks at the cancel token.
 const TILE_POINTS: usize = 4096;
 
+/// Bytes of a mapped file that are held before they are forgotten.
+const WINDOW_BYTES: usize = 64 << 20;
+
+/// Tiles for each thread that are worked on at least before that.
+const WINDOW_TILES: usize = 4;
+
 /// Consecutive points, and where the distinct rows that they need are listed.
 #[derive(Debug)]
 pub struct Tile {
@@ -259,13 +265,34 @@ impl<'a, const TERMS: usize> Points<'a, TERMS> {
 
     /// Lets rows of a mapped file that belong to some tiles leave the memory of this process, with those between them.
     pub fn forget(&self, tiles: Range<usize>) {
-        if !self.rows.mapped() {
-            return;
+        if self.rows.mapped() {
+            self.rows.forget(self.span(tiles));
         }
-        let Some((first, last)) = self.tiles[tiles.clone()].first().zip(self.tiles[tiles].last()) else { return };
-        let rows = &self.tile_rows[first.rows.start..last.rows.end];
-        let (least, most) = rows.iter().fold((usize::MAX, 0), |(least, most), &row| (least.min(row), most.max(row)));
-        self.rows.forget(least..most + 1);
+    }
+
+    /// From the least to the greatest row of some tiles.
+    fn span(&self, tiles: Range<usize>) -> Range<usize> {
+        let rows = self.tiles[tiles].iter().flat_map(|tile| self.rows_of(tile));
+        let (least, most) = rows.fold((usize::MAX, 0), |(least, most), &row| (least.min(row), most.max(row + 1)));
+        least..most
+    }
+
+    /// How many tiles from `first` on can be worked on before their rows are forgotten: `most`, but of a mapped file no
+    /// more than lie within some megabytes, and at least a few for each thread.
+    pub fn window(&self, first: usize, most: usize) -> usize {
+        let most = most.min(self.tiles.len() - first);
+        if !self.rows.mapped() {
+            return most;
+        }
+        let least = (WINDOW_TILES * rayon::current_num_threads()).min(most);
+        let mut window = self.span(first..first + least);
+        (least..most)
+            .find(|&count| {
+                let tile = self.span(first + count..first + count + 1);
+                window = window.start.min(tile.start)..window.end.max(tile.end);
+                window.len() * self.rows.row_bytes() > WINDOW_BYTES
+            })
+            .unwrap_or(most)
     }
 
     /// What a caller knows a point by: its row where it is one, else its place among the pairs.
@@ -328,11 +355,11 @@ impl<'a, const TERMS: usize> Points<'a, TERMS> {
                 let tiles = &self.tiles[first..end];
                 let mut state = start();
                 let mut gathered = Vec::new();
-                for tile in tiles {
+                for (index, tile) in (first..end).zip(tiles) {
                     visit(&mut state, tile, self.gather_or_borrow(tile, None, &mut gathered));
+                    self.forget(index..index + 1);
                     progress.advance(1)?;
                 }
-                self.forget(first..end);
                 Ok(state)
             })
             .collect()

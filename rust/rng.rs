@@ -61,8 +61,13 @@ impl Stream {
 
     /// A number in `[0, 1)` with 53 random bits.
     pub fn uniform(&self, position: u64) -> f64 {
+        self.uniforms(position)[0]
+    }
+
+    /// Two such numbers, of which the first is [`Stream::uniform`].
+    pub fn uniforms(&self, position: u64) -> [f64; 2] {
         let words = self.words(position);
-        (wide(words[0], words[1]) >> 11) as f64 / (1u64 << 53) as f64
+        [wide(words[0], words[1]), wide(words[2], words[3])].map(|word| (word >> 11) as f64 / (1u64 << 53) as f64)
     }
 
     /// An integer in `[0, bound)`; see [`below`].

@@ -90,6 +90,7 @@ def kmeans(
     tol: float = 0.0001,
     seed: int = 0,
     batch_size: int | None = None,
+    cache_bytes: int = 1073741824,
     threads: int | None = None,
     progress: _Progress | None = None,
 ) -> KMeansResult: ...
@@ -114,6 +115,7 @@ def pair_kmeans(
     max_iter: int = 100,
     tol: float = 0.0001,
     seed: int = 0,
+    cache_bytes: int = 1073741824,
     threads: int | None = None,
     progress: _Progress | None = None,
 ) -> KMeansResult: ...

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -59,6 +60,46 @@ class PairClusters:
     inertia: npt.NDArray[np.float64]
 
 
+# Kept from pass to pass where nothing is said.
+_CACHE_BYTES = 1 << 30
+# What the stages after the gradients take at most, in bytes: measured as growth of the resident memory over selections
+# of 160,000 and 320,000 responses with 560,000 and 1,120,000 pairs, and over clusterings of up to 1,000,000 responses
+# mapped from 2 GB, with 125,000 to 3,500,000 pairs.
+_FIXED_BYTES = 160 << 20  # rows of the map that are in hand, and slack
+_BYTES_A_THREAD = 252 * 12  # rows that a thread works on, times the numbers of a sketch
+_BYTES_A_ROW = 250
+_BYTES_A_PAIR = 500
+_BYTES_A_CENTROID = 40  # times the numbers of a sketch
+
+
+def memory_needed(n_rows: int, n_pairs: int, config: SelectConfig) -> int:
+    """Returns the bytes that choosing among pairs takes, beside the data and whatever is kept from pass to pass.
+
+    Args:
+        n_rows: Responses.
+        n_pairs: Their pairs.
+        config: Uses ``sketch_dim``, ``n_clusters`` and ``threads``.
+    """
+    threads = config.threads or os.cpu_count() or 1
+    per_number = _BYTES_A_CENTROID * _n_clusters(n_pairs, config) + _BYTES_A_THREAD * threads
+    return _FIXED_BYTES + _BYTES_A_ROW * n_rows + _BYTES_A_PAIR * n_pairs + per_number * config.sketch_dim
+
+
+def check_memory(n_rows: int, n_pairs: int, config: SelectConfig) -> None:
+    """Checks that ``SelectConfig.max_memory`` suffices.
+
+    Raises:
+        ValueError: It does not; the message says what would.
+    """
+    needed = memory_needed(n_rows, n_pairs, config)
+    if config.memory_limit is not None and needed > config.memory_limit:
+        raise ValueError(
+            f"SelectConfig.max_memory is {config.memory_limit / 2**20:,.0f} MiB, and choosing among {n_pairs} pairs of "
+            f"{n_rows} responses takes {needed / 2**20:,.0f} MiB. Allow more, or keep fewer prompts (breadth), pairs "
+            "(max_pairs_per_prompt), clusters (n_clusters) or numbers of a sketch (sketch_dim)."
+        )
+
+
 def cluster_pairs(
     rows: npt.NDArray[Any],
     pairs: npt.NDArray[np.int64],
@@ -77,7 +118,7 @@ def cluster_pairs(
         pairs: (P, 2) int64, rows of the preferred and of the other response.
         coefficients: (P, 2) float32, a and b of each pair (:func:`bpo.pair_coefficients`); a pair whose are not finite
             is not usable.
-        config: Uses ``n_clusters``, ``metric``, ``max_iter`` and ``threads``.
+        config: Uses ``n_clusters``, ``metric``, ``max_iter``, ``max_memory`` and ``threads``.
         seed: Of the k-means++ seeding.
         progress: Called with (done, total) now and then.
 
@@ -107,10 +148,13 @@ def cluster_pairs(
         rows,
         used,
         unit,
-        default_n_clusters(len(index)) if config.n_clusters is None else min(config.n_clusters, len(index)),
+        _n_clusters(len(index), config),
         metric=config.metric,
         max_iter=config.max_iter,
         seed=seed,
+        cache_bytes=_CACHE_BYTES
+        if config.memory_limit is None
+        else max(0, config.memory_limit - memory_needed(len(rows), len(pairs), config)),
         threads=config.threads,
         progress=progress,
     )
@@ -146,6 +190,10 @@ def pair_norms(
     norms = _core.pair_norms(gradients.rows, gradients.pairs, coefficients, threads=threads, progress=progress)
     norms[~finite] = np.nan
     return norms
+
+
+def _n_clusters(n_pairs: int, config: SelectConfig) -> int:
+    return default_n_clusters(n_pairs) if config.n_clusters is None else max(1, min(config.n_clusters, n_pairs))
 
 
 def default_n_clusters(n_pairs: int) -> int:

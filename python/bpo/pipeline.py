@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from bpo.breadth import compress_breadth, embed_prompts, embed_with_policy
 from bpo.checkpoints import check_checkpoints, cluster_checkpoints, collect_checkpoints, collect_reference
-from bpo.clustering import PairGradients, cluster_pairs
+from bpo.clustering import PairGradients, check_memory, cluster_pairs
 from bpo.config import SelectConfig
 from bpo.data import Candidates, Skipped, Text, read_configured, report_skipped, warn
 from bpo.gradients import collect
@@ -162,6 +162,9 @@ def select(
     kept, pair_index, response_index = candidates.keep_prompts(kept_prompts)
     n_pairs = _count("budget", budget, len(kept.pairs))
     _check_budget(budget, n_pairs, n_prompts, strategy)
+
+    if needs_gradients:
+        check_memory(len(kept.responses), len(kept.pairs), config)
 
     # Gradients: one sketch a response; clusters and scores of the pairs.
     clusters = logps = ref_logps = None

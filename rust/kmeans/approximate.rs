@@ -12,10 +12,6 @@ use crate::points::{Points, Tile};
 use crate::progress::Progress;
 use crate::simd;
 
-/// Bytes of the rounded rows that are kept from pass to pass. Beyond it every pass rounds its rows anew, which costs
-/// about a tenth of a pass with 256 clusters.
-const STORED_BYTES: usize = 1 << 30;
-
 /// Values of a row at least for products in 8 bits: below it the work for each product outweighs the product.
 const MIN_DIM: usize = 48;
 
@@ -58,16 +54,22 @@ pub struct Approximation {
 }
 
 impl Approximation {
-    /// Looks at every point once. Only points that are single rows can be `centred`.
+    /// Looks at every point once. Only points that are single rows can be `centred`. Keeps the rounded rows if they fit
+    /// into `cache_bytes`.
     ///
     /// # Errors
     /// If a point is not finite or the computation was cancelled.
-    pub fn new<const TERMS: usize>(points: &Points<TERMS>, centred: bool, progress: &Progress) -> Result<Self> {
+    pub fn new<const TERMS: usize>(
+        points: &Points<TERMS>,
+        centred: bool,
+        cache_bytes: usize,
+        progress: &Progress,
+    ) -> Result<Self> {
         let dim = points.dim();
         let eight_bits = (MIN_DIM..=gemm8::MAX_DEPTH).contains(&dim);
         let origin = if centred { origin(points) } else { None };
         let rows: usize = points.tiles().iter().map(|tile| points.rows_of(tile).len()).sum();
-        let store = eight_bits && rows * stride(dim) <= STORED_BYTES;
+        let store = eight_bits && rows * stride(dim) <= cache_bytes;
 
         let mut bounds = vec![Bound { squared_norm: 0.0, error: 0.0, spread: 0.0 }; points.count()];
         let start = || (Vec::new(), vec![0.0; dim]);

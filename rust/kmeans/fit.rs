@@ -5,7 +5,7 @@ use std::ops::Range;
 use super::approximate::Approximation;
 use super::assign::{Centroids, Nearest, Scratch, Search};
 use super::init::seed;
-use super::params::{Init, Metric, Params};
+use super::params::{CACHE_BYTES, Init, Metric, Params};
 use super::update::{Changes, Move, Sums, UNASSIGNED};
 use crate::error::{Error, Result};
 use crate::matrix::Rows;
@@ -51,7 +51,7 @@ pub fn fit<const TERMS: usize>(mut points: Points<TERMS>, params: &Params, progr
     let tiles = points.tiles().len();
     progress.start(tiles * (2 + super::init::PASSES + params.max_iterations));
 
-    let (approximation, scale) = prepare(&mut points, params.metric, progress)?;
+    let (approximation, scale) = prepare(&mut points, params.metric, params.cache_bytes, progress)?;
     let mut first = match &params.init {
         Init::PlusPlus => seed(&points, &approximation, params, progress)?,
         Init::Centroids(given) => given.iter().map(|value| value * scale).collect(),
@@ -143,7 +143,7 @@ pub fn assign<const TERMS: usize>(
         return Err(Error::NonFiniteRow { array: "centroids", row: index / dim });
     }
     progress.start(2 * points.tiles().len());
-    let (approximation, scale) = prepare(&mut points, metric, progress)?;
+    let (approximation, scale) = prepare(&mut points, metric, CACHE_BYTES, progress)?;
     let mut centroids: Vec<f32> = centroids.iter().map(|value| value * scale).collect();
     if metric == Metric::Cosine {
         normalize_rows("centroids", &mut centroids, dim)?;
@@ -166,11 +166,12 @@ pub fn assign<const TERMS: usize>(
 fn prepare<const TERMS: usize>(
     points: &mut Points<TERMS>,
     metric: Metric,
+    cache_bytes: usize,
     progress: &Progress,
 ) -> Result<(Approximation, f32)> {
     // Pairs need no origin: the coefficients of a margin loss sum to zero. Unit vectors have theirs.
     let centred = metric == Metric::Euclidean && TERMS == 1;
-    let mut approximation = Approximation::new(points, centred, progress)?;
+    let mut approximation = Approximation::new(points, centred, cache_bytes, progress)?;
     let norms = || approximation.bounds.iter().map(|bound| bound.squared_norm.sqrt());
     if metric == Metric::Cosine {
         let factors: Vec<f32> = norms().map(|norm| norm.recip() as f32).collect();
@@ -188,7 +189,7 @@ fn prepare<const TERMS: usize>(
     let scale = (-largest.log2().round()).clamp(-126.0, 126.0).exp2() as f32;
     let factors = vec![scale; points.count()];
     points.scale(&factors);
-    Ok((Approximation::new(points, false, progress)?, scale))
+    Ok((Approximation::new(points, false, cache_bytes, progress)?, scale))
 }
 
 fn normalize_rows(array: &'static str, centroids: &mut [f32], dim: usize) -> Result<()> {
@@ -236,8 +237,11 @@ impl<const TERMS: usize> State<'_, TERMS> {
         let mut changed = 0;
         let Self { points, approximation, centroids, labels, sums } = self;
         let search = Search { points, approximation, centroids };
-        for first in tiles.clone().step_by(CHUNK) {
-            let chunk = first..tiles.end.min(first + CHUNK);
+        let mut first = tiles.start;
+        while first < tiles.end {
+            // Cuts change no sum: each adds up its rows in their order.
+            let chunk = first..tiles.end.min(first + points.window(first, CHUNK));
+            let next = chunk.end;
             let forget = chunk.clone();
             let labels = &mut labels[points.tiles()[first].points.start..];
             let changes = points.visit(chunk, labels, Scratch::default, |scratch, index, tile, labels| {
@@ -263,6 +267,7 @@ impl<const TERMS: usize> State<'_, TERMS> {
             changed += changes.iter().map(Changes::count).sum::<usize>();
             sums.apply(points, approximation, &changes);
             points.forget(forget);
+            first = next;
         }
         Ok(changed)
     }

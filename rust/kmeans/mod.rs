@@ -12,4 +12,4 @@ mod params;
 mod update;
 
 pub use fit::{Clustering, assign, fit, fit_rows};
-pub use params::{Init, Metric, Params};
+pub use params::{CACHE_BYTES, Init, Metric, Params};

@@ -30,7 +30,13 @@ pub struct Params {
     /// Stop once the squared shift of the centroids is at most this times the mean variance of a coordinate.
     pub tolerance: f64,
     pub seed: u64,
+    /// Bytes of rounded rows that are kept from pass to pass, if that suffices for all of them; else every pass rounds
+    /// its rows anew, which costs about a tenth of a pass with 256 clusters. The result is the same.
+    pub cache_bytes: usize,
 }
+
+/// What [`Params::cache_bytes`] is unless told otherwise.
+pub const CACHE_BYTES: usize = 1 << 30;
 
 impl Params {
     /// `clusters` clusters with the defaults that scikit-learn users know.
@@ -43,6 +49,7 @@ impl Params {
             batch_size: None,
             tolerance: 1e-4,
             seed: 0,
+            cache_bytes: CACHE_BYTES,
         }
     }
 

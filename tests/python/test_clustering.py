@@ -1,8 +1,13 @@
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
+import bpo
 from bpo import SelectConfig, cluster_pairs, compress_breadth, pair_coefficients
 from bpo.breadth import _quotas
+from conftest import scored_rows, tiny_llama
 
 
 @pytest.fixture
@@ -100,3 +105,75 @@ def test_quotas_are_exact_and_within_bounds():
         total = int(generator.integers(len(sizes), sizes.sum() + 1))
         quotas = _quotas(sizes, total)
         assert quotas.sum() == total and (quotas >= 1).all() and (quotas <= sizes).all()
+
+
+def test_memory_beyond_a_limit_is_refused_before_the_model_runs(tokenizer, monkeypatch):
+    model, rows = tiny_llama(tokenizer), scored_rows(4, 4)
+    monkeypatch.setattr(type(model), "forward", None)
+    config = {"sketch_dim": 64, "max_memory": "100MiB"}
+    with pytest.raises(
+        ValueError, match=r"max_memory is 100 MiB, and choosing among 24 pairs of 16 responses takes 1\d\d"
+    ):
+        bpo.select(model, rows, budget=8, processing_class=tokenizer, config=config, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (None, None),
+        (5000, 5000),
+        ("8GiB", 8 << 30),
+        ("1.5 kb", 1500),
+        ("250M", 250_000_000),
+        ("300", 300),
+        ("2tib", 2 << 40),
+    ],
+)
+def test_sizes_are_read(given, expected):
+    assert SelectConfig(max_memory=given).max_memory == expected
+
+
+@pytest.mark.parametrize("given", ["much", "-5", 0, -1, "0", True, "8 PiB", float("nan")])
+def test_other_sizes_are_refused(given):
+    with pytest.raises(ValueError, match="max_memory must be a number of bytes"):
+        SelectConfig(max_memory=given)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts resident memory as Linux does")
+def test_clustering_a_store_that_is_larger_than_its_memory(tmp_path):
+    """600 MB of sketches within 240 MB, with the same result as where more is kept."""
+    code = f"""
+import numpy as np
+import bpo
+from bpo import GradientStore, SelectConfig, _core
+from bpo.clustering import cluster_pairs
+from bpo.store import RECORD
+
+n, dim = 72_000, 4096
+generator = np.random.default_rng(0)
+with _core.StoreWriter.create({str(tmp_path / "store")!r}, dim, "{{}}", dtype="float16") as writer:
+    for first in range(0, n, 2000):
+        writer.append(generator.standard_normal((2000, dim), dtype=np.float32), np.zeros(2000, dtype=RECORD))
+        writer.commit()
+
+def peak():
+    # Not that of getrusage, which begins with what the parent had.
+    return 1024 * int(open("/proc/self/status").read().partition("VmHWM:")[2].split()[0])
+
+store = GradientStore.open({str(tmp_path / "store")!r})
+first = np.arange(0, n, 8)
+pairs = np.stack([np.stack([first, first + i], axis=1) for i in (1, 3, 7)], axis=1).reshape(-1, 2)
+coefficients = np.tile(np.float32([-0.05, 0.05]), (len(pairs), 1)) * store.scales[pairs]
+begin = peak()
+labels = {{}}
+for limit in ("240MB", None):
+    config = SelectConfig(sketch_dim=dim, n_clusters=16, max_iter=2, max_memory=limit)
+    store.check(pairs.ravel())
+    labels[limit] = cluster_pairs(store.rows, pairs, coefficients, config=config).labels
+    print(peak() - begin)
+assert np.array_equal(labels["240MB"], labels[None])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    within, without = map(int, done.stdout.split())
+    assert within < 240e6, within
+    assert without > within + 72_000 // 2 * 4096 / 2, (within, without)  # its rows in 8 bits
