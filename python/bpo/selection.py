@@ -24,11 +24,23 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 _FORMAT = "bpo-selection"
-_FORMAT_VERSION = 1
+_FORMAT_VERSION = 2
 _DATASET = "dataset/train.parquet"
 _PAIRS = "pairs.parquet"
 _MANIFEST = "selection.json"
 _SCRATCH = ".saving-"
+_FIELDS = {
+    "strategy": str,
+    "budget": int,
+    "seed": int,
+    "config": dict,
+    "depth": list,
+    "skipped": dict,
+    "noted": dict,
+    "sha256": dict,
+    "checksum": str,
+}
+_MAX_MANIFEST_BYTES = 1 << 30
 
 SELECTED = "selected"
 FATES = (SELECTED, "depth", "breadth", "unusable")
@@ -140,8 +152,9 @@ class Selection:
     def save(self, directory: str | os.PathLike[str]) -> Path:
         """Saves the selection as Parquet and JSON.
 
-        ``DIRECTORY/dataset`` is what ``trl dpo --dataset_name`` takes. Everything is written before the first file of
-        an earlier selection is replaced; other files of the directory stay.
+        ``DIRECTORY/dataset`` is what ``trl dpo --dataset_name`` takes. Everything is written, and on disk, before the
+        first file of an earlier selection is replaced; :meth:`load` finds the earlier selection or this one, whenever
+        the process or the machine dies. Other files of the directory stay.
 
         Args:
             directory: A new or empty directory, or one with an earlier selection.
@@ -151,16 +164,18 @@ class Selection:
 
         Raises:
             FileExistsError: The directory holds something else, or is a file.
+            OSError: A file cannot be written, for example because the disk is full; an earlier selection is kept.
         """
         directory = check_directory(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        for stale in directory.glob(f"{_SCRATCH}*"):
-            shutil.rmtree(stale, ignore_errors=True)
+        earlier = list(directory.glob(f"{_SCRATCH}*"))
         scratch = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=directory))
         try:
             (scratch / _DATASET).parent.mkdir()
             self.dataset.to_parquet(str(scratch / _DATASET))
             pq.write_table(self.pairs, scratch / _PAIRS)
+            for name in (_DATASET, _PAIRS):
+                _sync(scratch / name)
             manifest = {
                 "format": _FORMAT,
                 "format_version": _FORMAT_VERSION,
@@ -174,51 +189,50 @@ class Selection:
                 "noted": self.noted,
                 "sha256": {name: _sha256(scratch / name) for name in (_DATASET, _PAIRS)},
             }
-            (scratch / _MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-            (directory / _DATASET).parent.mkdir(exist_ok=True)
-            # The manifest goes last: with another one, load() refuses files that it was not written with.
-            for name in (_DATASET, _PAIRS, _MANIFEST):
-                (scratch / name).replace(directory / name)
-        finally:
+            text = json.dumps({**manifest, "checksum": _checksum(manifest)}, indent=1) + "\n"
+            # From the moment that the scratch directory has a manifest, it holds the selection that counts.
+            (scratch / "manifest.new").write_text(text, encoding="utf-8")
+            _sync(scratch / "manifest.new")
+            (scratch / "manifest.new").replace(scratch / _MANIFEST)
+            _sync(scratch)
+            _sync(directory)
+        except BaseException:
             shutil.rmtree(scratch, ignore_errors=True)
+            raise
+        for stale in earlier:
+            (stale / _MANIFEST).unlink(missing_ok=True)  # first, so that it counts no more
+            shutil.rmtree(stale, ignore_errors=True)
+        (directory / _DATASET).parent.mkdir(exist_ok=True)
+        for name in (_DATASET, _PAIRS, _MANIFEST):
+            (scratch / name).replace(directory / name)
+        for changed in (directory / "dataset", directory):
+            _sync(changed)
+        shutil.rmtree(scratch, ignore_errors=True)
         return directory
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> Selection:
         """Loads a saved selection and checks its files.
 
+        Nothing is unpickled, and no file is read before its checksum is compared.
+
         Raises:
             FileNotFoundError: No selection there.
-            SelectionError: An unknown version, or a file that changed since it was saved.
+            SelectionError: An unknown version, or a file that changed since it was saved; the message names it.
         """
         import datasets
 
         directory = Path(directory)
-        if not (directory / _MANIFEST).is_file():
-            raise FileNotFoundError(f"{directory} holds no saved selection (no {_MANIFEST}).")
-        try:
-            manifest = json.loads((directory / _MANIFEST).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise SelectionError(f"{directory / _MANIFEST} is not JSON: {error}") from None
-        if not isinstance(manifest, dict):
-            raise SelectionError(f"{directory / _MANIFEST} holds no manifest.")
-        if manifest.get("format") != _FORMAT or manifest.get("format_version") != _FORMAT_VERSION:
-            raise SelectionError(
-                f"{directory / _MANIFEST}: format {manifest.get('format')!r} version "
-                f"{manifest.get('format_version')!r} is not {_FORMAT!r} version {_FORMAT_VERSION}, which this bpo "
-                f"{bpo.__version__} reads."
-            )
-        missing = {"strategy", "budget", "seed", "config", "depth", "skipped", "noted", "sha256"} - set(manifest)
-        if missing:
-            raise SelectionError(f"{directory / _MANIFEST} lacks {', '.join(sorted(missing))}.")
+        places = _places(directory)
+        manifest = _read_manifest(places[_MANIFEST])
         for name in (_DATASET, _PAIRS):
-            if not (directory / name).is_file():
-                raise SelectionError(f"{directory / name} is missing.")
-            if _sha256(directory / name) != manifest["sha256"].get(name):
-                raise SelectionError(f"{directory / name} was changed after it was saved (its SHA-256 differs).")
+            if not places[name].is_file():
+                raise SelectionError(f"{places[name]} is missing.")
+            if _sha256(places[name]) != manifest["sha256"].get(name):
+                raise SelectionError(f"{places[name]} was changed after it was saved (its SHA-256 differs).")
         return cls(
-            dataset=datasets.Dataset(pq.read_table(directory / _DATASET)),
-            pairs=pq.read_table(directory / _PAIRS),
+            dataset=datasets.Dataset(pq.read_table(places[_DATASET])),
+            pairs=pq.read_table(places[_PAIRS]),
             depth=np.array(manifest["depth"], dtype=np.int64),
             strategy=manifest["strategy"],
             budget=manifest["budget"],
@@ -227,6 +241,64 @@ class Selection:
             skipped=manifest["skipped"],
             noted=manifest["noted"],
         )
+
+
+def _places(directory: Path) -> dict[str, Path]:
+    """Where the files of a selection are: some may still be in the scratch directory of a save that was interrupted."""
+    manifests = directory.glob(f"{_SCRATCH}*/{_MANIFEST}")
+    latest = max(manifests, key=lambda path: path.stat().st_mtime_ns, default=directory / _MANIFEST)
+    scratch = latest.parent
+    places = {
+        name: scratch / name if (scratch / name).is_file() else directory / name
+        for name in (_DATASET, _PAIRS, _MANIFEST)
+    }
+    if not places[_MANIFEST].is_file():
+        raise FileNotFoundError(f"{directory} holds no saved selection (no {_MANIFEST}).")
+    return places
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    """Reads and checks the manifest of a selection."""
+    size = path.stat().st_size
+    if size > _MAX_MANIFEST_BYTES:
+        raise SelectionError(f"{path}: {size} bytes are too many for a manifest.")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise SelectionError(f"{path} is not JSON: {error}") from None
+    if not isinstance(manifest, dict):
+        raise SelectionError(f"{path} holds no manifest.")
+    if manifest.get("format") != _FORMAT or manifest.get("format_version") != _FORMAT_VERSION:
+        raise SelectionError(
+            f"{path}: format {manifest.get('format')!r} version {manifest.get('format_version')!r} is not {_FORMAT!r} "
+            f"version {_FORMAT_VERSION}, which this bpo {bpo.__version__} reads."
+        )
+    missing = [name for name in _FIELDS if not isinstance(manifest.get(name), _FIELDS[name])]
+    if missing:
+        raise SelectionError(f"{path} lacks {', '.join(sorted(missing))}, or has them in another type.")
+    checksum = manifest.pop("checksum")
+    if checksum != _checksum(manifest):
+        raise SelectionError(f"{path} was changed after it was saved (its checksum differs).")
+    if not all(isinstance(depth, int) and 0 <= depth < 2**31 for depth in manifest["depth"]):
+        raise SelectionError(f"{path}: depth must be whole numbers.")
+    return manifest
+
+
+def _checksum(manifest: dict[str, Any]) -> str:
+    """SHA-256 of a manifest, whatever its layout (hex)."""
+    text = json.dumps(manifest, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file, or the names in a directory, are on disk."""
+    if path.is_dir() and os.name != "posix":
+        return
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def has_ref_logps(dataset: Any) -> bool:

@@ -53,7 +53,7 @@ def check(path, total, reported):
 
 def contents(path):
     """The bytes of every file."""
-    return {file.name: file.read_bytes() for file in sorted(path.iterdir())}
+    return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
 
 
 if __name__ == "__main__":

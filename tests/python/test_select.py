@@ -1,5 +1,8 @@
 import json
+import os
+import signal
 import warnings
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -373,6 +376,64 @@ def test_a_damaged_selection_is_refused(select, rows, tmp_path):
         (tmp_path / "selection.json").write_text(json.dumps(content))
         with pytest.raises(SelectionError, match=expected):
             Selection.load(tmp_path)
+
+
+def test_every_flipped_bit_of_a_selection_is_detected_or_harmless(select, rows, tmp_path):
+    selection = select(rows, budget=30)
+    selection.save(tmp_path)
+    generator = np.random.default_rng(0)
+    detected = {}
+    for name in ("selection.json", "pairs.parquet", "dataset/train.parquet"):
+        data = (tmp_path / name).read_bytes()
+        for place in generator.choice(len(data), 150, replace=False):
+            flipped = bytearray(data)
+            flipped[place] ^= 1 << generator.integers(8)
+            (tmp_path / name).write_bytes(flipped)
+            try:
+                loaded = Selection.load(tmp_path)
+            except SelectionError as error:
+                assert name in str(error)
+                detected[name] = detected.get(name, 0) + 1
+            else:  # a blank of the JSON
+                assert loaded.pairs.equals(selection.pairs) and loaded.config == selection.config
+                np.testing.assert_array_equal(loaded.depth, selection.depth)
+        (tmp_path / name).write_bytes(data)
+    assert detected["pairs.parquet"] == detected["dataset/train.parquet"] == 150 and detected["selection.json"] > 75
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_a_save_that_is_killed_leaves_the_earlier_selection_or_the_new_one(select, rows, tmp_path, monkeypatch):
+    earlier, later, last = (select(rows, budget=budget) for budget in (20, 30, 40))
+    found = []
+    for step in range(12):
+        directory = tmp_path / str(step)
+        earlier.save(directory)
+        child = os.fork()
+        if child == 0:
+            left = [step]
+
+            def dying(work, left=left):
+                def run(*arguments, **settings):
+                    if left[0] == 0:
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    left[0] -= 1
+                    return work(*arguments, **settings)
+
+                return run
+
+            monkeypatch.setattr(Path, "replace", dying(Path.replace))
+            monkeypatch.setattr(os, "fsync", dying(os.fsync))
+            later.save(directory)
+            os._exit(0)
+        status = os.waitpid(child, 0)[1]
+        loaded = Selection.load(directory)
+        expected = {20: earlier, 30: later}[len(loaded)]
+        assert loaded.pairs.equals(expected.pairs) and loaded.dataset.to_list() == expected.dataset.to_list()
+        found.append((len(loaded), os.WIFSIGNALED(status)))
+        last.save(directory)
+        assert len(Selection.load(directory)) == 40
+        assert sorted(path.name for path in directory.iterdir()) == ["dataset", "pairs.parquet", "selection.json"]
+    assert found[0] == (20, True) and (30, True) in found and found[-1] == (30, False)
 
 
 def test_report_is_one_page_that_escapes_what_it_shows(select, rows, tmp_path):

@@ -44,6 +44,7 @@ def test_it_names_what_it_was_made_with(made, tmp_path):
         ({"features": "full"}, "differentiated parameters"),
         ({"sketch_dim": 32}, "sketch"),
         ({"sketch_nnz": 2}, "sketch"),
+        ({"sketch_dtype": "int8"}, "sketch"),
         ({"max_length": 30}, "max_length"),
         ({"truncation_mode": "keep_end"}, "truncation_mode"),
     ],

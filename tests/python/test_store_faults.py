@@ -154,6 +154,19 @@ def test_a_read_only_disk_serves_and_is_not_written_to(mount, model, tokenizer):
         assert caught.value.errno == errno.EROFS
 
 
+def test_a_full_disk_keeps_the_selection_that_was_saved_before(mount, model, tokenizer, tmp_path):
+    disk = mount("-t", "tmpfs", "-o", "size=64k", "tmpfs")
+    stored(model, scored_rows(30, 6), tokenizer, tmp_path / "store")
+    arguments = {"store": tmp_path / "store", "progress": False}
+    bpo.select(None, scored_rows(2, 6), budget=4, **arguments).save(disk / "selection")
+    kept = contents(disk / "selection")
+    with pytest.raises(OSError) as caught:
+        bpo.select(None, scored_rows(30, 6), budget=400, **arguments).save(disk / "selection")
+    assert caught.value.errno == errno.ENOSPC
+    assert contents(disk / "selection") == kept
+    assert len(bpo.Selection.load(disk / "selection")) == 4
+
+
 def test_a_directory_of_another_user_is_refused_by_name():
     if os.name != "posix" or os.geteuid() != 0:
         pytest.skip("becoming another user needs root")

@@ -14,7 +14,14 @@ from bpo import SelectConfig, read_candidates
 from bpo.features import FreshAdapter
 from bpo.logprobs import response_logps
 from bpo.models import window
-from bpo.tokens import batches_by_tokens, check_tokenizer, tokenize_candidates, tokenize_responses
+from bpo.tokens import (
+    batches_by_tokens,
+    check_tokenizer,
+    first_batch,
+    storage_order,
+    tokenize_candidates,
+    tokenize_responses,
+)
 from conftest import CHAT_TEMPLATE, WORDS, hooked, scored_rows, tiny_llama
 
 
@@ -363,3 +370,32 @@ def test_batches_cover_everything_in_one_order():
         np.testing.assert_array_equal(order, orders[0])
     for batch in batches_by_tokens(lengths, 64):
         assert len(batch) == 1 or len(batch) * lengths[batch].max() <= 64
+
+
+def test_a_store_is_in_the_order_of_the_prompts_a_neighbourhood_at_a_time():
+    generator = np.random.default_rng(0)
+    prompts = np.repeat(np.arange(300), generator.integers(1, 9, 300))
+    lengths = generator.integers(1, 100, len(prompts))
+    lengths[700] = 200
+    order = storage_order(lengths, prompts, 128)
+    assert sorted(order.tolist()) == list(range(len(prompts)))
+    assert order[0] == 700  # memory that does not suffice is found out at once
+    place = np.argsort(order)
+    for prompt in range(300):
+        rows = place[prompts == prompt]
+        assert rows.max() - rows.min() < 128 + 8
+    # But for the one that goes first, neighbourhoods follow one another.
+    firsts = np.array([place[prompts == prompt].min() for prompt in range(300) if abs(prompt - prompts[700]) > 60])
+    assert np.corrcoef(firsts, np.arange(len(firsts)))[0, 1] > 0.95
+    # All in one, the longest come first.
+    assert storage_order(lengths, prompts).tolist() == np.argsort(-lengths, kind="stable").tolist()
+
+
+def test_batches_of_any_order_keep_to_the_budget():
+    generator = np.random.default_rng(1)
+    for _ in range(200):
+        lengths, budget = generator.integers(1, 60, generator.integers(1, 30)), int(generator.integers(1, 400))
+        size = first_batch(lengths, budget)
+        assert size == 1 or lengths[:size].max() * size <= budget
+        # One more would not fit, or would be more than if none were longer than the first.
+        assert size == len(lengths) or lengths[: size + 1].max() * (size + 1) > budget
