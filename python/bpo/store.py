@@ -249,10 +249,10 @@ class GradientStore:
         damaged = self.verify(rows, threads=threads, progress=progress)
         if len(damaged):
             place = damaged[0] * row_bytes(self.dtype, self.rows.shape[1])
+            others = f", nor are {len(damaged) - 1} others" if len(damaged) > 1 else ""
             raise _core.StoreDamagedError(
-                f"{self.reader.rows_path}: row {damaged[0]}, at byte {place}, is not as it was "
-                f"written, nor are {len(damaged) - 1} others; `bpo store repair {self.path}` sets them aside, and the "
-                "next run computes them anew"
+                f"{self.reader.rows_path}: row {damaged[0]}, at byte {place}, is not as it was written{others}; `bpo "
+                f"store repair {self.path}` sets damaged rows aside, and the next run computes them anew"
             )
 
 

@@ -29,7 +29,8 @@ impl Disk for File {
     }
 
     fn set_len(&mut self, size: u64) -> Result<()> {
-        Self::set_len(self, size)
+        // Windows changes the size of no file that a reader has mapped, be it to what it is.
+        if self.metadata()?.len() == size { Ok(()) } else { Self::set_len(self, size) }
     }
 
     fn sync(&mut self) -> Result<()> {

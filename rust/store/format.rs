@@ -183,11 +183,16 @@ impl Manifest {
     }
 }
 
+/// Writes a small file and waits until it is on disk.
+pub fn write(path: &Path, bytes: &[u8]) -> Result<()> {
+    let mut file = File::create(path).map_err(at(path))?;
+    file.write_all(bytes).and_then(|()| file.sync_all()).map_err(at(path))
+}
+
 /// Writes a small file so that a crash leaves the old one or the new one, whole.
 pub fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
     let temporary = path.with_extension("new");
-    let mut file = File::create(&temporary).map_err(at(&temporary))?;
-    file.write_all(bytes).and_then(|()| file.sync_all()).map_err(at(&temporary))?;
+    write(&temporary, bytes)?;
     fs::rename(&temporary, path).map_err(at(path))
 }
 

@@ -11,11 +11,14 @@ use std::path::{Path, PathBuf};
 use super::disk::Disk;
 use super::format::{
     Header, Manifest, Paths, RECORD_BYTES, at, doing, record_offset, replace, scale, seal, slot_bytes, slot_offset,
-    sync_directory,
+    sync_directory, write,
 };
 use super::reader::{StoreReader, Tolerance, lost_manifest, read_manifest};
 use crate::error::{Error, Result};
 use crate::progress::Progress;
+
+/// Bytes of copied rows between two commits.
+const COMMIT_BYTES: u64 = 64 << 20;
 
 /// Appends rows to two files, committing in steps.
 #[derive(Debug)]
@@ -226,9 +229,8 @@ impl StoreWriter {
         let bytes = manifest.to_bytes();
         let rows = paths.rows(manifest.encoding);
         let header = Header::bytes(crc32fast::hash(&bytes), 0);
-        for (path, content) in [(&rows, &[][..]), (&paths.records, &header[..])] {
-            fs::write(path, content).and_then(|()| File::open(path)?.sync_all()).map_err(at(path))?;
-        }
+        write(&rows, &[])?;
+        write(&paths.records, &header)?;
         // The manifest goes last, so that there is a store or there is none.
         replace(&paths.copy, &bytes)?;
         replace(&paths.manifest, &bytes)?;
@@ -297,8 +299,10 @@ impl StoreWriter {
                 }
                 self.appender.append(&sketches, &records)?;
             }
-            self.appender.commit()
-        })
+            let uncommitted = (self.appender.count() - self.appender.committed()) * ours.row_bytes() as u64;
+            if uncommitted >= COMMIT_BYTES { self.appender.commit() } else { Ok(()) }
+        })?;
+        self.appender.commit()
     }
 }
 

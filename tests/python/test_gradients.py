@@ -130,13 +130,14 @@ def test_pair_gradient_of_sketches_is_the_sketch_of_the_dpo_gradient(tokenizer, 
         assert relative_error(torch.tensor(a * rows[chosen] + b * rows[rejected]), expected) < 1e-4
 
 
-def test_store_holds_what_was_asked_and_a_second_call_computes_nothing(tokenizer, tmp_path):
+def test_store_holds_what_was_asked_and_a_second_call_computes_nothing(tokenizer, tmp_path, capsys):
     model = tiny_llama(tokenizer)
     data, config = scored_rows(4, 3), SelectConfig(sketch_dim=64)
     arguments = {"processing_class": tokenizer, "config": config, "progress": False, "store": tmp_path / "store"}
     first = collect_gradients(model, data[:2], **arguments)
     assert len(first) == 6 and first.sketches().shape == (6, 64)
-    grown = collect_gradients(model, data, **arguments)
+    grown = collect_gradients(model, data, **{**arguments, "progress": True})
+    assert "Gradients (6 of 12 responses are there):" in capsys.readouterr().err
     assert len(grown) == 12
     np.testing.assert_array_equal(grown.sketches()[:6], first.sketches())
     assert len(grown.verify()) == 0

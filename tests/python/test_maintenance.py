@@ -61,7 +61,7 @@ def test_a_damaged_row_is_never_selected_from(store, model, tokenizer):
     bpo.select(model, ROWS, config=config, **arguments)
     flip(store / "rows.f16", 5 * 128 + 3)
     with pytest.raises(
-        StoreDamagedError, match=r"rows\.f16: row 5, at byte 640, is not as it was written.*store repair"
+        StoreDamagedError, match=r"rows\.f16: row 5, at byte 640, is not as it was written; .*store repair"
     ):
         bpo.select(model, ROWS, config=config, **arguments)
 
