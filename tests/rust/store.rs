@@ -42,6 +42,11 @@ fn append<D: Disk>(appender: &mut Appender<D>, batches: &[usize]) {
     }
 }
 
+/// A directory in memory where there is one: thousands of syncs are not what these tests are about.
+fn scratch() -> tempfile::TempDir {
+    tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap()
+}
+
 fn files(directory: &Path) -> Vec<(PathBuf, Vec<u8>)> {
     let mut paths: Vec<PathBuf> = fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().path()).collect();
     paths.sort();
@@ -110,7 +115,7 @@ proptest! {
 
     #[test]
     fn any_batches_come_back(dtype in prop::sample::select(&DTYPES[..]), batches in prop::collection::vec(0usize..5, 0..6)) {
-        let directory = tempfile::tempdir().unwrap();
+        let directory = scratch();
         write(directory.path(), dtype, &batches);
         let count = batches.iter().sum();
         let (sketches, records) = contents(directory.path()).unwrap();
@@ -120,7 +125,7 @@ proptest! {
             prop_assert!((read - written).abs() <= written.abs().max(30.0) / 100.0);
         }
         // One batch or many, the files are the same.
-        let other = tempfile::tempdir().unwrap();
+        let other = scratch();
         write(other.path(), dtype, &[count]);
         prop_assert_eq!(files(directory.path()), files(other.path()));
     }
@@ -230,7 +235,7 @@ fn no_loss_of_power_loses_a_committed_row_or_leaves_a_torn_one() {
         let mut random = random(life);
         let dtype = DTYPES[random(4)];
         let manifest = manifest(dtype);
-        let directory = tempfile::tempdir().unwrap();
+        let directory = scratch();
         write(directory.path(), dtype, &[]);
         let paths = Paths::new(directory.path());
         let rows_path = paths.rows(manifest.encoding);
@@ -268,7 +273,7 @@ fn no_loss_of_power_loses_a_committed_row_or_leaves_a_torn_one() {
                 counts.unwrap().larger > StoreReader::open(directory.path(), Tolerance::None).unwrap().count(),
             );
         }
-        let whole = tempfile::tempdir().unwrap();
+        let whole = scratch();
         write(whole.path(), dtype, &[TOTAL]);
         assert_eq!(files(directory.path()), files(whole.path()), "life {life}");
     }
@@ -377,7 +382,7 @@ impl Disk for Failing {
 #[test]
 fn whichever_write_fails_what_was_committed_is_kept_and_the_rest_can_follow() {
     for nth in 1..16 {
-        let directory = tempfile::tempdir().unwrap();
+        let directory = scratch();
         write(directory.path(), "int8", &[2]);
         let paths = Paths::new(directory.path());
         let left = Arc::new(Mutex::new(0));
@@ -411,7 +416,7 @@ fn whichever_write_fails_what_was_committed_is_kept_and_the_rest_can_follow() {
         let first = writer.count() as usize;
         append(writer.appender(), &[6 - first]);
         writer.appender().close().unwrap();
-        let whole = tempfile::tempdir().unwrap();
+        let whole = scratch();
         write(whole.path(), "int8", &[6]);
         assert_eq!(files(directory.path()), files(whole.path()), "{nth}");
     }
@@ -420,7 +425,7 @@ fn whichever_write_fails_what_was_committed_is_kept_and_the_rest_can_follow() {
 /// Every bit of every file, in a store that was closed and in one that was not.
 #[test]
 fn every_flipped_bit_is_detected_or_harmless() {
-    let directory = tempfile::tempdir().unwrap();
+    let directory = scratch();
     for dtype in DTYPES {
         for closed in [true, false] {
             let path = directory.path().join(format!("{dtype}-{closed}"));
@@ -494,7 +499,7 @@ fn files_cut_short_are_refused_and_their_rows_can_be_taken_and_mended() {
         let row_bytes = if name == "rows.f32" { 4 * DIM } else { RECORD_BYTES };
         let header = if name == "rows.f32" { 0 } else { HEADER_BYTES };
         for size in (header..header + 5 * row_bytes).step_by(5) {
-            let directory = tempfile::tempdir().unwrap();
+            let directory = scratch();
             write(directory.path(), "float32", &[2, 3]);
             let path = directory.path().join(name);
             fs::OpenOptions::new().write(true).open(&path).unwrap().set_len(size as u64).unwrap();
@@ -510,7 +515,7 @@ fn files_cut_short_are_refused_and_their_rows_can_be_taken_and_mended() {
             let mut writer = StoreWriter::append_to(directory.path()).unwrap();
             append(writer.appender(), &[5 - complete]);
             writer.appender().close().unwrap();
-            let whole = tempfile::tempdir().unwrap();
+            let whole = scratch();
             write(whole.path(), "float32", &[5]);
             assert_eq!(files(directory.path()), files(whole.path()), "{name} of {size} bytes");
         }
@@ -519,7 +524,7 @@ fn files_cut_short_are_refused_and_their_rows_can_be_taken_and_mended() {
 
 #[test]
 fn a_record_in_another_place_is_damaged() {
-    let directory = tempfile::tempdir().unwrap();
+    let directory = scratch();
     write(directory.path(), "float32", &[4]);
     let path = directory.path().join("records.bin");
     let mut bytes = fs::read(&path).unwrap();
@@ -532,7 +537,7 @@ fn a_record_in_another_place_is_damaged() {
 
 #[test]
 fn a_manifest_of_another_store_is_refused() {
-    let directory = tempfile::tempdir().unwrap();
+    let directory = scratch();
     let (one, other) = (directory.path().join("one"), directory.path().join("other"));
     write(&one, "float32", &[4]);
     StoreWriter::create(&other, Manifest::new(DIM, "float32", "{\"model\": \"huge\"}").unwrap()).unwrap();
@@ -545,7 +550,7 @@ fn a_manifest_of_another_store_is_refused() {
 
 #[test]
 fn one_writer_at_a_time() {
-    let directory = tempfile::tempdir().unwrap();
+    let directory = scratch();
     let writer = StoreWriter::create(directory.path(), manifest("float32")).unwrap();
     assert!(matches!(StoreWriter::append_to(directory.path()), Err(Error::StoreLocked { .. })));
     assert!(matches!(repair(directory.path(), &Progress::default()), Err(Error::StoreLocked { .. })));
