@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -208,13 +207,12 @@ def export_store(store: str | os.PathLike[str], path: str | os.PathLike[str]) ->
     rows = np.flatnonzero(~opened.set_aside)
     opened.check(rows)
     # Under another name until it is whole.
-    handle, scratch = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    os.close(handle)
+    scratch = path.with_name(f".{path.name}-{os.getpid()}")
     try:
-        writers[path.suffix](opened, rows, Path(scratch))
-        Path(scratch).replace(path)
+        writers[path.suffix](opened, rows, scratch)
+        scratch.replace(path)
     finally:
-        Path(scratch).unlink(missing_ok=True)
+        scratch.unlink(missing_ok=True)
     return path
 
 

@@ -255,3 +255,37 @@ fn race(costs: &[f64], stream: &Stream, trial: u64) -> usize {
     let earlier = |one: (f64, usize), other: (f64, usize)| if other < one { other } else { one };
     costs.par_chunks(RACE_BLOCK).enumerate().map(first).reduce(|| (f64::INFINITY, usize::MAX), earlier).1
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const DRAWS: u64 = 10_000;
+
+    fn stream() -> Stream {
+        Stream::new(7, Purpose::Seeding, 3)
+    }
+
+    #[test]
+    fn draws_are_in_proportion_to_costs() {
+        let costs: Vec<f64> = (0..250).map(|index| if index % 50 == 0 { f64::from(index) } else { 0.0 }).collect();
+        let total: f64 = costs.iter().sum();
+        let mut counts = vec![0.0; costs.len()];
+        (0..DRAWS).for_each(|trial| counts[race(&costs, &stream(), trial)] += 1.0);
+        for (count, cost) in counts.into_iter().zip(&costs) {
+            let share = cost / total;
+            let deviation = (DRAWS as f64 * share * (1.0 - share)).sqrt();
+            assert!((count - DRAWS as f64 * share).abs() <= 4.5 * deviation, "{count} draws at a share of {share}");
+        }
+    }
+
+    #[test]
+    fn rounding_hardly_changes_a_draw() {
+        let costs: Vec<f64> = (0..1000).map(|index| 1.0 + f64::from(index % 17)).collect();
+        let rounded: Vec<f64> =
+            costs.iter().enumerate().map(|(index, cost)| cost * (1.0 + 1e-4 * (index as f64).sin())).collect();
+        let changed =
+            (0..DRAWS / 5).filter(|&trial| race(&costs, &stream(), trial) != race(&rounded, &stream(), trial));
+        assert!(changed.count() <= 4); // of the running sum, a draw in twenty or so
+    }
+}
