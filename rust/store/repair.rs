@@ -5,9 +5,10 @@ use std::io::Write;
 use std::path::Path;
 
 use super::format::{
-    HEADER_BYTES, Header, Manifest, Paths, RECORD_BYTES, at, record_offset, replace, set_aside, sync_directory,
+    HEADER_BYTES, Header, Manifest, Paths, RECORD_BYTES, at, is_sound_record, record_offset, replace, set_aside,
+    sync_directory,
 };
-use super::reader::{StoreReader, Tolerance, damaged_records, for_records, read_header};
+use super::reader::{BLOCK_RECORDS, MAX_DAMAGED, StoreReader, Tolerance, for_records, read_header};
 use super::writer::lock;
 use crate::error::{Error, Result};
 use crate::progress::Progress;
@@ -120,30 +121,39 @@ fn sound_manifest(paths: &Paths, header: Option<Header>) -> Result<Vec<u8>> {
     if candidates.is_empty() {
         return Manifest::read_bytes(&paths.manifest); // which says why
     }
-    let crc = header.and_then(|header| header.manifest_crc);
-    let fits = |bytes: &&Vec<u8>| match crc {
-        Some(crc) => crc32fast::hash(bytes) == crc,
-        // Without the header, what two files say alike is right, and else what is a manifest at all.
-        None => candidates.iter().all(|other| other == *bytes),
+    let sound: Vec<&Vec<u8>> = match header.and_then(|header| header.manifest_crc) {
+        Some(crc) => candidates.iter().filter(|bytes| crc32fast::hash(bytes) == crc).collect(),
+        // Without the header, what is a manifest at all.
+        None => candidates.iter().filter(|bytes| Manifest::parse(&paths.manifest, bytes).is_ok()).collect(),
     };
-    if let Some(bytes) = candidates.iter().find(fits) {
-        return Ok(bytes.clone());
+    match sound[..] {
+        [one, ref others @ ..] if others.iter().all(|other| *other == one) => Ok(one.clone()),
+        _ => {
+            // A store of another version has another header; this says so.
+            if let Err(error @ Error::StoreVersion { .. }) = Manifest::parse(&paths.manifest, &candidates[0]) {
+                return Err(error);
+            }
+            let found =
+                if sound.is_empty() { "neither the manifest nor its copy is" } else { "one of two manifests is not" };
+            let reason = format!("{found} as it was written, so nothing says what the rows are");
+            Err(Error::StoreFormat { path: paths.manifest.clone(), reason })
+        }
     }
-    // A store of another version has another header; this says so.
-    Manifest::parse(&paths.manifest, &candidates[0])?;
-    let reason = "neither the manifest nor its copy is as it was written, so nothing says what the rows are".to_owned();
-    Err(Error::StoreFormat { path: paths.manifest.clone(), reason })
 }
 
-/// One more than the last row with a sound record.
+/// One more than the last row with a sound record; looks no further than over a gap that no commit leaves.
 fn last_sound(path: &Path, there: u64) -> Result<u64> {
-    let damaged = damaged_records(path, 0..there)?;
-    let mut count = there;
-    for row in damaged.into_iter().rev() {
-        if row + 1 != count {
-            break;
-        }
-        count = row;
+    let (mut count, mut seen) = (0, 0);
+    while seen < there && seen - count <= MAX_DAMAGED as u64 {
+        let end = there.min(seen + BLOCK_RECORDS);
+        for_records(path, seen..end, |first, records| {
+            let rows = (first..).zip(records.chunks_exact(RECORD_BYTES));
+            if let Some((row, _)) = rows.filter(|(row, record)| is_sound_record(record, *row)).last() {
+                count = row + 1;
+            }
+            Ok(())
+        })?;
+        seen = end;
     }
     Ok(count)
 }

@@ -8,8 +8,11 @@ use std::sync::{Arc, Mutex};
 use bpo::Error;
 use bpo::progress::Progress;
 use bpo::store::disk::Disk;
-use bpo::store::format::{HEADER_BYTES, Header, Manifest, Paths, RECORD_BYTES, is_set_aside, scale};
-use bpo::store::{Appender, Encoding, StoreReader, StoreWriter, Tolerance, repair};
+use bpo::store::format::{
+    HEADER_BYTES, Header, Manifest, Paths, RECORD_BYTES, SLOT_BYTES, is_set_aside, record_offset, scale, slot_bytes,
+    slot_offset,
+};
+use bpo::store::{Appender, Encoding, Row, StoreReader, StoreWriter, Tolerance, repair};
 use proptest::prelude::*;
 
 const DIM: usize = 3;
@@ -556,4 +559,76 @@ fn one_writer_at_a_time() {
     assert!(matches!(repair(directory.path(), &Progress::default()), Err(Error::StoreLocked { .. })));
     drop(writer);
     assert!(StoreWriter::append_to(directory.path()).is_ok());
+}
+
+/// Power may be lost when the size and the count of a commit are on disk and its records are not: zeros.
+#[test]
+fn an_interrupted_commit_of_millions_of_rows_is_undone() {
+    let directory = scratch();
+    write(directory.path(), "int8", &[2]);
+    let paths = Paths::new(directory.path());
+    let larger = 2 + (1 << 20) + 5000;
+    let mut bytes = fs::read(&paths.records).unwrap();
+    bytes[slot_offset(1)..][..SLOT_BYTES].copy_from_slice(&slot_bytes(larger));
+    fs::write(&paths.records, bytes).unwrap();
+    for (path, size) in [(&paths.records, record_offset(larger)), (&paths.rows(Encoding::Int8), larger * DIM as u64)] {
+        fs::OpenOptions::new().write(true).open(path).unwrap().set_len(size).unwrap();
+    }
+    assert_eq!(StoreReader::open(directory.path(), Tolerance::None).unwrap().count(), 2);
+    assert_eq!(repair(directory.path(), &Progress::default()).unwrap().count, 2);
+    assert_eq!(contents(directory.path()).unwrap().1, expected(2).1);
+}
+
+#[test]
+fn damaged_records_read_as_set_aside_whatever_is_in_them() {
+    let directory = scratch();
+    write(directory.path(), "float32", &[4]);
+    let path = directory.path().join("records.bin");
+    let mut bytes = fs::read(&path).unwrap();
+    bytes[HEADER_BYTES + RECORD_BYTES + 52] ^= 8; // the flag of a row that is set aside
+    bytes[HEADER_BYTES + 2 * RECORD_BYTES + 40] ^= 1;
+    fs::write(&path, bytes).unwrap();
+    let reader = StoreReader::open(directory.path(), Tolerance::SoundRows).unwrap();
+    let mut seen = 0;
+    let count = |rows: &[Row]| {
+        seen += rows.len();
+        Ok(())
+    };
+    reader.read_rows(&[true; 4], &Progress::default(), count).unwrap();
+    assert_eq!(seen, 2);
+}
+
+#[test]
+fn one_manifest_that_can_be_read_suffices_for_a_repair() {
+    for (garbled, restored) in [("manifest.json", "manifest.json"), ("manifest.copy.json", "manifest.copy.json")] {
+        let directory = scratch();
+        write(directory.path(), "float16", &[4]);
+        let path = directory.path().join("records.bin");
+        let mut bytes = fs::read(&path).unwrap();
+        bytes[3] ^= 1; // the header, which would tell which of the two it is
+        fs::write(&path, bytes).unwrap();
+        fs::write(directory.path().join(garbled), "{\"format\": [{").unwrap();
+        let done = repair(directory.path(), &Progress::default()).unwrap();
+        assert_eq!(done.mended, [restored, "records.bin"]);
+        assert_eq!(contents(directory.path()).unwrap().1, expected(4).1);
+    }
+    // Two that differ do not.
+    let directory = scratch();
+    write(directory.path(), "float16", &[4]);
+    let other = Manifest::new(DIM, "float16", "{\"model\": \"huge\"}").unwrap();
+    fs::write(directory.path().join("manifest.copy.json"), other.to_bytes()).unwrap();
+    fs::write(directory.path().join("records.bin"), [0; 500]).unwrap();
+    let message = repair(directory.path(), &Progress::default()).unwrap_err().to_string();
+    assert!(message.contains("one of two manifests is not as it was written"), "{message}");
+}
+
+#[test]
+fn a_message_shows_no_more_of_a_value_than_a_line() {
+    let directory = scratch();
+    let path = directory.path().join("manifest.json");
+    fs::write(&path, format!("{{\"format\": \"{}\"}}", "ä".repeat(400_000))).unwrap();
+    assert!(StoreReader::open(directory.path(), Tolerance::None).unwrap_err().to_string().len() < 400);
+    fs::write(&path, vec![b' '; 2 << 20]).unwrap();
+    let message = StoreReader::open(directory.path(), Tolerance::None).unwrap_err().to_string();
+    assert!(message.contains("more than 1048576 bytes are too many for a manifest"), "{message}");
 }
