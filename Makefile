@@ -58,8 +58,9 @@ count: ## Instructions of each kernel under callgrind, where the clock is too no
 
 fuzz: ## Fuzz the reader of the store: make fuzz SECONDS=60
 	RUSTFLAGS='$(FUZZ_FLAGS)' cargo build --quiet --release --manifest-path tests/fuzz/Cargo.toml --target-dir $(FUZZ_TARGET) --target $(FUZZ_HOST)
+	mkdir -p $(FUZZ_TARGET)/corpus
 	$(FUZZ_TARGET)/$(FUZZ_HOST)/release/store -max_total_time=$(SECONDS) -timeout=10 -rss_limit_mb=1024 \
-	  -max_len=512 -len_control=0 -entropic_scale_per_exec_time=1 -print_final_stats=1 -artifact_prefix=$(FUZZ_TARGET)/ tests/fuzz/corpus/store
+	  -max_len=512 -len_control=0 -entropic_scale_per_exec_time=1 -print_final_stats=1 -artifact_prefix=$(FUZZ_TARGET)/ $(FUZZ_TARGET)/corpus tests/fuzz/corpus/store
 
 torture: $(VENV)/.installed ## Hundreds of kills and losses of power over the writer of the store, then the fuzzer
 	BPO_POWER_LOSSES=20000 cargo test --release --quiet --test store no_loss_of_power -- --nocapture
