@@ -1,12 +1,12 @@
 //! Mends a store as far as it can be: what is sound stays where it is, and what is not is set aside to be computed anew.
 
-use std::fs::{self, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io::Write;
 use std::path::Path;
 
 use super::format::{
-    HEADER_BYTES, Header, Manifest, Paths, RECORD_BYTES, at, is_sound_record, record_offset, replace, set_aside,
-    sync_directory,
+    Counts, HEADER_BYTES, Header, Manifest, Paths, RECORD_BYTES, at, is_sound_record, record_offset, replace,
+    set_aside, sync_directory,
 };
 use super::reader::{BLOCK_RECORDS, MAX_DAMAGED, StoreReader, Tolerance, for_records, read_header};
 use super::writer::lock;
@@ -28,86 +28,105 @@ pub struct Repair {
     pub count: u64,
 }
 
-/// Repairs the store in `directory`. What it changes it writes beside the old file first; no row is moved.
+/// Repairs the store in `directory`: manifest, header, records, then what lies behind them. No row is moved, and records
+/// are written beside the old file first, so a repair that is interrupted can be repeated.
 ///
 /// # Errors
 /// If neither the manifest nor its copy is sound, a process is writing to the store, or a file cannot be read or
 /// written; a row that cannot be read at all may be readable again, so it stops the repair.
 pub fn repair(directory: &Path, progress: &Progress) -> Result<Repair> {
     let paths = Paths::new(directory);
-    let mut done = Repair::default();
-    let header = read_header(&paths.records)?;
-    let bytes = sound_manifest(&paths, header)?;
+    // Before the lock, so that nothing is made where no store is.
+    let bytes = sound_manifest(&paths, read_header(&paths.records)?)?;
     let manifest = Manifest::parse(&paths.manifest, &bytes)?;
     let _lock = lock(&paths)?;
-    for path in [&paths.manifest, &paths.copy] {
-        if Manifest::read_bytes(path).ok().as_ref() != Some(&bytes) {
-            replace(path, &bytes)?;
-            done.mended.push(name(path));
-        }
-    }
 
-    // The count, unless both of the header are lost: then the last record that is one.
-    let manifest_crc = crc32fast::hash(&bytes);
+    let mut done = Repair::default();
+    restore_manifest(&paths, &bytes, &mut done)?;
     let rows_path = paths.rows(manifest.encoding);
     for path in [&paths.records, &rows_path] {
         OpenOptions::new().append(true).create(true).open(path).map_err(at(path))?;
     }
-    let records_size = fs::metadata(&paths.records).map_err(at(&paths.records))?.len();
-    let usable = header.filter(|header| header.manifest_crc == Some(manifest_crc) && header.counts.is_some());
-    if usable.is_none() {
-        let there = records_size.saturating_sub(HEADER_BYTES as u64) / RECORD_BYTES as u64;
-        let counts = header.and_then(|header| header.counts).map(|counts| counts.larger);
-        let count = match counts {
-            Some(count) => count,
-            None => last_sound(&paths.records, there)?,
-        };
-        let mut file = OpenOptions::new().write(true).open(&paths.records).map_err(at(&paths.records))?;
-        let header = Header::bytes(manifest_crc, count);
-        file.write_all(&header).and_then(|()| file.sync_all()).map_err(at(&paths.records))?;
-        done.mended.push(name(&paths.records));
-    }
+    let manifest_crc = crc32fast::hash(&bytes);
+    let counts = restore_header(&paths, manifest_crc, &mut done)?;
 
     let reader = StoreReader::open(directory, Tolerance::SoundRows)?;
-    let claimed = read_header(&paths.records)?.and_then(|header| header.counts);
     done.count = reader.count();
     // Where the counts differ and the smaller one is there, a commit was interrupted: nothing that counted is lost.
-    let expected = claimed.map_or(0, |counts| counts.smaller.unwrap_or(counts.larger));
-    done.lost = expected.saturating_sub(done.count);
+    done.lost = counts.smaller.unwrap_or(counts.larger).saturating_sub(done.count);
     done.cut = reader.tail();
     done.set_aside = reader.verify(None, progress)?;
-
-    let agree = claimed.is_some_and(|counts| counts.larger == done.count && counts.smaller == Some(done.count));
+    let agree = counts.larger == done.count && counts.smaller == Some(done.count);
     if !done.set_aside.is_empty() || !agree {
-        let temporary = paths.records.with_extension("new");
-        let mut file = fs::File::create(&temporary).map_err(at(&temporary))?;
-        file.write_all(&Header::bytes(manifest_crc, done.count)).map_err(at(&temporary))?;
-        let mut damaged = done.set_aside.iter().copied().peekable();
-        for_records(&paths.records, 0..done.count, |first, records| {
-            let mut records = records.to_vec();
-            for (row, record) in (first..).zip(records.chunks_exact_mut(RECORD_BYTES)) {
-                if damaged.next_if_eq(&row).is_some() {
-                    record.copy_from_slice(&set_aside(row));
-                }
-            }
-            file.write_all(&records).map_err(at(&temporary))
-        })?;
-        file.sync_all().map_err(at(&temporary))?;
-        fs::rename(&temporary, &paths.records).map_err(at(&paths.records))?;
-        if !done.mended.contains(&name(&paths.records)) {
-            done.mended.push(name(&paths.records));
-        }
+        rewrite_records(&paths, manifest_crc, &mut done)?;
     }
-    for (path, size) in
-        [(&rows_path, done.count * manifest.row_bytes() as u64), (&paths.records, record_offset(done.count))]
-    {
-        let file = OpenOptions::new().write(true).open(path).map_err(at(path))?;
-        if file.metadata().map_err(at(path))?.len() != size {
-            file.set_len(size).and_then(|()| file.sync_all()).map_err(at(path))?;
-        }
-    }
+    cut(&rows_path, done.count * manifest.row_bytes() as u64)?;
+    cut(&paths.records, record_offset(done.count))?;
     sync_directory(directory)?;
     Ok(done)
+}
+
+/// Writes the manifest and its copy, where they are not as they should be.
+fn restore_manifest(paths: &Paths, bytes: &Vec<u8>, done: &mut Repair) -> Result<()> {
+    for path in [&paths.manifest, &paths.copy] {
+        if Manifest::read_bytes(path).ok().as_ref() != Some(bytes) {
+            replace(path, bytes)?;
+            done.mended.push(name(path));
+        }
+    }
+    Ok(())
+}
+
+/// Writes the header, if it is damaged, with the count that it had or, if both are lost, up to the last record that is
+/// one. Returns the counts.
+fn restore_header(paths: &Paths, manifest_crc: u32, done: &mut Repair) -> Result<Counts> {
+    let path = &paths.records;
+    let header = read_header(path)?;
+    let counts = header.and_then(|header| header.counts);
+    if let Some(counts) = counts
+        && header.is_some_and(|header| header.manifest_crc == Some(manifest_crc))
+    {
+        return Ok(counts);
+    }
+    let size = fs::metadata(path).map_err(at(path))?.len();
+    let there = size.saturating_sub(HEADER_BYTES as u64) / RECORD_BYTES as u64;
+    let count = counts.map_or_else(|| last_sound(path, there), |counts| Ok(counts.larger))?;
+    let mut file = OpenOptions::new().write(true).open(path).map_err(at(path))?;
+    file.write_all(&Header::bytes(manifest_crc, count)).and_then(|()| file.sync_all()).map_err(at(path))?;
+    done.mended.push(name(path));
+    Ok(Counts { larger: count, smaller: Some(count) })
+}
+
+/// Writes the records anew, those of damaged rows as set aside, with a header whose counts agree.
+fn rewrite_records(paths: &Paths, manifest_crc: u32, done: &mut Repair) -> Result<()> {
+    let temporary = paths.records.with_extension("new");
+    let mut file = File::create(&temporary).map_err(at(&temporary))?;
+    file.write_all(&Header::bytes(manifest_crc, done.count)).map_err(at(&temporary))?;
+    let mut damaged = done.set_aside.iter().copied().peekable();
+    for_records(&paths.records, 0..done.count, |first, records| {
+        let mut records = records.to_vec();
+        for (row, record) in (first..).zip(records.chunks_exact_mut(RECORD_BYTES)) {
+            if damaged.next_if_eq(&row).is_some() {
+                record.copy_from_slice(&set_aside(row));
+            }
+        }
+        file.write_all(&records).map_err(at(&temporary))
+    })?;
+    file.sync_all().map_err(at(&temporary))?;
+    fs::rename(&temporary, &paths.records).map_err(at(&paths.records))?;
+    if !done.mended.contains(&name(&paths.records)) {
+        done.mended.push(name(&paths.records));
+    }
+    Ok(())
+}
+
+/// Cuts off what lies behind the last row.
+fn cut(path: &Path, size: u64) -> Result<()> {
+    let file = OpenOptions::new().write(true).open(path).map_err(at(path))?;
+    if file.metadata().map_err(at(path))?.len() != size {
+        file.set_len(size).and_then(|()| file.sync_all()).map_err(at(path))?;
+    }
+    Ok(())
 }
 
 /// The bytes of the manifest or of its copy, whichever is as it was written.
