@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -214,3 +215,17 @@ def test_a_mount_that_is_gone_is_named(mount):
         store.verify()
     with pytest.raises(FileNotFoundError, match="holds no gradient store"):
         GradientStore.open(disk / "store")
+
+
+def test_the_tests_that_the_table_of_faults_names_are_there():
+    tests = Path(__file__).parents[1]
+    page = (tests.parent / "docs" / "store-format.md").read_text(encoding="utf-8")
+    rows = page.partition("| fault |")[2].partition("\n\n")[0].splitlines()[2:]
+    named = re.findall(r"`(\w+\.(?:py|rs))`|`(\w+?)_?…?`", " ".join(row.split("|")[-2] for row in rows))
+    assert len(rows) == 16 and len(named) > 30
+    text = ""
+    for file, name in named:
+        if file:
+            text = (tests / ("python" if file.endswith(".py") else "rust") / file).read_text(encoding="utf-8")
+        else:
+            assert re.search(rf"(def|fn) {name}", text), name
