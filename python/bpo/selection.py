@@ -168,7 +168,7 @@ class Selection:
         """
         directory = check_directory(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        earlier = list(directory.glob(f"{_SCRATCH}*"))
+        earlier = [path for path in directory.glob(f"{_SCRATCH}*") if not path.is_symlink()]
         scratch = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=directory))
         try:
             (scratch / _DATASET).parent.mkdir()
@@ -245,7 +245,7 @@ class Selection:
 
 def _places(directory: Path) -> dict[str, Path]:
     """Where the files of a selection are: some may still be in the scratch directory of a save that was interrupted."""
-    manifests = directory.glob(f"{_SCRATCH}*/{_MANIFEST}")
+    manifests = (path for path in directory.glob(f"{_SCRATCH}*/{_MANIFEST}") if not path.parent.is_symlink())
     latest = max(manifests, key=lambda path: path.stat().st_mtime_ns, default=directory / _MANIFEST)
     scratch = latest.parent
     places = {
@@ -322,6 +322,10 @@ def check_directory(directory: str | os.PathLike[str]) -> Path:
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():
         raise FileExistsError(f"{directory} is a file; name a directory.")
+    if (directory / "dataset").is_symlink():
+        raise FileExistsError(
+            f"{directory / 'dataset'} is a link to another directory; remove it, or name another one."
+        )
     if (directory / _MANIFEST).is_file():
         try:
             ours = json.loads((directory / _MANIFEST).read_text(encoding="utf-8")).get("format") == _FORMAT

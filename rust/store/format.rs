@@ -19,8 +19,8 @@
 //! The CRC of a slot covers its eight bytes; that of a record the number of its row (u64) and its first 68 bytes, so
 //! that a record in another's place is noticed.
 
-use std::fs::{self, File};
-use std::io::{Read, Write};
+use std::fs::{self, File, OpenOptions};
+use std::io::{ErrorKind, Read, Write};
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value, json};
@@ -73,6 +73,14 @@ impl Paths {
         }
     }
 
+    /// Checks that whatever a writer would write to is of this directory; see [`check_own_file`].
+    ///
+    /// # Errors
+    /// If something is not.
+    pub fn check_own_files(&self) -> Result<()> {
+        [&self.manifest, &self.copy, &self.records, &self.lock].into_iter().try_for_each(|path| check_own_file(path))
+    }
+
     /// The file of the sketches, which is named after their encoding.
     pub fn rows(&self, encoding: Encoding) -> PathBuf {
         self.directory.join(format!("rows.{}", encoding.suffix()))
@@ -118,6 +126,7 @@ impl Manifest {
     /// If it cannot be read, or is far larger than a manifest.
     pub fn read_bytes(path: &Path) -> Result<Vec<u8>> {
         let mut bytes = Vec::new();
+        check_file(path)?;
         let file = File::open(path).map_err(at(path))?;
         file.take(MAX_MANIFEST_BYTES + 1).read_to_end(&mut bytes).map_err(at(path))?;
         if bytes.len() as u64 > MAX_MANIFEST_BYTES {
@@ -194,9 +203,19 @@ fn shown(value: &Value) -> String {
     }
 }
 
+/// Makes a new file where an interrupted run may have left one. What else may be there, such as a link to a file of
+/// somebody else, is taken away and not written through.
+pub fn create(path: &Path) -> Result<File> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != ErrorKind::NotFound => Err(error),
+        _ => OpenOptions::new().write(true).create_new(true).open(path),
+    }
+    .map_err(at(path))
+}
+
 /// Writes a small file and waits until it is on disk.
 pub fn write(path: &Path, bytes: &[u8]) -> Result<()> {
-    let mut file = File::create(path).map_err(at(path))?;
+    let mut file = create(path)?;
     file.write_all(bytes).and_then(|()| file.sync_all()).map_err(at(path))
 }
 
@@ -205,6 +224,32 @@ pub fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
     let temporary = path.with_extension("new");
     write(&temporary, bytes)?;
     fs::rename(&temporary, path).map_err(at(path))
+}
+
+/// Checks that a file to be read is one: opening a pipe would wait for ever.
+///
+/// # Errors
+/// If it is something else, or is not there.
+pub fn check_file(path: &Path) -> Result<()> {
+    if fs::metadata(path).map_err(at(path))?.is_file() { Ok(()) } else { Err(no_file(path)) }
+}
+
+/// Checks that a file to be written to, where it is there, is one of this directory and no link: the store may be from
+/// somebody else.
+///
+/// # Errors
+/// If it is something else.
+pub fn check_own_file(path: &Path) -> Result<()> {
+    match fs::symlink_metadata(path) {
+        Ok(found) if !found.is_file() => Err(no_file(path)),
+        Err(error) if error.kind() != ErrorKind::NotFound => Err(at(path)(error)),
+        _ => Ok(()),
+    }
+}
+
+fn no_file(path: &Path) -> Error {
+    let reason = "this is no regular file of the store; nothing is read from it or written to it".to_owned();
+    Error::StoreFormat { path: path.to_path_buf(), reason }
 }
 
 /// Waits until the names of the files of a directory are on disk.

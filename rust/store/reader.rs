@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use rayon::prelude::*;
 
 use super::format::{
-    Counts, HEADER_BYTES, Header, Manifest, Paths, RECORD_BYTES, at, doing, is_set_aside, is_sound_record,
+    Counts, HEADER_BYTES, Header, Manifest, Paths, RECORD_BYTES, at, check_file, doing, is_set_aside, is_sound_record,
     is_sound_row, record_offset, set_aside,
 };
 use crate::error::{Error, Result};
@@ -80,6 +80,7 @@ impl StoreReader {
     /// else, where they differ, the last commit was interrupted and the smaller one holds.
     fn decide_count(&mut self, counts: Counts, tolerance: Tolerance) -> Result<()> {
         let rows_path = self.rows_path();
+        check_file(&rows_path)?;
         let rows_size = fs::metadata(&rows_path).map_err(at(&rows_path))?.len();
         let records_size = fs::metadata(&self.paths.records).map_err(at(&self.paths.records))?.len();
         let row_bytes = self.manifest.row_bytes() as u64;
@@ -315,6 +316,9 @@ pub fn lost_manifest(paths: &Paths) -> Option<Error> {
 /// The header of the records, None if the file is too short for one or not there.
 pub fn read_header(path: &Path) -> Result<Option<Header>> {
     let mut bytes = [0; HEADER_BYTES];
+    if path.exists() {
+        check_file(path)?;
+    }
     match File::open(path).and_then(|mut file| file.read_exact(&mut bytes)) {
         Ok(()) => Ok(Some(Header::parse(&bytes))),
         Err(error) if matches!(error.kind(), std::io::ErrorKind::UnexpectedEof | std::io::ErrorKind::NotFound) => {

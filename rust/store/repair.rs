@@ -1,12 +1,12 @@
 //! Mends a store as far as it can be: what is sound stays where it is, and what is not is set aside to be computed anew.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, OpenOptions};
 use std::io::Write;
 use std::path::Path;
 
 use super::format::{
-    Counts, HEADER_BYTES, Header, Manifest, Paths, RECORD_BYTES, at, is_sound_record, record_offset, replace,
-    set_aside, sync_directory,
+    Counts, HEADER_BYTES, Header, Manifest, Paths, RECORD_BYTES, at, check_own_file, create, is_sound_record,
+    record_offset, replace, set_aside, sync_directory,
 };
 use super::reader::{BLOCK_RECORDS, MAX_DAMAGED, StoreReader, Tolerance, for_records, read_header};
 use super::writer::lock;
@@ -44,6 +44,7 @@ pub fn repair(directory: &Path, progress: &Progress) -> Result<Repair> {
     let mut done = Repair::default();
     restore_manifest(&paths, &bytes, &mut done)?;
     let rows_path = paths.rows(manifest.encoding);
+    check_own_file(&rows_path)?;
     for path in [&paths.records, &rows_path] {
         OpenOptions::new().append(true).create(true).open(path).map_err(at(path))?;
     }
@@ -100,7 +101,7 @@ fn restore_header(paths: &Paths, manifest_crc: u32, done: &mut Repair) -> Result
 /// Writes the records anew, those of damaged rows as set aside, with a header whose counts agree.
 fn rewrite_records(paths: &Paths, manifest_crc: u32, done: &mut Repair) -> Result<()> {
     let temporary = paths.records.with_extension("new");
-    let mut file = File::create(&temporary).map_err(at(&temporary))?;
+    let mut file = create(&temporary)?;
     file.write_all(&Header::bytes(manifest_crc, done.count)).map_err(at(&temporary))?;
     let mut damaged = done.set_aside.iter().copied().peekable();
     for_records(&paths.records, 0..done.count, |first, records| {

@@ -10,8 +10,8 @@ use std::path::{Path, PathBuf};
 
 use super::disk::Disk;
 use super::format::{
-    Header, Manifest, Paths, RECORD_BYTES, at, doing, record_offset, replace, scale, seal, slot_bytes, slot_offset,
-    sync_directory, write,
+    Header, Manifest, Paths, RECORD_BYTES, at, check_own_file, doing, record_offset, replace, scale, seal, slot_bytes,
+    slot_offset, sync_directory, write,
 };
 use super::reader::{StoreReader, Tolerance, lost_manifest, read_manifest};
 use crate::error::{Error, Result};
@@ -252,6 +252,7 @@ impl StoreWriter {
 
     fn open(paths: Paths, manifest: Manifest, count: u64, lock: File) -> Result<Self> {
         let open = |path: PathBuf| {
+            check_own_file(&path)?;
             let file = OpenOptions::new().write(true).open(&path).map_err(at(&path))?;
             Ok::<_, Error>((file, path))
         };
@@ -309,8 +310,9 @@ impl StoreWriter {
 /// Takes the lock of a store.
 ///
 /// # Errors
-/// If another process has it, or the file system knows no locks.
+/// If another process has it, the file system knows no locks, or a file of the store is a link or no file.
 pub fn lock(paths: &Paths) -> Result<File> {
+    paths.check_own_files()?;
     let path = &paths.lock;
     let file = OpenOptions::new().write(true).create(true).truncate(false).open(path).map_err(at(path))?;
     match file.try_lock() {

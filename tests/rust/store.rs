@@ -632,3 +632,57 @@ fn a_message_shows_no_more_of_a_value_than_a_line() {
     let message = StoreReader::open(directory.path(), Tolerance::None).unwrap_err().to_string();
     assert!(message.contains("more than 1048576 bytes are too many for a manifest"), "{message}");
 }
+
+/// A store from somebody else may hold links to files of ours, or pipes.
+#[cfg(unix)]
+#[test]
+fn links_are_not_written_through_and_pipes_not_waited_for() {
+    let directory = scratch();
+    let precious = directory.path().join("precious");
+    let store = directory.path().join("store");
+    for name in ["manifest.json", "manifest.copy.json", "records.bin", "rows.int8", "lock"] {
+        fs::write(&precious, "mine").unwrap();
+        let _ = fs::remove_dir_all(&store);
+        write(&store, "int8", &[3]);
+        let path = if name == "rows.int8" { Paths::new(&store).rows(Encoding::Int8) } else { store.join(name) };
+        let moved = directory.path().join("moved");
+        if name != "lock" {
+            fs::rename(&path, &moved).unwrap();
+            fs::copy(&moved, &precious).unwrap(); // as it should be, but elsewhere
+        } else {
+            fs::remove_file(&path).unwrap();
+        }
+        std::os::unix::fs::symlink(&precious, &path).unwrap();
+        let before = fs::read(&precious).unwrap();
+        for error in [StoreWriter::append_to(&store).unwrap_err(), repair(&store, &Progress::default()).unwrap_err()] {
+            assert!(error.to_string().contains("this is no regular file of the store"), "{name}: {error}");
+        }
+        assert_eq!(fs::read(&precious).unwrap(), before, "{name}");
+
+        if name != "lock" {
+            fs::remove_file(&path).unwrap();
+            assert!(std::process::Command::new("mkfifo").arg(&path).status().unwrap().success());
+            if name != "manifest.copy.json" {
+                let error = StoreReader::open(&store, Tolerance::SoundRows).unwrap_err();
+                assert!(error.to_string().contains("this is no regular file of the store"), "{name}: {error}");
+            }
+        }
+    }
+    // What an interrupted run leaves is replaced, and a link in its place is taken away.
+    let _ = fs::remove_dir_all(&store);
+    write(&store, "int8", &[3]);
+    fs::write(&precious, "mine").unwrap();
+    for name in ["manifest.new", "manifest.copy.new", "records.new"] {
+        std::os::unix::fs::symlink(&precious, store.join(name)).unwrap();
+    }
+    let mut rows = fs::read(Paths::new(&store).rows(Encoding::Int8)).unwrap();
+    rows[1] ^= 1;
+    fs::write(Paths::new(&store).rows(Encoding::Int8), rows).unwrap();
+    for name in ["manifest.json", "manifest.copy.json"] {
+        let whole = fs::read(store.join(name)).unwrap();
+        fs::write(store.join(name), "{").unwrap();
+        assert!(repair(&store, &Progress::default()).unwrap().mended.contains(&name.to_owned()));
+        assert_eq!(fs::read(store.join(name)).unwrap(), whole);
+    }
+    assert_eq!(fs::read(&precious).unwrap(), b"mine");
+}
