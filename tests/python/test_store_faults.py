@@ -42,7 +42,7 @@ def mount(tmp_path):
 
     yield mount
     for directory in reversed(mounts):
-        subprocess.run(["umount", directory], check=False, capture_output=True)
+        subprocess.run(["umount", "--lazy", directory], check=False, capture_output=True)
 
 
 def image(path, size, make):

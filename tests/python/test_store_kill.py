@@ -153,7 +153,7 @@ def mounted(tmp_path):
 
     yield mount
     for directory in mounts:
-        subprocess.run(["umount", directory], check=False, capture_output=True)
+        subprocess.run(["umount", "--lazy", directory], check=False, capture_output=True)
 
 
 def test_power_is_lost_on_a_real_file_system(tmp_path, mounted):
