@@ -115,7 +115,8 @@ impl<D: Disk> Appender<D> {
         }
         if let Err(error) = self.rows.write_at(encoded, first * row_bytes as u64) {
             self.give_back();
-            let what = || format!("writing {} rows from row {first} on; the {first} before are kept", scales.len());
+            let (count, kept) = (scales.len(), self.committed);
+            let what = || format!("writing {count} rows from row {first} on; the {kept} committed rows are kept");
             return Err(doing(&self.rows_path, what)(error));
         }
         self.pending.extend(records);

@@ -88,7 +88,7 @@ def test_a_full_disk_keeps_what_is_committed_and_goes_on_with_more_room(mount, t
     error, committed = write_until_it_fails(path, dtype)
     assert error.errno == code
     assert Path(error.filename).parent == path and Path(error.filename).name.startswith(("rows.", "records."))
-    assert "those before are kept" in error.strerror or f"the {committed} before are kept" in error.strerror
+    assert "those before are kept" in error.strerror or f"the {committed} committed rows are kept" in error.strerror
     assert 0 < committed == check(path, 1 << 20, committed)
 
     # As it is, the store can be read and told from; with more room, writing goes on.
