@@ -253,6 +253,9 @@ class StoreReader:
         threads: int | None = None,
         progress: _Progress | None = None,
     ) -> NDArray[np.int64]: ...
+    def check(
+        self, wanted: NDArray[np.bool_], *, threads: int | None = None, progress: _Progress | None = None
+    ) -> None: ...
 
 @final
 class StoreRepair:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -198,15 +199,18 @@ class GradientStore:
 
     def _found(self, ids: npt.NDArray[np.uint8], n_bytes: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
         """Finds rows by the first bytes of their ids: the first row of each, or −1, and whether there are more."""
-        present = np.flatnonzero(~self.set_aside)
-        known = _as_bytes(self.records["response_id"][present], n_bytes)
-        order = np.argsort(known, kind="stable")
-        known = known[order]
+        known = _as_bytes(self.records["response_id"][self._by_id], n_bytes)
         wanted = _as_bytes(ids, n_bytes)
         first, end = (np.searchsorted(known, wanted, side) for side in ("left", "right"))
         rows = np.full(len(wanted), -1, dtype=np.int64)
-        rows[end > first] = present[order[first[end > first]]]
+        rows[end > first] = self._by_id[first[end > first]]
         return rows, end - first > 1
+
+    @functools.cached_property
+    def _by_id(self) -> npt.NDArray[np.int64]:
+        """(·,) int64, the rows that are not set aside in the order of their ids, and so of the first bytes of these."""
+        present = np.flatnonzero(~self.set_aside)
+        return present[np.argsort(_as_bytes(self.records["response_id"][present], 16), kind="stable")]
 
     def verify(
         self,
@@ -228,10 +232,7 @@ class GradientStore:
         Raises:
             OSError: A file cannot be read.
         """
-        wanted = None
-        if rows is not None:
-            wanted = np.zeros(len(self), dtype=bool)
-            wanted[rows] = True
+        wanted = None if rows is None else self._mask(rows)
         return self.reader.verify(wanted, threads=threads, progress=progress)
 
     def check(
@@ -246,14 +247,12 @@ class GradientStore:
         Raises:
             bpo.StoreDamagedError: One is not.
         """
-        damaged = self.verify(rows, threads=threads, progress=progress)
-        if len(damaged):
-            place = damaged[0] * row_bytes(self.dtype, self.rows.shape[1])
-            others = f", nor are {len(damaged) - 1} others" if len(damaged) > 1 else ""
-            raise _core.StoreDamagedError(
-                f"{self.reader.rows_path}: row {damaged[0]}, at byte {place}, is not as it was written{others}; `bpo "
-                f"store repair {self.path}` sets damaged rows aside, and the next run computes them anew"
-            )
+        self.reader.check(self._mask(rows), threads=threads, progress=progress)
+
+    def _mask(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        mask = np.zeros(len(self), dtype=bool)
+        mask[rows] = True
+        return mask
 
 
 def row_bytes(dtype: str, dim: int) -> int:

@@ -324,6 +324,30 @@ impl StoreReader {
         let damaged = run(py, threads, progress.as_ref(), |progress| self.0.verify(wanted, progress))?;
         Ok(indices(py, damaged))
     }
+
+    /// Checks that rows are as they were written; see verify.
+    ///
+    /// Args:
+    ///     wanted: (len(self),) bool: which rows.
+    ///     threads: Threads to use; all cores if None.
+    ///     progress: Called with (done, total) at most ten times a second, and at the end.
+    ///
+    /// Raises:
+    ///     StoreDamagedError: If one is not.
+    ///     ValueError: If wanted has another shape.
+    ///     OSError: If a file cannot be read.
+    #[pyo3(signature = (wanted, *, threads = None, progress = None))]
+    fn check(
+        &self,
+        py: Python<'_>,
+        wanted: &Bound<'_, PyAny>,
+        threads: Option<usize>,
+        progress: Option<Py<PyAny>>,
+    ) -> PyResult<()> {
+        let wanted = Vector::<bool>::new("wanted", wanted)?;
+        let wanted = wanted.slice();
+        run(py, threads, progress.as_ref(), |progress| self.0.check(wanted, progress))
+    }
 }
 
 /// What repair_store did.

@@ -14,15 +14,15 @@ pub enum Encoding {
     Int8,
 }
 
-const ALL: [Encoding; 4] = [Encoding::Float32, Encoding::Float16, Encoding::Bfloat16, Encoding::Int8];
-
 /// float16 reaches 65504, just below 2^16.
 const FLOAT16_EXPONENT: i32 = 15;
 
 impl Encoding {
+    pub const ALL: [Self; 4] = [Self::Float32, Self::Float16, Self::Bfloat16, Self::Int8];
+
     /// The encoding of a name.
     pub fn of(name: &str) -> Option<Self> {
-        ALL.into_iter().find(|encoding| encoding.name() == name)
+        Self::ALL.into_iter().find(|encoding| encoding.name() == name)
     }
 
     pub fn name(self) -> &'static str {
@@ -36,7 +36,7 @@ impl Encoding {
 
     /// All names, for messages.
     pub fn names() -> String {
-        ALL.map(Self::name).join(", ")
+        Self::ALL.map(Self::name).join(", ")
     }
 
     /// The ending of the name of a file of rows.

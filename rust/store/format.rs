@@ -73,12 +73,15 @@ impl Paths {
         }
     }
 
-    /// Checks that whatever a writer would write to is of this directory; see [`check_own_file`].
+    /// Checks that every file that a writer would write to, where it is there, is one of this directory and no link: the
+    /// store may be from somebody else.
     ///
     /// # Errors
-    /// If something is not.
+    /// If one is something else.
     pub fn check_own_files(&self) -> Result<()> {
-        [&self.manifest, &self.copy, &self.records, &self.lock].into_iter().try_for_each(|path| check_own_file(path))
+        let rows = Encoding::ALL.map(|encoding| self.rows(encoding));
+        let others = [&self.manifest, &self.copy, &self.records, &self.lock];
+        others.into_iter().chain(&rows).try_for_each(|path| check_own_file(path))
     }
 
     /// The file of the sketches, which is named after their encoding.
@@ -126,9 +129,7 @@ impl Manifest {
     /// If it cannot be read, or is far larger than a manifest.
     pub fn read_bytes(path: &Path) -> Result<Vec<u8>> {
         let mut bytes = Vec::new();
-        check_file(path)?;
-        let file = File::open(path).map_err(at(path))?;
-        file.take(MAX_MANIFEST_BYTES + 1).read_to_end(&mut bytes).map_err(at(path))?;
+        open(path)?.take(MAX_MANIFEST_BYTES + 1).read_to_end(&mut bytes).map_err(at(path))?;
         if bytes.len() as u64 > MAX_MANIFEST_BYTES {
             let reason =
                 format!("more than {MAX_MANIFEST_BYTES} bytes are too many for a manifest; this is not a store");
@@ -226,20 +227,26 @@ pub fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
     fs::rename(&temporary, path).map_err(at(path))
 }
 
-/// Checks that a file to be read is one: opening a pipe would wait for ever.
+/// Opens a file to read it.
 ///
 /// # Errors
-/// If it is something else, or is not there.
-pub fn check_file(path: &Path) -> Result<()> {
-    if fs::metadata(path).map_err(at(path))?.is_file() { Ok(()) } else { Err(no_file(path)) }
+/// If it cannot be read, or is no regular file: opening a pipe would wait for ever.
+pub fn open(path: &Path) -> Result<File> {
+    size(path)?;
+    File::open(path).map_err(at(path))
 }
 
-/// Checks that a file to be written to, where it is there, is one of this directory and no link: the store may be from
-/// somebody else.
+/// Bytes of a file.
 ///
 /// # Errors
-/// If it is something else.
-pub fn check_own_file(path: &Path) -> Result<()> {
+/// If it is not there, or is no regular file.
+pub fn size(path: &Path) -> Result<u64> {
+    let found = fs::metadata(path).map_err(at(path))?;
+    if found.is_file() { Ok(found.len()) } else { Err(no_file(path)) }
+}
+
+/// See [`Paths::check_own_files`].
+fn check_own_file(path: &Path) -> Result<()> {
     match fs::symlink_metadata(path) {
         Ok(found) if !found.is_file() => Err(no_file(path)),
         Err(error) if error.kind() != ErrorKind::NotFound => Err(at(path)(error)),

@@ -1,16 +1,17 @@
 //! Readers of a store: any number, also while a writer is at work. Nothing that a file says is believed, or allocated
 //! for, before it is checked.
 
-use std::fs::{self, File};
-use std::io::{Read, Seek, SeekFrom};
+use std::fs::File;
+use std::io::{ErrorKind, Read, Seek, SeekFrom};
+use std::ops::ControlFlow::{self, Break, Continue};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use rayon::prelude::*;
 
 use super::format::{
-    Counts, HEADER_BYTES, Header, Manifest, Paths, RECORD_BYTES, at, check_file, doing, is_set_aside, is_sound_record,
-    is_sound_row, record_offset, set_aside,
+    Counts, HEADER_BYTES, Header, Manifest, Paths, RECORD_BYTES, at, doing, is_set_aside, is_sound_record,
+    is_sound_row, open, record_offset, set_aside, size,
 };
 use crate::error::{Error, Result};
 use crate::progress::Progress;
@@ -19,7 +20,7 @@ use crate::progress::Progress;
 const BLOCK_BYTES: usize = 1 << 20;
 
 /// Records that are read at once.
-pub const BLOCK_RECORDS: u64 = 1 << 14;
+const BLOCK_RECORDS: u64 = 1 << 14;
 
 /// More damaged records are no store any more; it also bounds the list of them.
 pub const MAX_DAMAGED: usize = 1 << 20;
@@ -63,8 +64,8 @@ impl StoreReader {
             return Err(damage(&paths.manifest, "it is not as it was written".to_owned()));
         }
         let manifest = Manifest::parse(&paths.manifest, &bytes)?;
-        let size = fs::metadata(&paths.records).map_err(at(&paths.records))?.len();
         let Some(Header { manifest_crc: Some(_), counts }) = header else {
+            let size = size(&paths.records)?;
             let reason = format!("its header, bytes 0 to {HEADER_BYTES} of {size}, is damaged");
             return Err(damage(&paths.records, reason));
         };
@@ -80,9 +81,7 @@ impl StoreReader {
     /// else, where they differ, the last commit was interrupted and the smaller one holds.
     fn decide_count(&mut self, counts: Counts, tolerance: Tolerance) -> Result<()> {
         let rows_path = self.rows_path();
-        check_file(&rows_path)?;
-        let rows_size = fs::metadata(&rows_path).map_err(at(&rows_path))?.len();
-        let records_size = fs::metadata(&self.paths.records).map_err(at(&self.paths.records))?.len();
+        let (rows_size, records_size) = (size(&rows_path)?, size(&self.paths.records)?);
         let row_bytes = self.manifest.row_bytes() as u64;
         let rows_there = rows_size / row_bytes;
         let records_there = records_size.saturating_sub(HEADER_BYTES as u64) / RECORD_BYTES as u64;
@@ -157,7 +156,7 @@ impl StoreReader {
                     return Err(damaged_record(&self.paths.records, row, 0));
                 }
             }
-            Ok(())
+            Ok(Continue(()))
         })?;
         Ok(all)
     }
@@ -171,7 +170,6 @@ impl StoreReader {
             self.check_wanted(wanted)?;
         }
         progress.start(self.count as usize);
-        let open = |path: &Path| File::open(path).map_err(at(path));
         let found: Vec<Vec<u64>> = self
             .blocks()
             .into_par_iter()
@@ -214,9 +212,7 @@ impl StoreReader {
     ) -> Result<()> {
         self.check_wanted(wanted)?;
         progress.start(self.count as usize);
-        let rows_path = self.rows_path();
-        let mut rows = File::open(&rows_path).map_err(at(&rows_path))?;
-        let mut records = File::open(&self.paths.records).map_err(at(&self.paths.records))?;
+        let (mut rows, mut records) = (open(&self.rows_path())?, open(&self.paths.records)?);
         let mut buffers = Buffers::default();
         for block in self.blocks() {
             let length = (block.end - block.start) as usize;
@@ -233,7 +229,7 @@ impl StoreReader {
                         continue;
                     }
                     if !is_sound_row(found.record, found.encoded) {
-                        return Err(self.damaged_row(row));
+                        return Err(self.damaged_row(row, 0));
                     }
                     chosen.push(found);
                 }
@@ -246,10 +242,19 @@ impl StoreReader {
         Ok(())
     }
 
-    /// The error for a row that is not as it was written.
-    pub fn damaged_row(&self, row: u64) -> Error {
-        let place = row * self.manifest.row_bytes() as u64;
-        damage(&self.rows_path(), format!("row {row}, at byte {place}, is not as it was written"))
+    /// Checks that rows are as they were written.
+    ///
+    /// # Errors
+    /// As [`StoreReader::verify`], and if one is not.
+    pub fn check(&self, wanted: &[bool], progress: &Progress) -> Result<()> {
+        let damaged = self.verify(Some(wanted), progress)?;
+        damaged.first().map_or(Ok(()), |&row| Err(self.damaged_row(row, damaged.len() - 1)))
+    }
+
+    /// The error for a row that is not as it was written, and others beside it.
+    fn damaged_row(&self, row: u64, others: usize) -> Error {
+        let (place, others) = (row * self.manifest.row_bytes() as u64, and_others(", nor are", others));
+        damage(&self.rows_path(), format!("row {row}, at byte {place}, is not as it was written{others}"))
     }
 
     /// The rows in pieces that are read at once.
@@ -295,9 +300,13 @@ pub fn damage(path: &Path, damage: String) -> Error {
     Error::StoreDamaged { path: path.to_path_buf(), damage }
 }
 
+fn and_others(words: &str, others: usize) -> String {
+    if others == 0 { String::new() } else { format!("{words} {others} others") }
+}
+
 /// The error for a damaged record, and others beside it.
 fn damaged_record(path: &Path, row: u64, others: usize) -> Error {
-    let others = if others == 0 { String::new() } else { format!(", and so are {others} others") };
+    let others = and_others(", and so are", others);
     damage(path, format!("the record of row {row}, at byte {}, is damaged{others}", record_offset(row)))
 }
 
@@ -316,15 +325,12 @@ pub fn lost_manifest(paths: &Paths) -> Option<Error> {
 /// The header of the records, None if the file is too short for one or not there.
 pub fn read_header(path: &Path) -> Result<Option<Header>> {
     let mut bytes = [0; HEADER_BYTES];
-    if path.exists() {
-        check_file(path)?;
-    }
-    match File::open(path).and_then(|mut file| file.read_exact(&mut bytes)) {
+    match open(path).and_then(|mut file| file.read_exact(&mut bytes).map_err(at(path))) {
         Ok(()) => Ok(Some(Header::parse(&bytes))),
-        Err(error) if matches!(error.kind(), std::io::ErrorKind::UnexpectedEof | std::io::ErrorKind::NotFound) => {
+        Err(Error::Io { source, .. }) if matches!(source.kind(), ErrorKind::UnexpectedEof | ErrorKind::NotFound) => {
             Ok(None)
         }
-        Err(error) => Err(at(path)(error)),
+        Err(error) => Err(error),
     }
 }
 
@@ -332,18 +338,17 @@ pub fn read_header(path: &Path) -> Result<Option<Header>> {
 ///
 /// # Errors
 /// If the file cannot be read or is shorter, or more records are damaged than a store could have.
-pub fn damaged_records(path: &Path, range: Range<u64>) -> Result<Vec<u64>> {
+fn damaged_records(path: &Path, range: Range<u64>) -> Result<Vec<u64>> {
     let mut damaged = Vec::new();
     for_records(path, range, |first, records| {
         let sound = |(row, record): &(u64, &[u8])| is_sound_record(record, *row);
         let rows = (first..).zip(records.chunks_exact(RECORD_BYTES)).filter(|row| !sound(row)).map(|(row, _)| row);
         damaged.extend(rows);
         if damaged.len() > MAX_DAMAGED {
-            let reason =
-                format!("more than {MAX_DAMAGED} records are damaged; this is not a store any more").to_owned();
+            let reason = format!("more than {MAX_DAMAGED} records are damaged; this is not a store any more");
             return Err(Error::StoreFormat { path: path.to_path_buf(), reason });
         }
-        Ok(())
+        Ok(Continue(()))
     })?;
     Ok(damaged)
 }
@@ -351,18 +356,20 @@ pub fn damaged_records(path: &Path, range: Range<u64>) -> Result<Vec<u64>> {
 /// Whether all records of a range are sound; looks no further than the first that is not.
 fn are_sound(path: &Path, range: Range<u64>) -> Result<bool> {
     let mut sound = true;
-    let mut start = range.start;
-    while sound && start < range.end {
-        let end = range.end.min(start + BLOCK_RECORDS);
-        sound = damaged_records(path, start..end)?.is_empty();
-        start = end;
-    }
+    for_records(path, range, |first, records| {
+        sound = (first..).zip(records.chunks_exact(RECORD_BYTES)).all(|(row, record)| is_sound_record(record, row));
+        Ok(if sound { Continue(()) } else { Break(()) })
+    })?;
     Ok(sound)
 }
 
-/// Shows `visit` the records of a range, some at a time, with the row of the first of them.
-pub fn for_records(path: &Path, range: Range<u64>, mut visit: impl FnMut(u64, &[u8]) -> Result<()>) -> Result<()> {
-    let mut file = File::open(path).map_err(at(path))?;
+/// Shows `visit` the records of a range, some at a time, with the row of the first of them, until it has seen enough.
+pub fn for_records(
+    path: &Path,
+    range: Range<u64>,
+    mut visit: impl FnMut(u64, &[u8]) -> Result<ControlFlow<()>>,
+) -> Result<()> {
+    let mut file = open(path)?;
     let mut buffer = Vec::new();
     let mut first = range.start;
     while first < range.end {
@@ -370,7 +377,9 @@ pub fn for_records(path: &Path, range: Range<u64>, mut visit: impl FnMut(u64, &[
         buffer.resize((end - first) as usize * RECORD_BYTES, 0);
         let what = || format!("reading the records of rows {first} to {}", end - 1);
         read_at(&mut file, record_offset(first), &mut buffer).map_err(doing(path, what))?;
-        visit(first, &buffer)?;
+        if visit(first, &buffer)?.is_break() {
+            break;
+        }
         first = end;
     }
     Ok(())

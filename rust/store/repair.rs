@@ -2,13 +2,15 @@
 
 use std::fs::{self, OpenOptions};
 use std::io::Write;
+use std::ops::ControlFlow::{Break, Continue};
 use std::path::Path;
 
+use super::disk::Disk;
 use super::format::{
-    Counts, HEADER_BYTES, Header, Manifest, Paths, RECORD_BYTES, at, check_own_file, create, is_sound_record,
-    record_offset, replace, set_aside, sync_directory,
+    Counts, HEADER_BYTES, Header, Manifest, Paths, RECORD_BYTES, at, create, is_sound_record, record_offset, replace,
+    set_aside, size, sync_directory,
 };
-use super::reader::{BLOCK_RECORDS, MAX_DAMAGED, StoreReader, Tolerance, for_records, read_header};
+use super::reader::{MAX_DAMAGED, StoreReader, Tolerance, for_records, read_header};
 use super::writer::lock;
 use crate::error::{Error, Result};
 use crate::progress::Progress;
@@ -44,7 +46,6 @@ pub fn repair(directory: &Path, progress: &Progress) -> Result<Repair> {
     let mut done = Repair::default();
     restore_manifest(&paths, &bytes, &mut done)?;
     let rows_path = paths.rows(manifest.encoding);
-    check_own_file(&rows_path)?;
     for path in [&paths.records, &rows_path] {
         OpenOptions::new().append(true).create(true).open(path).map_err(at(path))?;
     }
@@ -89,8 +90,7 @@ fn restore_header(paths: &Paths, manifest_crc: u32, done: &mut Repair) -> Result
     {
         return Ok(counts);
     }
-    let size = fs::metadata(path).map_err(at(path))?.len();
-    let there = size.saturating_sub(HEADER_BYTES as u64) / RECORD_BYTES as u64;
+    let there = size(path)?.saturating_sub(HEADER_BYTES as u64) / RECORD_BYTES as u64;
     let count = counts.map_or_else(|| last_sound(path, there), |counts| Ok(counts.larger))?;
     let mut file = OpenOptions::new().write(true).open(path).map_err(at(path))?;
     file.write_all(&Header::bytes(manifest_crc, count)).and_then(|()| file.sync_all()).map_err(at(path))?;
@@ -111,7 +111,8 @@ fn rewrite_records(paths: &Paths, manifest_crc: u32, done: &mut Repair) -> Resul
                 record.copy_from_slice(&set_aside(row));
             }
         }
-        file.write_all(&records).map_err(at(&temporary))
+        file.write_all(&records).map_err(at(&temporary))?;
+        Ok(Continue(()))
     })?;
     file.sync_all().map_err(at(&temporary))?;
     fs::rename(&temporary, &paths.records).map_err(at(&paths.records))?;
@@ -123,11 +124,8 @@ fn rewrite_records(paths: &Paths, manifest_crc: u32, done: &mut Repair) -> Resul
 
 /// Cuts off what lies behind the last row.
 fn cut(path: &Path, size: u64) -> Result<()> {
-    let file = OpenOptions::new().write(true).open(path).map_err(at(path))?;
-    if file.metadata().map_err(at(path))?.len() != size {
-        file.set_len(size).and_then(|()| file.sync_all()).map_err(at(path))?;
-    }
-    Ok(())
+    let mut file = OpenOptions::new().write(true).open(path).map_err(at(path))?;
+    Disk::set_len(&mut file, size).and_then(|()| file.sync_all()).map_err(at(path))
 }
 
 /// The bytes of the manifest or of its copy, whichever is as it was written.
@@ -163,18 +161,15 @@ fn sound_manifest(paths: &Paths, header: Option<Header>) -> Result<Vec<u8>> {
 
 /// One more than the last row with a sound record; looks no further than over a gap that no commit leaves.
 fn last_sound(path: &Path, there: u64) -> Result<u64> {
-    let (mut count, mut seen) = (0, 0);
-    while seen < there && seen - count <= MAX_DAMAGED as u64 {
-        let end = there.min(seen + BLOCK_RECORDS);
-        for_records(path, seen..end, |first, records| {
-            let rows = (first..).zip(records.chunks_exact(RECORD_BYTES));
-            if let Some((row, _)) = rows.filter(|(row, record)| is_sound_record(record, *row)).last() {
-                count = row + 1;
-            }
-            Ok(())
-        })?;
-        seen = end;
-    }
+    let mut count = 0;
+    for_records(path, 0..there, |first, records| {
+        let rows = (first..).zip(records.chunks_exact(RECORD_BYTES));
+        if let Some((row, _)) = rows.filter(|(row, record)| is_sound_record(record, *row)).last() {
+            count = row + 1;
+        }
+        let seen = first + (records.len() / RECORD_BYTES) as u64;
+        Ok(if seen - count > MAX_DAMAGED as u64 { Break(()) } else { Continue(()) })
+    })?;
     Ok(count)
 }
 

@@ -10,8 +10,8 @@ use std::path::{Path, PathBuf};
 
 use super::disk::Disk;
 use super::format::{
-    Header, Manifest, Paths, RECORD_BYTES, at, check_own_file, doing, record_offset, replace, scale, seal, slot_bytes,
-    slot_offset, sync_directory, write,
+    Header, Manifest, Paths, RECORD_BYTES, at, doing, record_offset, replace, scale, seal, slot_bytes, slot_offset,
+    sync_directory, write,
 };
 use super::reader::{StoreReader, Tolerance, lost_manifest, read_manifest};
 use crate::error::{Error, Result};
@@ -253,7 +253,6 @@ impl StoreWriter {
 
     fn open(paths: Paths, manifest: Manifest, count: u64, lock: File) -> Result<Self> {
         let open = |path: PathBuf| {
-            check_own_file(&path)?;
             let file = OpenOptions::new().write(true).open(&path).map_err(at(&path))?;
             Ok::<_, Error>((file, path))
         };
