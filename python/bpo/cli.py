@@ -132,11 +132,12 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _repair(options: argparse.Namespace) -> None:
+    from bpo.maintenance import name_rows
+
     done = bpo.repair_store(options.path)
     said = [f"written anew: {', '.join(done.mended)}"] if done.mended else []
     if len(done.set_aside):
-        named = ", ".join(map(str, done.set_aside[:20])) + (", …" if len(done.set_aside) > 20 else "")
-        said.append(f"{len(done.set_aside)} damaged rows set aside: {named}")
+        said.append(f"{len(done.set_aside)} damaged rows set aside: {name_rows(done.set_aside)}")
     if done.lost:
         said.append(f"{done.lost} rows were lost with the end of a file")
     if done.cut_bytes:

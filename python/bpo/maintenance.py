@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _CHECKSUMS = {"row_crc32", "crc32", "scale"}
 _EXPORTED = [name for name in RECORD.names or () if name not in _CHECKSUMS]
+_NAMED_ROWS = 20
 # Sketches that are converted at a time.
 _BLOCK_BYTES = 64 << 20
 
@@ -88,9 +89,13 @@ def verify_store(path: str | os.PathLike[str], *, threads: int | None = None, pr
     with core_progress("Checksums", progress) as report:
         damaged = store.verify(threads=threads, progress=report)
     if len(damaged):
-        named = ", ".join(map(str, damaged[:20])) + (", …" if len(damaged) > 20 else "")
-        problems.append(f"{path}: {len(damaged)} of {len(store)} rows are damaged: {named}")
+        problems.append(f"{path}: {len(damaged)} of {len(store)} rows are damaged: {name_rows(damaged)}")
     return problems
+
+
+def name_rows(rows: npt.NDArray[np.int64]) -> str:
+    """Returns the first of some rows as a message names them."""
+    return ", ".join(map(str, rows[:_NAMED_ROWS])) + (", …" if len(rows) > _NAMED_ROWS else "")
 
 
 def repair_store(path: str | os.PathLike[str], *, threads: int | None = None, progress: bool = True) -> StoreRepair:
