@@ -60,8 +60,6 @@ class PairClusters:
     inertia: npt.NDArray[np.float64]
 
 
-# Kept from pass to pass where nothing is said.
-_CACHE_BYTES = 1 << 30
 # What the stages after the gradients take at most, in bytes: measured as growth of the resident memory over selections
 # of 160,000 and 320,000 responses with 560,000 and 1,120,000 pairs, and over clusterings of up to 1,000,000 responses
 # mapped from 2 GB, with 125,000 to 3,500,000 pairs.
@@ -72,26 +70,27 @@ _BYTES_A_PAIR = 500
 _BYTES_A_CENTROID = 40  # times the numbers of a sketch
 
 
-def memory_needed(n_rows: int, n_pairs: int, config: SelectConfig) -> int:
+def memory_needed(n_rows: int, n_pairs: int, dim: int, config: SelectConfig) -> int:
     """Returns the bytes that choosing among pairs takes, beside the data and whatever is kept from pass to pass.
 
     Args:
         n_rows: Responses.
         n_pairs: Their pairs.
-        config: Uses ``sketch_dim``, ``n_clusters`` and ``threads``.
+        dim: Numbers of a sketch.
+        config: Uses ``n_clusters`` and ``threads``.
     """
     threads = config.threads or os.cpu_count() or 1
     per_number = _BYTES_A_CENTROID * _n_clusters(n_pairs, config) + _BYTES_A_THREAD * threads
-    return _FIXED_BYTES + _BYTES_A_ROW * n_rows + _BYTES_A_PAIR * n_pairs + per_number * config.sketch_dim
+    return _FIXED_BYTES + _BYTES_A_ROW * n_rows + _BYTES_A_PAIR * n_pairs + per_number * dim
 
 
-def check_memory(n_rows: int, n_pairs: int, config: SelectConfig) -> None:
+def check_memory(n_rows: int, n_pairs: int, dim: int, config: SelectConfig) -> None:
     """Checks that ``SelectConfig.max_memory`` suffices.
 
     Raises:
         ValueError: It does not; the message says what would.
     """
-    needed = memory_needed(n_rows, n_pairs, config)
+    needed = memory_needed(n_rows, n_pairs, dim, config)
     if config.memory_limit is not None and needed > config.memory_limit:
         raise ValueError(
             f"SelectConfig.max_memory is {config.memory_limit / 2**20:,.0f} MiB, and choosing among {n_pairs} pairs of "
@@ -144,6 +143,10 @@ def cluster_pairs(
         raise ValueError("The gradient of every pair is zero or not finite, so there is nothing to cluster.")
     unit = np.ascontiguousarray(coefficients[index] / norms[index, None], dtype=np.float32)
     used = np.ascontiguousarray(pairs[index], dtype=np.int64)
+    cache: dict[str, Any] = {}  # the core's default
+    if config.memory_limit is not None:
+        needed = memory_needed(len(rows), len(pairs), rows.shape[1], config)
+        cache["cache_bytes"] = max(0, config.memory_limit - needed)
     result = _core.pair_kmeans(
         rows,
         used,
@@ -152,11 +155,9 @@ def cluster_pairs(
         metric=config.metric,
         max_iter=config.max_iter,
         seed=seed,
-        cache_bytes=_CACHE_BYTES
-        if config.memory_limit is None
-        else max(0, config.memory_limit - memory_needed(len(rows), len(pairs), config)),
         threads=config.threads,
         progress=progress,
+        **cache,
     )
     scores = _core.score_pairs(
         rows, used, unit, result.centroids, result.labels, threads=config.threads, progress=progress

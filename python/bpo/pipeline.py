@@ -116,13 +116,13 @@ def select(
         config = with_settings_of(present, config)
     if needs_gradients and config.checkpoints is not None:
         check_checkpoints(config, store)
-    elif needs_gradients and model is not None:
+    elif needs_gradients and present is None:
         preconditioner = preconditioner_path(model, config)
 
     # What only gradients depend on need not be in the data otherwise.
     reading = config
-    if not needs_gradients or reselects:
-        named = config.token_weights if reselects and isinstance(config.token_weights, str) else None
+    if not needs_gradients or present is not None:
+        named = config.token_weights if present is not None and isinstance(config.token_weights, str) else None
         reading = dataclasses.replace(config, token_weights=named, ref_model=None)
     candidates = read_configured(dataset, reading)
     if strategy in NEEDS_SCORES and np.isnan(candidates.score_gaps).any():
@@ -131,9 +131,10 @@ def select(
             f"{len(candidates.pairs)} pairs have none. Give the columns score_chosen and score_rejected, or scored "
             "responses."
         )
-    tokenizer = tokenized = longest = lengths = None
+    tokenizer = tokenized = longest = lengths = stored = None
     if present is not None:
-        candidates, lengths = _in_store(candidates, present, config)
+        candidates, stored = _in_store(candidates, present, config)
+        lengths = present.records["length"][stored].astype(np.int64)[candidates.pairs]
     elif model is not None:
         tokenizer = load_tokenizer(model, processing_class, config)
         longest = window(model, config)
@@ -143,7 +144,7 @@ def select(
     # No choice of prompts can have more pairs than the deepest ones, so most bad budgets are known by now.
     most_pairs = np.sort(np.bincount(candidates.prompt_of_pair))[::-1][:n_prompts].sum()
     _check_budget(budget, _count("budget", budget, int(most_pairs)), n_prompts, strategy)
-    policy = load_policy(model, config) if (needs_gradients and not reselects) or embeds_with_policy else None
+    policy = load_policy(model, config) if (needs_gradients and present is None) or embeds_with_policy else None
 
     # Breadth: representative prompts.
     kept_prompts = np.ones(len(candidates.prompts), dtype=bool)
@@ -164,15 +165,16 @@ def select(
     _check_budget(budget, n_pairs, n_prompts, strategy)
 
     if needs_gradients:
-        check_memory(len(kept.responses), len(kept.pairs), config)
+        dim = config.sketch_dim * len(config.checkpoints or [None])
+        check_memory(len(kept.responses), len(kept.pairs), dim, config)
 
     # Gradients: one sketch a response; clusters and scores of the pairs.
     clusters = logps = ref_logps = None
     noted = Skipped()
     eligible = np.ones(len(kept.pairs), dtype=bool)
     if present is not None:
-        rows = present.rows_of_responses(kept.response_ids)[0]
-        clusters, logps, ref_logps = _cluster(present, rows[kept.pairs], config, seed, progress)
+        assert stored is not None
+        clusters, logps, ref_logps = _cluster(present, stored[response_index][kept.pairs], config, seed, progress)
     elif needs_gradients:
         assert policy is not None and tokenizer is not None and tokenized is not None
         sequences = tokenized.keep_pairs(pair_index, response_index)
@@ -236,7 +238,7 @@ def select(
 def _in_store(
     candidates: Candidates, present: GradientStore, config: SelectConfig
 ) -> tuple[Candidates, npt.NDArray[np.int64]]:
-    """Returns the candidates whose two responses a store holds, and their lengths ((P, 2) int64 tokens)."""
+    """Returns the candidate pairs whose two responses a store holds, and the row of each response ((R,) int64)."""
     rows, several = present.rows_of_responses(candidates.response_ids)
     if several.any():
         place = candidates.prompt_rows[candidates.prompt_of_response[np.flatnonzero(several)[0]]]
@@ -256,7 +258,7 @@ def _in_store(
     report_skipped(skipped, config.on_invalid)
     candidates.skipped.merge(skipped)
     kept, _, response_index = candidates.keep_pairs(there)
-    return kept, present.records["length"][rows[response_index]].astype(np.int64)[kept.pairs]
+    return kept, rows[response_index]
 
 
 def _cluster(
