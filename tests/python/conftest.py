@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -157,3 +160,39 @@ def scored_rows(n_prompts=10, n_responses=5, *, conversational=False, seed=0):
 @pytest.fixture
 def rows():
     return scored_rows()
+
+
+def run(*command):
+    """Runs a command that must succeed."""
+    subprocess.run(command, check=True, capture_output=True)
+
+
+@pytest.fixture
+def mount(tmp_path):
+    """A function that mounts something, skipping the test where that cannot be done."""
+    if sys.platform != "linux" or os.geteuid() != 0:
+        pytest.skip("mounting a file system of its own needs Linux and root")
+    mounts = []
+
+    def mount(*arguments):
+        directory = tmp_path / f"mount-{len(mounts)}"
+        directory.mkdir()
+        done = subprocess.run(["mount", *map(str, arguments), directory], capture_output=True, text=True, check=False)
+        if done.returncode:
+            pytest.skip(f"cannot be mounted here: {done.stderr.strip()}")
+        mounts.append(directory)
+        return directory
+
+    yield mount
+    for directory in reversed(mounts):
+        subprocess.run(["umount", "--lazy", directory], check=False, capture_output=True)
+
+
+def image(path, size, make):
+    """A file of ``size`` bytes that holds a file system, made by the command ``make``."""
+    if not shutil.which(make[0]):
+        pytest.skip(f"{make[0]} is not installed")
+    path.touch()
+    os.truncate(path, size)
+    run(*make, path)
+    return path

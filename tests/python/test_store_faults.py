@@ -14,44 +14,10 @@ import pytest
 
 import bpo
 from bpo import GradientStore, _core
-from conftest import scored_rows, stored
+from conftest import image, run, scored_rows, stored
 from store_writer import DIM, batch, check, contents, write
 
 TOTAL = 3000
-
-
-def run(*command):
-    subprocess.run(command, check=True, capture_output=True)
-
-
-@pytest.fixture
-def mount(tmp_path):
-    """A function that mounts something, skipping the test where that cannot be done."""
-    if sys.platform != "linux" or os.geteuid() != 0:
-        pytest.skip("mounting a file system of its own needs Linux and root")
-    mounts = []
-
-    def mount(*arguments):
-        directory = tmp_path / f"mount-{len(mounts)}"
-        directory.mkdir()
-        done = subprocess.run(["mount", *map(str, arguments), directory], capture_output=True, text=True, check=False)
-        if done.returncode:
-            pytest.skip(f"cannot be mounted here: {done.stderr.strip()}")
-        mounts.append(directory)
-        return directory
-
-    yield mount
-    for directory in reversed(mounts):
-        subprocess.run(["umount", "--lazy", directory], check=False, capture_output=True)
-
-
-def image(path, size, make):
-    if not shutil.which(make[0]):
-        pytest.skip(f"{make[0]} is not installed")
-    path.touch()
-    os.truncate(path, size)
-    run(*make, path)
-    return path
 
 
 def write_until_it_fails(path, dtype="float32"):

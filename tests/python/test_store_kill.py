@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from bpo import GradientStore
+from conftest import image, run, scored_rows
 from store_writer import check, contents, write
 
 TORTURE = int(os.environ.get("BPO_TORTURE", "0"))
@@ -96,8 +97,6 @@ def extract(path, rows):
 
 
 def test_a_killed_extraction_ends_with_the_same_bytes(tmp_path):
-    from conftest import scored_rows
-
     rows = scored_rows(25, 6)
     # A server that has imported everything, so that a run starts at once.
     context = multiprocessing.get_context("forkserver")
@@ -135,42 +134,18 @@ def test_a_killed_extraction_ends_with_the_same_bytes(tmp_path):
     print(f"{kills} kills of {stores} extractions, which left {len(counts)} different numbers of rows")
 
 
-@pytest.fixture
-def mounted(tmp_path):
-    """A function that mounts an image of a file system; needs root."""
-    if sys.platform != "linux" or os.geteuid() != 0 or not shutil.which("mkfs.ext4"):
-        pytest.skip("mounting a file system of its own needs Linux, root and mkfs.ext4")
-    mounts = []
-
-    def mount(image, *options):
-        directory = tmp_path / f"mount-{len(mounts)}"
-        directory.mkdir()
-        done = subprocess.run(["mount", "-o", ",".join(["loop", *options]), image, directory], capture_output=True)
-        if done.returncode:
-            pytest.skip(f"no image can be mounted here: {done.stderr.decode().strip()}")
-        mounts.append(directory)
-        return directory
-
-    yield mount
-    for directory in mounts:
-        subprocess.run(["umount", "--lazy", directory], check=False, capture_output=True)
-
-
-def test_power_is_lost_on_a_real_file_system(tmp_path, mounted):
+def test_power_is_lost_on_a_real_file_system(tmp_path, mount):
     """The disk as it is at a moment, without what the system still had in memory, is mounted anew, as after a crash."""
-    image, total = tmp_path / "disk", 1500
-    image.touch()
-    os.truncate(image, 16 << 20)
-    subprocess.run(["mkfs.ext4", "-q", image], check=True)
+    empty, total = image(tmp_path / "disk", 16 << 20, ["mkfs.ext4", "-q"]), 1500
     write(tmp_path / "whole", total, "int8")
     whole = contents(tmp_path / "whole")
     generator = np.random.default_rng(3)
     losses = stores = 0
     while losses < (TORTURE // 4 or 5):
         disk, reported, finished = tmp_path / f"disk-{losses}", 0, False
-        shutil.copy(image, disk)
+        shutil.copy(empty, disk)
         while not finished:
-            directory = mounted(disk)
+            directory = mount("-o", "loop", disk)
             process = start(directory / "store", total, "int8")
             time.sleep(generator.exponential(0.4))
             process.send_signal(signal.SIGSTOP)
@@ -179,16 +154,16 @@ def test_power_is_lost_on_a_real_file_system(tmp_path, mounted):
             process.kill()
             finished = process.wait() == 0
             reported = max(reported, last_reported(process))
-            subprocess.run(["umount", directory], check=True)
+            run("umount", directory)
             if not finished:
                 losses += 1
                 disk.unlink()
                 disk = after
-                directory = mounted(disk)
+                directory = mount("-o", "loop", disk)
                 check(directory / "store", total, reported)
-                subprocess.run(["umount", directory], check=True)
-        directory = mounted(disk)
+                run("umount", directory)
+        directory = mount("-o", "loop", disk)
         assert contents(directory / "store") == whole
-        subprocess.run(["umount", directory], check=True)
+        run("umount", directory)
         stores += 1
     print(f"{losses} losses of power of {stores} stores")
