@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from bpo.evaluate import PreferenceEvaluation as PreferenceEvaluation
     from bpo.evaluate import evaluate_preferences as evaluate_preferences
     from bpo.gradients import collect_gradients as collect_gradients
+    from bpo.linearised import Preview as Preview
+    from bpo.linearised import preview as preview
     from bpo.losses import pair_coefficients as pair_coefficients
     from bpo.maintenance import describe_store as describe_store
     from bpo.maintenance import export_store as export_store
@@ -66,6 +68,8 @@ _LAZY = {
     "repair_store": "bpo.maintenance",
     "verify_store": "bpo.maintenance",
     "select": "bpo.pipeline",
+    "Preview": "bpo.linearised",
+    "preview": "bpo.linearised",
     "Selection": "bpo.selection",
     "SelectionError": "bpo.selection",
     "GradientStore": "bpo.store",

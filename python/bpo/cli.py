@@ -34,6 +34,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_selection(reselect)
     reselect.set_defaults(run=_select, model=None)
 
+    preview = commands.add_parser("preview", help="what a selection is worth, before training, from a gradient store")
+    preview.add_argument("store", type=Path, help="directory of the gradient store")
+    preview.add_argument("dataset", help="file, directory or hub id of the preference data")
+    preview.add_argument("--budget", type=int, action="append", required=True, help="pairs to train on; repeatable")
+    preview.add_argument(
+        "--arm",
+        action="append",
+        default=[],
+        metavar="ARM",
+        help="name of a strategy, or JSON with name, strategy, breadth and select; repeatable",
+    )
+    preview.add_argument("--baseline", default="random", help="arm that the others are compared with")
+    preview.add_argument("--heldout", default="0.25", help="share of the prompts held out, or a data set of its own")
+    preview.add_argument("--seeds", type=int, default=100, help="splits")
+    preview.add_argument("--output", type=Path, help="file for the results, .json")
+    preview.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="as for select")
+    preview.set_defaults(run=_preview)
+
     doctor = commands.add_parser("doctor", help="before a run: what is differentiated, is it sound, what will it cost")
     doctor.add_argument("model", help="path or hub id of the policy")
     doctor.add_argument("dataset", help="file, directory or hub id of the preference data")
@@ -69,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.showwarning = _print_warning
             return int(options.run(options) or 0)
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
         print(f"bpo: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -111,6 +129,36 @@ def _select(options: argparse.Namespace) -> None:
     print(selection.summary())
     print(f"\ndataset  {options.output / 'dataset'}  (trl dpo --dataset_name {options.output / 'dataset'} …)")
     print(f"report   {report}")
+
+
+def _preview(options: argparse.Namespace) -> None:
+    arms: dict[str, Any] = {"arms": [_arm(text) for text in options.arm]} if options.arm else {}
+    try:
+        heldout: Any = float(options.heldout)
+    except ValueError:
+        heldout = options.heldout
+    found = bpo.preview(
+        options.store,
+        options.dataset,
+        budget=options.budget,
+        baseline=options.baseline,
+        heldout=heldout,
+        seeds=options.seeds,
+        config=dict(map(_field, options.set)),
+        **arms,
+    )
+    print(found.summary())
+    if options.output is not None:
+        print(f"\nresults  {found.save(options.output)}")
+
+
+def _arm(text: str) -> Any:
+    if not text.lstrip().startswith("{"):
+        return text
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"--arm {text}: {error}") from None
 
 
 def _doctor(options: argparse.Namespace) -> None:

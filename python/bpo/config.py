@@ -14,7 +14,7 @@ Ranking = Literal["nearest", "softmax", "farthest", "random"]
 Features = Literal["lora", "full"]
 SketchKind = Literal["sparse", "rademacher", "normal"]
 Metric = Literal["euclidean", "cosine"]
-ClusterWeighting = Literal["size", "informativeness"]
+ClusterWeighting = Literal["size", "informativeness", "centrality", "alignment"]
 OnInvalid = Literal["skip", "raise"]
 LossType = Literal[
     "sigmoid",
@@ -134,8 +134,9 @@ class SelectConfig:
         min_depth: Pairs that strategies which keep every prompt give each of them first: 1, or 0 to let whole prompts
             go, which allows budgets below the number of prompts *(ours)*.
         max_depth: Most pairs of one prompt; ``None`` for no cap.
-        cluster_weighting: Budget of a cluster in proportion to its pairs (``"size"``) or to their summed gradient norm
-            (``"informativeness"``).
+        cluster_weighting: Budget of a cluster in proportion to its pairs (``"size"``), or to their summed
+            ``"informativeness"`` (gradient norm), ``"centrality"`` (more for clusters whose pairs agree) or
+            ``"alignment"`` (more for clusters that pull where all pairs together do) *(ours)*.
         regularization: λ of ``"d_optimal"``, in units of the mean squared length of its vectors divided by their
             dimension *(ours)*.
         max_memory: Memory that the stages after the gradients may take beside the data itself, in bytes or as in

@@ -90,10 +90,11 @@ def bpo(candidacy: Candidacy) -> Choice:
         usefulness(candidacy, index), config.ranking, temperature=config.temperature, seed=candidacy.seed
     )
     weights = None
-    if config.cluster_weighting == "informativeness":
+    if config.cluster_weighting != "size":
+        values = getattr(clusters, config.cluster_weighting)[index].astype(np.float64)
         counts = np.bincount(labels, minlength=len(clusters.centroids))
-        sums = np.bincount(labels, weights=clusters.informativeness[index], minlength=len(clusters.centroids))
-        weights = sums / np.maximum(counts, 1)
+        sums = np.bincount(labels, weights=values, minlength=len(clusters.centroids))
+        weights = np.maximum(sums / np.maximum(counts, 1), 0)
     mask = _core.allocate_depth(
         candidacy.prompt_of_pair[index],
         labels,

@@ -1,0 +1,543 @@
+"""What a selection is worth, before training: the comparison of strategies in the linearised regime."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from bpo.clustering import PairClusters, PairGradients, pair_norms
+from bpo.config import SelectConfig
+from bpo.data import load_rows, read_configured, warn
+from bpo.pairs import MeasuredPairs, clustered, in_store, measured
+from bpo.statistics import Estimate, holm, paired
+from bpo.store import GradientStore, widened, with_settings_of
+from bpo.strategies import STRATEGIES, Candidacy, choose
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from bpo.data import Candidates
+
+ALL = "all candidates"
+"""Name of the arm that trains on every candidate pair of the training prompts: what no selection loses."""
+_FIELDS = {"name", "strategy", "breadth", "select"}
+# Rows of the store that are multiplied with the fitted weights at a time.
+_ROWS_AT_ONCE = 8192
+
+
+@dataclasses.dataclass(frozen=True)
+class PreviewArm:
+    """One way to choose the pairs.
+
+    Attributes:
+        name: Its name in the results.
+        strategy: Of :func:`bpo.select`, but ``"less"``.
+        breadth: Prompts to keep, a count or a fraction, drawn at random (no encoder runs here); None for all.
+        config: Settings of the selection.
+    """
+
+    name: str
+    strategy: str
+    breadth: int | float | None
+    config: SelectConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Preview:
+    """Held-out preference accuracy of each arm in the linearised regime.
+
+    Attributes:
+        arms: (A,) names, :data:`ALL` last.
+        budgets: (B,) pairs to train on.
+        accuracy: (A, B, S) float64 for each seed: share of the held-out pairs ranked rightly, a tie counting one half.
+            NaN where a strategy chose fewer pairs than the budget.
+        length_controlled: (A, B, S) likewise: the mean of the accuracies on pairs whose preferred response is the
+            longer and the shorter one.
+        mean_depth: (A, B, S) pairs of each prompt that has any.
+        baseline: Name of the arm that the others are compared with.
+        heldout_share: Held-out prompts as a share of all; None if they are a data set of their own.
+        n_pairs: Candidate pairs of the training prompts, mean over the seeds.
+        n_heldout: Held-out pairs, likewise.
+        seconds: What it took.
+        settings: What the results depend on.
+    """
+
+    arms: list[str]
+    budgets: list[int]
+    accuracy: npt.NDArray[np.float64]
+    length_controlled: npt.NDArray[np.float64]
+    mean_depth: npt.NDArray[np.float64]
+    baseline: str
+    heldout_share: float | None
+    n_pairs: float
+    n_heldout: float
+    seconds: float
+    settings: dict[str, Any]
+
+    def difference(self, arm: str, budget: int, *, to: str | None = None, length_controlled: bool = False) -> Estimate:
+        """Returns how much more accurate an arm is than another (by default the baseline), paired by seed.
+
+        Re-splits of one data set overlap, which the interval takes into account (see :func:`bpo.statistics.paired`).
+
+        Raises:
+            ValueError: An arm or a budget that is not in the preview, or too few pairs for the budget.
+        """
+        values = self.length_controlled if length_controlled else self.accuracy
+        position = self._position("budget", budget, self.budgets)
+        one, other = (
+            values[self._position("arm", name, self.arms), position]
+            for name in (arm, self.baseline if to is None else to)
+        )
+        if np.isnan(one - other).any():
+            raise ValueError(f"{arm!r} cannot be compared at {budget} pairs: it, or the other arm, chose fewer.")
+        return paired(one - other, self.heldout_share)
+
+    def _position(self, what: str, value: Any, known: list[Any]) -> int:
+        if value not in known:
+            raise ValueError(f"The preview has no {what} {value!r}; it has {', '.join(map(str, known))}.")
+        return known.index(value)
+
+    def table(self) -> list[dict[str, Any]]:
+        """Returns one record an arm and budget: accuracies, the difference to the baseline with interval and p-value.
+
+        p-values are adjusted for all arms of a budget (Holm).
+        """
+        records = []
+        for position, budget in enumerate(self.budgets):
+            rows: list[dict[str, Any]] = []
+            for index, arm in enumerate(self.arms):
+                complete = not np.isnan(self.accuracy[index, position]).any()
+                against = arm not in (self.baseline, ALL) and complete
+                difference = self.difference(arm, budget) if against else None
+                rows.append(
+                    {
+                        "budget": budget,
+                        "arm": arm,
+                        "accuracy": float(self.accuracy[index, position].mean()),
+                        "length_controlled": float(self.length_controlled[index, position].mean()),
+                        "mean_depth": float(self.mean_depth[index, position].mean()),
+                        "difference": None if difference is None else difference.mean,
+                        "low": None if difference is None else difference.low,
+                        "high": None if difference is None else difference.high,
+                        "p": None if difference is None else difference.p_value,
+                    }
+                )
+            adjusted = holm([math.nan if row["p"] is None else float(row["p"]) for row in rows])
+            for row, value in zip(rows, adjusted, strict=True):
+                row["p"] = None if row["p"] is None else value
+            records += rows
+        return records
+
+    def summary(self) -> str:
+        """Returns the table as text, and what it says in a sentence for each budget."""
+        seeds = self.accuracy.shape[2]
+        lines = [
+            f"linearised DPO, {seeds} seeds, {self.n_pairs:.0f} candidate and {self.n_heldout:.0f} held-out pairs "
+            f"({self.seconds:.1f} s)"
+        ]
+        records = self.table()
+        width = max(len(arm) for arm in self.arms)
+        for budget in self.budgets:
+            rows = [row for row in records if row["budget"] == budget]
+            head = f"difference to {self.baseline}, points (95 %)"
+            lines += ["", f"{budget} pairs", f"  {'arm':{width}}  accuracy  length-contr.  depth  {head}   p (Holm)"]
+            for row in rows:
+                difference = ""
+                if row["difference"] is not None:
+                    difference = (
+                        f"{100 * row['difference']:+5.1f} ({100 * row['low']:+.1f} to {100 * row['high']:+.1f})"
+                    )
+                p = "" if row["p"] is None else f"{row['p']:.3f}"
+                lines.append(
+                    f"  {row['arm']:{width}}  {row['accuracy']:8.3f}  {row['length_controlled']:13.3f}  "
+                    f"{row['mean_depth']:5.1f}  {difference:{len(head)}}  {p:>8}"
+                )
+            lines.append(f"  {self._verdict(rows)}")
+        return "\n".join(lines)
+
+    def _verdict(self, rows: list[dict[str, Any]]) -> str:
+        """Whether the choice of pairs matters at this budget, in a sentence."""
+        better = [row["arm"] for row in rows if row["p"] is not None and row["p"] < 0.05 and row["difference"] > 0]
+        worse = [row["arm"] for row in rows if row["p"] is not None and row["p"] < 0.05 and row["difference"] < 0]
+        found = [f"{' and '.join(names)} {word}" for names, word in ((better, "better"), (worse, "worse")) if names]
+        if found:
+            return f"than {self.baseline}: {'; '.join(found)}."
+        return f"no arm is distinguishable from {self.baseline}."
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Writes everything as JSON; the file is replaced whole or not at all."""
+        path = Path(path)
+        values = dataclasses.asdict(self)
+        for name in ("accuracy", "length_controlled", "mean_depth"):
+            values[name] = [
+                [[None if math.isnan(v) else v for v in seeds] for seeds in arm] for arm in values[name].tolist()
+            ]
+        scratch = path.with_name(f".{path.name}.tmp")
+        scratch.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        scratch.replace(path)
+        return path
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Preview:
+        """Reads what :meth:`save` wrote.
+
+        Raises:
+            ValueError: A file that is no saved preview.
+        """
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+            for name in ("accuracy", "length_controlled", "mean_depth"):
+                values[name] = np.array(values[name], dtype=np.float64)
+            return cls(**values)
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{path} is no saved preview: {error}") from None
+
+
+def preview(
+    store: str | os.PathLike[str],
+    dataset: Any,
+    *,
+    budget: int | Sequence[int],
+    arms: Sequence[str | Mapping[str, Any]] = ("bpo", "uniform", "random", "best_worst", "margin"),
+    baseline: str = "random",
+    heldout: Any = 0.25,
+    seeds: int = 100,
+    config: SelectConfig | Mapping[str, Any] | None = None,
+    regularization: float = 1.0,
+    normalize: bool = True,
+    progress: bool = True,
+) -> Preview:
+    """Compares strategies on held-out pairs without training, straight from a gradient store.
+
+    Near the starting policy the implicit-reward margin of a pair is linear in what training changes,
+    β⟨θ, h_w − h_l⟩, so DPO with the sigmoid loss is logistic regression on the pairs' gradients (cf. the neural tangent
+    kernel, arXiv 1806.07572). For each seed the prompts are split, each arm chooses among the training prompts' pairs,
+    a logistic regression without intercept is fitted to what it chose, and it ranks the held-out pairs *(ours)*.
+
+    It says whether, and how much, the choice of pairs matters on this data as far as the linear regime tells;
+    ``docs/results.md`` shows how its order of the arms agrees with that of real training.
+
+    Args:
+        store: Gradient store of the data (:func:`bpo.collect_gradients`, or the ``store`` of :func:`bpo.select`).
+        dataset: The data it was made with, or a part of it, in any format of :func:`bpo.select`.
+        budget: Pairs to train on, one number or several.
+        arms: Names of strategies, or mappings with ``name`` and any of ``strategy`` (by default that of the name),
+            ``breadth`` (prompts, drawn at random here) and ``select`` (fields of :class:`bpo.SelectConfig`).
+            ``min_depth`` is 0 unless given, so that any budget is possible.
+        baseline: The arm that the others are compared with; added if it is not among them.
+        heldout: Share of the prompts that each seed holds out, or a data set of its own whose gradients are in the
+            store.
+        seeds: Splits.
+        config: Settings of all arms.
+        regularization: λ of the L2 penalty λ/2 ‖w‖²; larger is closer to a single small step of training.
+        normalize: Whether pairs are fitted at unit length, as they are clustered; else at their own.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The accuracies.
+
+    Raises:
+        ValueError: An arm or strategy that is unknown, a strategy that needs what a store does not hold, budgets above
+            the candidates, or too few prompts to split.
+        ImportError: SciPy is missing.
+        bpo.StoreError: As :func:`bpo.select`.
+
+    Example:
+        .. code-block:: python
+
+            print(bpo.preview("gradients", "responses.jsonl", budget=[60, 150]).summary())
+    """
+    start = time.perf_counter()
+    minimize = _import_minimize()
+    present = GradientStore.open(store)
+    given = dict(config) if isinstance(config, Mapping) else config
+    config = with_settings_of(present, SelectConfig.of(given))
+    if not isinstance(seeds, int) or isinstance(seeds, bool) or seeds < 1:
+        raise ValueError(f"seeds must be a whole number of at least 1, got {seeds!r}")
+    if not isinstance(regularization, (int, float)) or not 0 < regularization < math.inf:
+        raise ValueError(f"regularization must be above 0, got {regularization!r}")
+    budgets = _budgets(budget)
+    known = _arms(arms, baseline, config)
+
+    reading = dataclasses.replace(config, token_weights=None, ref_model=None)
+    data = _Data.of(read_configured(load_rows(dataset), reading), present, config, progress)
+    other = None
+    share: float | None = None
+    if isinstance(heldout, float):
+        if not 0 < heldout < 1:
+            raise ValueError(f"heldout must be a share above 0 and below 1 or a data set, got {heldout!r}")
+        n_prompts = len(data.candidates.prompts)
+        n_heldout = round(heldout * n_prompts)
+        if not 1 <= n_heldout < n_prompts:
+            raise ValueError(f"{n_prompts} prompts cannot be split with heldout={heldout!r}.")
+        share = n_heldout / n_prompts
+    else:
+        other = _Data.of(read_configured(load_rows(heldout), reading), present, config, progress)
+    needs_scores = [arm.name for arm in known if "scores" in STRATEGIES[arm.strategy].needs_of(arm.config)]
+    if needs_scores and np.isnan(data.candidates.score_gaps).any():
+        raise ValueError(f"The arm {needs_scores[0]!r} needs scores, and some pairs of the data have none.")
+
+    shape = (len(known) + 1, len(budgets), seeds)
+    accuracy, controlled, depth = (np.full(shape, np.nan) for _ in range(3))
+    sizes = np.zeros((2, seeds))
+    for seed in tqdm(range(seeds), desc="Preview", unit="seed", disable=not progress):
+        train = np.ones(len(data.candidates.prompts), dtype=bool)
+        if share is not None:
+            train[np.random.default_rng([seed, 1]).permutation(len(train))[:n_heldout]] = False
+        among = np.flatnonzero(data.usable & train[data.candidates.prompt_of_pair])
+        if max(budgets) > len(among):
+            raise ValueError(
+                f"budget={max(budgets)} is above the {len(among)} candidates of the training prompts (seed {seed})."
+            )
+        if other is None:
+            test, wanted = data, np.flatnonzero(data.usable & ~train[data.candidates.prompt_of_pair])
+        else:
+            test, wanted = other, np.flatnonzero(other.usable)
+        sizes[:, seed] = len(among), len(wanted)
+        choices = [*_choices(data, among, known, budgets, seed), (len(known), None, among)]
+        fitted = [
+            (arm, position, _fit(data.features(chosen, normalize), regularization, minimize), chosen)
+            for arm, position, chosen in choices
+        ]
+        margins = test.margins(np.stack([weights for _, _, weights, _ in fitted]), wanted)
+        longer = test.longer[wanted]
+        for (arm, position, _, chosen), row in zip(fitted, margins, strict=True):
+            right = (np.sign(row) + 1) / 2
+            place = (arm, slice(None) if position is None else position, seed)
+            accuracy[place] = right.mean()
+            controlled[place] = np.mean(
+                [right[longer == side].mean() if (longer == side).any() else np.nan for side in (1, -1)]
+            )
+            depth[place] = len(chosen) / len(np.unique(data.candidates.prompt_of_pair[chosen]))
+    return Preview(
+        arms=[arm.name for arm in known] + [ALL],
+        budgets=budgets,
+        accuracy=accuracy,
+        length_controlled=controlled,
+        mean_depth=depth,
+        baseline=baseline,
+        heldout_share=share,
+        n_pairs=float(sizes[0].mean()),
+        n_heldout=float(sizes[1].mean()),
+        seconds=time.perf_counter() - start,
+        settings={
+            "store": str(store),
+            "seeds": seeds,
+            "regularization": regularization,
+            "normalize": normalize,
+            "arms": {
+                arm.name: {"strategy": arm.strategy, "breadth": arm.breadth, "select": _changed(arm.config)}
+                for arm in known
+            },
+        },
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Data:
+    """Candidate pairs with their gradients.
+
+    Attributes:
+        candidates: Prompts, responses and pairs.
+        pairs: What the store holds of the pairs.
+        norms: (P,) float32, length of each pair's gradient.
+        usable: (P,) bool.
+        longer: (P,) int64, 1 where the preferred response is longer than the other, −1 where it is shorter, else 0.
+    """
+
+    candidates: Candidates
+    pairs: MeasuredPairs
+    norms: npt.NDArray[np.float32]
+    usable: npt.NDArray[np.bool_]
+    longer: npt.NDArray[np.int64]
+
+    @classmethod
+    def of(cls, candidates: Candidates, present: GradientStore, config: SelectConfig, progress: bool) -> _Data:
+        candidates, stored = in_store(candidates, present, config)
+        rows = stored[candidates.pairs]
+        pairs = measured([present], [rows], config, progress=progress)
+        norms = pair_norms(pairs.gradients[0], config.threads)
+        lengths = present.records["length"][rows].astype(np.int64)
+        longer = np.sign(lengths[:, 0] - lengths[:, 1])
+        return cls(candidates, pairs, norms, np.isfinite(norms) & (norms > 0), longer)
+
+    def part(self, index: npt.NDArray[np.int64]) -> MeasuredPairs:
+        """What the store holds of some pairs."""
+        pairs = self.pairs
+        assert pairs.logps is not None and pairs.differences is not None
+        return MeasuredPairs(
+            [_take(pairs.gradients[0], index)],
+            pairs.logps[index],
+            pairs.ref_logps[index],
+            _take(pairs.differences, index),
+        )
+
+    def features(self, index: npt.NDArray[np.int64], normalize: bool) -> npt.NDArray[np.float32]:
+        """What training on some pairs pulls towards, (n, d): −ẑ, or −z in units of the mean length of these pairs."""
+        rows, pairs, coefficients = _take(self.pairs.gradients[0], index)
+        scale = self.norms[index] if normalize else self.norms[index].mean()
+        signed = (-coefficients / np.reshape(scale, (-1, 1))).astype(np.float32)
+        first, second = (signed[:, [side]] * widened(rows[pairs[:, side]]) for side in (0, 1))
+        features: npt.NDArray[np.float32] = first + second
+        return features
+
+    def margins(self, weights: npt.NDArray[np.float64], index: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        """⟨w, −z⟩ of some pairs for each of several weights (W, d): (W, n)."""
+        rows, pairs, coefficients = _take(self.pairs.gradients[0], index)
+        used, places = np.unique(pairs, return_inverse=True)
+        products = np.empty((len(weights), len(used)), dtype=np.float32)
+        columns = np.ascontiguousarray(weights.T, dtype=np.float32)
+        for at in range(0, len(used), _ROWS_AT_ONCE):
+            products[:, at : at + _ROWS_AT_ONCE] = (widened(rows[used[at : at + _ROWS_AT_ONCE]]) @ columns).T
+        places = places.reshape(pairs.shape)
+        first, second = (coefficients[:, side] * products[:, places[:, side]] for side in (0, 1))
+        margins: npt.NDArray[np.float32] = -(first + second)
+        return margins
+
+
+def _take(gradients: PairGradients, index: npt.NDArray[np.int64]) -> PairGradients:
+    return PairGradients(gradients.rows, gradients.pairs[index], gradients.coefficients[index])
+
+
+def _choices(
+    data: _Data, among: npt.NDArray[np.int64], arms: list[PreviewArm], budgets: list[int], seed: int
+) -> list[tuple[int, int, npt.NDArray[np.int64]]]:
+    """The pairs that each arm chooses at each budget: positions of arm and budget, and indices of pairs."""
+    shared: dict[str, tuple[npt.NDArray[np.int64], MeasuredPairs, PairClusters | None, PairGradients | None]] = {}
+    found = []
+    for position, arm in enumerate(arms):
+        needs = STRATEGIES[arm.strategy].needs_of(arm.config)
+        clustering = {
+            "k": arm.config.n_clusters if "clusters" in needs else 1,
+            "gradients": "gradients" in needs,
+            "breadth": arm.breadth,
+            "metric": arm.config.metric,
+            "max_iter": arm.config.max_iter,
+            "max_pairs": arm.config.max_pairs_per_prompt,
+        }
+        # Arms that cluster alike share the clusters of the seed.
+        key = json.dumps(clustering)
+        if key not in shared:
+            index = _candidates_of(data, among, arm, seed)
+            part = data.part(index)
+            clusters = features = None
+            if "clusters" in needs:
+                clusters, features = clustered(part, arm.config, seed=seed)
+            elif "gradients" in needs:
+                clusters, features = clustered(part, dataclasses.replace(arm.config, n_clusters=1), seed=seed)
+            shared[key] = index, part, clusters, features
+        index, part, clusters, features = shared[key]
+        for at, budget in enumerate(budgets):
+            candidacy = Candidacy(
+                prompt_of_pair=data.candidates.prompt_of_pair[index],
+                score_gaps=data.candidates.score_gaps[index],
+                eligible=np.ones(len(index), dtype=bool),
+                budget=min(budget, len(index)),
+                config=arm.config,
+                seed=seed,
+                clusters=clusters,
+                features=features,
+                differences=part.differences,
+                margins=part.margins(arm.config),
+            )
+            chosen = index[choose(arm.strategy, candidacy)[0]]
+            if len(chosen) == budget:
+                found.append((position, at, chosen))
+            elif seed == 0:
+                warn(f"The arm {arm.name!r} chooses {len(chosen)} pairs of a budget of {budget} and is left out there.")
+    return found
+
+
+def _candidates_of(data: _Data, among: npt.NDArray[np.int64], arm: PreviewArm, seed: int) -> npt.NDArray[np.int64]:
+    """The pairs that an arm chooses from: of the prompts of its breadth, at most so many of each."""
+    prompts = data.candidates.prompt_of_pair[among]
+    if arm.breadth is not None:
+        there = np.unique(prompts)
+        count = arm.breadth if isinstance(arm.breadth, int) else max(1, int(arm.breadth * len(there) + 1e-9))
+        if count > len(there):
+            raise ValueError(f"The arm {arm.name!r} has breadth={arm.breadth}, and there are {len(there)} prompts.")
+        kept = np.random.default_rng([seed, 2]).permutation(there)[:count]
+        among = among[np.isin(prompts, kept)]
+    most = arm.config.max_pairs_per_prompt
+    if most is not None:
+        prompts = data.candidates.prompt_of_pair[among]
+        by_gap = np.lexsort((-data.candidates.score_gaps[among], prompts))
+        first = np.flatnonzero(np.r_[True, np.diff(prompts[by_gap]) != 0])
+        rank = np.arange(len(among)) - np.repeat(first, np.diff(np.r_[first, len(among)]))
+        among = np.sort(among[by_gap[rank < most]])
+    return among
+
+
+def _fit(features: npt.NDArray[np.float32], regularization: float, minimize: Any) -> npt.NDArray[np.float64]:
+    """Fits Σ log(1 + exp(−⟨w, x⟩)) + λ/2 ‖w‖² over the rows x; returns w, (d,)."""
+
+    def objective(weights: npt.NDArray[np.float64]) -> tuple[float, npt.NDArray[np.float64]]:
+        margins = features @ weights.astype(np.float32)
+        loss = float(np.logaddexp(0, -margins.astype(np.float64)).sum()) + 0.5 * regularization * float(
+            weights @ weights
+        )
+        pull = 1 / (1 + np.exp(np.clip(margins, -60, 60)))
+        return loss, regularization * weights - (pull @ features).astype(np.float64)
+
+    # ‖w‖ is at most √n/λ-ish and accuracies depend on its direction, so a loose tolerance is enough.
+    result = minimize(objective, np.zeros(features.shape[1]), jac=True, method="L-BFGS-B", options={"maxiter": 200})
+    weights: npt.NDArray[np.float64] = result.x
+    return weights
+
+
+def _budgets(budget: int | Sequence[int]) -> list[int]:
+    budgets = [budget] if isinstance(budget, (int, np.integer)) else list(budget)
+    for value in budgets:
+        if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"budget must be whole numbers of at least 1, got {value!r}")
+    if not budgets or len(set(budgets)) < len(budgets):
+        raise ValueError(f"budget must be one number or several different ones, got {budget!r}")
+    return [int(value) for value in budgets]
+
+
+def _arms(arms: Sequence[str | Mapping[str, Any]], baseline: str, config: SelectConfig) -> list[PreviewArm]:
+    found: dict[str, PreviewArm] = {}
+    for arm in arms:
+        values: dict[str, Any] = {"name": arm} if isinstance(arm, str) else dict(arm)
+        unknown = sorted(set(values) - _FIELDS)
+        if unknown or "name" not in values:
+            raise ValueError(f"An arm has a name and any of strategy, breadth and select; got {arm!r}.")
+        name = values["name"]
+        strategy = values.get("strategy", name)
+        if strategy not in STRATEGIES:
+            raise ValueError(f"The arm {name!r} has strategy {strategy!r}; it must be one of {sorted(STRATEGIES)}.")
+        if "target" in STRATEGIES[strategy].needs:
+            raise ValueError(f"The arm {name!r}: a preview has no target for strategy {strategy!r}.")
+        if name in found or name == ALL:
+            raise ValueError(f"Two arms are called {name!r}.")
+        select = {"min_depth": 0, **values.get("select", {})}
+        SelectConfig.from_dict(select)
+        found[name] = PreviewArm(name, strategy, values.get("breadth"), dataclasses.replace(config, **select))
+    if baseline not in found:
+        if baseline not in STRATEGIES:
+            raise ValueError(f"baseline must be the name of an arm, got {baseline!r}; there are {', '.join(found)}.")
+        found = {**found, **{arm.name: arm for arm in _arms([baseline], baseline, config)}}
+    return list(found.values())
+
+
+def _changed(config: SelectConfig) -> dict[str, Any]:
+    """The settings of an arm that are not the defaults."""
+    defaults = SelectConfig().to_dict()
+    return {name: value for name, value in config.to_dict().items() if value != defaults[name]}
+
+
+def _import_minimize() -> Any:
+    try:
+        from scipy.optimize import minimize
+    except ImportError:
+        raise ImportError("bpo.preview needs SciPy: pip install 'bpo[compare]'") from None
+    return minimize

@@ -1,0 +1,165 @@
+"""The preview against selections and logistic regressions made one by one."""
+
+import json
+
+import numpy as np
+import pytest
+from sklearn.linear_model import LogisticRegression
+
+import bpo
+from bpo.cli import main
+from bpo.linearised import ALL
+from conftest import scored_rows
+
+ROWS = scored_rows(24, 4)
+CONFIG = {"sketch_dim": 64, "sketch_dtype": "float32"}
+ARMS = [
+    "bpo",
+    "random",
+    "margin",
+    {"name": "two a prompt", "strategy": "uniform", "select": {"max_depth": 2}},
+    {"name": "farthest", "strategy": "bpo", "select": {"ranking": "farthest", "n_clusters": 3}},
+    {"name": "design", "strategy": "d_optimal", "breadth": 9},
+]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory, model, tokenizer):
+    path = tmp_path_factory.mktemp("preview") / "store"
+    bpo.collect_gradients(model, ROWS, store=path, processing_class=tokenizer, config=CONFIG, progress=False)
+    return path
+
+
+@pytest.fixture
+def preview(store):
+    def run(**arguments):
+        given = {"budget": [12, 20], "arms": ARMS, "seeds": 3, "progress": False, **arguments}
+        return bpo.preview(store, given.pop("dataset", ROWS), **given)
+
+    return run
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_accuracies_are_those_of_a_logistic_regression_on_what_select_chooses(preview, store, normalize):
+    found = preview(normalize=normalize, regularization=0.5)
+    opened = bpo.GradientStore.open(store)
+    for seed in range(3):
+        held = set(np.random.default_rng([seed, 1]).permutation(24)[:6].tolist())
+        train, test = ([row for i, row in enumerate(ROWS) if (i in held) == side] for side in (False, True))
+        candidates = bpo.read_candidates(test)
+
+        def features(rows):
+            candidates = bpo.read_candidates(rows)
+            h = opened.sketches(opened.rows_of_responses(candidates.response_ids)[0])[candidates.pairs]
+            return h[:, 0] - h[:, 1]
+
+        lengths = opened.records["length"][opened.rows_of_responses(candidates.response_ids)[0]].astype(int)
+        longer = np.sign(np.diff(-lengths[candidates.pairs], axis=1)[:, 0])
+        for name, arm in (("bpo", "bpo"), ("margin", "margin"), ("random", "random"), ("farthest", "bpo")):
+            config = {"min_depth": 0, **({"ranking": "farthest", "n_clusters": 3} if name == "farthest" else {})}
+            for position, budget in enumerate(found.budgets):
+                selection = bpo.select(
+                    None, train, budget=budget, strategy=arm, store=store, config=config, seed=seed, progress=False
+                )
+                x = features(train)[selection.dataset["bpo_pair"][:]]
+                norms = np.linalg.norm(x, axis=1)
+                x = x / (norms[:, None] if normalize else norms.mean())
+                model = LogisticRegression(C=2.0, fit_intercept=False, tol=1e-8, max_iter=1000)
+                model.fit(np.concatenate([x, -x]), np.repeat([1, 0], len(x)), sample_weight=np.full(2 * len(x), 0.5))
+                right = features(test) @ model.coef_[0] > 0
+                place = found.arms.index(name), position, seed
+                assert found.accuracy[place] == pytest.approx(right.mean(), abs=1.5 / len(right))
+                if (longer == 1).any() and (longer == -1).any():
+                    both = [right[longer == side].mean() for side in (1, -1)]
+                    assert found.length_controlled[place] == pytest.approx(np.mean(both), abs=0.1)
+
+
+def test_budgets_depths_and_the_arm_of_all(preview):
+    found = preview()
+    assert found.arms == ["bpo", "random", "margin", "two a prompt", "farthest", "design", ALL]
+    assert found.budgets == [12, 20] and found.accuracy.shape == (7, 2, 3)
+    assert found.heldout_share == 0.25 and found.n_pairs == 18 * 6 and found.n_heldout == 6 * 6
+    np.testing.assert_array_equal(found.mean_depth[-1], 6)
+    assert (found.mean_depth[5, 1] >= 20 / 9).all()
+    assert not np.isnan(found.accuracy).any()
+    np.testing.assert_array_equal(found.accuracy[-1, 0], found.accuracy[-1, 1])
+    again = preview(config={"threads": 1})
+    np.testing.assert_array_equal(again.accuracy, found.accuracy)
+
+
+def test_an_arm_that_cannot_use_its_budget_is_left_out(preview):
+    with pytest.warns(UserWarning, match="The arm 'best_worst' chooses 18 pairs of a budget of 20 and is left out"):
+        found = preview(arms=["bpo", "best_worst"])
+    assert np.isnan(found.accuracy[1, 1]).all() and not np.isnan(found.accuracy[1, 0]).any()
+    assert "random" in found.arms  # the baseline is added
+    with pytest.raises(ValueError, match="'best_worst' cannot be compared at 20 pairs"):
+        found.difference("best_worst", 20)
+    with pytest.raises(ValueError, match="The preview has no arm 'less'; it has bpo, best_worst, random, all cand"):
+        found.difference("less", 12)
+
+
+def test_heldout_data_of_its_own(preview):
+    found = preview(dataset=ROWS[:16], heldout=ROWS[16:], seeds=2)
+    assert found.heldout_share is None and found.n_heldout == 8 * 6 and found.n_pairs == 16 * 6
+
+
+def test_table_summary_and_file(preview, tmp_path):
+    found = preview()
+    rows = found.table()
+    assert [row["arm"] for row in rows] == found.arms * 2
+    bpo_row = next(row for row in rows if row["arm"] == "bpo")
+    assert bpo_row["difference"] == pytest.approx((found.accuracy[0, 0] - found.accuracy[1, 0]).mean())
+    assert bpo_row["low"] <= bpo_row["difference"] <= bpo_row["high"]
+    assert all(row["p"] is None for row in rows if row["arm"] in ("random", ALL))
+    summary = found.summary()
+    assert "12 pairs" in summary and "two a prompt" in summary
+    found.save(tmp_path / "preview.json")
+    loaded = bpo.Preview.load(tmp_path / "preview.json")
+    assert loaded.summary() == summary
+    (tmp_path / "other.json").write_text('{"arms": []}')
+    with pytest.raises(ValueError, match=r"other.json is no saved preview"):
+        bpo.Preview.load(tmp_path / "other.json")
+
+
+def test_the_command(store, tmp_path, capsys):
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    arguments = [
+        "preview",
+        str(store),
+        str(tmp_path / "data.jsonl"),
+        "--budget",
+        "12",
+        "--budget",
+        "20",
+        "--seeds",
+        "2",
+    ]
+    arm = json.dumps({"name": "k=2", "strategy": "bpo", "select": {"n_clusters": 2}})
+    assert main([*arguments, "--arm", "margin", "--arm", arm, "--output", str(tmp_path / "out.json")]) == 0
+    printed = capsys.readouterr().out
+    assert "k=2" in printed and "20 pairs" in printed and (tmp_path / "out.json").is_file()
+    assert main([*arguments, "--arm", "{"]) == 1
+    assert "--arm {:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"arms": ["best"]}, "The arm 'best' has strategy 'best'; it must be one of"),
+        ({"arms": ["less"]}, "a preview has no target for strategy 'less'"),
+        ({"arms": ["bpo", {"name": "bpo"}]}, "Two arms are called 'bpo'"),
+        ({"arms": [{"strategy": "bpo"}]}, "An arm has a name and any of"),
+        ({"arms": [{"name": "a", "strategy": "bpo", "breadth": 50}]}, "has breadth=50, and there are 18 prompts"),
+        ({"budget": 500}, r"budget=500 is above the 108 candidates of the training prompts \(seed 0\)"),
+        ({"budget": 0}, "budget must be whole numbers of at least 1, got 0"),
+        ({"budget": [5, 5]}, "several different ones"),
+        ({"seeds": 0}, "seeds must be a whole number of at least 1"),
+        ({"heldout": 1.5}, "heldout must be a share above 0 and below 1"),
+        ({"heldout": 0.01}, "24 prompts cannot be split with heldout=0.01"),
+        ({"regularization": 0}, "regularization must be above 0"),
+        ({"baseline": "none"}, "baseline must be the name of an arm, got 'none'"),
+    ],
+)
+def test_errors_name_the_culprit(preview, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        preview(**arguments)
