@@ -10,6 +10,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
+import numpy as np
+
 Strategy = Literal["bpo", "uniform", "random", "margin"]
 Ranking = Literal["nearest", "softmax", "farthest", "random"]
 Features = Literal["lora", "full"]
@@ -17,6 +19,7 @@ SketchKind = Literal["sparse", "rademacher", "normal"]
 Metric = Literal["euclidean", "cosine"]
 ClusterWeighting = Literal["size", "informativeness"]
 OnInvalid = Literal["skip", "raise"]
+BreadthMethod = Literal["quota", "representative", "diverse"]
 LossType = Literal[
     "sigmoid",
     "hinge",
@@ -86,8 +89,16 @@ class SelectConfig:
         max_pairs_per_prompt: Most candidate pairs of one prompt, those with the largest score gap first;
             ``None`` keeps all pairs of unequal score *(ours)*.
         on_invalid: ``"skip"`` sets unusable rows aside, counts and names them; ``"raise"`` stops at them.
-        embedder: What embeds the prompts for breadth compression: a sentence encoder (path or hub id, mean pooling),
-            or ``None`` for the mean of the policy's own last hidden states *(ours)*.
+        embedder: What embeds the prompts for breadth compression: a sentence encoder (path, hub id or a
+            ``SentenceTransformer``; see :func:`bpo.embed_prompts`), or ``None`` for the policy's own last hidden states
+            *(ours)*.
+        prompt_embeddings: Embeddings of the prompts that you have already, in place of an embedder: the name of a
+            column of the data with a list of numbers in each row, or an array of one row for each row of the data. A
+            prompt of several rows has the embedding of its first.
+        breadth_method: Which prompts breadth compression keeps: ``"quota"``, ``"representative"`` or ``"diverse"``
+            (see :func:`bpo.compress_breadth`).
+        duplicate_threshold: Cosine from which a prompt is reported, when breadth is compressed, as nearly the same as
+            an earlier one (see :func:`bpo.near_duplicates`). ``None`` does not look.
         features: Parameters whose gradients are the features of a pair. ``"lora"``: the adapter of a ``PeftModel``;
             for a model without one, the B-gradients of a fresh LoRA on every linear layer but the output head.
             ``"full"``: every parameter.
@@ -163,7 +174,10 @@ class SelectConfig:
     truncation_mode: TruncationMode = "keep_start"
     max_pairs_per_prompt: int | None = None
     on_invalid: OnInvalid = "skip"
-    embedder: str | None = None
+    embedder: Any = None
+    prompt_embeddings: Any = None
+    breadth_method: BreadthMethod = "quota"
+    duplicate_threshold: float | None = 0.95
     features: Features = "lora"
     parameters: str | Sequence[str] | None = None
     factor_dim: int | None = None
@@ -196,6 +210,7 @@ class SelectConfig:
             "truncation_mode": TruncationMode,
             "f_divergence_type": FDivergence,
             "on_invalid": OnInvalid,
+            "breadth_method": BreadthMethod,
             "features": Features,
             "sketch_kind": SketchKind,
             "sketch_dtype": SketchDType,
@@ -240,7 +255,8 @@ class SelectConfig:
         if isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or not 0 <= seed < 2**64:
             raise ValueError(f"SelectConfig.sketch_seed must be a whole number from 0 to 2**64 - 1, got {seed!r}")
         object.__setattr__(self, "sketch_seed", int(seed))
-        for name in ("embedder", "device", "preconditioner"):
+        self._check_embeddings()
+        for name in ("device", "preconditioner"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
                 raise ValueError(f"SelectConfig.{name} must be text or None, got {value!r}")
@@ -308,6 +324,31 @@ class SelectConfig:
         for name in ("f_alpha_divergence_coef", "label_smoothing"):
             object.__setattr__(self, name, float(getattr(self, name)))
 
+    def _check_embeddings(self) -> None:
+        """Checks what embeds the prompts."""
+        if not (self.embedder is None or isinstance(self.embedder, str) or hasattr(self.embedder, "encode")):
+            raise ValueError(
+                f"SelectConfig.embedder must be text, a SentenceTransformer or None, got {self.embedder!r}"
+            )
+        given = self.prompt_embeddings
+        if given is not None and self.embedder is not None:
+            raise ValueError("SelectConfig.prompt_embeddings takes the place of an embedder; give one of the two.")
+        if given is not None and not isinstance(given, str):
+            try:
+                array = np.asarray(given, dtype=np.float32)
+            except (TypeError, ValueError):
+                array = np.zeros(0, dtype=np.float32)
+            if array.ndim != 2:
+                raise ValueError(
+                    "SelectConfig.prompt_embeddings must be the name of a column or an array of (rows of the data, "
+                    f"features), got {type(given).__name__}"
+                    + (f" of shape {given.shape}" if hasattr(given, "shape") else "")
+                )
+            object.__setattr__(self, "prompt_embeddings", array)
+        threshold = self.duplicate_threshold
+        if threshold is not None and not (_is_finite(threshold) and 0 < threshold <= 1):
+            raise ValueError(f"SelectConfig.duplicate_threshold must be above 0 and at most 1, got {threshold!r}")
+
     @property
     def weighted_losses(self) -> list[tuple[LossType, float]]:
         """The losses that are added up, each with its weight."""
@@ -361,7 +402,7 @@ class SelectConfig:
         return self.max_memory
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the fields as JSON has them: tuples are lists; models and functions are named only."""
+        """Returns the fields as JSON has them: tuples are lists; models, functions and arrays are named only."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         values = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
         if not isinstance(self.ref_model, (str, type(None))):
@@ -370,6 +411,10 @@ class SelectConfig:
             function = self.token_weights
             name = getattr(function, "__qualname__", type(function).__qualname__)
             values["token_weights"] = f"<{function.__module__}.{name}>"
+        if not isinstance(self.embedder, (str, type(None))):
+            values["embedder"] = f"<{type(self.embedder).__name__}>"
+        if isinstance(self.prompt_embeddings, np.ndarray):
+            values["prompt_embeddings"] = f"<array of {' × '.join(map(str, self.prompt_embeddings.shape))}>"
         return values
 
 

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from bpo.breadth import compress_breadth, embed_prompts, embed_with_policy
+from bpo.breadth import compress_breadth, near_duplicates
 from bpo.checkpoints import check_checkpoints, cluster_checkpoints, collect_checkpoints, collect_reference
 from bpo.clustering import PairGradients, check_memory, cluster_pairs
 from bpo.config import SelectConfig
 from bpo.data import Candidates, Skipped, Text, read_configured, report_skipped, warn
+from bpo.embeddings import embed_prompts, embed_with_policy, given_embeddings
 from bpo.gradients import collect
 from bpo.losses import pair_coefficients
 from bpo.models import load_policy, load_tokenizer, window
@@ -100,13 +101,13 @@ def select(
         raise ValueError(f"seed must be a whole number from 0 to 2**63 - 1, got {seed!r}")
     seed = int(seed)
     needs_gradients = strategy in NEEDS_GRADIENTS
-    embeds_with_policy = breadth is not None and config.embedder is None
+    embeds_with_policy = breadth is not None and config.embedder is None and config.prompt_embeddings is None
     reselects = model is None and needs_gradients and store is not None and config.checkpoints is None
     if model is None and ((needs_gradients and not reselects) or embeds_with_policy):
         raise ValueError(
             f"strategy={strategy!r} with breadth={breadth!r} needs a model; model is None."
             + (" Name the store that holds the gradients, or a model." if needs_gradients and store is None else "")
-            + (" Name an embedder for the prompts, or a model." if embeds_with_policy else "")
+            + (" Name an embedder for the prompts, or give their embeddings or a model." if embeds_with_policy else "")
         )
     preconditioner = None
     present = None
@@ -144,22 +145,40 @@ def select(
     # No choice of prompts can have more pairs than the deepest ones, so most bad budgets are known by now.
     most_pairs = np.sort(np.bincount(candidates.prompt_of_pair))[::-1][:n_prompts].sum()
     _check_budget(budget, _count("budget", budget, int(most_pairs)), n_prompts, strategy)
+    embeddings = None
+    if breadth is not None and config.prompt_embeddings is not None:
+        embeddings = given_embeddings(dataset, candidates, config.prompt_embeddings)
     policy = load_policy(model, config) if (needs_gradients and present is None) or embeds_with_policy else None
 
     # Breadth: representative prompts.
     kept_prompts = np.ones(len(candidates.prompts), dtype=bool)
+    noted = Skipped()
     if n_prompts < len(candidates.prompts):
         if config.embedder is not None:
-            embeddings = embed_prompts(candidates.prompts, config.embedder, trust_remote_code=config.trust_remote_code)
-        else:
+            embeddings = embed_prompts(
+                candidates.prompts,
+                config.embedder,
+                trust_remote_code=config.trust_remote_code,
+                progress=progress,
+            )
+        elif embeddings is None:
             assert policy is not None and tokenizer is not None
             embeddings = embed_with_policy(
                 policy,
                 tokenize_prompts(candidates, tokenizer, longest, truncation_mode=config.truncation_mode),
                 padding_id(tokenizer),
                 tokens_per_batch=config.tokens_per_batch,
+                progress=progress,
             )
-        kept_prompts = compress_breadth(embeddings, n_prompts, seed=seed, threads=config.threads).kept
+        kept_prompts = compress_breadth(
+            embeddings,
+            n_prompts,
+            method=config.breadth_method,
+            seed=seed,
+            threads=config.threads,
+            progress=progress,
+        ).kept
+        noted.merge(_near_duplicates(candidates, embeddings, config))
     kept, pair_index, response_index = candidates.keep_prompts(kept_prompts)
     n_pairs = _count("budget", budget, len(kept.pairs))
     _check_budget(budget, n_pairs, n_prompts, strategy)
@@ -170,7 +189,6 @@ def select(
 
     # Gradients: one sketch a response; clusters and scores of the pairs.
     clusters = logps = ref_logps = None
-    noted = Skipped()
     eligible = np.ones(len(kept.pairs), dtype=bool)
     if present is not None:
         assert stored is not None
@@ -209,7 +227,7 @@ def select(
     if clusters is not None:
         eligible = clusters.usable
         _report_unusable(kept, clusters, config)
-        noted = _outliers(kept, clusters)
+        noted.merge(_outliers(kept, clusters))
 
     # Depth: which pairs of each prompt.
     chosen, usefulness = STRATEGIES[strategy](
@@ -328,6 +346,21 @@ def _report_unusable(kept: Candidates, clusters: PairClusters, config: SelectCon
         skipped.add(reason, f"row {kept.pair_rows[pair]}")
     report_skipped(skipped, config.on_invalid)
     kept.skipped.merge(skipped)
+
+
+def _near_duplicates(candidates: Candidates, embeddings: npt.NDArray[np.float32], config: SelectConfig) -> Skipped:
+    """Names the prompts that are nearly the same as an earlier one; breadth compression may keep both."""
+    noted = Skipped()
+    if config.duplicate_threshold is None:
+        return noted
+    found = near_duplicates(embeddings, config.duplicate_threshold)
+    for prompt in np.flatnonzero(found.earlier >= 0):
+        row, earlier = candidates.prompt_rows[[prompt, found.earlier[prompt]]]
+        noted.add(
+            f"prompt nearly the same as an earlier one (cosine ≥ {config.duplicate_threshold:g})",
+            f"row {row}, like row {earlier}: {found.similarity[prompt]:.3f}",
+        )
+    return noted
 
 
 def _outliers(kept: Candidates, clusters: PairClusters) -> Skipped:
