@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from bpo.evaluate import PreferenceEvaluation as PreferenceEvaluation
     from bpo.evaluate import evaluate_preferences as evaluate_preferences
     from bpo.gradients import collect_gradients as collect_gradients
+    from bpo.length import LengthEffect as LengthEffect
+    from bpo.length import length_effect as length_effect
     from bpo.losses import pair_coefficients as pair_coefficients
     from bpo.maintenance import describe_store as describe_store
     from bpo.maintenance import export_store as export_store
@@ -59,6 +61,8 @@ _LAZY = {
     "PreferenceEvaluation": "bpo.evaluate",
     "evaluate_preferences": "bpo.evaluate",
     "collect_gradients": "bpo.gradients",
+    "LengthEffect": "bpo.length",
+    "length_effect": "bpo.length",
     "pair_coefficients": "bpo.losses",
     "describe_store": "bpo.maintenance",
     "export_store": "bpo.maintenance",

@@ -19,6 +19,7 @@ SketchKind = Literal["sparse", "rademacher", "normal"]
 Metric = Literal["euclidean", "cosine"]
 ClusterWeighting = Literal["size", "informativeness"]
 OnInvalid = Literal["skip", "raise"]
+LengthControl = Literal["residual", "balance"]
 BreadthMethod = Literal["quota", "representative", "diverse"]
 LossType = Literal[
     "sigmoid",
@@ -138,6 +139,14 @@ class SelectConfig:
             to exp(centrality / temperature)), or the controls ``"farthest"`` and ``"random"``.
         temperature: Temperature of ``"softmax"``.
         max_depth: Most pairs of one prompt; ``None`` for no cap.
+        length_control: What is done about preferring responses because they are longer. ``"residual"``: scores are
+            replaced by what of them length does not explain (see :func:`bpo.length_effect`), within prompts, before
+            gaps are taken; where the other response of a pair is then the better one, the pair is turned round, which
+            is counted and named. It needs scores: pairs that are only stated cannot be turned. Responses of equal score
+            stay ties. ``"balance"``: chosen pairs are exchanged for others until as many prefer the shorter response as
+            the longer one, or nothing is left to exchange: the least useful for the most useful, within a prompt first.
+            ``None`` does nothing, and reports length all the same. Lengths are in tokens, or in characters where there
+            is no model *(ours)*.
         cluster_weighting: Budget of a cluster in proportion to its pairs (``"size"``) or to their summed gradient norm
             (``"informativeness"``).
         max_memory: Memory that the stages after the gradients may take beside the data itself, in bytes or as in
@@ -200,6 +209,7 @@ class SelectConfig:
     ranking: Ranking = "nearest"
     temperature: float = 0.1
     max_depth: int | None = None
+    length_control: LengthControl | None = None
     cluster_weighting: ClusterWeighting = "size"
     max_memory: int | str | None = None
     threads: int | None = None
@@ -255,6 +265,11 @@ class SelectConfig:
         if isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or not 0 <= seed < 2**64:
             raise ValueError(f"SelectConfig.sketch_seed must be a whole number from 0 to 2**64 - 1, got {seed!r}")
         object.__setattr__(self, "sketch_seed", int(seed))
+        if self.length_control not in (None, *get_args(LengthControl)):
+            raise ValueError(
+                f"SelectConfig.length_control must be one of {list(get_args(LengthControl))} or None, got "
+                f"{self.length_control!r}"
+            )
         self._check_embeddings()
         for name in ("device", "preconditioner"):
             value = getattr(self, name)

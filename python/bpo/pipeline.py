@@ -16,6 +16,7 @@ from bpo.config import SelectConfig
 from bpo.data import Candidates, Skipped, Text, read_configured, report_skipped, warn
 from bpo.embeddings import embed_prompts, embed_with_policy, given_embeddings
 from bpo.gradients import collect
+from bpo.length import balance_lengths, character_lengths, fit_length_effect, largest_gaps, take_out_length, turn
 from bpo.losses import pair_coefficients
 from bpo.models import load_policy, load_tokenizer, window
 from bpo.precondition import preconditioner_path
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
     from bpo.clustering import PairClusters
     from bpo.config import Strategy
+    from bpo.tokens import TokenizedResponses
 
 
 def select(
@@ -125,12 +127,21 @@ def select(
     if not needs_gradients or present is not None:
         named = config.token_weights if present is not None and isinstance(config.token_weights, str) else None
         reading = dataclasses.replace(config, token_weights=named, ref_model=None)
+    if config.length_control == "residual":
+        reading = dataclasses.replace(reading, max_pairs_per_prompt=None)  # which gaps are largest is not known yet
     candidates = read_configured(dataset, reading)
     if strategy in NEEDS_SCORES and np.isnan(candidates.score_gaps).any():
         raise ValueError(
             f"strategy={strategy!r} needs scores, but {int(np.isnan(candidates.score_gaps).sum())} of "
             f"{len(candidates.pairs)} pairs have none. Give the columns score_chosen and score_rejected, or scored "
             "responses."
+        )
+    if config.length_control == "residual" and np.isnan(candidates.score_gaps).any():
+        unscored = np.flatnonzero(np.isnan(candidates.score_gaps))
+        raise ValueError(
+            f"length_control='residual' needs scores, but {len(unscored)} of {len(candidates.pairs)} pairs have none, "
+            f"such as that of row {candidates.pair_rows[unscored[0]]}. Give score_chosen and score_rejected, or use "
+            "length_control='balance', which needs no scores."
         )
     tokenizer = tokenized = longest = lengths = stored = None
     if present is not None:
@@ -141,6 +152,14 @@ def select(
         longest = window(model, config)
         candidates, tokenized = tokenize_configured(candidates, tokenizer, longest, reading)
         lengths = tokenized.response_lengths[tokenized.pairs]
+    noted = Skipped()
+    measured = character_lengths(candidates) if lengths is None else lengths
+    effect = fit_length_effect(candidates, measured, "characters" if lengths is None else "tokens")
+    if config.length_control == "residual":
+        candidates, tokenized, stored, measured = _without_length(
+            candidates, tokenized, stored, measured, effect.slope, config, noted
+        )
+        lengths = None if lengths is None else measured
     n_prompts = len(candidates.prompts) if breadth is None else _count("breadth", breadth, len(candidates.prompts))
     # No choice of prompts can have more pairs than the deepest ones, so most bad budgets are known by now.
     most_pairs = np.sort(np.bincount(candidates.prompt_of_pair))[::-1][:n_prompts].sum()
@@ -152,7 +171,6 @@ def select(
 
     # Breadth: representative prompts.
     kept_prompts = np.ones(len(candidates.prompts), dtype=bool)
-    noted = Skipped()
     if n_prompts < len(candidates.prompts):
         if config.embedder is not None:
             embeddings = embed_prompts(
@@ -233,6 +251,17 @@ def select(
     chosen, usefulness = STRATEGIES[strategy](
         Candidacy(kept.prompt_of_pair, kept.score_gaps, eligible, n_pairs, config, seed, clusters)
     )
+    if config.length_control == "balance":
+        differences = measured[pair_index, 0] - measured[pair_index, 1]
+        chosen = balance_lengths(
+            chosen, usefulness, eligible, kept.prompt_of_pair, differences, max_depth=config.max_depth
+        )
+        longer, shorter = int((differences[chosen] > 0).sum()), int((differences[chosen] < 0).sum())
+        if abs(longer - shorter) > 1:
+            warn(
+                f"{longer} of the kept pairs prefer the longer response and {shorter} the shorter one: nothing is left "
+                "to exchange for length_control='balance'. A smaller budget leaves more to choose from."
+            )
     if chosen.sum() < n_pairs:
         limits = [] if config.max_depth is None else [f"max_depth={config.max_depth}"]
         limits += [] if eligible.all() else [f"{int((~eligible).sum())} pairs without a usable gradient"]
@@ -240,6 +269,9 @@ def select(
     fate = np.full(len(candidates.pairs), "breadth", dtype=object)
     fate[pair_index] = np.where(eligible, np.where(chosen, SELECTED, "depth"), "unusable")
     table = _pair_table(candidates, lengths, fate, pair_index, usefulness, clusters, logps, ref_logps)
+    ratios = measured[:, 0] / measured[:, 1]
+    table = table.append_column("length_ratio", pa.array(ratios))
+    table = table.append_column("length_effect", pa.array(effect.slope * np.log(ratios), from_pandas=True))
     return Selection(
         dataset=_training_set(candidates, table, np.flatnonzero(fate == SELECTED), config),
         pairs=table,
@@ -250,6 +282,37 @@ def select(
         config=config.to_dict(),
         skipped=candidates.skipped.places,
         noted=noted.places,
+    )
+
+
+def _without_length(
+    candidates: Candidates,
+    tokenized: TokenizedResponses | None,
+    stored: npt.NDArray[np.int64] | None,
+    lengths: npt.NDArray[np.int64],
+    slope: float,
+    config: SelectConfig,
+    noted: Skipped,
+) -> tuple[Candidates, TokenizedResponses | None, npt.NDArray[np.int64] | None, npt.NDArray[np.int64]]:
+    """Takes the length effect out of the scores of candidates, names the pairs that turn, and caps them by their gaps.
+
+    Tokens, rows of a store and lengths ((P, 2) int64) follow the pairs.
+    """
+    candidates, turned = take_out_length(candidates, lengths, slope)
+    for row in candidates.pair_rows[turned]:
+        noted.add("pair turned round, since it was length that made the other response preferred", f"row {row}")
+    within = np.ones(len(turned), dtype=bool)
+    if config.max_pairs_per_prompt is not None:
+        within = largest_gaps(candidates, config.max_pairs_per_prompt)
+    candidates, pair_index, response_index = candidates.keep_pairs(within)
+    if tokenized is not None:
+        tokenized = dataclasses.replace(tokenized, pairs=turn(tokenized.pairs, turned))
+        tokenized = tokenized.keep_pairs(pair_index, response_index)
+    return (
+        candidates,
+        tokenized,
+        None if stored is None else stored[response_index],
+        turn(lengths, turned)[pair_index],
     )
 
 

@@ -43,6 +43,8 @@ def write_report(selection: Selection, path: str | os.PathLike[str]) -> Path:
         fates=selection.fates(),
         kept_prompts=int((selection.depth > 0).sum()),
         depths=_depths(selection),
+        lengths=selection.lengths(),
+        length_control=selection.config.get("length_control"),
         clusters=_clusters(selection),
         scatter=_scatter(selection),
         prompts=_prompts(selection),

@@ -135,7 +135,8 @@ def test_results_do_not_depend_on_threads():
     """Of the core, and of the library that NumPy multiplies with, which is only told at the start."""
     code = (
         "import numpy as np, hashlib, sys; from bpo import breadth, compress_breadth, near_duplicates;"
-        "breadth._MOST_AT_ONCE = 512; points = np.random.default_rng(0).normal(size=(1500, 24)); points[::7] = points[::7].round(1);"
+        "breadth._MOST_AT_ONCE = 512; points = np.random.default_rng(0).normal(size=(1500, 24));"
+        "points[::7] = points[::7].round(1);"
         "points[1::2] = points[::2] + 0.05 * points[1::2];"
         "kept = [compress_breadth(points, 600, method=m, threads=int(sys.argv[1])).kept.tobytes() for m in "
         "('quota', 'representative', 'diverse')]; found = near_duplicates(points);"
