@@ -121,7 +121,9 @@ def compress_breadth(
     return Breadth(kept, labels, distances)
 
 
-def near_duplicates(embeddings: npt.NDArray[np.floating[Any]], threshold: float = 0.95) -> NearDuplicates:
+def near_duplicates(
+    embeddings: npt.NDArray[np.floating[Any]], threshold: float = 0.95, *, progress: bool = False
+) -> NearDuplicates:
     """Finds the prompts that are nearly the same as an earlier one.
 
     Exact: all pairs of prompts are compared, a tile at a time, so that time grows with n² and memory does not (100,000
@@ -131,6 +133,7 @@ def near_duplicates(embeddings: npt.NDArray[np.floating[Any]], threshold: float 
     Args:
         embeddings: (n, e) one row a prompt.
         threshold: Least cosine, in (0, 1]; 1 finds equal embeddings only, up to rounding.
+        progress: Whether to show a progress bar.
 
     Returns:
         The earlier prompt that each is like.
@@ -149,7 +152,7 @@ def near_duplicates(embeddings: npt.NDArray[np.floating[Any]], threshold: float 
     earlier = np.full(len(unit), -1, dtype=np.int64)
     similarity = np.full(len(unit), -np.inf)
     least = threshold - 1e-6
-    for start in range(0, len(unit), _TILE):
+    for start in tqdm(range(0, len(unit), _TILE), desc="Near-duplicates", disable=not progress):
         block = slice(start, start + _TILE)
         for other in range(0, start + 1, _TILE):
             columns = slice(other, min(other + _TILE, len(unit)))

@@ -94,8 +94,9 @@ class SelectConfig:
             ``SentenceTransformer``; see :func:`bpo.embed_prompts`), or ``None`` for the policy's own last hidden states
             *(ours)*.
         prompt_embeddings: Embeddings of the prompts that you have already, in place of an embedder: the name of a
-            column of the data with a list of numbers in each row, or an array of one row for each row of the data. A
-            prompt of several rows has the embedding of its first.
+            column of the data with a list of numbers in each row, or an array of one row for each row of the data (for
+            :class:`bpo.BPOTrainer`, whose settings are saved as JSON, the name of a column). A prompt of several rows
+            has the embedding of its first.
         breadth_method: Which prompts breadth compression keeps: ``"quota"``, ``"representative"`` or ``"diverse"``
             (see :func:`bpo.compress_breadth`).
         duplicate_threshold: Cosine from which a prompt is reported, when breadth is compressed, as nearly the same as

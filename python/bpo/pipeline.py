@@ -58,8 +58,9 @@ def select(
 
     Args:
         model: The policy that will be trained: path, hub id, ``PreTrainedModel`` or ``PeftModel``. It is not changed.
-            May be None, without an embedder only with ``breadth=None``, for strategies that use no gradients; and where
-            ``store`` holds the gradients already: whatever they depend on is then as it was when they were computed.
+            May be None for strategies that use no gradients; and where ``store`` holds the gradients already: whatever
+            they depend on is then as it was when they were computed. With a breadth, only if ``config`` has an embedder
+            or the embeddings of the prompts.
         dataset: Preference rows, scored responses or UltraFeedback-like completions, as a ``datasets.Dataset``, a list
             of rows, a file, a directory or a hub id (see :func:`bpo.read_candidates`).
         budget: Pairs to keep: a count, or a fraction (a float in (0, 1]) of the candidate pairs of the kept prompts.
@@ -153,7 +154,7 @@ def select(
         candidates, tokenized = tokenize_configured(candidates, tokenizer, longest, reading)
         lengths = tokenized.response_lengths[tokenized.pairs]
     noted = Skipped()
-    measured = character_lengths(candidates) if lengths is None else lengths
+    measured = character_lengths(candidates) if lengths is None else np.maximum(lengths, 1)
     effect = fit_length_effect(candidates, measured, "characters" if lengths is None else "tokens")
     if config.length_control == "residual":
         candidates, tokenized, stored, measured = _without_length(
@@ -196,7 +197,7 @@ def select(
             threads=config.threads,
             progress=progress,
         ).kept
-        noted.merge(_near_duplicates(candidates, embeddings, config))
+        noted.merge(_near_duplicates(candidates, embeddings, config, progress))
     kept, pair_index, response_index = candidates.keep_prompts(kept_prompts)
     n_pairs = _count("budget", budget, len(kept.pairs))
     _check_budget(budget, n_pairs, n_prompts, strategy)
@@ -411,12 +412,14 @@ def _report_unusable(kept: Candidates, clusters: PairClusters, config: SelectCon
     kept.skipped.merge(skipped)
 
 
-def _near_duplicates(candidates: Candidates, embeddings: npt.NDArray[np.float32], config: SelectConfig) -> Skipped:
+def _near_duplicates(
+    candidates: Candidates, embeddings: npt.NDArray[np.float32], config: SelectConfig, progress: bool
+) -> Skipped:
     """Names the prompts that are nearly the same as an earlier one; breadth compression may keep both."""
     noted = Skipped()
     if config.duplicate_threshold is None:
         return noted
-    found = near_duplicates(embeddings, config.duplicate_threshold)
+    found = near_duplicates(embeddings, config.duplicate_threshold, progress=progress)
     for prompt in np.flatnonzero(found.earlier >= 0):
         row, earlier = candidates.prompt_rows[[prompt, found.earlier[prompt]]]
         noted.add(
