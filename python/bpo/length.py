@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from bpo.config import SelectConfig
-from bpo.data import read_configured
+from bpo.data import read_configured, warn
 from bpo.embeddings import prompt_text
 
 if TYPE_CHECKING:
@@ -187,16 +187,34 @@ def balance_lengths(
         max_depth: Most pairs of one prompt.
 
     Returns:
-        (P,) bool, as many as before.
+        (P,) bool, as many as before. It warns where there was not enough to exchange.
     """
-    chosen = chosen.copy()
     kinds = np.sign(length_differences)
+    chosen = _exchanged(chosen.copy(), kinds, usefulness, eligible, prompt_of_pair, max_depth)
+    longer, shorter = int((kinds[chosen] > 0).sum()), int((kinds[chosen] < 0).sum())
+    if abs(longer - shorter) > 1:
+        warn(
+            f"{longer} of the kept pairs prefer the longer response and {shorter} the shorter one: nothing is left to "
+            "exchange for length_control='balance'. A smaller budget leaves more to choose from."
+        )
+    return chosen
+
+
+def _exchanged(
+    chosen: npt.NDArray[np.bool_],
+    kinds: npt.NDArray[np.int64],
+    usefulness: npt.NDArray[np.float64],
+    eligible: npt.NDArray[np.bool_],
+    prompt_of_pair: npt.NDArray[np.int64],
+    max_depth: int | None,
+) -> npt.NDArray[np.bool_]:
+    """Exchanges chosen pairs in place until as many are of kind 1 as of kind −1, or none can come; see above."""
     surplus = int(kinds[chosen].sum())
     kind, wanted = np.sign(surplus), abs(surplus) // 2
-    if wanted == 0:
-        return chosen
     keys = np.nan_to_num(usefulness, nan=-1e300, posinf=1e300, neginf=-1e300)
-    leaving, coming = _exchanges(chosen & (kinds == kind), ~chosen & eligible & (kinds == -kind), keys, prompt_of_pair)
+    leaving, coming = _within_prompts(
+        chosen & (kinds == kind), ~chosen & eligible & (kinds == -kind), keys, prompt_of_pair
+    )
     cheapest = np.argsort(keys[leaving] - keys[coming], kind="stable")[:wanted]
     chosen[leaving[cheapest]] = False
     chosen[coming[cheapest]] = True
@@ -220,7 +238,7 @@ def balance_lengths(
     return chosen
 
 
-def _exchanges(
+def _within_prompts(
     leaving: npt.NDArray[np.bool_],
     coming: npt.NDArray[np.bool_],
     keys: npt.NDArray[np.float64],

@@ -154,13 +154,13 @@ def select(
         candidates, tokenized = tokenize_configured(candidates, tokenizer, longest, reading)
         lengths = tokenized.response_lengths[tokenized.pairs]
     noted = Skipped()
-    measured = character_lengths(candidates) if lengths is None else np.maximum(lengths, 1)
-    effect = fit_length_effect(candidates, measured, "characters" if lengths is None else "tokens")
+    pair_lengths = character_lengths(candidates) if lengths is None else np.maximum(lengths, 1)
+    effect = fit_length_effect(candidates, pair_lengths, "characters" if lengths is None else "tokens")
     if config.length_control == "residual":
-        candidates, tokenized, stored, measured = _without_length(
-            candidates, tokenized, stored, measured, effect.slope, config, noted
+        candidates, tokenized, stored, pair_lengths = _without_length(
+            candidates, tokenized, stored, pair_lengths, effect.slope, config, noted
         )
-        lengths = None if lengths is None else measured
+        lengths = None if lengths is None else pair_lengths
     n_prompts = len(candidates.prompts) if breadth is None else _count("breadth", breadth, len(candidates.prompts))
     # No choice of prompts can have more pairs than the deepest ones, so most bad budgets are known by now.
     most_pairs = np.sort(np.bincount(candidates.prompt_of_pair))[::-1][:n_prompts].sum()
@@ -253,16 +253,10 @@ def select(
         Candidacy(kept.prompt_of_pair, kept.score_gaps, eligible, n_pairs, config, seed, clusters)
     )
     if config.length_control == "balance":
-        differences = measured[pair_index, 0] - measured[pair_index, 1]
+        differences = pair_lengths[pair_index, 0] - pair_lengths[pair_index, 1]
         chosen = balance_lengths(
             chosen, usefulness, eligible, kept.prompt_of_pair, differences, max_depth=config.max_depth
         )
-        longer, shorter = int((differences[chosen] > 0).sum()), int((differences[chosen] < 0).sum())
-        if abs(longer - shorter) > 1:
-            warn(
-                f"{longer} of the kept pairs prefer the longer response and {shorter} the shorter one: nothing is left "
-                "to exchange for length_control='balance'. A smaller budget leaves more to choose from."
-            )
     if chosen.sum() < n_pairs:
         limits = [] if config.max_depth is None else [f"max_depth={config.max_depth}"]
         limits += [] if eligible.all() else [f"{int((~eligible).sum())} pairs without a usable gradient"]
@@ -270,7 +264,7 @@ def select(
     fate = np.full(len(candidates.pairs), "breadth", dtype=object)
     fate[pair_index] = np.where(eligible, np.where(chosen, SELECTED, "depth"), "unusable")
     table = _pair_table(candidates, lengths, fate, pair_index, usefulness, clusters, logps, ref_logps)
-    ratios = measured[:, 0] / measured[:, 1]
+    ratios = pair_lengths[:, 0] / pair_lengths[:, 1]
     table = table.append_column("length_ratio", pa.array(ratios))
     table = table.append_column("length_effect", pa.array(effect.slope * np.log(ratios), from_pandas=True))
     return Selection(
