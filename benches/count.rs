@@ -61,7 +61,7 @@ fn main() {
             let prompts: Vec<i64> = pairs.iter().map(|pair| pair[0] / RESPONSES as i64).collect();
             let usefulness: Vec<f64> = (0..pairs.len()).map(|pair| stream.uniform(pair as u64)).collect();
             let candidates = Candidates { prompts: &prompts, clusters: &labels, usefulness: &usefulness };
-            drop(allocate_depth(candidates, 2 * PROMPTS, Some(4), None, &progress).unwrap());
+            drop(allocate_depth(candidates, 2 * PROMPTS, true, Some(4), None, &progress).unwrap());
         }
         other => panic!("unknown kernel {other}; choose one of {KERNELS:?}"),
     });

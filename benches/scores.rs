@@ -46,7 +46,7 @@ fn scores(criterion: &mut Criterion) {
     });
     let candidates = Candidates { prompts: &prompts, clusters: &labels, usefulness: &usefulness };
     group.bench_function("allocate_depth", |bencher| {
-        bencher.iter(|| allocate_depth(candidates, 2 * PROMPTS, Some(4), None, &Progress::default()).unwrap());
+        bencher.iter(|| allocate_depth(candidates, 2 * PROMPTS, true, Some(4), None, &Progress::default()).unwrap());
     });
     group.sample_size(10);
     group.bench_function("d_optimal", |bencher| {

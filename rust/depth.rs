@@ -24,7 +24,7 @@ pub struct Candidates<'a> {
 
 /// Which pairs to keep.
 ///
-/// 1. Each prompt gets its most useful pair, so no prompt is lost.
+/// 1. If `every_prompt`, each prompt gets its most useful pair, so none is lost.
 /// 2. The rest of the budget is shared among the clusters in proportion to their pairs not yet kept, times the weight
 ///    of the cluster, by the method of the largest remainder (ties: the lower cluster).
 /// 3. A cluster keeps its most useful pairs first (ties: the lower pair), leaving out prompts that have `max_depth`.
@@ -37,28 +37,32 @@ pub struct Candidates<'a> {
 ///
 /// # Errors
 /// If lengths differ, a usefulness is NaN, a cluster is negative or without weight, a weight is negative or not finite,
-/// the budget is below the number of prompts, or the computation was cancelled.
+/// the budget is below the number of prompts that each get a pair, or the computation was cancelled.
 pub fn allocate_depth(
     candidates: Candidates,
     budget: usize,
+    every_prompt: bool,
     max_depth: Option<usize>,
     cluster_weights: Option<&[f64]>,
     progress: &Progress,
 ) -> Result<Vec<bool>> {
     check(candidates, max_depth, cluster_weights)?;
     let Prompts { numbers: prompts, sizes } = Prompts::number(candidates.prompts, progress)?;
-    if budget < sizes.len() {
+    if every_prompt && budget < sizes.len() {
         return Err(Error::BudgetBelowPrompts { budget, prompts: sizes.len() });
     }
     let cap = max_depth.unwrap_or(usize::MAX);
     let target = budget.min(sizes.iter().map(|&size| size.min(cap)).sum());
 
     let mut kept = vec![false; prompts.len()];
-    for pair in best_of_each_prompt(candidates, &prompts, sizes.len()) {
-        kept[pair] = true;
+    let mut depths = vec![0; sizes.len()];
+    if every_prompt {
+        for pair in best_of_each_prompt(candidates, &prompts, sizes.len()) {
+            kept[pair] = true;
+        }
+        depths.fill(1);
     }
-    let mut depths = vec![1; sizes.len()];
-    let mut left = target - sizes.len();
+    let mut left = target - depths.iter().sum::<usize>();
     let mut queues = queues(candidates, &kept, cluster_weights, progress)?;
     while left > 0 {
         // A queue that gives less than its quota is empty from then on, so each round ends the work or a queue.

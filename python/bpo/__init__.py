@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from bpo.selection import SelectionError as SelectionError
     from bpo.store import GradientStore as GradientStore
     from bpo.store import StoreMismatchError as StoreMismatchError
+    from bpo.strategies import Candidacy as Candidacy
+    from bpo.strategies import register_strategy as register_strategy
     from bpo.train import BPOConfig as BPOConfig
     from bpo.train import BPOTrainer as BPOTrainer
     from bpo.train import warm_up as warm_up
@@ -74,6 +76,8 @@ _LAZY = {
     "SelectionError": "bpo.selection",
     "GradientStore": "bpo.store",
     "StoreMismatchError": "bpo.store",
+    "Candidacy": "bpo.strategies",
+    "register_strategy": "bpo.strategies",
     "BPOConfig": "bpo.train",
     "BPOTrainer": "bpo.train",
     "warm_up": "bpo.train",

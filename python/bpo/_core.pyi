@@ -165,6 +165,7 @@ def allocate_depth(
     usefulness: NDArray[np.float64],
     budget: int,
     *,
+    min_depth: int = 1,
     max_depth: int | None = None,
     cluster_weights: NDArray[np.float64] | None = None,
     threads: int | None = None,

@@ -168,7 +168,7 @@ def cluster_checkpoints(
     store: str | os.PathLike[str] | None = None,
     seed: int = 0,
     progress: Progress | None = None,
-) -> PairClusters:
+) -> tuple[PairClusters, PairGradients]:
     """Clusters pairs by their gradients at several checkpoints (see the top of this file).
 
     Args:
@@ -180,8 +180,8 @@ def cluster_checkpoints(
         progress: Called with (done, total) now and then.
 
     Returns:
-        Clusters and scores. ``informativeness`` is √(Σ η̄_i ‖z_i‖²), with Σ η̄_i = 1. A pair is usable if it is at every
-        checkpoint.
+        Clusters and scores, and the features. ``informativeness`` is √(Σ η̄_i ‖z_i‖²), with Σ η̄_i = 1. A pair is usable
+        if it is at every checkpoint.
 
     Raises:
         ValueError: No usable pair.
@@ -191,15 +191,13 @@ def cluster_checkpoints(
         gradients, learning_rates, None if store is None else Path(store), threads=config.threads
     )
     index = np.arange(len(features))
-    clusters = cluster_pairs(
+    pairs = PairGradients(
         features,
         np.stack([index, index], axis=1),  # each pair is a row of its own
         np.tile(np.array([1, 0], dtype=np.float32), (len(index), 1)),
-        config=config,
-        seed=seed,
-        progress=progress,
     )
-    return dataclasses.replace(clusters, informativeness=informativeness)
+    clusters = cluster_pairs(*pairs, config=config, seed=seed, progress=progress)
+    return dataclasses.replace(clusters, informativeness=informativeness), pairs
 
 
 def pair_features(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import bpo
 from bpo.config import SketchDType
+from bpo.strategies import STRATEGIES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -81,7 +82,8 @@ def _add_selection(command: argparse.ArgumentParser) -> None:
     command.add_argument("dataset", help="file, directory or hub id of the preference data")
     command.add_argument("--budget", type=count_or_fraction, required=True, help="pairs to keep: a count or a fraction")
     command.add_argument("--breadth", type=count_or_fraction, help="prompts to keep, likewise; all by default")
-    command.add_argument("--strategy", default="bpo", help="bpo, uniform, random or margin")
+    command.add_argument("--strategy", default="bpo", help=", ".join(STRATEGIES))
+    command.add_argument("--target", help="pairs that say where to go, for less: file, directory or hub id")
     command.add_argument("--output", type=Path, required=True, help="directory for the selection")
     command.add_argument("--seed", type=int, default=0)
     command.add_argument(
@@ -99,6 +101,7 @@ def _select(options: argparse.Namespace) -> None:
         budget=options.budget,
         breadth=options.breadth,
         strategy=options.strategy,
+        target=options.target,
         store=options.store,
         config=bpo.SelectConfig.from_dict(dict(map(_field, options.set))),
         seed=options.seed,

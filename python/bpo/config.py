@@ -12,7 +12,6 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-Strategy = Literal["bpo", "uniform", "random", "margin"]
 Ranking = Literal["nearest", "softmax", "farthest", "random"]
 Features = Literal["lora", "full"]
 SketchKind = Literal["sparse", "rademacher", "normal"]
@@ -40,6 +39,8 @@ FDivergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_diverg
 TokenWeights = Callable[[list[int], list[int]], Sequence[float]]
 """Token ids of a prompt and of a response to a weight for each token of the response."""
 TruncationMode = Literal["keep_start", "keep_end"]
+USEFULNESS_TERMS = ("centrality", "alignment", "informativeness", "score_gap")
+"""What ``SelectConfig.usefulness`` can weigh."""
 NO_MODELS = ("base", "columns")
 """What ``ref_model`` can be besides a model and a path."""
 DType = Literal["float32", "bfloat16", "float16"]
@@ -139,6 +140,12 @@ class SelectConfig:
         ranking: Who is taken first within a cluster: ``"nearest"`` to the centre, ``"softmax"`` (sampled in proportion
             to exp(centrality / temperature)), or the controls ``"farthest"`` and ``"random"``.
         temperature: Temperature of ``"softmax"``.
+        usefulness: What makes a pair useful: {term: weight} of ``"centrality"`` (cosine with its cluster's centre),
+            ``"alignment"`` (cosine with the mean gradient, or with those of the target), ``"informativeness"`` (length
+            of the gradient) and ``"score_gap"``. A term alone counts as it is; several are standardised over the
+            candidates, then added up *(ours)*.
+        min_depth: Pairs that strategies which keep every prompt give each of them first: 1, or 0 to let whole prompts
+            go, which allows budgets below the number of prompts *(ours)*.
         max_depth: Most pairs of one prompt; ``None`` for no cap.
         length_control: What is done about preferring responses because they are longer. ``"residual"``: scores are
             replaced by what of them length does not explain (see :func:`bpo.length_effect`), within prompts, before
@@ -150,6 +157,8 @@ class SelectConfig:
             is no model *(ours)*.
         cluster_weighting: Budget of a cluster in proportion to its pairs (``"size"``) or to their summed gradient norm
             (``"informativeness"``).
+        regularization: λ of ``"d_optimal"``, in units of the mean squared length of its vectors divided by their
+            dimension *(ours)*.
         max_memory: Memory that the stages after the gradients may take beside the data itself, in bytes or as in
             ``"8GiB"``; below what they need, :func:`bpo.select` refuses before the model runs. They read the sketches
             from the memory map a part at a time; what is left of it keeps them in 8 bits from pass to pass, which makes
@@ -209,9 +218,12 @@ class SelectConfig:
     max_iter: int = 100
     ranking: Ranking = "nearest"
     temperature: float = 0.1
+    usefulness: Mapping[str, float] = dataclasses.field(default_factory=lambda: {"centrality": 1.0})
+    min_depth: int = 1
     max_depth: int | None = None
     length_control: LengthControl | None = None
     cluster_weighting: ClusterWeighting = "size"
+    regularization: float = 1.0
     max_memory: int | str | None = None
     threads: int | None = None
     trust_remote_code: bool = False
@@ -247,7 +259,7 @@ class SelectConfig:
                 "SelectConfig.token_weights needs a reference that runs: log-probabilities that the data gives "
                 "(ref_model='columns') are sums over tokens that cannot be weighted any more."
             )
-        for name in ("beta", "discopop_tau", "temperature"):
+        for name in ("beta", "discopop_tau", "temperature", "regularization"):
             value = getattr(self, name)
             if not _is_finite(value) or value <= 0:
                 raise ValueError(f"SelectConfig.{name} must be above 0, got {value!r}")
@@ -261,6 +273,9 @@ class SelectConfig:
             if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"SelectConfig.{name} must be a whole number of at least 1, got {value!r}")
             object.__setattr__(self, name, int(value))
+        if isinstance(self.min_depth, bool) or self.min_depth not in (0, 1):
+            raise ValueError(f"SelectConfig.min_depth must be 0 or 1, got {self.min_depth!r}")
+        object.__setattr__(self, "usefulness", _usefulness(self.usefulness))
         object.__setattr__(self, "max_memory", _bytes("max_memory", self.max_memory))
         seed = self.sketch_seed
         if isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or not 0 <= seed < 2**64:
@@ -432,6 +447,18 @@ class SelectConfig:
         if isinstance(self.prompt_embeddings, np.ndarray):
             values["prompt_embeddings"] = f"<array of {' × '.join(map(str, self.prompt_embeddings.shape))}>"
         return values
+
+
+def _usefulness(weights: Any) -> dict[str, float]:
+    """Checks ``SelectConfig.usefulness``."""
+    if not isinstance(weights, Mapping) or not weights:
+        raise ValueError(f"SelectConfig.usefulness must map terms to weights, got {weights!r}")
+    for name, weight in weights.items():
+        if name not in USEFULNESS_TERMS:
+            raise ValueError(f"SelectConfig.usefulness has no term {name!r}; it has {', '.join(USEFULNESS_TERMS)}")
+        if not _is_finite(weight):
+            raise ValueError(f"SelectConfig.usefulness must have finite weights, got {weight!r} for {name!r}")
+    return {name: float(weight) for name, weight in weights.items()}
 
 
 def _bytes(name: str, value: Any) -> int | None:

@@ -330,6 +330,8 @@ def load_rows(dataset: Any) -> datasets.Dataset | _ListRows:
     """
     import datasets
 
+    if isinstance(dataset, _ListRows):
+        return dataset
     if isinstance(dataset, datasets.Dataset):
         # A format such as "torch" would turn lists of scores into tensors and hide columns.
         return dataset.with_format(None)

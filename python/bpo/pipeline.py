@@ -10,20 +10,19 @@ import numpy as np
 import pyarrow as pa
 
 from bpo.breadth import compress_breadth, near_duplicates
-from bpo.checkpoints import check_checkpoints, cluster_checkpoints, collect_checkpoints, collect_reference
-from bpo.clustering import PairGradients, check_memory, cluster_pairs
+from bpo.checkpoints import check_checkpoints, collect_checkpoints, collect_reference
+from bpo.clustering import check_memory
 from bpo.config import SelectConfig
-from bpo.data import Candidates, Skipped, Text, read_configured, report_skipped, warn
+from bpo.data import Candidates, Skipped, Text, load_rows, read_configured, report_skipped, warn
 from bpo.embeddings import embed_prompts, embed_with_policy, given_embeddings
 from bpo.gradients import collect
 from bpo.length import balance_lengths, character_lengths, fit_length_effect, largest_gaps, take_out_length, turn
-from bpo.losses import pair_coefficients
 from bpo.models import load_policy, load_tokenizer, window
+from bpo.pairs import MeasuredPairs, clustered, in_store, influence, measured
 from bpo.precondition import preconditioner_path
-from bpo.progress import core_progress
 from bpo.selection import SELECTED, Selection
-from bpo.store import NONFINITE, GradientStore, StoreMismatchError, with_settings_of
-from bpo.strategies import KEEPS_EVERY_PROMPT, NEEDS_GRADIENTS, NEEDS_SCORES, STRATEGIES, Candidacy
+from bpo.store import GradientStore, with_settings_of
+from bpo.strategies import STRATEGIES, Candidacy, choose
 from bpo.tokens import padding_id, tokenize_configured, tokenize_prompts
 
 if TYPE_CHECKING:
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from bpo.clustering import PairClusters
-    from bpo.config import Strategy
     from bpo.tokens import TokenizedResponses
 
 
@@ -44,7 +42,8 @@ def select(
     budget: int | float,
     processing_class: Any = None,
     breadth: int | float | None = None,
-    strategy: Strategy = "bpo",
+    strategy: str = "bpo",
+    target: Any = None,
     store: str | os.PathLike[str] | None = None,
     config: SelectConfig | Mapping[str, Any] | None = None,
     seed: int = 0,
@@ -66,8 +65,13 @@ def select(
         budget: Pairs to keep: a count, or a fraction (a float in (0, 1]) of the candidate pairs of the kept prompts.
         processing_class: TRL's word for the tokenizer; by default the one saved with the model.
         breadth: Prompts to keep: a count, a fraction, or None for all.
-        strategy: ``"bpo"``, ``"uniform"`` (the same depth for every prompt), ``"random"`` or ``"margin"`` (the largest
-            score gaps).
+        strategy: ``"bpo"``, ``"uniform"`` (the same depth for every prompt), ``"random"``, ``"best_worst"`` (one pair a
+            prompt), ``"margin"`` (the largest score gaps), ``"fused_margin"`` (and implicit margins), ``"less"`` (the
+            influence on a target), ``"coreset"`` or ``"d_optimal"``, each a function of :mod:`bpo.strategies`; or what
+            :func:`bpo.register_strategy` made known.
+        target: A few pairs that say where to go, as a dataset of its own: ``"less"`` needs it, and ``alignment`` is
+            then the influence on it. Rows with the same value in a column ``subtask`` are a subtask. Its gradients go
+            to the same ``store``.
         store: Directory of the gradient store, reused and completed when it is there; with
             ``SelectConfig.checkpoints``, of one store for each. None computes anew and keeps nothing. Strategies
             without gradients leave it alone. The rows that are used are compared with their checksums.
@@ -100,10 +104,16 @@ def select(
     config = SelectConfig.of(config)
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy must be one of {sorted(STRATEGIES)}, got {strategy!r}")
+    rule = STRATEGIES[strategy]
+    needs = rule.needs_of(config)
+    if "target" in needs and target is None:
+        raise ValueError(f"strategy={strategy!r} needs a target: pairs that say where to go, as target=…")
+    if "differences" in needs and config.checkpoints is not None:
+        raise ValueError(f"strategy={strategy!r} needs the gradients of one model: leave out SelectConfig.checkpoints.")
     if not isinstance(seed, (int, np.integer)) or isinstance(seed, bool) or not 0 <= seed < 2**63:
         raise ValueError(f"seed must be a whole number from 0 to 2**63 - 1, got {seed!r}")
     seed = int(seed)
-    needs_gradients = strategy in NEEDS_GRADIENTS
+    needs_gradients = "gradients" in needs
     embeds_with_policy = breadth is not None and config.embedder is None and config.prompt_embeddings is None
     reselects = model is None and needs_gradients and store is not None and config.checkpoints is None
     if model is None and ((needs_gradients and not reselects) or embeds_with_policy):
@@ -131,7 +141,7 @@ def select(
     if config.length_control == "residual":
         reading = dataclasses.replace(reading, max_pairs_per_prompt=None)  # which gaps are largest is not known yet
     candidates = read_configured(dataset, reading)
-    if strategy in NEEDS_SCORES and np.isnan(candidates.score_gaps).any():
+    if "scores" in needs and np.isnan(candidates.score_gaps).any():
         raise ValueError(
             f"strategy={strategy!r} needs scores, but {int(np.isnan(candidates.score_gaps).sum())} of "
             f"{len(candidates.pairs)} pairs have none. Give the columns score_chosen and score_rejected, or scored "
@@ -145,8 +155,12 @@ def select(
             "length_control='balance', which needs no scores."
         )
     tokenizer = tokenized = longest = lengths = stored = None
+    wanted = target_tokenized = target_stored = None
+    if target is not None and needs_gradients:
+        target = load_rows(target)
+        wanted = read_configured(target, reading)
     if present is not None:
-        candidates, stored = _in_store(candidates, present, config)
+        candidates, stored = in_store(candidates, present, config)
         lengths = present.records["length"][stored].astype(np.int64)[candidates.pairs]
     elif model is not None:
         tokenizer = load_tokenizer(model, processing_class, config)
@@ -161,10 +175,15 @@ def select(
             candidates, tokenized, stored, pair_lengths, effect.slope, config, noted
         )
         lengths = None if lengths is None else pair_lengths
+    if wanted is not None and present is not None:
+        wanted, target_stored = in_store(wanted, present, config)
+    elif wanted is not None:
+        wanted, target_tokenized = tokenize_configured(wanted, tokenizer, longest, reading)
     n_prompts = len(candidates.prompts) if breadth is None else _count("breadth", breadth, len(candidates.prompts))
     # No choice of prompts can have more pairs than the deepest ones, so most bad budgets are known by now.
     most_pairs = np.sort(np.bincount(candidates.prompt_of_pair))[::-1][:n_prompts].sum()
-    _check_budget(budget, _count("budget", budget, int(most_pairs)), n_prompts, strategy)
+    floor = config.min_depth * n_prompts if rule.keeps_every_prompt else 0
+    _check_budget(budget, _count("budget", budget, int(most_pairs)), floor, strategy)
     embeddings = None
     if breadth is not None and config.prompt_embeddings is not None:
         embeddings = given_embeddings(dataset, candidates, config.prompt_embeddings)
@@ -200,58 +219,78 @@ def select(
         noted.merge(_near_duplicates(candidates, embeddings, config, progress))
     kept, pair_index, response_index = candidates.keep_prompts(kept_prompts)
     n_pairs = _count("budget", budget, len(kept.pairs))
-    _check_budget(budget, n_pairs, n_prompts, strategy)
+    _check_budget(budget, n_pairs, floor, strategy)
 
     if needs_gradients:
         dim = config.sketch_dim * len(config.checkpoints or [None])
-        check_memory(len(kept.responses), len(kept.pairs), dim, config)
+        clustering = config if "clusters" in needs else dataclasses.replace(config, n_clusters=1)
+        check_memory(len(kept.responses), len(kept.pairs), dim, clustering)
 
-    # Gradients: one sketch a response; clusters and scores of the pairs.
-    clusters = logps = ref_logps = None
-    eligible = np.ones(len(kept.pairs), dtype=bool)
+    # Gradients: one sketch a response.
+    pairs = target_pairs = None
     if present is not None:
         assert stored is not None
-        clusters, logps, ref_logps = _cluster(present, stored[response_index][kept.pairs], config, seed, progress)
+        pairs = measured([present], [stored[response_index][kept.pairs]], config, progress=progress)
+        if wanted is not None and target_stored is not None:
+            target_pairs = measured([present], [target_stored[wanted.pairs]], config, progress=progress)
     elif needs_gradients:
         assert policy is not None and tokenizer is not None and tokenized is not None
-        sequences = tokenized.keep_pairs(pair_index, response_index)
-        inputs = kept, sequences, tokenizer
+        parts = [(kept, tokenized.keep_pairs(pair_index, response_index))]
+        if wanted is not None and target_tokenized is not None:
+            # One store holds both, and is told apart from that of other data by all that may be in it.
+            known_ids = np.concatenate([kept.known_ids, wanted.known_ids])
+            both = (parts[0], (wanted, target_tokenized))
+            parts = [(dataclasses.replace(of_part, known_ids=known_ids), sequences) for of_part, sequences in both]
+        shared: dict[str, Any] = {"config": config, "store": store, "progress": progress}
         if config.checkpoints is None:
-            gradients = collect(
-                policy, *inputs, config=config, store=store, progress=progress, preconditioner=preconditioner
-            )
-            pairs = gradients.rows_of(sequences.sequence_ids)[sequences.pairs]
-            clusters, logps, ref_logps = _cluster(gradients, pairs, config, seed, progress)
+            stores = [[collect(policy, *part, tokenizer, preconditioner=preconditioner, **shared)] for part in parts]
+            known: list[Any] = [None] * len(parts)
         else:
-            reference = collect_reference(policy, sequences, tokenizer, config=config, store=store, progress=progress)
-            assert reference.known is not None
-            ref_logps = reference.known[sequences.pairs]
+            references = [collect_reference(policy, sequences, tokenizer, **shared) for _, sequences in parts]
             del policy  # one model in memory at a time
-            stores = collect_checkpoints(reference, *inputs, config=config, store=store, progress=progress)
-            pair_gradients = [
-                _pair_gradients(
-                    gradients, gradients.rows_of(sequences.sequence_ids)[sequences.pairs], config, progress=progress
-                )
-                for gradients in stores
+            stores = [
+                collect_checkpoints(reference, *part, tokenizer, **shared)
+                for reference, part in zip(references, parts, strict=True)
             ]
-            with core_progress("Clusters", progress) as report:
-                clusters = cluster_checkpoints(
-                    pair_gradients,
-                    list(config.checkpoints.values()),
-                    config=config,
-                    store=store,
-                    seed=seed,
-                    progress=report,
-                )
-    if clusters is not None:
+            known = [reference.known for reference in references]
+        found = [
+            measured(
+                of_part,
+                [gradients.rows_of(sequences.sequence_ids)[sequences.pairs] for gradients in of_part],
+                config,
+                ref_logps=None if ref_logps is None else ref_logps[sequences.pairs],
+                progress=progress,
+            )
+            for of_part, ref_logps, (_, sequences) in zip(stores, known, parts, strict=True)
+        ]
+        pairs, target_pairs = found[0], found[1] if len(found) > 1 else None
+
+    # Clusters and scores of the pairs.
+    clusters = features = None
+    eligible = np.ones(len(kept.pairs), dtype=bool)
+    if pairs is not None:
+        clusters, features = clustered(pairs, clustering, seed=seed, store=store, progress=progress)
         eligible = clusters.usable
         _report_unusable(kept, clusters, config)
         noted.merge(_outliers(kept, clusters))
+        if wanted is not None and target_pairs is not None:
+            influences = influence(features, eligible, target_pairs, _subtasks(target, wanted), config)
+            clusters = dataclasses.replace(clusters, alignment=influences)
 
     # Depth: which pairs of each prompt.
-    chosen, usefulness = STRATEGIES[strategy](
-        Candidacy(kept.prompt_of_pair, kept.score_gaps, eligible, n_pairs, config, seed, clusters)
+    candidacy = Candidacy(
+        prompt_of_pair=kept.prompt_of_pair,
+        score_gaps=kept.score_gaps,
+        eligible=eligible,
+        budget=min(n_pairs, int(eligible.sum())),
+        config=config,
+        seed=seed,
+        clusters=clusters,
+        features=features,
+        differences=None if pairs is None else pairs.differences,
+        margins=None if pairs is None else pairs.margins(config),
     )
+    chosen, usefulness = choose(strategy, candidacy)
     if config.length_control == "balance":
         differences = pair_lengths[pair_index, 0] - pair_lengths[pair_index, 1]
         chosen = balance_lengths(
@@ -260,10 +299,13 @@ def select(
     if chosen.sum() < n_pairs:
         limits = [] if config.max_depth is None else [f"max_depth={config.max_depth}"]
         limits += [] if eligible.all() else [f"{int((~eligible).sum())} pairs without a usable gradient"]
-        warn(f"{int(chosen.sum())} pairs are kept of the {n_pairs} asked for, because of {' and '.join(limits)}.")
+        because = " and ".join(limits) or f"strategy={strategy!r}, which chooses no more"
+        warn(f"{int(chosen.sum())} pairs are kept of the {n_pairs} asked for, because of {because}.")
     fate = np.full(len(candidates.pairs), "breadth", dtype=object)
     fate[pair_index] = np.where(eligible, np.where(chosen, SELECTED, "depth"), "unusable")
-    table = _pair_table(candidates, lengths, fate, pair_index, usefulness, clusters, logps, ref_logps)
+    if clusters is not None and "clusters" not in needs:
+        clusters = dataclasses.replace(clusters, labels=np.full_like(clusters.labels, -1))
+    table = _pair_table(candidates, lengths, fate, pair_index, usefulness, clusters, pairs)
     ratios = pair_lengths[:, 0] / pair_lengths[:, 1]
     table = table.append_column("length_ratio", pa.array(ratios))
     table = table.append_column("length_effect", pa.array(effect.slope * np.log(ratios), from_pandas=True))
@@ -311,61 +353,12 @@ def _without_length(
     )
 
 
-def _in_store(
-    candidates: Candidates, present: GradientStore, config: SelectConfig
-) -> tuple[Candidates, npt.NDArray[np.int64]]:
-    """Returns the candidate pairs whose two responses a store holds, and the row of each response ((R,) int64)."""
-    rows, several = present.rows_of_responses(candidates.response_ids)
-    if several.any():
-        place = candidates.prompt_rows[candidates.prompt_of_response[np.flatnonzero(several)[0]]]
-        raise ValueError(
-            f"{present.path} holds {int(several.sum())} responses more than once, such as one of row {place}: with "
-            "other token weights, or starting at another token. Pass the model, whose tokenizer tells them apart."
-        )
-    there: npt.NDArray[np.bool_] = rows[candidates.pairs].min(axis=1) >= 0
-    skipped = Skipped()
-    for pair in np.flatnonzero(~there):
-        skipped.add("pair of a response that the store does not hold", f"row {candidates.pair_rows[pair]}")
-    if not there.any():
-        raise StoreMismatchError(
-            f"The gradient store {present.path} holds the responses of none of the {len(there)} candidate pairs. Pass "
-            "the data that it was made with, or the model, which computes what is missing."
-        )
-    report_skipped(skipped, config.on_invalid)
-    candidates.skipped.merge(skipped)
-    kept, _, response_index = candidates.keep_pairs(there)
-    return kept, rows[response_index]
-
-
-def _cluster(
-    gradients: GradientStore, pairs: npt.NDArray[np.int64], config: SelectConfig, seed: int, progress: bool
-) -> tuple[PairClusters, npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """Clusters and scores pairs of rows of a store; returns their log-probabilities under policy and reference, too."""
-    pair_gradients = _pair_gradients(gradients, pairs, config, progress=progress)
-    with core_progress("Clusters", progress) as report:
-        clusters = cluster_pairs(*pair_gradients, config=config, seed=seed, progress=report)
-    return clusters, gradients.records["logp"][pairs], gradients.records["ref_logp"][pairs]
-
-
-def _pair_gradients(
-    gradients: GradientStore, pairs: npt.NDArray[np.int64], config: SelectConfig, *, progress: bool = False
-) -> PairGradients:
-    """Returns the gradients of the pairs in terms of those of the responses; NaN where one of these is unusable."""
-    with core_progress("Checksums", progress) as report:
-        gradients.check(pairs.ravel(), threads=config.threads, progress=report)
-    records = gradients.records
-    coefficients = pair_coefficients(
-        records["logp"],
-        records["ref_logp"],
-        pairs,
-        lengths=records["length"],
-        predicted=gradients.predicted,
-        log_weights=records["log_weight"],
-        config=config,
-    )
-    nonfinite = (records["flags"] & NONFINITE != 0)[pairs].any(axis=1)
-    coefficients[nonfinite] = np.nan  # which tells them from pairs of zero gradients
-    return PairGradients(gradients.rows, pairs, coefficients * gradients.scales[pairs])
+def _subtasks(target: Any, candidates: Candidates) -> npt.NDArray[np.int64]:
+    """The subtask of each pair of the target, (T,) int64: the value of the column ``subtask``, numbered from 0."""
+    if "subtask" not in target.column_names:
+        return np.zeros(len(candidates.pairs), dtype=np.int64)
+    names = [json.dumps(row["subtask"], sort_keys=True, default=str) for row in target]
+    return np.unique([names[row] for row in candidates.pair_rows], return_inverse=True)[1]
 
 
 def _count(name: str, value: Any, total: int) -> int:
@@ -386,12 +379,14 @@ def _count(name: str, value: Any, total: int) -> int:
 
 
 def _check_budget(budget: Any, n_pairs: int, n_prompts: int, strategy: str) -> None:
-    if strategy in KEEPS_EVERY_PROMPT and n_pairs < n_prompts:
+    """Checks that each of so many prompts can have a pair."""
+    if n_pairs < n_prompts:
         given = f"budget={budget}" + (f", which makes {n_pairs}," if isinstance(budget, float) else "")
         fewer = "breadth" if isinstance(budget, float) else f"breadth={n_pairs}"
         raise ValueError(
             f"{given} is below the {n_prompts} prompts: strategy={strategy!r} keeps at least one pair of each. Give a "
-            f"budget of at least {n_prompts} pairs, or keep fewer prompts with {fewer}."
+            f"budget of at least {n_prompts} pairs, keep fewer prompts with {fewer}, or let prompts go with "
+            "SelectConfig.min_depth=0."
         )
 
 
@@ -446,12 +441,12 @@ def _pair_table(
     pair_index: npt.NDArray[np.int64],
     usefulness: npt.NDArray[np.float64],
     clusters: PairClusters | None,
-    logps: npt.NDArray[np.float32] | None,
-    ref_logps: npt.NDArray[np.float32] | None,
+    pairs: MeasuredPairs | None,
 ) -> pa.Table:
     """One row a candidate pair; what a strategy does not use is null."""
     n = len(candidates.pairs)
     chosen, rejected = candidates.pairs[:, 0], candidates.pairs[:, 1]
+    logps, ref_logps = (None, None) if pairs is None else (pairs.logps, pairs.ref_logps)
     first_response = np.searchsorted(candidates.prompt_of_response, candidates.prompt_of_pair)
 
     def scattered(values: npt.NDArray[Any] | None, kind: pa.DataType) -> pa.Array:

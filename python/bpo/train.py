@@ -50,7 +50,7 @@ class BPOConfig(DPOConfig):  # type: ignore[misc]
     breadth: float | None = dataclasses.field(
         default=None, metadata={"help": "Prompts to keep: a count above 1, or a fraction; all by default."}
     )
-    strategy: str = dataclasses.field(default="bpo", metadata={"help": "bpo, uniform, random or margin."})
+    strategy: str = dataclasses.field(default="bpo", metadata={"help": "Name of the strategy."})
     store: str | None = dataclasses.field(default=None, metadata={"help": "Directory of the gradient store."})
     select_config: dict[str, Any] | str | None = dataclasses.field(
         default=None, metadata={"help": "Fields of bpo.SelectConfig."}
@@ -168,7 +168,7 @@ class BPOTrainer(DPOTrainer):  # type: ignore[misc]
                 budget=_count_or_fraction(args.budget),
                 breadth=None if args.breadth is None else _count_or_fraction(args.breadth),
                 processing_class=processing_class,
-                strategy=args.strategy,  # type: ignore[arg-type]
+                strategy=args.strategy,
                 store=args.store,
                 config=settings,
                 seed=args.seed,

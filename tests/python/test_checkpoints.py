@@ -16,7 +16,7 @@ from bpo.clustering import PairGradients
 from bpo.features import choose_features
 from bpo.logprobs import completion_logps
 from bpo.models import load_policy
-from bpo.pipeline import _pair_gradients
+from bpo.pairs import _pair_gradients
 from bpo.tokens import tokenize_candidates
 from conftest import scored_rows
 
@@ -86,7 +86,8 @@ def test_inner_products_are_cosines_averaged_with_the_learning_rates(model_path,
     reference = collect_reference(model, tokenized, tokenizer, **inputs)
     stores = collect_checkpoints(reference, candidates, tokenized, tokenizer, **inputs)
     gradients = [
-        _pair_gradients(store, store.rows_of(tokenized.sequence_ids)[tokenized.pairs], config) for store in stores
+        _pair_gradients(store, store.rows_of(tokenized.sequence_ids)[tokenized.pairs], config, False)
+        for store in stores
     ]
     features, informativeness = pair_features(gradients, list(rates.values()))
 

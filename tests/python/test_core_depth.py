@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from bpo._core import allocate_depth
 
 
-def reference(prompts, clusters, usefulness, budget, max_depth, weights):
+def reference(prompts, clusters, usefulness, budget, min_depth, max_depth, weights):
     pairs = range(len(prompts))
     cap = max_depth or len(prompts)
     kept = set()
-    for prompt in set(prompts):
+    for prompt in set(prompts) if min_depth else ():
         kept.add(min((p for p in pairs if prompts[p] == prompt), key=lambda p: (-usefulness[p], p)))
     target = min(budget, sum(min(cap, list(prompts).count(prompt)) for prompt in set(prompts)))
     exhausted = set()
@@ -57,24 +57,29 @@ def problems(draw):
     clusters = np.array(draw(st.lists(st.integers(0, 4), min_size=count, max_size=count)), dtype=np.int32)
     values = st.sampled_from([-1.0, -0.0, 0.0, 0.25, 0.5, 1.0, np.inf])
     usefulness = np.array(draw(st.lists(values, min_size=count, max_size=count)))
-    budget = draw(st.integers(len(set(prompts.tolist())), count + 3))
+    min_depth = draw(st.integers(0, 1))
+    budget = draw(st.integers(min_depth * len(set(prompts.tolist())), count + 3))
     max_depth = draw(st.none() | st.integers(1, 5))
     weights = draw(st.none() | st.lists(st.sampled_from([0.0, 1.0, 2.5]), min_size=5, max_size=5))
-    return prompts, clusters, usefulness, budget, max_depth, weights
+    return prompts, clusters, usefulness, budget, min_depth, max_depth, weights
 
 
 @given(problems())
 @settings(max_examples=300, deadline=None)
 def test_promises(problem):
-    prompts, clusters, usefulness, budget, max_depth, weights = problem
+    prompts, clusters, usefulness, budget, min_depth, max_depth, weights = problem
     array = None if weights is None else np.array(weights)
-    kept = allocate_depth(prompts, clusters, usefulness, budget, max_depth=max_depth, cluster_weights=array)
+    kept = allocate_depth(
+        prompts, clusters, usefulness, budget, min_depth=min_depth, max_depth=max_depth, cluster_weights=array
+    )
 
     depths = {prompt: int(kept[prompts == prompt].sum()) for prompt in set(prompts.tolist())}
     cap = max_depth or len(prompts)
     assert kept.sum() == min(budget, sum(min(cap, int((prompts == prompt).sum())) for prompt in depths))
-    assert all(1 <= depth <= cap for depth in depths.values())
-    best = [min(np.flatnonzero(prompts == prompt), key=lambda p: (-usefulness[p], p)) for prompt in depths]
+    assert all(min_depth <= depth <= cap for depth in depths.values())
+    best = []
+    if min_depth:
+        best = [min(np.flatnonzero(prompts == prompt), key=lambda p: (-usefulness[p], p)) for prompt in depths]
     assert kept[best].all()
     # Within a cluster nothing left out beats anything kept, unless its prompt is full or the kept is a prompt's best.
     for out in np.flatnonzero(~kept):
@@ -82,7 +87,7 @@ def test_promises(problem):
             rivals = [p for p in np.flatnonzero(kept & (clusters == clusters[out])) if p not in best]
             assert all((-usefulness[p], p) < (-usefulness[out], out) for p in rivals)
     expected = reference(
-        prompts.tolist(), clusters.tolist(), usefulness.tolist(), budget, max_depth, weights or [1.0] * 5
+        prompts.tolist(), clusters.tolist(), usefulness.tolist(), budget, min_depth, max_depth, weights or [1.0] * 5
     )
     np.testing.assert_array_equal(kept, expected)
 
@@ -121,6 +126,8 @@ def test_errors_name_the_culprit():
         allocate_depth(prompts, clusters, np.zeros(3), 3, cluster_weights=np.array([-1.0]))
     with pytest.raises(ValueError, match="`max_depth` must be at least 1"):
         allocate_depth(prompts, clusters, np.zeros(3), 3, max_depth=0)
+    with pytest.raises(ValueError, match="`min_depth` must be 0 or 1, but is 2"):
+        allocate_depth(prompts, clusters, np.zeros(3), 3, min_depth=2)
     with pytest.raises(ValueError, match="`clusters` must have shape"):
         allocate_depth(prompts, clusters[:2], np.zeros(3), 3)
     assert allocate_depth(prompts[:0], clusters[:0], np.zeros(0), 0).shape == (0,)
