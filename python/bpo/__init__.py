@@ -14,7 +14,7 @@ from bpo._core import StoreDamagedError, StoreError, StoreLockedError, StoreVers
 if TYPE_CHECKING:
     from bpo._core import allocate_depth as allocate_depth
     from bpo.breadth import compress_breadth as compress_breadth
-    from bpo.breadth import embed_prompts as embed_prompts
+    from bpo.breadth import near_duplicates as near_duplicates
     from bpo.capture import UnsupportedModelError as UnsupportedModelError
     from bpo.clustering import PairClusters as PairClusters
     from bpo.clustering import cluster_pairs as cluster_pairs
@@ -23,9 +23,12 @@ if TYPE_CHECKING:
     from bpo.data import read_candidates as read_candidates
     from bpo.diagnosis import Diagnosis as Diagnosis
     from bpo.diagnosis import doctor as doctor
+    from bpo.embeddings import embed_prompts as embed_prompts
     from bpo.evaluate import PreferenceEvaluation as PreferenceEvaluation
     from bpo.evaluate import evaluate_preferences as evaluate_preferences
     from bpo.gradients import collect_gradients as collect_gradients
+    from bpo.length import LengthEffect as LengthEffect
+    from bpo.length import length_effect as length_effect
     from bpo.linearised import Preview as Preview
     from bpo.linearised import preview as preview
     from bpo.losses import pair_coefficients as pair_coefficients
@@ -49,7 +52,7 @@ if TYPE_CHECKING:
 _LAZY = {
     "allocate_depth": "bpo._core",
     "compress_breadth": "bpo.breadth",
-    "embed_prompts": "bpo.breadth",
+    "near_duplicates": "bpo.breadth",
     "UnsupportedModelError": "bpo.capture",
     "PairClusters": "bpo.clustering",
     "cluster_pairs": "bpo.clustering",
@@ -58,9 +61,12 @@ _LAZY = {
     "read_candidates": "bpo.data",
     "Diagnosis": "bpo.diagnosis",
     "doctor": "bpo.diagnosis",
+    "embed_prompts": "bpo.embeddings",
     "PreferenceEvaluation": "bpo.evaluate",
     "evaluate_preferences": "bpo.evaluate",
     "collect_gradients": "bpo.gradients",
+    "LengthEffect": "bpo.length",
+    "length_effect": "bpo.length",
     "pair_coefficients": "bpo.losses",
     "describe_store": "bpo.maintenance",
     "export_store": "bpo.maintenance",

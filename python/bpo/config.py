@@ -10,12 +10,16 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
+import numpy as np
+
 Ranking = Literal["nearest", "softmax", "farthest", "random"]
 Features = Literal["lora", "full"]
 SketchKind = Literal["sparse", "rademacher", "normal"]
 Metric = Literal["euclidean", "cosine"]
 ClusterWeighting = Literal["size", "informativeness", "centrality", "alignment"]
 OnInvalid = Literal["skip", "raise"]
+LengthControl = Literal["residual", "balance"]
+BreadthMethod = Literal["quota", "representative", "diverse"]
 LossType = Literal[
     "sigmoid",
     "hinge",
@@ -87,8 +91,17 @@ class SelectConfig:
         max_pairs_per_prompt: Most candidate pairs of one prompt, those with the largest score gap first;
             ``None`` keeps all pairs of unequal score *(ours)*.
         on_invalid: ``"skip"`` sets unusable rows aside, counts and names them; ``"raise"`` stops at them.
-        embedder: What embeds the prompts for breadth compression: a sentence encoder (path or hub id, mean pooling),
-            or ``None`` for the mean of the policy's own last hidden states *(ours)*.
+        embedder: What embeds the prompts for breadth compression: a sentence encoder (path, hub id or a
+            ``SentenceTransformer``; see :func:`bpo.embed_prompts`), or ``None`` for the policy's own last hidden states
+            *(ours)*.
+        prompt_embeddings: Embeddings of the prompts that you have already, in place of an embedder: the name of a
+            column of the data with a list of numbers in each row, or an array of one row for each row of the data (for
+            :class:`bpo.BPOTrainer`, whose settings are saved as JSON, the name of a column). A prompt of several rows
+            has the embedding of its first.
+        breadth_method: Which prompts breadth compression keeps: ``"quota"``, ``"representative"`` or ``"diverse"``
+            (see :func:`bpo.compress_breadth`).
+        duplicate_threshold: Cosine from which a prompt is reported, when breadth is compressed, as nearly the same as
+            an earlier one (see :func:`bpo.near_duplicates`). ``None`` does not look.
         features: Parameters whose gradients are the features of a pair. ``"lora"``: the adapter of a ``PeftModel``;
             for a model without one, the B-gradients of a fresh LoRA on every linear layer but the output head.
             ``"full"``: every parameter.
@@ -137,6 +150,14 @@ class SelectConfig:
         cluster_weighting: Budget of a cluster in proportion to its pairs (``"size"``), or to their summed
             ``"informativeness"`` (gradient norm), ``"centrality"`` (more for clusters whose pairs agree) or
             ``"alignment"`` (more for clusters that pull where all pairs together do) *(ours)*.
+        length_control: What is done about preferring responses because they are longer. ``"residual"``: scores are
+            replaced by what of them length does not explain (see :func:`bpo.length_effect`), within prompts, before
+            gaps are taken; where the other response of a pair is then the better one, the pair is turned round, which
+            is counted and named. It needs scores: pairs that are only stated cannot be turned. Responses of equal score
+            stay ties. ``"balance"``: chosen pairs are exchanged for others until as many prefer the shorter response as
+            the longer one, or nothing is left to exchange: the least useful for the most useful, within a prompt first.
+            ``None`` does nothing, and reports length all the same. Lengths are in tokens, or in characters where there
+            is no model *(ours)*.
         regularization: λ of ``"d_optimal"``, in units of the mean squared length of its vectors divided by their
             dimension *(ours)*.
         max_memory: Memory that the stages after the gradients may take beside the data itself, in bytes or as in
@@ -173,7 +194,10 @@ class SelectConfig:
     truncation_mode: TruncationMode = "keep_start"
     max_pairs_per_prompt: int | None = None
     on_invalid: OnInvalid = "skip"
-    embedder: str | None = None
+    embedder: Any = None
+    prompt_embeddings: Any = None
+    breadth_method: BreadthMethod = "quota"
+    duplicate_threshold: float | None = 0.95
     features: Features = "lora"
     parameters: str | Sequence[str] | None = None
     factor_dim: int | None = None
@@ -198,6 +222,7 @@ class SelectConfig:
     usefulness: Mapping[str, float] = dataclasses.field(default_factory=lambda: {"centrality": 1.0})
     min_depth: int = 1
     max_depth: int | None = None
+    length_control: LengthControl | None = None
     cluster_weighting: ClusterWeighting = "size"
     regularization: float = 1.0
     max_memory: int | str | None = None
@@ -209,6 +234,7 @@ class SelectConfig:
             "truncation_mode": TruncationMode,
             "f_divergence_type": FDivergence,
             "on_invalid": OnInvalid,
+            "breadth_method": BreadthMethod,
             "features": Features,
             "sketch_kind": SketchKind,
             "sketch_dtype": SketchDType,
@@ -256,7 +282,13 @@ class SelectConfig:
         if isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or not 0 <= seed < 2**64:
             raise ValueError(f"SelectConfig.sketch_seed must be a whole number from 0 to 2**64 - 1, got {seed!r}")
         object.__setattr__(self, "sketch_seed", int(seed))
-        for name in ("embedder", "device", "preconditioner"):
+        if self.length_control not in (None, *get_args(LengthControl)):
+            raise ValueError(
+                f"SelectConfig.length_control must be one of {list(get_args(LengthControl))} or None, got "
+                f"{self.length_control!r}"
+            )
+        self._check_embeddings()
+        for name in ("device", "preconditioner"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
                 raise ValueError(f"SelectConfig.{name} must be text or None, got {value!r}")
@@ -324,6 +356,31 @@ class SelectConfig:
         for name in ("f_alpha_divergence_coef", "label_smoothing"):
             object.__setattr__(self, name, float(getattr(self, name)))
 
+    def _check_embeddings(self) -> None:
+        """Checks what embeds the prompts."""
+        if not (self.embedder is None or isinstance(self.embedder, str) or hasattr(self.embedder, "encode")):
+            raise ValueError(
+                f"SelectConfig.embedder must be text, a SentenceTransformer or None, got {self.embedder!r}"
+            )
+        given = self.prompt_embeddings
+        if given is not None and self.embedder is not None:
+            raise ValueError("SelectConfig.prompt_embeddings takes the place of an embedder; give one of the two.")
+        if given is not None and not isinstance(given, str):
+            try:
+                array = np.asarray(given, dtype=np.float32)
+            except (TypeError, ValueError):
+                array = np.zeros(0, dtype=np.float32)
+            if array.ndim != 2:
+                raise ValueError(
+                    "SelectConfig.prompt_embeddings must be the name of a column or an array of (rows of the data, "
+                    f"features), got {type(given).__name__}"
+                    + (f" of shape {given.shape}" if hasattr(given, "shape") else "")
+                )
+            object.__setattr__(self, "prompt_embeddings", array)
+        threshold = self.duplicate_threshold
+        if threshold is not None and not (_is_finite(threshold) and 0 < threshold <= 1):
+            raise ValueError(f"SelectConfig.duplicate_threshold must be above 0 and at most 1, got {threshold!r}")
+
     @property
     def weighted_losses(self) -> list[tuple[LossType, float]]:
         """The losses that are added up, each with its weight."""
@@ -377,7 +434,7 @@ class SelectConfig:
         return self.max_memory
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the fields as JSON has them: tuples are lists; models and functions are named only."""
+        """Returns the fields as JSON has them: tuples are lists; models, functions and arrays are named only."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         values = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
         if not isinstance(self.ref_model, (str, type(None))):
@@ -386,6 +443,10 @@ class SelectConfig:
             function = self.token_weights
             name = getattr(function, "__qualname__", type(function).__qualname__)
             values["token_weights"] = f"<{function.__module__}.{name}>"
+        if not isinstance(self.embedder, (str, type(None))):
+            values["embedder"] = f"<{type(self.embedder).__name__}>"
+        if isinstance(self.prompt_embeddings, np.ndarray):
+            values["prompt_embeddings"] = f"<array of {' × '.join(map(str, self.prompt_embeddings.shape))}>"
         return values
 
 

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from bpo.breadth import compress_breadth, embed_prompts, embed_with_policy
+from bpo.breadth import compress_breadth, near_duplicates
 from bpo.checkpoints import check_checkpoints, collect_checkpoints, collect_reference
 from bpo.clustering import check_memory
 from bpo.config import SelectConfig
 from bpo.data import Candidates, Skipped, Text, load_rows, read_configured, report_skipped, warn
+from bpo.embeddings import embed_prompts, embed_with_policy, given_embeddings
 from bpo.gradients import collect
+from bpo.length import balance_lengths, character_lengths, fit_length_effect, largest_gaps, take_out_length, turn
 from bpo.models import load_policy, load_tokenizer, window
 from bpo.pairs import MeasuredPairs, clustered, in_store, influence, measured
 from bpo.precondition import preconditioner_path
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from bpo.clustering import PairClusters
+    from bpo.tokens import TokenizedResponses
 
 
 def select(
@@ -54,8 +57,9 @@ def select(
 
     Args:
         model: The policy that will be trained: path, hub id, ``PreTrainedModel`` or ``PeftModel``. It is not changed.
-            May be None, without an embedder only with ``breadth=None``, for strategies that use no gradients; and where
-            ``store`` holds the gradients already: whatever they depend on is then as it was when they were computed.
+            May be None for strategies that use no gradients; and where ``store`` holds the gradients already: whatever
+            they depend on is then as it was when they were computed. With a breadth, only if ``config`` has an embedder
+            or the embeddings of the prompts.
         dataset: Preference rows, scored responses or UltraFeedback-like completions, as a ``datasets.Dataset``, a list
             of rows, a file, a directory or a hub id (see :func:`bpo.read_candidates`).
         budget: Pairs to keep: a count, or a fraction (a float in (0, 1]) of the candidate pairs of the kept prompts.
@@ -110,13 +114,13 @@ def select(
         raise ValueError(f"seed must be a whole number from 0 to 2**63 - 1, got {seed!r}")
     seed = int(seed)
     needs_gradients = "gradients" in needs
-    embeds_with_policy = breadth is not None and config.embedder is None
+    embeds_with_policy = breadth is not None and config.embedder is None and config.prompt_embeddings is None
     reselects = model is None and needs_gradients and store is not None and config.checkpoints is None
     if model is None and ((needs_gradients and not reselects) or embeds_with_policy):
         raise ValueError(
             f"strategy={strategy!r} with breadth={breadth!r} needs a model; model is None."
             + (" Name the store that holds the gradients, or a model." if needs_gradients and store is None else "")
-            + (" Name an embedder for the prompts, or a model." if embeds_with_policy else "")
+            + (" Name an embedder for the prompts, or give their embeddings or a model." if embeds_with_policy else "")
         )
     preconditioner = None
     present = None
@@ -134,12 +138,21 @@ def select(
     if not needs_gradients or present is not None:
         named = config.token_weights if present is not None and isinstance(config.token_weights, str) else None
         reading = dataclasses.replace(config, token_weights=named, ref_model=None)
+    if config.length_control == "residual":
+        reading = dataclasses.replace(reading, max_pairs_per_prompt=None)  # which gaps are largest is not known yet
     candidates = read_configured(dataset, reading)
     if "scores" in needs and np.isnan(candidates.score_gaps).any():
         raise ValueError(
             f"strategy={strategy!r} needs scores, but {int(np.isnan(candidates.score_gaps).sum())} of "
             f"{len(candidates.pairs)} pairs have none. Give the columns score_chosen and score_rejected, or scored "
             "responses."
+        )
+    if config.length_control == "residual" and np.isnan(candidates.score_gaps).any():
+        unscored = np.flatnonzero(np.isnan(candidates.score_gaps))
+        raise ValueError(
+            f"length_control='residual' needs scores, but {len(unscored)} of {len(candidates.pairs)} pairs have none, "
+            f"such as that of row {candidates.pair_rows[unscored[0]]}. Give score_chosen and score_rejected, or use "
+            "length_control='balance', which needs no scores."
         )
     tokenizer = tokenized = longest = lengths = stored = None
     wanted = target_tokenized = target_stored = None
@@ -154,6 +167,14 @@ def select(
         longest = window(model, config)
         candidates, tokenized = tokenize_configured(candidates, tokenizer, longest, reading)
         lengths = tokenized.response_lengths[tokenized.pairs]
+    noted = Skipped()
+    pair_lengths = character_lengths(candidates) if lengths is None else np.maximum(lengths, 1)
+    effect = fit_length_effect(candidates, pair_lengths, "characters" if lengths is None else "tokens")
+    if config.length_control == "residual":
+        candidates, tokenized, stored, pair_lengths = _without_length(
+            candidates, tokenized, stored, pair_lengths, effect.slope, config, noted
+        )
+        lengths = None if lengths is None else pair_lengths
     if wanted is not None and present is not None:
         wanted, target_stored = in_store(wanted, present, config)
     elif wanted is not None:
@@ -163,22 +184,39 @@ def select(
     most_pairs = np.sort(np.bincount(candidates.prompt_of_pair))[::-1][:n_prompts].sum()
     floor = config.min_depth * n_prompts if rule.keeps_every_prompt else 0
     _check_budget(budget, _count("budget", budget, int(most_pairs)), floor, strategy)
+    embeddings = None
+    if breadth is not None and config.prompt_embeddings is not None:
+        embeddings = given_embeddings(dataset, candidates, config.prompt_embeddings)
     policy = load_policy(model, config) if (needs_gradients and present is None) or embeds_with_policy else None
 
     # Breadth: representative prompts.
     kept_prompts = np.ones(len(candidates.prompts), dtype=bool)
     if n_prompts < len(candidates.prompts):
         if config.embedder is not None:
-            embeddings = embed_prompts(candidates.prompts, config.embedder, trust_remote_code=config.trust_remote_code)
-        else:
+            embeddings = embed_prompts(
+                candidates.prompts,
+                config.embedder,
+                trust_remote_code=config.trust_remote_code,
+                progress=progress,
+            )
+        elif embeddings is None:
             assert policy is not None and tokenizer is not None
             embeddings = embed_with_policy(
                 policy,
                 tokenize_prompts(candidates, tokenizer, longest, truncation_mode=config.truncation_mode),
                 padding_id(tokenizer),
                 tokens_per_batch=config.tokens_per_batch,
+                progress=progress,
             )
-        kept_prompts = compress_breadth(embeddings, n_prompts, seed=seed, threads=config.threads).kept
+        kept_prompts = compress_breadth(
+            embeddings,
+            n_prompts,
+            method=config.breadth_method,
+            seed=seed,
+            threads=config.threads,
+            progress=progress,
+        ).kept
+        noted.merge(_near_duplicates(candidates, embeddings, config, progress))
     kept, pair_index, response_index = candidates.keep_prompts(kept_prompts)
     n_pairs = _count("budget", budget, len(kept.pairs))
     _check_budget(budget, n_pairs, floor, strategy)
@@ -229,13 +267,12 @@ def select(
 
     # Clusters and scores of the pairs.
     clusters = features = None
-    noted = Skipped()
     eligible = np.ones(len(kept.pairs), dtype=bool)
     if pairs is not None:
         clusters, features = clustered(pairs, clustering, seed=seed, store=store, progress=progress)
         eligible = clusters.usable
         _report_unusable(kept, clusters, config)
-        noted = _outliers(kept, clusters)
+        noted.merge(_outliers(kept, clusters))
         if wanted is not None and target_pairs is not None:
             influences = influence(features, eligible, target_pairs, _subtasks(target, wanted), config)
             clusters = dataclasses.replace(clusters, alignment=influences)
@@ -254,6 +291,11 @@ def select(
         margins=None if pairs is None else pairs.margins(config),
     )
     chosen, usefulness = choose(strategy, candidacy)
+    if config.length_control == "balance":
+        differences = pair_lengths[pair_index, 0] - pair_lengths[pair_index, 1]
+        chosen = balance_lengths(
+            chosen, usefulness, eligible, kept.prompt_of_pair, differences, max_depth=config.max_depth
+        )
     if chosen.sum() < n_pairs:
         limits = [] if config.max_depth is None else [f"max_depth={config.max_depth}"]
         limits += [] if eligible.all() else [f"{int((~eligible).sum())} pairs without a usable gradient"]
@@ -264,6 +306,9 @@ def select(
     if clusters is not None and "clusters" not in needs:
         clusters = dataclasses.replace(clusters, labels=np.full_like(clusters.labels, -1))
     table = _pair_table(candidates, lengths, fate, pair_index, usefulness, clusters, pairs)
+    ratios = pair_lengths[:, 0] / pair_lengths[:, 1]
+    table = table.append_column("length_ratio", pa.array(ratios))
+    table = table.append_column("length_effect", pa.array(effect.slope * np.log(ratios), from_pandas=True))
     return Selection(
         dataset=_training_set(candidates, table, np.flatnonzero(fate == SELECTED), config),
         pairs=table,
@@ -274,6 +319,37 @@ def select(
         config=config.to_dict(),
         skipped=candidates.skipped.places,
         noted=noted.places,
+    )
+
+
+def _without_length(
+    candidates: Candidates,
+    tokenized: TokenizedResponses | None,
+    stored: npt.NDArray[np.int64] | None,
+    lengths: npt.NDArray[np.int64],
+    slope: float,
+    config: SelectConfig,
+    noted: Skipped,
+) -> tuple[Candidates, TokenizedResponses | None, npt.NDArray[np.int64] | None, npt.NDArray[np.int64]]:
+    """Takes the length effect out of the scores of candidates, names the pairs that turn, and caps them by their gaps.
+
+    Tokens, rows of a store and lengths ((P, 2) int64) follow the pairs.
+    """
+    candidates, turned = take_out_length(candidates, lengths, slope)
+    for row in candidates.pair_rows[turned]:
+        noted.add("pair turned round, since it was length that made the other response preferred", f"row {row}")
+    within = np.ones(len(turned), dtype=bool)
+    if config.max_pairs_per_prompt is not None:
+        within = largest_gaps(candidates, config.max_pairs_per_prompt)
+    candidates, pair_index, response_index = candidates.keep_pairs(within)
+    if tokenized is not None:
+        tokenized = dataclasses.replace(tokenized, pairs=turn(tokenized.pairs, turned))
+        tokenized = tokenized.keep_pairs(pair_index, response_index)
+    return (
+        candidates,
+        tokenized,
+        None if stored is None else stored[response_index],
+        turn(lengths, turned)[pair_index],
     )
 
 
@@ -323,6 +399,23 @@ def _report_unusable(kept: Candidates, clusters: PairClusters, config: SelectCon
         skipped.add(reason, f"row {kept.pair_rows[pair]}")
     report_skipped(skipped, config.on_invalid)
     kept.skipped.merge(skipped)
+
+
+def _near_duplicates(
+    candidates: Candidates, embeddings: npt.NDArray[np.float32], config: SelectConfig, progress: bool
+) -> Skipped:
+    """Names the prompts that are nearly the same as an earlier one; breadth compression may keep both."""
+    noted = Skipped()
+    if config.duplicate_threshold is None:
+        return noted
+    found = near_duplicates(embeddings, config.duplicate_threshold, progress=progress)
+    for prompt in np.flatnonzero(found.earlier >= 0):
+        row, earlier = candidates.prompt_rows[[prompt, found.earlier[prompt]]]
+        noted.add(
+            f"prompt nearly the same as an earlier one (cosine ≥ {config.duplicate_threshold:g})",
+            f"row {row}, like row {earlier}: {found.similarity[prompt]:.3f}",
+        )
+    return noted
 
 
 def _outliers(kept: Candidates, clusters: PairClusters) -> Skipped:

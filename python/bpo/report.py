@@ -11,7 +11,7 @@ import jinja2
 import numpy as np
 
 import bpo
-from bpo.breadth import prompt_text
+from bpo.embeddings import prompt_text
 from bpo.selection import SELECTED
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _MOST_POINTS = 4000
 _MOST_PROMPTS = 60
+_NAMED_PLACES = 5
 
 
 def write_report(selection: Selection, path: str | os.PathLike[str]) -> Path:
@@ -42,10 +43,13 @@ def write_report(selection: Selection, path: str | os.PathLike[str]) -> Path:
         fates=selection.fates(),
         kept_prompts=int((selection.depth > 0).sum()),
         depths=_depths(selection),
+        lengths=selection.lengths(),
+        length_control=selection.config.get("length_control"),
         clusters=_clusters(selection),
         scatter=_scatter(selection),
         prompts=_prompts(selection),
-        skipped={reason: (len(places), places[:5]) for reason, places in selection.skipped.items()},
+        skipped=_places(selection.skipped),
+        noted=_places(selection.noted),
     )
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -53,6 +57,11 @@ def write_report(selection: Selection, path: str | os.PathLike[str]) -> Path:
     scratch.write_text(page, encoding="utf-8")
     scratch.replace(path)
     return path
+
+
+def _places(reasons: dict[str, list[str]]) -> dict[str, tuple[int, list[str]]]:
+    """The count and the first few places of each reason."""
+    return {reason: (len(places), places[:_NAMED_PLACES]) for reason, places in reasons.items()}
 
 
 def _depths(selection: Selection) -> list[dict[str, float]]:

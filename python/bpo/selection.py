@@ -63,8 +63,11 @@ class Selection:
             ``chosen`` and ``rejected`` (positions among the prompt's responses), ``score_chosen``, ``score_rejected``,
             ``score_gap``, ``length_chosen`` and ``length_rejected`` (tokens), ``logp_chosen``, ``logp_rejected``,
             ``ref_logp_chosen``, ``ref_logp_rejected``, ``informativeness``, ``cluster``, ``centrality``, ``distance``,
-            ``alignment``, ``usefulness`` (what the strategy ranked by, larger first) and ``fate``. What a strategy does
-            not use is null.
+            ``alignment``, ``usefulness`` (what the strategy ranked by, larger first), ``fate``, ``length_ratio`` (of
+            the preferred response to the other, in tokens, or in characters where there was no model) and
+            ``length_effect`` (the part of the score gap in the data that length explains, see
+            :func:`bpo.length_effect`). What a strategy does not use is null. With ``length_control="residual"`` scores
+            and gaps are without that part.
         depth: (n,) int64, pairs kept of each prompt.
         strategy: Its name.
         budget: Pairs asked for, as a count.
@@ -115,6 +118,29 @@ class Selection:
         counted = {entry["values"]: entry["counts"] for entry in self.pairs["fate"].value_counts().to_pylist()}
         return {fate: counted.get(fate, 0) for fate in FATES}
 
+    def lengths(self) -> dict[str, dict[str, float]] | None:
+        """Returns how preferences go with length, of the pairs ``"kept"`` and of ``"all"`` candidates.
+
+        Each with ``longer_share``, the share of pairs whose preferred response is the longer one (equal lengths count
+        one half), and, NaN without scores, the mean score gap with (``gap``) and without the length effect
+        (``controlled_gap``). None for a selection that was saved by an earlier version.
+        """
+        if "length_ratio" not in self.pairs.column_names:
+            return None
+        ratio, gap, effect = (
+            self.pairs[name].to_numpy().astype(np.float64) for name in ("length_ratio", "score_gap", "length_effect")
+        )
+        taken_out = self.config.get("length_control") == "residual"
+        gaps = (
+            {"gap": gap + effect, "controlled_gap": gap} if taken_out else {"gap": gap, "controlled_gap": gap - effect}
+        )
+        every = {"longer_share": (np.sign(ratio - 1) + 1) / 2, **gaps}
+        selected = pc.equal(self.pairs["fate"], SELECTED).to_numpy()
+        return {
+            "kept": {name: _mean(values[selected]) for name, values in every.items()},
+            "all": {name: _mean(values) for name, values in every.items()},
+        }
+
     def summary(self) -> str:
         """Returns a few lines: what was kept, how depth is spread, and what could not be used."""
         kept = self.depth[self.depth > 0]
@@ -139,6 +165,19 @@ class Selection:
                 f"gap      mean score gap {pc.mean(selected['score_gap']).as_py():.3f} kept, "
                 f"{pc.mean(self.pairs['score_gap']).as_py():.3f} all"
             )
+        lengths = self.lengths()
+        if lengths is not None:
+            chosen, every = lengths["kept"], lengths["all"]
+            line = (
+                f"length   preferred response longer in {chosen['longer_share']:.1%} of pairs kept, "
+                f"{every['longer_share']:.1%} of all"
+            )
+            if np.isfinite(chosen["gap"]):
+                line += (
+                    f"; mean score gap with its effect {chosen['gap']:.3f} kept, {every['gap']:.3f} all, without "
+                    f"{chosen['controlled_gap']:.3f} and {every['controlled_gap']:.3f}"
+                )
+            lines.append(line)
         lines.extend(f"unusable {line}" for line in Skipped(self.skipped).describe().splitlines())
         lines.extend(f"noted    {line}" for line in Skipped(self.noted).describe().splitlines())
         return "\n".join(lines)
@@ -241,6 +280,12 @@ class Selection:
             skipped=manifest["skipped"],
             noted=manifest["noted"],
         )
+
+
+def _mean(values: npt.NDArray[np.float64]) -> float:
+    """Mean of the numbers that are there, NaN where none is."""
+    there = values[np.isfinite(values)]
+    return float(there.mean()) if len(there) else float("nan")
 
 
 def _places(directory: Path) -> dict[str, Path]:
