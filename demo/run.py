@@ -208,7 +208,8 @@ def evaluate(
     """Measures held-out preference accuracy, or reads what an earlier run measured on the same things."""
     if cache.is_file():
         with np.load(cache, allow_pickle=False) as stored:
-            if str(stored["key"]) == key:
+            names = {field.name for field in dataclasses.fields(bpo.PreferenceEvaluation)}
+            if str(stored["key"]) == key and names <= set(stored.files):
                 print(f"  evaluation reused from {cache}")
                 fields = {name: stored[name] for name in stored.files if name != "key"}
                 return bpo.PreferenceEvaluation(
