@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from bpo.capture import UnsupportedModelError as UnsupportedModelError
     from bpo.clustering import PairClusters as PairClusters
     from bpo.clustering import cluster_pairs as cluster_pairs
+    from bpo.comparison import Comparison as Comparison
+    from bpo.comparison import compare as compare
+    from bpo.comparison_config import CompareConfig as CompareConfig
     from bpo.config import SelectConfig as SelectConfig
     from bpo.data import InvalidDataWarning as InvalidDataWarning
     from bpo.data import read_candidates as read_candidates
@@ -51,6 +54,9 @@ _LAZY = {
     "UnsupportedModelError": "bpo.capture",
     "PairClusters": "bpo.clustering",
     "cluster_pairs": "bpo.clustering",
+    "Comparison": "bpo.comparison",
+    "compare": "bpo.comparison",
+    "CompareConfig": "bpo.comparison_config",
     "SelectConfig": "bpo.config",
     "InvalidDataWarning": "bpo.data",
     "read_candidates": "bpo.data",

@@ -40,6 +40,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     doctor.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="as for select")
     doctor.set_defaults(run=_doctor)
 
+    compare = commands.add_parser("compare", help="train on the pairs of several strategies, and compare the policies")
+    compare.add_argument("config", type=Path, help="YAML file of the fields of bpo.CompareConfig")
+    compare.add_argument("--output", type=Path, required=True, help="directory for runs, results and report")
+    compare.add_argument("--jobs", type=int, default=1, help="runs at a time, each with its share of the threads")
+    compare.set_defaults(run=_compare)
+
     show = commands.add_parser("show", help="summarise a saved selection or a gradient store")
     show.add_argument("path", type=Path)
     show.set_defaults(run=_show)
@@ -69,11 +75,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.showwarning = _print_warning
             return int(options.run(options) or 0)
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
         print(f"bpo: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("bpo: interrupted; what the store holds is kept, the same command goes on from there", file=sys.stderr)
+        print("bpo: interrupted; what is finished is kept, the same command goes on from there", file=sys.stderr)
         return 130
 
 
@@ -116,6 +122,13 @@ def _select(options: argparse.Namespace) -> None:
 def _doctor(options: argparse.Namespace) -> None:
     config = bpo.SelectConfig.from_dict(dict(map(_field, options.set)))
     print(bpo.doctor(options.model, options.dataset, config=config))
+
+
+def _compare(options: argparse.Namespace) -> int:
+    comparison = bpo.compare(options.config, options.output, jobs=options.jobs)
+    print(comparison.summary())
+    print(f"\nreport   {comparison.report}")
+    return int(bool(comparison.failures))
 
 
 def _show(options: argparse.Namespace) -> None:
