@@ -262,6 +262,15 @@ class _Pairs:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class _Split:
+    """The pairs of one seed, each ascending: to select from, to evaluate on, and to select toward."""
+
+    train: npt.NDArray[np.int64]
+    heldout: npt.NDArray[np.int64]
+    target: npt.NDArray[np.int64]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class _Plan:
     """Everything that runs share.
 
@@ -283,16 +292,19 @@ class _Plan:
     costs: dict[str, float]
     threads: int | None = None
 
-    def split(self, seed: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Returns the training pairs (of ``pool``) and the held-out pairs of a seed, ascending."""
+    def split(self, seed: int) -> _Split:
+        """Draws the prompts of a seed."""
         config = self.config
         order = np.random.default_rng([seed, _SPLIT]).permutation(len(self.pool.prompt_ids))
         n_train, n_heldout = self.counts()
         most = config.evaluate["max_pairs_per_prompt"]
         if self.heldout is None:
-            heldout = self.pool.of_prompts(order[:n_heldout], most)
-            return self.pool.of_prompts(order[n_heldout : n_heldout + n_train]), heldout
-        return self.pool.of_prompts(order[:n_train]), self.heldout.of_prompts(np.arange(n_heldout), most)
+            heldout, order = self.pool.of_prompts(order[:n_heldout], most), order[n_heldout:]
+        else:
+            heldout = self.heldout.of_prompts(np.arange(n_heldout), most)
+        n_target = config.target_prompts or 0
+        train = self.pool.of_prompts(order[n_target : n_target + n_train])
+        return _Split(train, heldout, self.pool.of_prompts(order[:n_target]))
 
     def counts(self) -> tuple[int, int]:
         """Returns the numbers of training and of held-out prompts.
@@ -304,16 +316,18 @@ class _Plan:
         if self.heldout is None:
             n_heldout = config.heldout_prompts or max(1, round(config.heldout * n))
             n_rest = n - n_heldout
-            if n_rest < 1:
-                raise ValueError(f"heldout_prompts={n_heldout} leaves none of the {n} prompts to train on.")
         else:
             there = len(self.heldout.prompt_ids)
             n_heldout, n_rest = config.heldout_prompts or there, n
             if n_heldout > there:
                 raise ValueError(f"heldout_prompts={n_heldout} is above the {there} prompts of heldout.")
+        n_rest -= config.target_prompts or 0
+        if n_rest < 1:
+            apart = "heldout_prompts and target_prompts" if config.target_prompts else f"heldout_prompts={n_heldout}"
+            raise ValueError(f"{apart} leave none of the {n} prompts to train on.")
         n_train = config.train_prompts or n_rest
         if n_train > n_rest:
-            raise ValueError(f"train_prompts={n_train} is above the {n_rest} prompts that are not held out.")
+            raise ValueError(f"train_prompts={n_train} is above the {n_rest} prompts that are left to train on.")
         return n_train, n_heldout
 
     def path(self, task: _Task) -> Path:
@@ -339,7 +353,7 @@ class _Plan:
 
     def untrained(self, seed: int) -> dict[str, Any]:
         """Returns the run of the starting policy, which needs none."""
-        _, pairs = self.split(seed)
+        pairs = self.split(seed).heldout
         data = self.pool if self.heldout is None else self.heldout
         tokenized, ref_logps = data.responses(pairs)
         beta = self.config.shared.beta
@@ -359,9 +373,11 @@ class _Plan:
             "heldout_share": n_heldout / len(self.pool.prompt_ids) if self.heldout is None else None,
             "n_train_prompts": n_train,
             "n_heldout_prompts": n_heldout,
-            "n_train_pairs": len(first[0]),
-            "n_heldout_pairs": len(first[1]),
-            "heldout_prompt_of_pair": None if self.heldout is None else self.heldout.prompt_of_pair[first[1]].tolist(),
+            "n_train_pairs": len(first.train),
+            "n_heldout_pairs": len(first.heldout),
+            "heldout_prompt_of_pair": None
+            if self.heldout is None
+            else self.heldout.prompt_of_pair[first.heldout].tolist(),
             "seeds": list(config.seeds),
             "budgets": list(config.budget),
             "arms": [
@@ -520,7 +536,8 @@ def _stored_logps(
 def _run(plan: _Plan, task: _Task) -> dict[str, Any]:
     """Selects, trains and evaluates."""
     config, arm = plan.config, task.arm
-    train, held = plan.split(task.seed)
+    split = plan.split(task.seed)
+    train, held = split.train, split.heldout
     budget = task.budget if isinstance(task.budget, int) else max(1, int(task.budget * len(train) + 1e-9))
     settings = arm.select if arm.select.threads else dataclasses.replace(arm.select, threads=plan.threads)
     seconds = {}
@@ -533,7 +550,8 @@ def _run(plan: _Plan, task: _Task) -> dict[str, Any]:
             budget=budget,
             breadth=arm.breadth,
             processing_class=config.processing_class,
-            strategy=arm.strategy,  # type: ignore[arg-type]
+            strategy=arm.strategy,
+            target=[plan.pool.rows[pair] for pair in split.target] if arm.needs_target else None,
             store=(arm.store or plan.store) if arm.needs_gradients else None,
             config=settings,
             seed=task.seed,

@@ -15,7 +15,7 @@ from peft import LoraConfig
 
 from bpo.config import SelectConfig
 from bpo.models import check_path, is_adapter
-from bpo.strategies import NEEDS_GRADIENTS, STRATEGIES
+from bpo.strategies import STRATEGIES
 from bpo.train import SHARED, dpo_config, dpo_config_fields
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
@@ -83,7 +83,12 @@ class Arm:
     @property
     def needs_gradients(self) -> bool:
         """Whether it selects by gradients."""
-        return self.strategy in NEEDS_GRADIENTS
+        return "gradients" in STRATEGIES[self.strategy].needs_of(self.select)
+
+    @property
+    def needs_target(self) -> bool:
+        """Whether it selects toward target pairs."""
+        return "target" in STRATEGIES[self.strategy].needs_of(self.select)
 
     @property
     def needs_model(self) -> bool:
@@ -110,6 +115,8 @@ class CompareConfig:
         heldout_prompts: Held-out prompts, as a count in place of a fraction; of a second data set that many of the
             first.
         train_prompts: Prompts to select from, drawn anew for each seed; None for all that are not held out.
+        target_prompts: Prompts, drawn anew for each seed, whose pairs are the target of strategies that need one, such
+            as ``"less"``. They are neither selected from nor evaluated on.
         seeds: How many, counted from 0, or which. A seed is a split of the prompts, a seed of the selection and one of
             the training, the same for every arm, so that arms are compared in pairs.
         budget: Pairs to train on, one number or several: a count, or a fraction (a float in (0, 1]) of the pairs of the
@@ -146,9 +153,10 @@ class CompareConfig:
     heldout: Any = None
     heldout_prompts: int | None = None
     train_prompts: int | None = None
+    target_prompts: int | None = None
     seeds: Any = 5
     breadth: int | float | None = None
-    arms: Any = ("bpo", "uniform", "random", "margin")
+    arms: Any = ("bpo", "uniform", "random", "best_worst", "margin")
     baseline: str = "random"
     store: str | None = None
     processing_class: str | None = None
@@ -174,7 +182,7 @@ class CompareConfig:
             check_path(self.model)
         if self.dataset is None:
             raise ValueError("dataset is missing: a path, a hub id, or data")
-        for name in ("heldout_prompts", "train_prompts"):
+        for name in ("heldout_prompts", "train_prompts", "target_prompts"):
             if getattr(self, name) is not None:
                 set_(name, _count(name, getattr(self, name)))
         if self.heldout is None and self.heldout_prompts is None:
@@ -197,6 +205,9 @@ class CompareConfig:
         set_("shared", self._shared_select())
         set_("arms", self._arms())
         names = [arm.name for arm in self.arms]
+        aimless = next((arm.name for arm in self.arms if arm.needs_target and self.target_prompts is None), None)
+        if aimless is not None:
+            raise ValueError(f"target_prompts must be given for the arm {aimless!r}, which selects toward a target")
         if self.baseline not in names:
             raise ValueError(f"baseline must be one of the arms {', '.join(names)}, got {self.baseline!r}")
         if self.store is not None and not (Path(self.store).expanduser() / "manifest.json").is_file():
@@ -261,6 +272,7 @@ class CompareConfig:
             "heldout": self.heldout if self.splits else "a data set",
             "heldout_prompts": self.heldout_prompts,
             "train_prompts": self.train_prompts,
+            "target_prompts": self.target_prompts,
             "training": dict(self.training),
             "evaluate": dict(self.evaluate),
         }

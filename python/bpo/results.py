@@ -172,7 +172,7 @@ def interval(estimate: Mapping[str, Any], kind: str = ".3f") -> str:
     """Returns a mean and its interval as text."""
     mean = format(estimate["mean"], kind)
     if estimate["low"] is None:
-        return f"{mean} (one seed)"
+        return f"{mean} (spread unknown)"
     return f"{mean} ({format(estimate['low'], kind)} to {format(estimate['high'], kind)})"
 
 
@@ -186,7 +186,7 @@ def p_value(value: float | None) -> str:
 def power(estimate: Mapping[str, Any]) -> str:
     """Says how large a difference could have been found, and what the observed one would take."""
     if estimate["detectable"] is None:
-        return "one seed says nothing of chance"
+        return "too few seeds to tell chance"
     said = f"{estimate['detectable']:.3f} would be found with 80 % power"
     if estimate["needed"] is None:
         return f"{said}, a difference as observed with no number of seeds on this data"

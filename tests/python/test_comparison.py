@@ -371,8 +371,10 @@ def test_a_damaged_run_is_named(copied, settings):
         ({"training": {"lr_scheduler_type": "sideways"}}, "training: .*sideways"),
         ({"evaluate": {"batch": 2}}, r"evaluate\.batch is no field"),
         ({"evaluate": {"tokens_per_batch": 0}}, "evaluate: .*tokens_per_batch"),
-        ({"heldout_prompts": 12}, "heldout_prompts=12 leaves none"),
+        ({"heldout_prompts": 12}, "heldout_prompts=12 leave none"),
         ({"train_prompts": 10}, "train_prompts=10 is above the 9 prompts"),
+        ({"target_prompts": 9}, "heldout_prompts and target_prompts leave none"),
+        ({"arms": ["random", "less"]}, "target_prompts must be given for the arm 'less'"),
     ],
 )
 def test_bad_settings_are_named(settings, tmp_path, change, message):
