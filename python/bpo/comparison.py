@@ -6,12 +6,8 @@ import contextlib
 import dataclasses
 import functools
 import gc
-import hashlib
 import json
-import multiprocessing
-import multiprocessing.connection
 import os
-import signal
 import tempfile
 import time
 import traceback
@@ -27,8 +23,7 @@ from tqdm.auto import tqdm
 
 import bpo
 from bpo.comparison_config import UNTRAINED, Arm, CompareConfig
-from bpo.config import SelectConfig
-from bpo.data import read_candidates, warn
+from bpo.comparison_data import ComparedPairs
 from bpo.evaluate import PreferenceEvaluation
 from bpo.figures import import_matplotlib, write_report
 from bpo.gradients import collect_gradients
@@ -45,11 +40,12 @@ from bpo.pipeline import select
 from bpo.results import summarize, table
 from bpo.statistics import import_scipy_stats
 from bpo.store import GradientStore
-from bpo.tokens import TokenizedResponses, padding_id, tokenize_candidates
+from bpo.tokens import padding_id
 from bpo.train import dpo_config, train_on_pairs
+from bpo.workers import cores, in_processes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     import numpy.typing as npt
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -146,8 +142,16 @@ def compare(config: Any, output: str | os.PathLike[str], *, jobs: int = 1, progr
     missing = [task for task in tasks if not plan.path(task).is_file()]
     failures: dict[str, str] = {}
     bar = tqdm(total=len(tasks), initial=len(tasks) - len(missing), desc="Runs", unit="run", disable=not progress)
-    with bar, _quiet():
-        for task, error in _finish(plan, missing, jobs):
+    with bar:
+        attempt = functools.partial(_attempt, plan)
+        if jobs == 1 or len(missing) < 2:
+            finished: Iterable[tuple[_Task, str | None]] = ((task, attempt(task)) for task in missing)
+        else:
+            threads = max(1, cores() // jobs)
+            finished = in_processes(
+                functools.partial(_attempt, dataclasses.replace(plan, threads=threads)), missing, jobs
+            )
+        for task, error in finished:
             errors = output / _ERRORS / f"{task.name}.txt"
             if error is None:
                 errors.unlink(missing_ok=True)
@@ -176,92 +180,6 @@ class _Task:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Pairs:
-    """All candidate pairs of a data set, one row each, with what the starting policy makes of them.
-
-    Attributes:
-        rows: (P,) preference rows with scores, as :func:`bpo.select` takes them.
-        prompt_of_pair: (P,) int64.
-        prompt_ids: (n, 16) uint8.
-        score_gaps: (P,) float64, NaN where there are no scores.
-        tokenized: The responses.
-        ref_logps: (S,) float32, log π_ref of each sequence.
-    """
-
-    rows: list[dict[str, Any]]
-    prompt_of_pair: npt.NDArray[np.int64]
-    prompt_ids: npt.NDArray[np.uint8]
-    score_gaps: npt.NDArray[np.float64]
-    tokenized: TokenizedResponses
-    ref_logps: npt.NDArray[np.float32]
-
-    @classmethod
-    def read(
-        cls, dataset: Any, tokenizer: PreTrainedTokenizerBase, max_length: int | None, config: SelectConfig
-    ) -> _Pairs:
-        """Reads a data set; the reference has not run yet."""
-        candidates, tokenized = tokenize_candidates(
-            read_candidates(dataset, on_invalid=config.on_invalid),
-            tokenizer,
-            max_length,
-            truncation_mode=config.truncation_mode,
-            on_invalid=config.on_invalid,
-        )
-        scored = bool(np.isfinite(candidates.pair_scores).all())
-        rows = []
-        for pair, (chosen, rejected) in enumerate(candidates.pairs):
-            prompt = candidates.prompt_of_pair[pair]
-            row = {
-                "prompt": candidates.prompts[prompt],
-                "chosen": candidates.responses[chosen],
-                "rejected": candidates.responses[rejected],
-            }
-            if scored:
-                row["score_chosen"], row["score_rejected"] = map(float, candidates.pair_scores[pair])
-            settings = dict(candidates.template_kwargs[prompt])
-            if settings.get("tools") is not None:
-                row["tools"] = settings.pop("tools")
-            if settings:
-                row["chat_template_kwargs"] = settings
-            rows.append(row)
-        return cls(
-            rows=rows,
-            prompt_of_pair=candidates.prompt_of_pair,
-            prompt_ids=candidates.prompt_ids,
-            score_gaps=candidates.score_gaps,
-            tokenized=tokenized,
-            ref_logps=np.full(len(tokenized.ids), np.nan, dtype=np.float32),
-        )
-
-    def fingerprint(self) -> str:
-        """Returns the SHA-256 of the pairs, their tokens and scores (hex)."""
-        digest = hashlib.sha256()
-        for array in (self.tokenized.sequence_ids[self.tokenized.pairs], self.tokenized.lengths, self.score_gaps):
-            digest.update(np.ascontiguousarray(array).tobytes())
-        return digest.hexdigest()
-
-    def of_prompts(self, prompts: npt.NDArray[np.int64], most: int | None = None) -> npt.NDArray[np.int64]:
-        """Returns the pairs of some prompts, ascending; at most ``most`` of each, the largest score gaps first."""
-        wanted = np.zeros(len(self.prompt_ids), dtype=bool)
-        wanted[prompts] = True
-        pairs = np.flatnonzero(wanted[self.prompt_of_pair])
-        if most is None:
-            return pairs
-        order = pairs[np.lexsort((-self.score_gaps[pairs], self.prompt_of_pair[pairs]))]
-        first = np.searchsorted(self.prompt_of_pair[order], self.prompt_of_pair[order])
-        return np.sort(order[np.arange(len(order)) - first < most])
-
-    def responses(self, pairs: npt.NDArray[np.int64]) -> tuple[TokenizedResponses, npt.NDArray[np.float32]]:
-        """Returns the sequences of some pairs and log π_ref of each."""
-        sequences, places = np.unique(self.tokenized.pairs[pairs], return_inverse=True)
-        taken = dataclasses.replace(self.tokenized.take(sequences), pairs=places.reshape(-1, 2))
-        return taken, self.ref_logps[sequences]
-
-    def with_ref_logps(self, logps: npt.NDArray[np.float32]) -> _Pairs:
-        return dataclasses.replace(self, ref_logps=logps)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
 class _Split:
     """The pairs of one seed, each ascending: to select from, to evaluate on, and to select toward."""
 
@@ -286,8 +204,8 @@ class _Plan:
 
     config: CompareConfig
     output: Path
-    pool: _Pairs
-    heldout: _Pairs | None
+    pool: ComparedPairs
+    heldout: ComparedPairs | None
     store: Path | None
     costs: dict[str, float]
     threads: int | None = None
@@ -398,11 +316,11 @@ def _prepare(config: CompareConfig, output: Path, progress: bool) -> _Plan:
     shared = config.shared
     tokenizer = load_tokenizer(config.model, config.processing_class, shared)
     longest = window(config.model, shared)
-    pool = _Pairs.read(config.dataset, tokenizer, longest, shared)
+    pool = ComparedPairs.read(config.dataset, tokenizer, longest, shared)
     heldout = None
     if not config.splits:
-        heldout = _Pairs.read(config.heldout, tokenizer, longest, shared)
-        pool = _without(pool, heldout)
+        heldout = ComparedPairs.read(config.heldout, tokenizer, longest, shared)
+        pool = pool.without(heldout)
     _Plan(config, output, pool, heldout, None, {}).counts()  # before any work
     policy = load_policy(config.model, shared)
     fingerprint = model_fingerprint(policy)
@@ -436,28 +354,7 @@ def _prepare(config: CompareConfig, output: Path, progress: bool) -> _Plan:
     return _Plan(config, output, pool, heldout, store, costs.seconds)
 
 
-def _without(pool: _Pairs, heldout: _Pairs) -> _Pairs:
-    """Takes the held-out prompts out of those to train on."""
-    known = {bytes(identity) for identity in heldout.prompt_ids}
-    kept = np.array([bytes(identity) not in known for identity in pool.prompt_ids])
-    if kept.all():
-        return pool
-    if not kept.any():
-        raise ValueError("heldout holds every prompt of dataset, so none is left to train on.")
-    warn(f"{int((~kept).sum())} prompts of dataset are in heldout, too, and are not trained on.")
-    pairs = np.flatnonzero(kept[pool.prompt_of_pair])
-    sequences, places = np.unique(pool.tokenized.pairs[pairs], return_inverse=True)
-    return _Pairs(
-        rows=[pool.rows[pair] for pair in pairs],
-        prompt_of_pair=(np.cumsum(kept) - 1)[pool.prompt_of_pair[pairs]],
-        prompt_ids=pool.prompt_ids[kept],
-        score_gaps=pool.score_gaps[pairs],
-        tokenized=dataclasses.replace(pool.tokenized.take(sequences), pairs=places.reshape(-1, 2)),
-        ref_logps=pool.ref_logps[sequences],
-    )
-
-
-def _check_store(path: Path, model: str, pool: _Pairs) -> None:
+def _check_store(path: Path, model: str, pool: ComparedPairs) -> None:
     """Checks that a store that was there before is of this policy and data.
 
     Raises:
@@ -475,7 +372,7 @@ def _check_store(path: Path, model: str, pool: _Pairs) -> None:
 
 
 def _reference_logps(
-    parts: Sequence[_Pairs],
+    parts: Sequence[ComparedPairs],
     policy: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     model: str,
@@ -519,7 +416,7 @@ def _reference_logps(
 
 
 def _stored_logps(
-    path: Path, ids: npt.NDArray[np.uint8], data: _Pairs, config: CompareConfig
+    path: Path, ids: npt.NDArray[np.uint8], data: ComparedPairs, config: CompareConfig
 ) -> npt.NDArray[np.float32] | None:
     """Returns the log-probabilities that a store holds, if they were computed as evaluation computes them."""
     store = GradientStore.open(path)
@@ -636,96 +533,12 @@ def _measures(evaluation: PreferenceEvaluation) -> dict[str, Any]:
     }
 
 
-def _finish(plan: _Plan, tasks: Sequence[_Task], jobs: int) -> Iterator[tuple[_Task, str | None]]:
-    """Finishes runs; yields each with the traceback of its error, or None."""
-    if jobs == 1 or len(tasks) < 2:
-        for task in tasks:
-            yield task, _attempt(plan, task)
-        return
-    yield from _in_workers(plan, tasks, jobs)
-
-
-def _in_workers(plan: _Plan, tasks: Sequence[_Task], jobs: int) -> Iterator[tuple[_Task, str | None]]:
-    """Finishes runs in processes of their own; one that dies over a run takes no other with it."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = max(1, cores // jobs)
-    start = functools.partial(_Worker, dataclasses.replace(plan, threads=threads))
-    waiting = list(reversed(tasks))
-    workers = [start() for _ in range(min(jobs, len(tasks)))]
-    try:
-        for worker in workers:
-            worker.give(waiting.pop())
-        while workers:
-            ready = multiprocessing.connection.wait([worker.connection for worker in workers])
-            for index, worker in enumerate(workers):
-                if worker.connection not in ready:
-                    continue
-                task, (error, alive) = worker.task, worker.answer()
-                if waiting and not alive:
-                    workers[index] = worker = start()
-                if waiting:
-                    worker.give(waiting.pop())
-                else:
-                    worker.stop()
-                yield task, error
-            workers = [worker for worker in workers if worker.task is not None]
-    finally:
-        for worker in workers:
-            worker.kill()
-
-
-class _Worker:
-    """A process that makes one run after the other."""
-
-    def __init__(self, plan: _Plan) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, plan))
-        self.process.start()
-        theirs.close()
-        self.task: Any = None
-
-    def give(self, task: _Task) -> None:
-        """Starts a run."""
-        self.task = task
-        with contextlib.suppress(OSError):  # a worker that died says so when asked for its answer
-            self.connection.send(task)
-
-    def answer(self) -> tuple[str | None, bool]:
-        """Returns the traceback of the run's error, or None, and whether the process lives on."""
-        try:
-            return self.connection.recv(), True
-        except (EOFError, OSError):
-            self.process.join()
-            code = self.process.exitcode
-            return f"The process of the run ended with status {code}" + (", killed" if (code or 0) < 0 else ""), False
-
-    def stop(self) -> None:
-        """Lets the process end."""
-        self.task = None
-        with contextlib.suppress(OSError):
-            self.connection.send(None)
-        self.process.join()
-
-    def kill(self) -> None:
-        """Ends the process at once."""
-        self.process.terminate()
-        self.process.join()
-
-
-def _serve(connection: Any, plan: _Plan) -> None:
-    """Runs in a worker until it is told to end, or until whoever would tell it is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent ends its workers
-    torch.set_num_threads(plan.threads or 1)
-    with _quiet(), contextlib.suppress(EOFError, BrokenPipeError):
-        while (task := connection.recv()) is not None:
-            connection.send(_attempt(plan, task))
-
-
 def _attempt(plan: _Plan, task: _Task) -> str | None:
     """Makes a run and writes its file; returns the traceback of what went wrong."""
     try:
-        _write(plan.path(task), json.dumps(_run(plan, task)) + "\n")
+        with _quiet():
+            run = _run(plan, task)
+        _write(plan.path(task), json.dumps(run) + "\n")
     except Exception:
         return traceback.format_exc()
     finally:

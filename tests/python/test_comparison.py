@@ -19,9 +19,9 @@ from trl import DPOTrainer
 
 import bpo
 from bpo.cli import main
-from bpo.comparison import _in_workers, _prepare, _Task
 from bpo.comparison_config import CompareConfig, read_yaml
 from bpo.train import dpo_config, train_on_pairs
+from bpo.workers import in_processes
 from conftest import scored_rows
 
 TRAINING = {
@@ -202,19 +202,14 @@ def test_a_run_that_fails_loses_no_other(settings, tmp_path, capsys):
 class Bomb:
     """A task whose process dies over it."""
 
-    name = "bomb"
-
     def __reduce__(self):
         return os._exit, (3,)
 
 
-def test_a_worker_that_dies_is_replaced(copied, settings):
-    config = CompareConfig.of(settings)
-    plan = _prepare(config, copied, progress=False)
-    tasks = [Bomb(), _Task(0, config.arms[1], 10)]
-    errors = {task.name: error for task, error in _in_workers(plan, tasks, 1)}
-    assert errors["seed0-random-10"] is None
-    assert "status 3" in errors["bomb"]
+def test_a_process_that_dies_is_replaced():
+    tasks = [Bomb(), "2 + 2"]
+    answers = dict(in_processes(eval, tasks, 1))
+    assert answers == {tasks[0]: "The process of the run ended with status 3", "2 + 2": 4}
 
 
 def test_a_second_data_set_is_held_out(settings, tmp_path):
