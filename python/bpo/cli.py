@@ -121,7 +121,7 @@ def _select(options: argparse.Namespace) -> None:
 
 
 def _add_sampling(command: argparse.ArgumentParser) -> None:
-    command.add_argument("model", help="path or hub id of the policy, or the http(s) address of a server")
+    command.add_argument("source", metavar="model_or_url", help="path or hub id of the policy, or address of a server")
     command.add_argument("dataset", help="file, directory or hub id of prompts, or of preference data")
     command.add_argument("--output", type=Path, required=True, help="a .jsonl file; an interrupted run goes on in it")
     command.add_argument("--n-responses", type=int, default=4, help="responses to each prompt (default: 4)")
@@ -141,7 +141,7 @@ def _add_sampling(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--set", action="append", default=[], metavar="FIELD=VALUE", help="dtype, device or trust_remote_code"
     )
-    command.add_argument("--model-name", help="with a server: the model's name there")
+    command.add_argument("--model", dest="model_name", metavar="NAME", help="with a server: the model's name there")
     _add_server(command)
 
 
@@ -176,9 +176,9 @@ def _add_server(command: argparse.ArgumentParser) -> None:
     server.add_argument("--extra-body", type=json.loads, metavar="JSON", help="more fields of every request")
 
 
-def _server(url: str, options: argparse.Namespace, flag: str) -> bpo.ChatServer:
+def _server(url: str, options: argparse.Namespace) -> bpo.ChatServer:
     if not options.model_name:
-        raise ValueError(f"{flag} is needed: the name of the model at {url}.")
+        raise ValueError(f"--model is needed: the name of the model at {url}.")
     key = None
     if options.api_key_env:
         key = os.environ.get(options.api_key_env)
@@ -198,9 +198,9 @@ def _server(url: str, options: argparse.Namespace, flag: str) -> bpo.ChatServer:
 
 
 def _sample(options: argparse.Namespace) -> None:
-    model = options.model
+    model = options.source
     if model.startswith(("http://", "https://")):
-        model = _server(model, options, "--model-name")
+        model = _server(model, options)
     dataset = bpo.sample_responses(
         model,
         options.dataset,
@@ -225,7 +225,7 @@ def _score(options: argparse.Namespace) -> None:
         scorer = bpo.RewardModel(options.reward_model, config=dict(map(_field, options.set)))
     elif options.judge:
         criteria = {} if options.criteria is None else {"criteria": options.criteria}
-        server = _server(options.judge, options, "--model")
+        server = _server(options.judge, options)
         scorer = bpo.Judge(server, options.mode, baseline=options.baseline, max_tokens=options.max_tokens, **criteria)
     else:
         scorer = _function(options.function)
