@@ -165,7 +165,8 @@ class ChatServer:
         except openai.NotFoundError as error:
             raise ValueError(f"{self.base_url} knows no such address, or no model {self.model!r}: {error}") from error
         except openai.APIStatusError as error:
-            raise ChatError(f"status {error.status_code}: {_one_line(error.message)}") from None
+            said = error.body.get("message") if isinstance(error.body, dict) else None
+            raise ChatError(f"status {error.status_code}: {_one_line(str(said or error.response.text))}") from None
         except (openai.OpenAIError, ValueError) as error:  # a body that is no JSON, or not that of a completion
             raise ChatError(f"the answer cannot be read: {_one_line(str(error))}") from None
         try:
