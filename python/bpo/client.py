@@ -54,8 +54,9 @@ class ChatServer:
         max_retries: Attempts after the first.
         cache: JSONL file of earlier replies. A request that is the same in everything (address, model, messages,
             settings, seed) is answered from there. Several processes may share it.
-        extra_body: More fields of every request, such as ``{"reasoning_effort": "low"}`` or, for
-            ``transformers serve``, ``{"generation_config": "{…}"}``.
+        extra_body: Fields of every request, which go before those that are sent anyway; None takes one out. So
+            ``{"max_tokens": None, "temperature": None, "max_completion_tokens": 512}`` is for models that know no
+            other.
 
     Raises:
         ImportError: openai is not installed.
@@ -136,7 +137,9 @@ class ChatServer:
             PermissionError: It does not accept the key.
             ValueError: It knows no such address or model.
         """
-        request = {"model": self.model, "messages": messages, **self.extra_body, **settings}
+        fields = {**settings, **self.extra_body}
+        fields = {name: value for name, value in fields.items() if value is not None}
+        request = {"model": self.model, "messages": messages, **fields}
         key = _request_key(self.base_url, request)
         reply = None if self._cache is None else self._cache.get(key)
         if reply is not None:

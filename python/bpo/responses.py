@@ -134,7 +134,7 @@ def read_responses(dataset: Any, *, prompts_only: bool = False) -> list[PromptRe
             prompt = as_text(row[prompt_column], index, prompt_column)
             if column is not None:
                 texts, scores = _texts_and_scores(row, index, column)
-        columns = {name: row[name] for name in extra}
+        columns = {name: _plain(row[name]) for name in extra}
         for name, value in columns.items():
             check_json(value, index, name)
         this = PromptResponses(prompt, template_kwargs[index] if template_kwargs else {}, [], [], columns, index)
@@ -147,6 +147,11 @@ def read_responses(dataset: Any, *, prompts_only: bool = False) -> list[PromptRe
     if not found:
         raise ValueError(f"No row has a usable prompt.\n{skipped.describe()}")
     return list(found.values())
+
+
+def _plain(value: Any) -> Any:
+    """Returns None for NaN, which readers of JSON do not take."""
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _texts_and_scores(row: Mapping[str, Any], index: int, column: str) -> tuple[list[Any], list[float | None]]:

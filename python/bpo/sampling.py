@@ -74,8 +74,7 @@ def sample_responses(
         temperature: Divides the logits; above 0.
         top_p: Smallest probability mass that is sampled from, above 0 and at most 1, which is everything.
         max_new_tokens: Most tokens of a response.
-        keep: What is kept all the same: ``"truncated"``, ``"refusal"``. It is counted as if it were dropped only where
-            it is.
+        keep: What is kept, and not counted as dropped: ``"truncated"``, ``"refusal"``.
         keep_existing: Whether responses of the data, with their scores, stay in front of the new ones.
         output: A .jsonl file to which each prompt goes as soon as it is finished. The same call goes on from there; one
             with other settings, which stand in a manifest beside it, is refused.

@@ -4,6 +4,7 @@ import collections
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -100,6 +101,47 @@ def test_what_is_likely_to_pass_is_tried_again(protocol):
     assert protocol.times[2] - protocol.times[1] >= 0.3  # half a second, less up to a quarter of jitter
     assert protocol.requests[0]["temperature"] == 0.5 and protocol.requests[0]["chat_template_kwargs"]
     assert set(protocol.keys) == {"Bearer secret"} and "secret" not in repr(server) + str(server.describe())
+
+
+def test_fields_of_every_request_go_before_others_and_none_takes_one_out(protocol):
+    extra = {"max_tokens": None, "max_completion_tokens": 5, "temperature": 0.3}
+    ask(bpo.ChatServer(protocol.url, "m", extra_body=extra), max_tokens=9, temperature=1.0, top_p=0.5)
+    [request] = protocol.requests
+    assert {name: value for name, value in request.items() if name not in ("model", "messages")} == {
+        "max_completion_tokens": 5,
+        "temperature": 0.3,
+        "top_p": 0.5,
+    }
+
+
+def test_interrupted_command_ends_at_once_and_keeps_what_was_finished(protocol, tmp_path):
+    """Ctrl-C while replies are awaited: the threads that wait for them do not hold the program."""
+    hanging, held = threading.Event(), threading.Event()
+
+    def script(request, number):
+        if user_text(request) != "one":
+            hanging.set()
+            held.wait(60)
+        return f"reply {number}"
+
+    protocol.script = script
+    prompts, output = tmp_path / "prompts.jsonl", tmp_path / "responses.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
+    arguments = ["sample", protocol.url, str(prompts), "--model", "m", "--output", str(output), "--concurrency", "2"]
+    process = subprocess.Popen([sys.executable, "-m", "bpo.cli", *arguments], stderr=subprocess.PIPE, text=True)
+    try:
+        assert hanging.wait(120)
+        while not (output.exists() and output.read_bytes().endswith(b"\n")):
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=30)
+    finally:
+        held.set()
+        process.kill()
+    assert process.returncode == 130 and "the same command goes on from there" in errors
+    assert len(output.read_text().splitlines()) == 1 and "Traceback" not in errors
+    assert main(arguments) == 0
+    assert [json.loads(line)["prompt"][0]["content"] for line in output.read_text().splitlines()] == PROMPTS
 
 
 def test_failures_are_errors_of_one_request_or_of_the_server(protocol, monkeypatch):
@@ -408,7 +450,7 @@ def test_sampling_from_a_real_server(served, smollm2, tmp_path, capsys):
     assert main([*arguments, *more, "--extra-body", json.dumps(SAMPLING)]) == 0
     assert "responses to 1 prompts" in capsys.readouterr().out
     assert json.loads(output.read_text())["responses"] == dataset[1]["responses"]
-    with pytest.raises(bpo.ChatError, match="status 400: .*no/such-model"):
+    with pytest.raises(bpo.ChatError, match=r"status 400: .*no/such-model"):
         ask(bpo.ChatServer(served, "no/such-model", max_retries=0))
 
 

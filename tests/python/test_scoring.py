@@ -1,6 +1,11 @@
 """Scoring by functions and reward models: what fails stays without a score, and runs go on where they stopped."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -104,6 +109,27 @@ def test_interrupted_scoring_goes_on_and_tries_failures_again(tmp_path):
     with pytest.raises(ValueError, match=r"part\.jsonl, line 1: no row that bpo wrote"):
         score(rows, scorer, output=part)
     assert len(bpo.read_candidates(str(whole)).pairs) > 0
+
+
+def length_until_killed(prompt, response):
+    """A scorer whose process is killed at the fourth prompt."""
+    if prompt.startswith("3 "):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return len(response)
+
+
+def test_a_kill_loses_nothing_that_was_finished(tmp_path, monkeypatch):
+    data, output = tmp_path / "rows.jsonl", tmp_path / "scores.jsonl"
+    rows = [{key: row[key] for key in ("prompt", "responses")} for row in scored_rows(5, 3)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ["score", str(data), "--output", str(output), "--function", "test_scoring:length_until_killed"]
+    here = Path(__file__).parent
+    done = subprocess.run([sys.executable, "-m", "bpo.cli", *arguments], cwd=here, capture_output=True, check=False)
+    assert done.returncode == -signal.SIGKILL and output.read_text().count("\n") == 3
+    monkeypatch.setattr(os, "kill", lambda *_: None)
+    assert main(arguments) == 0
+    expected = [[float(len(response)) for response in row["responses"]] for row in rows]
+    assert [json.loads(line)["scores"] for line in output.read_text().splitlines()] == expected
 
 
 def tiny_reward_model(tokenizer, **changes):
