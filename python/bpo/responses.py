@@ -42,7 +42,6 @@ _RESPONSE_COLUMNS = (
     "responses",
     "scores",
     "score_errors",
-    "dropped",
     "bpo_id",
 )
 _NAMED_REASONS = 5
@@ -207,7 +206,11 @@ def _add(
 def lay_out(prompt: PromptResponses, responses: Sequence[Text], *, as_messages: bool, **columns: Any) -> dict[str, Any]:
     """Returns a row of the result: ``prompt``, ``responses`` (text, or all as messages), and the columns given."""
     laid: list[Text] = [prompt.messages(response) if as_messages else response for response in responses]
-    return {"prompt": prompt.prompt, "responses": laid, **columns, **prompt.columns}
+    return {"prompt": prompt.prompt, "responses": laid, **columns, **_others(prompt.columns, columns)}
+
+
+def _others(columns: Mapping[str, Any], but: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in columns.items() if name not in but}
 
 
 def need_messages(prompts: Sequence[PromptResponses]) -> bool:

@@ -54,8 +54,9 @@ class RowFile:
 
     def _check_manifest(self, path: Path, manifest: dict[str, Any]) -> None:
         assert self.path is not None
-        if not path.exists():
-            if self.path.exists():
+        written = self.path.exists() and self.path.stat().st_size > 0
+        if not path.exists() or not written:
+            if written:
                 raise FileExistsError(f"{self.path} is there already, without {path.name}; choose another output.")
             self.path.parent.mkdir(parents=True, exist_ok=True)
             _replace(path, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
@@ -70,11 +71,11 @@ class RowFile:
                 raise ValueError(
                     f"{path}: {name} is {earlier.get(name)!r}, not {manifest[name]!r}; choose another output."
                 )
-        now = manifest["settings"]
+        there, now = _flat(settings), _flat(manifest["settings"])
         differing = [
-            f"{name} ({settings.get(name)!r} there, {now.get(name)!r} now)"
-            for name in dict.fromkeys((*settings, *now))
-            if settings.get(name) != now.get(name)
+            f"{name} ({_short(there.get(name))} there, {_short(now.get(name))} now)"
+            for name in dict.fromkeys((*there, *now))
+            if there.get(name) != now.get(name)
         ]
         if differing:
             raise ValueError(
@@ -110,6 +111,22 @@ class RowFile:
             if not self.path.exists() or self.path.read_bytes() != text:
                 _replace(self.path, text.decode())
         return [{name: value for name, value in row.items() if name != ROW_ID} for row in rows]
+
+
+def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns nested settings under names such as ``scorer.mode``."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, dict) and value:
+            flat.update({f"{name}.{inner}": item for inner, item in _flat(value).items()})
+        else:
+            flat[name] = value
+    return flat
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 40 else f"{text[:39]}…"
 
 
 def _row(line: bytes) -> dict[str, Any] | None:

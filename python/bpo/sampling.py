@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import hashlib
+import numbers
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -105,13 +106,13 @@ def sample_responses(
     config = SelectConfig.of(config)
     rows = read_responses(prompts, prompts_only=not keep_existing)
     settings: dict[str, Any] = {
-        "n_responses": n_responses,
+        "n_responses": int(n_responses),
         "temperature": float(temperature),
         "top_p": float(top_p),
-        "max_new_tokens": max_new_tokens,
+        "max_new_tokens": int(max_new_tokens),
         "keep": sorted(keep),
         "keep_existing": keep_existing,
-        "seed": seed,
+        "seed": int(seed),
     }
     source: _ServerSource | _ModelSource
     if isinstance(model, ChatServer):
@@ -152,13 +153,13 @@ def _check(
     keep: Collection[str],
 ) -> None:
     for name, count in (("n_responses", n_responses), ("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        if isinstance(count, bool) or not isinstance(count, numbers.Integral) or count < 1:
             raise ValueError(f"{name} must be a whole number of at least 1, got {count!r}")
     if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature must be above 0, got {temperature!r}")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p must be above 0 and at most 1, got {top_p!r}")
-    if isinstance(seed, bool) or not isinstance(seed, int):
+    if isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
         raise ValueError(f"seed must be a whole number, got {seed!r}")
     if isinstance(keep, str) or not set(keep) <= set(get_args(Kept)):
         raise ValueError(f"keep must be a list of {list(get_args(Kept))}, got {keep!r}")
@@ -216,7 +217,7 @@ def _report(rows: Sequence[dict[str, Any]], failures: Sequence[str], max_new_tok
         said += f"; the first failure: {failures[0]}"
     if not any(row["responses"] for row in rows):
         raise ValueError(f"Not one response is left of all that were sampled; dropped: {said}.{hint}")
-    single = sum(len(row["responses"]) < 2 for row in rows)
+    single = sum(len(row["responses"]) < 2 for row in rows if len(row["responses"]) + sum(row["dropped"].values()) > 1)
     if single:
         warn(f"{single} of {len(rows)} prompts have fewer than two responses, so no pair; dropped: {said}.{hint}")
     elif failures:
@@ -286,7 +287,8 @@ class _ModelSource:
         self.tokenizer = load_tokenizer(model, processing_class, config)
         self.model = load_policy(model, config)
         self.settings = settings
-        self.batch_size = batch_size
+        # Prompts in a batch, and how many of them memory suffices for.
+        self.size = self.at_once = max(1, batch_size // settings["n_responses"])
         self.window = window(self.model, SelectConfig(max_length=None))
         self.prompt_ids: list[list[int]] = []
         self.failures: list[str] = []
@@ -325,9 +327,8 @@ class _ModelSource:
         # Longest first: memory peaks in the first batch. Batches do not depend on what is there already, so that an
         # interrupted run goes on with the same arithmetic.
         order = sorted(range(len(rows)), key=lambda index: -len(self.prompt_ids[index]))
-        size = max(1, self.batch_size // self.settings["n_responses"])
-        batches = [order[start : start + size] for start in range(0, len(order), size)]
-        for batch in batches:
+        for start in range(0, len(order), self.size):
+            batch = order[start : start + self.size]
             if wanted.isdisjoint(batch):
                 continue
             with inference_state(self.model), _own_distribution(self.model):
@@ -339,23 +340,43 @@ class _ModelSource:
                     yield index, sampled
 
     def _in_memory(self, rows: Sequence[PromptResponses], batch: Sequence[int]) -> list[list[Sampled]]:
-        """Generates for a batch; for its halves, where memory does not suffice."""
+        """Generates for a batch, in parts where memory does not suffice for all of it."""
+        sampled: list[list[Sampled]] = []
+        while len(sampled) < len(batch):
+            part = batch[len(sampled) : len(sampled) + self.at_once]
+            done, error = self._attempt(rows, part)
+            if done is not None:
+                sampled += done
+                continue
+            if len(part) == 1:
+                raise MemoryError(
+                    f"Memory does not suffice for {self.settings['n_responses']} responses to one prompt (row "
+                    f"{rows[part[0]].row}): {error}\nLower n_responses or max_new_tokens, or load the model in a "
+                    "smaller dtype."
+                )
+            self.at_once = len(part) // 2
+            warn(f"Memory does not suffice for {len(part)} prompts at once; going on with {self.at_once}.")
+        return sampled
+
+    def _attempt(self, rows: Sequence[PromptResponses], part: Sequence[int]) -> tuple[list[list[Sampled]] | None, str]:
+        """Generates for some prompts; returns None and the reason where memory ran out.
+
+        The error itself must not leave: its traceback would hold on to the tensors of the batch.
+        """
         import torch
 
         from bpo.gradients import is_out_of_memory
 
         try:
-            return self._generate(rows, batch)
+            return self._generate(rows, part), ""
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error) or len(batch) == 1:
+            if not is_out_of_memory(error):
                 raise
+            message = str(error).splitlines()[0] if str(error) else type(error).__name__
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        warn(f"Memory does not suffice for {len(batch)} prompts at once; going on with {len(batch) // 2}.")
-        self.batch_size = max(1, self.batch_size // 2)
-        half = len(batch) // 2
-        return self._in_memory(rows, batch[:half]) + self._in_memory(rows, batch[half:])
+        return None, message
 
     def _generate(self, rows: Sequence[PromptResponses], batch: Sequence[int]) -> list[list[Sampled]]:
         import torch
@@ -387,7 +408,7 @@ class _ModelSource:
             attention_mask=mask.to(device),
             # Greedy, over scores of which the processor leaves one: the token that it drew.
             generation_config=GenerationConfig(
-                do_sample=False, max_new_tokens=longest, eos_token_id=ends, pad_token_id=pad, use_cache=True
+                do_sample=False, max_new_tokens=longest, eos_token_id=ends or None, pad_token_id=pad, use_cache=True
             ),
             logits_processor=[draws],
         )

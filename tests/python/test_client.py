@@ -302,7 +302,7 @@ def test_ratings_are_read_strictly_and_failures_kept(protocol, tmp_path):
     with pytest.warns(UserWarning):
         score(ROWS, again, output=tmp_path / "scores.jsonl")
     assert (again.server.n_requests, again.server.n_cached) == (1, 4)
-    with pytest.raises(ValueError, match="other settings: scorer"):
+    with pytest.raises(ValueError, match=r"other settings: scorer\.criteria"):
         score(ROWS, bpo.Judge(judge.server, criteria="Be brief."), output=tmp_path / "scores.jsonl")
 
 

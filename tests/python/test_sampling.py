@@ -73,6 +73,27 @@ def test_streams_are_prefixes_and_differ():
     assert len(set(streams)) == 4
 
 
+def test_memory_that_does_not_suffice_halves_the_batches(tokenizer):
+    model = tiny_llama(tokenizer)
+    expected = by_prompt(sample(model, tokenizer))
+    generate, sizes = model.generate, []
+
+    def scarce(**keywords):
+        sizes.append(len(keywords["input_ids"]))
+        if sizes[-1] > limit:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return generate(**keywords)
+
+    model.generate = scarce
+    limit = 9
+    with pytest.warns(UserWarning, match="does not suffice for 5 prompts at once; going on with 2"):
+        assert by_prompt(sample(model, tokenizer, batch_size=15)) == expected
+    assert sizes == [15, 6, 6, 3, 6]
+    limit = 2
+    with pytest.raises(MemoryError, match=r"3 responses to one prompt \(row 3\)"), pytest.warns(UserWarning):
+        sample(model, tokenizer)
+
+
 class StopError(Exception):
     pass
 
@@ -105,10 +126,17 @@ def test_interrupted_run_goes_on_to_the_same_file(tokenizer, tmp_path):
 
     with pytest.raises(ValueError, match=r"other settings: temperature \(1.0 there, 0.5 now\)"):
         sample(model, tokenizer, output=part, temperature=0.5)
-    with pytest.raises(ValueError, match=r"other settings: model"):
+    with pytest.raises(ValueError, match=r"other settings: model\.weights"):
         sample(tiny_llama(tokenizer, num_hidden_layers=1), tokenizer, output=part)
     with pytest.raises(ValueError, match="holds 1 rows that were made from other prompts"):
         sample(model, tokenizer, PROMPTS[1:], output=part)
+    empty = tmp_path / "empty.jsonl"
+    model.generate = lambda **_: calls[99]
+    with pytest.raises(IndexError):
+        sample(model, tokenizer, output=empty, temperature=0.5)
+    del model.generate
+    sample(model, tokenizer, PROMPTS[:1], output=empty)  # nothing was written with the other temperature
+
     more = sample(model, tokenizer, [*PROMPTS, "bird"], output=part)
     assert len(more) == 8 and more.to_list()[:7] == expected.to_list()
     (tmp_path / "other.jsonl").write_text("{}\n")
@@ -165,6 +193,7 @@ def test_prompts_come_in_every_format_with_their_columns(model, tokenizer):
     ]
     new = sample(model, tokenizer, datasets.Dataset.from_list(rows))
     assert new["prompt"][:] == ["one", "two"] and new["id"][:] == ["a", "b"] and "scores" not in new.column_names
+    assert by_prompt(sample(model, tokenizer, datasets.Dataset.from_list(rows)["prompt"])) == by_prompt(new)
     both = sample(model, tokenizer, rows, keep_existing=True)
     assert both[0]["responses"] == [" cat", " dog", " sun", *new[0]["responses"]]
     assert both[0]["scores"] == [2.0, 1.0, 3.0, None, None, None]
@@ -177,7 +206,7 @@ def test_prompts_come_in_every_format_with_their_columns(model, tokenizer):
     assert mixed[1]["responses"][0][2]["content"] == "three"
     assert mixed[0]["responses"][2][0]["role"] == "assistant"
     scored = bpo.score_responses(mixed, lambda prompt, response: len(str(response)), progress=False)
-    assert len(bpo.read_candidates(scored).responses) == 10
+    assert len(bpo.read_candidates(scored).responses) == 10 and scored[0]["dropped"] == mixed[0]["dropped"]
     with pytest.raises(ValueError, match="'promt' looks like 'prompt'"):
         sample(model, tokenizer, [{"promt": "one"}])
     with pytest.raises(ValueError, match="some prompts are text and some are messages"):
