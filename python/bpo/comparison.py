@@ -42,6 +42,7 @@ from bpo.statistics import import_scipy_stats
 from bpo.store import GradientStore
 from bpo.tokens import padding_id
 from bpo.train import dpo_config, train_on_pairs
+from bpo.win_rates import compare_responses, score_start
 from bpo.workers import cores, in_processes
 
 if TYPE_CHECKING:
@@ -56,6 +57,8 @@ _MANIFEST = "comparison.json"
 _REFERENCE = "reference.npz"
 _COSTS = "costs.json"
 _RUNS = "runs"
+_RESPONSES = "responses"
+_VERDICTS = "verdicts.jsonl"
 _ERRORS = "errors"
 # Keeps the draw of a split apart from those of the selection with the same seed.
 _SPLIT = 1
@@ -210,6 +213,18 @@ class _Plan:
     costs: dict[str, float]
     threads: int | None = None
 
+    @property
+    def evaluated(self) -> ComparedPairs:
+        """Where held-out pairs are."""
+        return self.pool if self.heldout is None else self.heldout
+
+    def prompts(self, pairs: npt.NDArray[np.int64]) -> list[dict[str, Any]]:
+        """Returns the prompts of held-out pairs, with what the chat template gets beside them."""
+        data = self.evaluated
+        _, first = np.unique(data.prompt_of_pair[pairs], return_index=True)
+        names = ("prompt", "tools", "chat_template_kwargs")
+        return [{name: data.rows[pair][name] for name in names if name in data.rows[pair]} for pair in pairs[first]]
+
     def split(self, seed: int) -> _Split:
         """Draws the prompts of a seed."""
         config = self.config
@@ -272,7 +287,7 @@ class _Plan:
     def untrained(self, seed: int) -> dict[str, Any]:
         """Returns the run of the starting policy, which needs none."""
         pairs = self.split(seed).heldout
-        data = self.pool if self.heldout is None else self.heldout
+        data = self.evaluated
         tokenized, ref_logps = data.responses(pairs)
         beta = self.config.shared.beta
         evaluation = PreferenceEvaluation.of(tokenized, data.prompt_of_pair[pairs], ref_logps, ref_logps, beta)
@@ -346,12 +361,30 @@ def _prepare(config: CompareConfig, output: Path, progress: bool) -> _Plan:
     parts = [pool] if heldout is None else [pool, heldout]
     with costs.add("reference"):
         logps = _reference_logps(parts, policy, tokenizer, fingerprint, config, store, output, progress)
-    del policy
-    gc.collect()
     pool = pool.with_ref_logps(logps[0])
     if heldout is not None:
         heldout = heldout.with_ref_logps(logps[1])
-    return _Plan(config, output, pool, heldout, store, costs.seconds)
+    plan = _Plan(config, output, pool, heldout, store, costs.seconds)
+    if config.scorer is not None:
+        with costs.add("sampling"):
+            _sample_start(plan, policy, tokenizer, progress)
+    del policy
+    gc.collect()
+    return plan
+
+
+def _sample_start(plan: _Plan, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, progress: bool) -> None:
+    """Samples the starting policy's responses to each seed's held-out prompts, and scores them."""
+    config, directory = plan.config, plan.output / _RESPONSES
+    directory.mkdir(parents=True, exist_ok=True)
+    scorer = config.scorer.build(plan.output / _VERDICTS)
+    for seed in tqdm(config.seeds, desc="Responses of the starting policy", unit="seed", disable=not progress):
+        path = directory / f"seed{seed}-start.json"
+        if not path.is_file():
+            prompts = plan.prompts(plan.split(seed).heldout)
+            rows = config.scorer.sample(policy, prompts, tokenizer, seed, directory / f"seed{seed}-start.jsonl")
+            rows = score_start(rows, scorer, directory / f"seed{seed}-scores.jsonl")
+            _write(path, json.dumps({"format": _FORMAT, "format_version": _FORMAT_VERSION, "rows": rows}) + "\n")
 
 
 def _check_store(path: Path, model: str, pool: ComparedPairs) -> None:
@@ -489,9 +522,24 @@ def _run(plan: _Plan, task: _Task) -> dict[str, Any]:
         )
     seconds["training"] = time.perf_counter() - start
     start = time.perf_counter()
-    evaluation = _evaluate(plan, policy, held)
+    run = {**run, **_measures(_evaluate(plan, policy, held))}
     seconds["evaluation"] = time.perf_counter() - start
-    return {**run, **_measures(evaluation), "seconds": seconds}
+    if config.scorer is not None:
+        start = time.perf_counter()
+        run["measures"] |= _win_rates(plan, task, policy, held)
+        seconds["sampling"] = time.perf_counter() - start
+    return {**run, "seconds": seconds}
+
+
+def _win_rates(plan: _Plan, task: _Task, policy: PreTrainedModel, pairs: npt.NDArray[np.int64]) -> dict[str, float]:
+    """Compares sampled responses with those of the starting policy, and keeps them to look at."""
+    config, directory = plan.config, plan.output / _RESPONSES
+    tokenizer = load_tokenizer(config.model, config.processing_class, config.shared)
+    sampled = config.scorer.sample(policy, plan.prompts(pairs), tokenizer, task.seed)
+    start = _read_json(directory / f"seed{task.seed}-start.json")["rows"]
+    wins = compare_responses(start, sampled, config.scorer.build(plan.output / _VERDICTS))
+    _write(directory / f"{task.name}.jsonl", "".join(json.dumps(row) + "\n" for row in wins.rows))
+    return wins.measures
 
 
 def _twin(plan: _Plan, task: _Task, pairs: list[int]) -> dict[str, Any] | None:
@@ -505,7 +553,7 @@ def _twin(plan: _Plan, task: _Task, pairs: list[int]) -> dict[str, Any] | None:
 
 def _evaluate(plan: _Plan, policy: PreTrainedModel, pairs: npt.NDArray[np.int64]) -> PreferenceEvaluation:
     config = plan.config
-    data = plan.pool if plan.heldout is None else plan.heldout
+    data = plan.evaluated
     tokenized, ref_logps = data.responses(pairs)
     tokenizer = load_tokenizer(config.model, config.processing_class, config.shared)
     with inference_state(policy):

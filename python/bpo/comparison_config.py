@@ -17,6 +17,7 @@ from bpo.config import SelectConfig
 from bpo.models import check_path, is_adapter
 from bpo.strategies import STRATEGIES
 from bpo.train import SHARED, dpo_config, dpo_config_fields
+from bpo.win_rates import ScorerConfig
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 UNTRAINED = "untrained"
@@ -134,6 +135,12 @@ class CompareConfig:
             None to train every weight. By default LoRA of rank 8 on every linear layer.
         evaluate: ``max_pairs_per_prompt`` (held-out pairs of a prompt, those with the largest score gap; all by
             default), ``tokens_per_batch`` (default 1024) and ``bf16`` (by default as in training).
+        scorer: What says which of two responses is better, for the win rate of each trained policy against the starting
+            policy on responses to held-out prompts: one of ``function`` (``MODULE:FUNCTION`` of a prompt and a
+            response), ``reward_model`` (path) and ``judge`` (address of a server, with ``model``, its name there, and
+            any of ``mode``, ``criteria``, ``max_tokens``, ``concurrency`` and ``requests_per_minute``); and any of
+            ``n_responses`` (1), ``temperature`` (1.0), ``top_p`` (0.95), ``max_new_tokens`` (256) and ``batch_size``
+            (32), as of :func:`bpo.sample_responses`. None samples nothing.
         shared: What ``select`` and ``training`` say of the selection of every arm.
 
     Raises:
@@ -163,6 +170,7 @@ class CompareConfig:
     select: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     training: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     evaluate: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    scorer: Any = None
     shared: SelectConfig = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -200,6 +208,10 @@ class CompareConfig:
                 set_(name, {})
             elif not isinstance(value, Mapping):
                 raise ValueError(f"{name} must be a mapping of fields to values, got {value!r}")
+        if self.scorer is not None and not isinstance(self.scorer, ScorerConfig):
+            if not isinstance(self.scorer, Mapping):
+                raise ValueError(f"scorer must be a mapping of fields to values, got {self.scorer!r}")
+            set_("scorer", ScorerConfig.of(self.scorer))
         set_("training", _training(self.training, self.model))
         self._check_evaluate()
         set_("shared", self._shared_select())
@@ -275,6 +287,7 @@ class CompareConfig:
             "target_prompts": self.target_prompts,
             "training": dict(self.training),
             "evaluate": dict(self.evaluate),
+            "scorer": None if self.scorer is None else dataclasses.asdict(self.scorer),
         }
 
     def _check_evaluate(self) -> None:

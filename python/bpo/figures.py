@@ -65,7 +65,7 @@ def write_report(results: Mapping[str, Any], failures: Mapping[str, str], output
         ],
         measures=[name for name in MEASURES if any(name in arm["measures"] for arm in results["arms"])],
         titles=MEASURES,
-        stages=STAGES,
+        stages=[stage for stage in STAGES if any(stage in arm["seconds"] for arm in results["arms"])],
         failures=failures,
         figures={path.stem: markupsafe.Markup(_inline(path)) for path in figures},
         interval=interval,
@@ -198,11 +198,13 @@ def _costs(figure: Any, results: Mapping[str, Any]) -> bool:
     figure.set_size_inches(6.5, 1.1 + 0.3 * len(labels))
     axis = figure.subplots()
     left = [0.0] * len(arms)
-    for stage, colour in zip(STAGES, (_ACCENT, _STRONG, _PALE), strict=True):
+    for stage, colour in zip(STAGES, (_ACCENT, _STRONG, _PALE, _SOFT), strict=True):
         widths = [arm["seconds"].get(stage, 0.0) for arm in arms]
+        if not any(widths):
+            continue
         axis.barh(range(len(arms)), widths, left=left, color=colour, label=stage, height=0.6)
         left = [a + b for a, b in zip(left, widths, strict=True)]
-    axis.barh(range(len(arms), len(labels)), list(once.values()), color=_SOFT, height=0.6)
+    axis.barh(range(len(arms), len(labels)), list(once.values()), color=_INK, height=0.6)
     axis.set_yticks(range(len(labels)), labels)
     axis.invert_yaxis()
     axis.set_xlabel("seconds of a run")

@@ -23,7 +23,7 @@ MEASURES = {
     "length_controlled_win_rate": "length-controlled win rate",
 }
 """What is measured, and what a report calls it."""
-STAGES = ("selection", "training", "evaluation")
+STAGES = ("selection", "training", "evaluation", "sampling")
 
 
 def summarize(
@@ -90,7 +90,11 @@ def _arm(name: str, budget: Any, runs: Sequence[Mapping[str, Any]], share: float
         },
         "n_pairs": float(np.mean([run["n_pairs"] for run in trained])) if trained else 0.0,
         "n_prompts": float(np.mean([run["n_prompts"] for run in trained])) if trained else 0.0,
-        "seconds": {stage: float(np.mean([run["seconds"][stage] for run in trained])) for stage in STAGES if trained},
+        "seconds": {
+            stage: float(np.mean([run["seconds"][stage] for run in trained]))
+            for stage in STAGES
+            if trained and all(stage in run["seconds"] for run in trained)
+        },
         "same_as": {str(run["seed"]): run["same_as"] for run in trained if run["same_as"]},
         "warnings": sorted({warning for run in trained for warning in run["warnings"]}),
     }

@@ -21,6 +21,7 @@ import bpo
 from bpo.cli import main
 from bpo.comparison_config import CompareConfig, read_yaml
 from bpo.train import dpo_config, train_on_pairs
+from bpo.win_rates import compare_responses
 from bpo.workers import in_processes
 from conftest import scored_rows
 
@@ -236,6 +237,46 @@ def test_a_second_data_set_is_held_out(settings, tmp_path):
     assert runs["seed0-margin-10.json"]["heldout_pairs"] == runs["seed1-random-10.json"]["heldout_pairs"]
 
 
+def test_win_rates_by_a_scorer(settings, tmp_path, monkeypatch):
+    """What both policies sampled is scored by the same function; the start of a seed is sampled and scored once."""
+    (tmp_path / "scorers.py").write_text("def spaces(prompt, response):\n    return response.count(' ')\n")
+    monkeypatch.chdir(tmp_path)
+    scorer = {"function": "scorers:spaces", "n_responses": 2, "max_new_tokens": 6}
+    config = {**settings, "seeds": [3], "arms": ["margin", "random"], "scorer": scorer}
+    comparison = bpo.compare(config, "out", progress=False)
+    assert not comparison.failures
+    starts = []
+    for arm in ("margin", "random"):
+        file = comparison.output / "responses" / f"seed3-{arm}-10.jsonl"
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        assert len(rows) == 3
+        shares = []
+        for row in rows:
+            for response in row["start"] + row["trained"]:
+                assert response["score"] == response["text"].count(" ")
+            pairs = [(mine["score"], other["score"]) for mine in row["trained"] for other in row["start"]]
+            shares += [(mine > other) + (mine == other) / 2 for mine, other in pairs]
+        found = next(entry for entry in comparison.results["arms"] if entry["arm"] == arm)
+        assert found["measures"]["win_rate"]["mean"] == pytest.approx(np.mean(shares))
+        assert found["seconds"]["sampling"] > 0
+        starts.append([row["start"] for row in rows])
+    assert starts[0] == starts[1]
+    assert "win rate" in comparison.report.read_text()
+
+
+def test_wins_are_counted_by_hand():
+    """Equal scores and equal responses are half a win; what has no score is left out."""
+    start = [{"prompt": "a", "responses": ["x", "yy"]}, {"prompt": "b", "responses": ["zzz"]}]
+    trained = [{"prompt": "a", "responses": ["x", "www"]}, {"prompt": "b", "responses": ["q"]}]
+    scores = {"x": 1.0, "yy": 2.0, "www": 2.0, "q": 0.0, "zzz": None}
+    wins = compare_responses(start, trained, lambda prompt, response: scores[response])
+    # x against x and yy: ½, 0; www against x and yy: 1, ½.
+    assert [row["wins"] for row in wins.rows] == [0.5, None]
+    assert wins.measures["win_rate"] == 0.5
+    scores["zzz"] = 1.0
+    assert compare_responses(start, trained, lambda _, response: scores[response]).measures["win_rate"] == 0.4
+
+
 def test_a_store_that_is_there_serves(finished, settings, tmp_path):
     comparison = bpo.compare(
         {**settings, "store": str(finished.output / "store"), "seeds": [0]}, tmp_path / "out", progress=False
@@ -366,6 +407,11 @@ def test_a_damaged_run_is_named(copied, settings):
         ({"training": {"lr_scheduler_type": "sideways"}}, "training: .*sideways"),
         ({"evaluate": {"batch": 2}}, r"evaluate\.batch is no field"),
         ({"evaluate": {"tokens_per_batch": 0}}, "evaluate: .*tokens_per_batch"),
+        ({"scorer": {"temperature": 1}}, "scorer must have one of function"),
+        ({"scorer": {"function": "a:b", "mode": "rating"}}, r"scorer\.mode is no field"),
+        ({"scorer": {"judge": "http://x"}}, r"scorer\.model must be given"),
+        ({"scorer": {"function": "a:b", "n_responses": 0}}, r"scorer\.n_responses must be"),
+        ({"scorer": {"function": "a:b", "top_p": 2}}, r"scorer\.top_p must be above 0 and at most 1"),
         ({"heldout_prompts": 12}, "heldout_prompts=12 leave none"),
         ({"train_prompts": 10}, "train_prompts=10 is above the 9 prompts"),
         ({"target_prompts": 9}, "heldout_prompts and target_prompts leave none"),
