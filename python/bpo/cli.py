@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     compare.add_argument("--jobs", type=int, default=1, help="runs at a time, each with its share of the threads")
     compare.set_defaults(run=_compare)
 
-    show = commands.add_parser("show", help="summarise a saved selection or a gradient store")
+    show = commands.add_parser("show", help="summarise a saved selection, a gradient store or a comparison")
     show.add_argument("path", type=Path)
     show.set_defaults(run=_show)
 
@@ -273,6 +273,11 @@ def _compare(options: argparse.Namespace) -> int:
 def _show(options: argparse.Namespace) -> None:
     if (options.path / "selection.json").is_file():
         print(bpo.Selection.load(options.path).summary())
+        return
+    if (options.path / "results.json").is_file():
+        from bpo.results import table
+
+        print(table(json.loads((options.path / "results.json").read_text(encoding="utf-8"))))
         return
     print(bpo.describe_store(options.path))
 

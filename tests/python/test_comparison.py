@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -107,7 +108,7 @@ def test_results_say_what_the_runs_say(finished):
     assert json.loads((finished.output / "results.json").read_text()) == results
 
 
-def test_report_has_its_figures(finished):
+def test_report_has_its_figures(finished, capsys):
     page = finished.report.read_text()
     assert page.count("<svg") == 3
     assert "bpo − random" in page
@@ -115,6 +116,8 @@ def test_report_has_its_figures(finished):
     names = sorted(path.name for path in (finished.output / "figures").iterdir())
     assert names == [f"{name}.{kind}" for name in ("accuracy", "costs", "differences") for kind in ("png", "svg")]
     text = finished.summary()
+    assert main(["show", str(finished.output)]) == 0
+    assert capsys.readouterr().out == text + "\n"
     assert "bpo − random" in text
     assert "80 % power" in text
 
@@ -448,3 +451,13 @@ def test_yaml(tmp_path, settings):
         CompareConfig.of(file)
     with pytest.raises(TypeError, match="CompareConfig"):
         CompareConfig.of(3)
+
+
+def test_the_documented_example_is_valid(tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "compare.md").read_text()
+    file = tmp_path / "compare.yaml"
+    file.write_text(page.split("```yaml\n")[1].split("```")[0])
+    config = CompareConfig.of(file)
+    assert [arm.name for arm in config.arms] == ["bpo", "uniform", "random", "best_worst", "pairs", "farthest"]
+    assert config.training["learning_rate"] == 2e-4
+    assert config.arms[0].select.min_depth == 0
