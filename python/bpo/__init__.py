@@ -16,8 +16,13 @@ if TYPE_CHECKING:
     from bpo.breadth import compress_breadth as compress_breadth
     from bpo.breadth import near_duplicates as near_duplicates
     from bpo.capture import UnsupportedModelError as UnsupportedModelError
+    from bpo.client import ChatError as ChatError
+    from bpo.client import ChatServer as ChatServer
     from bpo.clustering import PairClusters as PairClusters
     from bpo.clustering import cluster_pairs as cluster_pairs
+    from bpo.comparison import Comparison as Comparison
+    from bpo.comparison import compare as compare
+    from bpo.comparison_config import CompareConfig as CompareConfig
     from bpo.config import SelectConfig as SelectConfig
     from bpo.data import InvalidDataWarning as InvalidDataWarning
     from bpo.data import read_candidates as read_candidates
@@ -27,6 +32,7 @@ if TYPE_CHECKING:
     from bpo.evaluate import PreferenceEvaluation as PreferenceEvaluation
     from bpo.evaluate import evaluate_preferences as evaluate_preferences
     from bpo.gradients import collect_gradients as collect_gradients
+    from bpo.judge import Judge as Judge
     from bpo.length import LengthEffect as LengthEffect
     from bpo.length import length_effect as length_effect
     from bpo.linearised import Preview as Preview
@@ -38,6 +44,12 @@ if TYPE_CHECKING:
     from bpo.maintenance import repair_store as repair_store
     from bpo.maintenance import verify_store as verify_store
     from bpo.pipeline import select as select
+    from bpo.responses import ResponseSummary as ResponseSummary
+    from bpo.responses import describe_responses as describe_responses
+    from bpo.reward import RewardModel as RewardModel
+    from bpo.sampling import sample_responses as sample_responses
+    from bpo.scoring import Scorer as Scorer
+    from bpo.scoring import score_responses as score_responses
     from bpo.selection import Selection as Selection
     from bpo.selection import SelectionError as SelectionError
     from bpo.store import GradientStore as GradientStore
@@ -54,8 +66,13 @@ _LAZY = {
     "compress_breadth": "bpo.breadth",
     "near_duplicates": "bpo.breadth",
     "UnsupportedModelError": "bpo.capture",
+    "ChatError": "bpo.client",
+    "ChatServer": "bpo.client",
     "PairClusters": "bpo.clustering",
     "cluster_pairs": "bpo.clustering",
+    "Comparison": "bpo.comparison",
+    "compare": "bpo.comparison",
+    "CompareConfig": "bpo.comparison_config",
     "SelectConfig": "bpo.config",
     "InvalidDataWarning": "bpo.data",
     "read_candidates": "bpo.data",
@@ -67,6 +84,7 @@ _LAZY = {
     "collect_gradients": "bpo.gradients",
     "LengthEffect": "bpo.length",
     "length_effect": "bpo.length",
+    "Judge": "bpo.judge",
     "pair_coefficients": "bpo.losses",
     "describe_store": "bpo.maintenance",
     "export_store": "bpo.maintenance",
@@ -76,6 +94,12 @@ _LAZY = {
     "select": "bpo.pipeline",
     "Preview": "bpo.linearised",
     "preview": "bpo.linearised",
+    "ResponseSummary": "bpo.responses",
+    "describe_responses": "bpo.responses",
+    "RewardModel": "bpo.reward",
+    "sample_responses": "bpo.sampling",
+    "Scorer": "bpo.scoring",
+    "score_responses": "bpo.scoring",
     "Selection": "bpo.selection",
     "SelectionError": "bpo.selection",
     "GradientStore": "bpo.store",

@@ -251,7 +251,7 @@ def read_candidates(
         prompt = "prompt" if "prompt" in columns else "instruction"
         reader = _ScoredReader(columns, token_weights, ref_logps, prompt=prompt, responses="completions")
     else:
-        raise ValueError(_column_error(columns))
+        raise ValueError(column_error(columns))
     for column in ("images", "image"):
         if column in columns:
             raise ValueError(
@@ -261,7 +261,7 @@ def read_candidates(
     if len(rows) == 0:
         raise ValueError("The dataset is empty: it has the right columns but no rows.")
     groups = _Groups()
-    template_kwargs = _template_kwargs(rows)
+    template_kwargs = read_template_kwargs(rows)
     for index, row in enumerate(rows):
         reader.read(index, row, template_kwargs[index] if template_kwargs else {}, groups)
     candidates = groups.build(max_pairs_per_prompt)
@@ -305,7 +305,7 @@ class _ListRows:
     def __init__(self, rows: Sequence[Any]) -> None:
         for index, row in enumerate(rows):
             if not isinstance(row, Mapping):
-                raise ValueError(f"Row {index} is {_short(row)}; each row must be a mapping of columns to values.")
+                raise ValueError(f"Row {index} is {shorten(row)}; each row must be a mapping of columns to values.")
             for column in row:
                 if not isinstance(column, str):
                     raise ValueError(f"Row {index}: the column {column!r} has no text for a name.")
@@ -383,7 +383,8 @@ def _load_path(name: str) -> datasets.Dataset | _ListRows:
     return load_rows(saved)
 
 
-def _column_error(columns: list[str]) -> str:
+def column_error(columns: list[str]) -> str:
+    """Says which formats are accepted, and which column may be misnamed."""
     hints = []
     for column in columns:
         close = difflib.get_close_matches(column, _KNOWN_COLUMNS, n=1, cutoff=0.75)
@@ -393,7 +394,8 @@ def _column_error(columns: list[str]) -> str:
     return f"The columns {columns} are none of the accepted formats: {ACCEPTED_FORMATS}.{hint}"
 
 
-def _is_messages(value: Any) -> bool:
+def is_messages(value: Any) -> bool:
+    """Whether something is a conversation: a list of messages with role and content."""
     return (
         isinstance(value, list)
         and len(value) > 0
@@ -401,7 +403,7 @@ def _is_messages(value: Any) -> bool:
     )
 
 
-def _template_kwargs(rows: datasets.Dataset | _ListRows) -> list[dict[str, Any]]:
+def read_template_kwargs(rows: datasets.Dataset | _ListRows) -> list[dict[str, Any]]:
     """Returns what each row gives to the chat template beside the messages; an empty list where none gives anything.
 
     TRL passes ``tools``, which may be JSON, and every item of ``chat_template_kwargs``.
@@ -425,7 +427,7 @@ def _template_kwargs(rows: datasets.Dataset | _ListRows) -> list[dict[str, Any]]
         for tool, kwargs in zip(tools, filled.to_pylist(), strict=True)
     ]
     for index, kwargs in enumerate(merged):
-        _check_json(kwargs, index, "tools' or 'chat_template_kwargs")
+        check_json(kwargs, index, "tools' or 'chat_template_kwargs")
     return merged
 
 
@@ -442,20 +444,21 @@ def _tools(value: Any, index: int) -> list[Any] | None:
         except ValueError as error:
             raise ValueError(f"Row {index}, column 'tools': not JSON: {error}") from None
     if not isinstance(value, (list, type(None))):
-        raise ValueError(f"Row {index}, column 'tools': expected a list of tools, got {_short(value)}.")
+        raise ValueError(f"Row {index}, column 'tools': expected a list of tools, got {shorten(value)}.")
     return value
 
 
 def _kwargs(value: Any, index: int) -> dict[str, Any] | None:
     if not isinstance(value, (Mapping, type(None))):
-        raise ValueError(f"Row {index}, column 'chat_template_kwargs': expected a mapping, got {_short(value)}.")
+        raise ValueError(f"Row {index}, column 'chat_template_kwargs': expected a mapping, got {shorten(value)}.")
     taken = sorted(_RESERVED_KWARGS & set(value or {}))
     if taken:
         raise ValueError(f"Row {index}, column 'chat_template_kwargs': {', '.join(taken)} is set by the trainer.")
     return None if value is None else dict(value)
 
 
-def _check_json(value: Any, index: int, column: str) -> None:
+def check_json(value: Any, index: int, column: str) -> None:
+    """Raises a ValueError that names row and column where JSON has no form for a value."""
     try:
         json.dumps(value)
     except TypeError as error:
@@ -475,11 +478,11 @@ def content_id(*texts: Text) -> bytes:
     return digest.digest()[:16]
 
 
-def _as_text(value: Any, index: int, column: str, role: str | None = None) -> Text:
+def as_text(value: Any, index: int, column: str, role: str | None = None) -> Text:
     """Checks one prompt or response; ``role`` wraps plain text into a message of a conversational row."""
     if isinstance(value, str):
         return [{"role": role, "content": value}] if role else value
-    if _is_messages(value):
+    if is_messages(value):
         for message in value:
             calls_tools = message["content"] is None and message.get("tool_calls")
             if not isinstance(message["role"], str) or not (isinstance(message["content"], str) or calls_tools):
@@ -491,7 +494,7 @@ def _as_text(value: Any, index: int, column: str, role: str | None = None) -> Te
         if not all(isinstance(item, str) for message in messages for item in message.values()):
             import datasets
 
-            _check_json(messages, index, column)
+            check_json(messages, index, column)
             if not hasattr(datasets, "Json"):
                 raise ValueError(
                     f"Row {index}, column '{column}': tool calls need a newer version of datasets, with columns of "
@@ -499,16 +502,17 @@ def _as_text(value: Any, index: int, column: str, role: str | None = None) -> Te
                 )
         return messages
     raise ValueError(
-        f"Row {index}, column '{column}': expected text or a list of {{role, content}} messages, got {_short(value)}."
+        f"Row {index}, column '{column}': expected text or a list of {{role, content}} messages, got {shorten(value)}."
     )
 
 
-def _short(value: Any) -> str:
+def shorten(value: Any) -> str:
+    """Returns type and beginning of a value, for messages."""
     text = repr(value)
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
 
 
-def _number(value: Any, index: int, column: str) -> float:
+def as_number(value: Any, index: int, column: str) -> float:
     """Returns a number as a float, NaN where there is none."""
     if value is None:
         return math.nan
@@ -517,7 +521,7 @@ def _number(value: Any, index: int, column: str) -> float:
     except OverflowError:
         return math.inf
     except (TypeError, ValueError):
-        raise ValueError(f"Row {index}, column '{column}': {_short(value)} is not a number.") from None
+        raise ValueError(f"Row {index}, column '{column}': {shorten(value)} is not a number.") from None
 
 
 def as_weights(value: Any, place: str) -> npt.NDArray[np.float32]:
@@ -532,14 +536,14 @@ def as_weights(value: Any, place: str) -> npt.NDArray[np.float32]:
     except (TypeError, ValueError):
         weights = np.zeros((0, 0), dtype=np.float32)
     if weights.ndim != 1:
-        raise ValueError(f"{place}: expected a list of token weights, got {_short(value)}.")
+        raise ValueError(f"{place}: expected a list of token weights, got {shorten(value)}.")
     bad = np.flatnonzero(~np.isfinite(weights))
     if len(bad):
         raise ValueError(f"{place}: token weight {bad[0]}, counted from 0, is {value[bad[0]]}; weights must be finite.")
     return weights
 
 
-def _is_score(value: float) -> bool:
+def is_score(value: float) -> bool:
     """Whether differences of such scores are finite."""
     return abs(value) <= _LARGEST_SCORE
 
@@ -741,6 +745,40 @@ def _require(columns: list[str], wanted: Sequence[str], setting: str) -> None:
         )
 
 
+def preference_texts(row: Mapping[str, Any], index: int, *, has_prompt: bool) -> tuple[Text, Text, Text] | str:
+    """Returns prompt, chosen and rejected of a preference row; the reason where the row cannot be used.
+
+    Raises:
+        ValueError: Values of the wrong type.
+    """
+    if row["chosen"] in (None, []) or row["rejected"] in (None, []):
+        return "chosen or rejected is missing"
+    prompt = row["prompt"] if has_prompt else None
+    wrap = "assistant" if is_messages(prompt) else None
+    chosen = as_text(row["chosen"], index, "chosen", wrap)
+    rejected = as_text(row["rejected"], index, "rejected", wrap)
+    if isinstance(chosen, str) != isinstance(rejected, str):
+        raise ValueError(f"Row {index}: chosen and rejected must both be text or both be messages.")
+    if isinstance(prompt, str) and isinstance(chosen, list):
+        # Some sets repeat the prompt as text beside conversations that contain it; else it is the user's turn.
+        contained = bool(extract_prompt(chosen, rejected)[0])
+        prompt = None if contained else [{"role": "user", "content": prompt}]
+    if prompt is None:
+        prompt, chosen, rejected = extract_prompt(chosen, rejected)
+        if chosen == rejected:
+            return "chosen equals rejected"
+        if not prompt:
+            return "chosen and rejected share no prompt"
+    prompt = as_text(prompt, index, "prompt")
+    if isinstance(prompt, list) and chosen[: len(prompt)] == prompt == rejected[: len(prompt)]:
+        chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
+    if not chosen or not rejected:
+        return "empty response"
+    if chosen == rejected:
+        return "chosen equals rejected"
+    return prompt, chosen, rejected
+
+
 class _PreferenceReader:
     """Rows that state a chosen and a rejected response."""
 
@@ -759,43 +797,18 @@ class _PreferenceReader:
 
     def read(self, index: int, row: Mapping[str, Any], template_kwargs: dict[str, Any], groups: _Groups) -> None:
         skipped, place = groups.skipped, f"row {index}"
-        if row["chosen"] in (None, []) or row["rejected"] in (None, []):
-            skipped.add("chosen or rejected is missing", place)
+        texts = preference_texts(row, index, has_prompt=self.has_prompt)
+        if isinstance(texts, str):
+            skipped.add(texts, place)
             return
-        prompt = row["prompt"] if self.has_prompt else None
-        wrap = "assistant" if _is_messages(prompt) else None
-        chosen = _as_text(row["chosen"], index, "chosen", wrap)
-        rejected = _as_text(row["rejected"], index, "rejected", wrap)
-        if isinstance(chosen, str) != isinstance(rejected, str):
-            raise ValueError(f"Row {index}: chosen and rejected must both be text or both be messages.")
-        if isinstance(prompt, str) and isinstance(chosen, list):
-            # Some sets repeat the prompt as text beside conversations that contain it; else it is the user's turn.
-            contained = bool(extract_prompt(chosen, rejected)[0])
-            prompt = None if contained else [{"role": "user", "content": prompt}]
-        if prompt is None:
-            prompt, chosen, rejected = extract_prompt(chosen, rejected)
-            if chosen == rejected:
-                skipped.add("chosen equals rejected", place)
-                return
-            if not prompt:
-                skipped.add("chosen and rejected share no prompt", place)
-                return
-        prompt = _as_text(prompt, index, "prompt")
-        if isinstance(prompt, list) and chosen[: len(prompt)] == prompt == rejected[: len(prompt)]:
-            chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
-        if not chosen or not rejected:
-            skipped.add("empty response", place)
-            return
-        if chosen == rejected:
-            skipped.add("chosen equals rejected", place)
-            return
+        prompt, chosen, rejected = texts
         group = groups.group(index, prompt, template_kwargs)
         score_chosen = score_rejected = math.nan
         if self.has_scores:
-            score_chosen = _number(row["score_chosen"], index, "score_chosen")
-            score_rejected = _number(row["score_rejected"], index, "score_rejected")
+            score_chosen = as_number(row["score_chosen"], index, "score_chosen")
+            score_rejected = as_number(row["score_rejected"], index, "score_rejected")
             reason = None
-            if not (_is_score(score_chosen) and _is_score(score_rejected)):
+            if not (is_score(score_chosen) and is_score(score_rejected)):
                 reason = "score missing, NaN or infinite"
             elif score_chosen == score_rejected:
                 reason = "chosen and rejected have equal scores"
@@ -807,7 +820,7 @@ class _PreferenceReader:
                 return
         ref_logps = (math.nan, math.nan)
         if self.ref_logps:
-            ref_chosen, ref_rejected = (_number(row[column], index, column) for column in _REF_COLUMNS)
+            ref_chosen, ref_rejected = (as_number(row[column], index, column) for column in _REF_COLUMNS)
             if not (math.isfinite(ref_chosen) and math.isfinite(ref_rejected)):
                 skipped.add("reference log-probability missing, NaN or infinite", place)
                 group.set_aside += [group.response_id(chosen), group.response_id(rejected)]
@@ -854,11 +867,11 @@ class _ScoredReader:
             skipped.add("responses or scores are missing", f"row {index}")
             return
         if not isinstance(items, (list, tuple)):
-            raise ValueError(f"Row {index}, column '{self.responses}': expected a list, got {_short(items)}.")
+            raise ValueError(f"Row {index}, column '{self.responses}': expected a list, got {shorten(items)}.")
         if row[self.prompt] is None:
             skipped.add("prompt is missing", f"row {index}")
             return
-        prompt = _as_text(row[self.prompt], index, self.prompt)
+        prompt = as_text(row[self.prompt], index, self.prompt)
         texts, scores = self._texts_and_scores(index, row, items)
         weights = self._weights(index, row, items)
         ref_logps = self._ref_logps(index, row, items)
@@ -870,13 +883,13 @@ class _ScoredReader:
             if text is None or text in ("", []):
                 skipped.add("empty response", place)
                 continue
-            response = _as_text(text, index, self.responses, role)
+            response = as_text(text, index, self.responses, role)
             if isinstance(response, list) and role is None:
                 raise ValueError(
                     f"Row {index}: the prompt is plain text but response {position} holds chat messages. "
                     "Give the prompt as messages, too."
                 )
-            if not _is_score(score):
+            if not is_score(score):
                 skipped.add("score missing, NaN or infinite", place)
                 group.set_aside.append(group.response_id(response))
                 continue
@@ -898,14 +911,14 @@ class _ScoredReader:
         self, index: int, row: Mapping[str, Any], items: Sequence[Any]
     ) -> tuple[list[Any], list[float]]:
         if self.has_scores:
-            scores = _one_each(row["scores"], items, index, "scores")
-            return list(items), [_number(score, index, "scores") for score in scores]
+            scores = one_each(row["scores"], items, index, "scores")
+            return list(items), [as_number(score, index, "scores") for score in scores]
         texts, values = [], []
         for item in items:
             if not isinstance(item, dict):
                 raise ValueError(
                     f"Row {index}, column '{self.responses}': without a 'scores' column each response must be a "
-                    f"{{text, score}} record, got {_short(item)}."
+                    f"{{text, score}} record, got {shorten(item)}."
                 )
             text_key = next((key for key in ("text", "response", "content") if key in item), None)
             score_key = next((key for key in ("score", "overall_score") if key in item), None)
@@ -915,7 +928,7 @@ class _ScoredReader:
                     f"(or 'overall_score'), got the keys {sorted(item)}."
                 )
             texts.append(item[text_key])
-            values.append(_number(item[score_key], index, f"{self.responses}.{score_key}"))
+            values.append(as_number(item[score_key], index, f"{self.responses}.{score_key}"))
         return texts, values
 
     def _weights(self, index: int, row: Mapping[str, Any], items: Sequence[Any]) -> list[Any]:
@@ -923,19 +936,19 @@ class _ScoredReader:
             return []
         if not self.has_scores:
             return [item.get(self.token_weights) for item in items]
-        return _one_each(row[self.token_weights], items, index, self.token_weights)
+        return one_each(row[self.token_weights], items, index, self.token_weights)
 
     def _ref_logps(self, index: int, row: Mapping[str, Any], items: Sequence[Any]) -> list[float]:
         if not self.ref_logps:
             return [math.nan] * len(items)
-        return [_number(value, index, "ref_logps") for value in _one_each(row["ref_logps"], items, index, "ref_logps")]
+        return [as_number(value, index, "ref_logps") for value in one_each(row["ref_logps"], items, index, "ref_logps")]
 
 
-def _one_each(values: Any, items: Sequence[Any], index: int, column: str) -> list[Any]:
+def one_each(values: Any, items: Sequence[Any], index: int, column: str) -> list[Any]:
     """Checks that a column holds a list of one value a response."""
     if not isinstance(values, (list, tuple)):
         raise ValueError(
-            f"Row {index}, column '{column}': expected a list of one value a response, got {_short(values)}."
+            f"Row {index}, column '{column}': expected a list of one value a response, got {shorten(values)}."
         )
     if len(values) != len(items):
         raise ValueError(f"Row {index}: {len(items)} responses but {len(values)} {column}.")

@@ -6,6 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from tqdm.auto import tqdm
 
 from bpo.config import SelectConfig
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     import numpy.typing as npt
+
+    from bpo.tokens import TokenizedResponses
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +63,48 @@ class PreferenceEvaluation:
     lengths: npt.NDArray[np.int64]
     correct: npt.NDArray[np.float64]
 
+    @classmethod
+    def of(
+        cls,
+        tokenized: TokenizedResponses,
+        prompt_of_pair: npt.NDArray[np.int64],
+        logps: npt.NDArray[np.float32],
+        reference_logps: npt.NDArray[np.float32],
+        beta: float,
+    ) -> PreferenceEvaluation:
+        """Measures log-probabilities of policy and reference that are there already.
+
+        Args:
+            tokenized: The responses of the pairs.
+            prompt_of_pair: (P,) int64.
+            logps: (S,) log π of each sequence.
+            reference_logps: (S,) log π_ref likewise.
+            beta: β of the implicit rewards.
+        """
+        chosen, rejected = tokenized.pairs.T
+        rewards = beta * (logps - reference_logps)
+        margins = rewards[chosen] - rewards[rejected]
+        correct = _wins(margins)
+        lengths = tokenized.response_lengths
+        per_token = logps / lengths
+        length_differences = lengths[chosen] - lengths[rejected]
+        controlled = length_controlled_accuracy(correct, length_differences, clusters=prompt_of_pair)
+        return cls(
+            accuracy=float(correct.mean()),
+            standard_error=_clustered_standard_error(correct, prompt_of_pair),
+            margin=float(margins.mean()),
+            likelihood_accuracy=float(_wins(per_token[chosen] - per_token[rejected]).mean()),
+            length_controlled_accuracy=controlled[0],
+            length_controlled_standard_error=controlled[1],
+            longer_share=float(_wins(length_differences).mean()),
+            n_pairs=len(correct),
+            n_prompts=len(np.unique(prompt_of_pair)),
+            logps=logps,
+            response_ids=tokenized.sequence_ids,
+            lengths=lengths,
+            correct=correct,
+        )
+
 
 def evaluate_preferences(
     model: Any,
@@ -77,7 +122,8 @@ def evaluate_preferences(
         dataset: Preference data in any format of :func:`bpo.select`.
         reference: The reference policy's evaluation on the same data; ``None`` takes the model as its own reference.
         processing_class: The tokenizer; by default the one saved with the model.
-        config: Uses ``beta``, ``max_length``, ``truncation_mode``, ``tokens_per_batch`` and how a model is loaded.
+        config: Uses ``beta``, ``max_length``, ``truncation_mode``, ``tokens_per_batch``, ``bf16`` and how a model is
+            loaded. A reference must have been evaluated with the same ``bf16``.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -118,6 +164,7 @@ def evaluate_preferences(
             tokenized,
             padding_id(tokenizer),
             tokens_per_batch=config.tokens_per_batch,
+            autocast=torch.bfloat16 if config.bf16 else None,
             on_batch=bar.update,
         )
     bad = np.flatnonzero(~np.isfinite(logps))
@@ -125,28 +172,7 @@ def evaluate_preferences(
         row = candidates.prompt_rows[candidates.prompt_of_response[tokenized.response_of[bad[0]]]]
         raise ValueError(f"The log-probabilities of {len(bad)} responses are not finite (the first is of row {row}).")
     reference_logps = logps if reference is None else reference.logps
-    chosen, rejected = tokenized.pairs.T
-    rewards = config.beta * (logps - reference_logps)
-    margins = rewards[chosen] - rewards[rejected]
-    correct = _wins(margins)
-    per_token = logps / lengths
-    length_differences = lengths[chosen] - lengths[rejected]
-    controlled = length_controlled_accuracy(correct, length_differences, clusters=candidates.prompt_of_pair)
-    return PreferenceEvaluation(
-        accuracy=float(correct.mean()),
-        standard_error=_clustered_standard_error(correct, candidates.prompt_of_pair),
-        margin=float(margins.mean()),
-        likelihood_accuracy=float(_wins(per_token[chosen] - per_token[rejected]).mean()),
-        length_controlled_accuracy=controlled[0],
-        length_controlled_standard_error=controlled[1],
-        longer_share=float(_wins(length_differences).mean()),
-        n_pairs=len(correct),
-        n_prompts=len(candidates.prompts),
-        logps=logps,
-        response_ids=tokenized.sequence_ids,
-        lengths=lengths,
-        correct=correct,
-    )
+    return PreferenceEvaluation.of(tokenized, candidates.prompt_of_pair, logps, reference_logps, config.beta)
 
 
 def length_controlled_accuracy(

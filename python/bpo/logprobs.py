@@ -238,6 +238,7 @@ def response_logps(
     pad_id: int,
     *,
     tokens_per_batch: int = 1024,
+    autocast: torch.dtype | None = None,
     on_batch: Callable[[int], object] | None = None,
 ) -> npt.NDArray[np.float32]:
     """Returns log π(response | prompt) of every response, without gradients.
@@ -247,16 +248,18 @@ def response_logps(
         tokenized: Token ids of the responses.
         pad_id: Padding token.
         tokens_per_batch: Padded tokens of one forward.
+        autocast: Type of the arithmetic under autocast; None for that of the weights.
         on_batch: Called after each batch with its tokens.
 
     Returns:
         (R,) float32.
     """
     check_vocabulary(model, tokenized)
+    forward = Forward(model, tokenized, pad_id, autocast)
     logps = np.zeros(len(tokenized.ids), dtype=np.float32)
     with torch.inference_mode():
         for rows in batches_by_tokens(tokenized.lengths, tokens_per_batch):
-            logps[rows] = completion_logps(model, tokenized, rows, pad_id).logps.cpu().numpy()
+            logps[rows] = forward.logps(rows).logps.cpu().numpy()
             if on_batch is not None:
                 on_batch(int(tokenized.lengths[rows].sum()))
     return logps

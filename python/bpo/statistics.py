@@ -61,7 +61,8 @@ def paired(differences: npt.ArrayLike, heldout_share: float | None = None, confi
         confidence: Of the interval; 1 − confidence is the size of the test whose power is given.
 
     Returns:
-        The estimate. Of one seed only the mean is known; the others are NaN.
+        The estimate. Of one seed only the mean is known; the others are NaN. So are they where all differences are the
+        same and not zero, which happens to a few seeds by chance and says nothing of the spread.
 
     Raises:
         ImportError: SciPy is missing.
@@ -93,7 +94,9 @@ def paired(differences: npt.ArrayLike, heldout_share: float | None = None, confi
         return deviation * math.sqrt(1 / seeds + ratio)
 
     if deviation <= 1e-12 * abs(mean):  # all the same, but for the rounding of their mean
-        return Estimate(mean, 0.0, mean, mean, float(mean == 0), n, 0.0, None if mean == 0 else n)
+        if mean == 0:
+            return Estimate(0.0, 0.0, 0.0, 0.0, 1.0, n, 0.0)
+        return Estimate(mean, 0.0, math.nan, math.nan, math.nan, n, math.nan)
     half = float(scipy_stats.t.ppf((1 + confidence) / 2, n - 1)) * error(n)
     return Estimate(
         mean=mean,

@@ -275,7 +275,7 @@ def tokenize_prompts(
     """Returns the token ids of each prompt as generation starts from it, cut to ``max_length``; never an empty list."""
     window = slice(-max_length, None) if max_length and truncation_mode == "keep_end" else slice(max_length)
     prompts = [
-        _ids(processing_class, prompt, int(row), settings, add_generation_prompt=True)[window]
+        token_ids(processing_class, prompt, int(row), settings, add_generation_prompt=True)[window]
         for prompt, row, settings in zip(
             candidates.prompts, candidates.prompt_rows, candidates.template_kwargs, strict=True
         )
@@ -294,10 +294,10 @@ def _tokenize(
     for index, prompt in enumerate(candidates.prompts):
         row = int(candidates.prompt_rows[index])
         settings = candidates.template_kwargs[index]
-        prompt_ids = _ids(processing_class, prompt, row, settings, add_generation_prompt=True)
+        prompt_ids = token_ids(processing_class, prompt, row, settings, add_generation_prompt=True)
         lengths.append(len(prompt_ids))
         for response in candidates.responses[len(whole) : len(whole) + per_prompt[index]]:
-            ids = _ids(processing_class, _joined(prompt, response, processing_class.eos_token), row, settings)
+            ids = token_ids(processing_class, joined(prompt, response, processing_class.eos_token), row, settings)
             if not ids:
                 raise ValueError(f"Row {row}: the tokenizer gives no tokens for prompt and response.")
             whole.append(ids)
@@ -376,7 +376,7 @@ def _sequence_ids(
     return ids
 
 
-def _joined(prompt: Text, response: Text, end: str) -> Text:
+def joined(prompt: Text, response: Text, end: str) -> Text:
     """Prompt and response as one; plain text is closed by the end token, conversations by their template."""
     if isinstance(prompt, str) and isinstance(response, str):
         return prompt + response + ("" if response.endswith(end) else end)
@@ -384,7 +384,7 @@ def _joined(prompt: Text, response: Text, end: str) -> Text:
     return prompt + response
 
 
-def _ids(
+def token_ids(
     processing_class: PreTrainedTokenizerBase,
     text: Text,
     row: int,
@@ -392,6 +392,7 @@ def _ids(
     *,
     add_generation_prompt: bool = False,
 ) -> list[int]:
+    """Returns the token ids of text or of messages, which go through the chat template; errors name the row."""
     if isinstance(text, list):
         try:
             encoded = processing_class.apply_chat_template(

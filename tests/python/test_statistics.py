@@ -91,7 +91,10 @@ def test_degenerate_differences():
     assert math.isnan(one.p_value)
     same = paired([0.0, 0.0, 0.0])
     assert (same.mean, same.low, same.high, same.p_value, same.needed) == (0, 0, 0, 1, None)
-    assert paired([0.1] * 3).p_value == 0
+    equal = paired([0.1] * 3)
+    assert (equal.mean, equal.standard_error) == pytest.approx((0.1, 0))
+    assert math.isnan(equal.p_value)
+    assert math.isnan(equal.low)
     for bad in ([], [0.1, float("nan")], [[0.1]]):
         with pytest.raises(ValueError, match="differences"):
             paired(bad)

@@ -1,0 +1,238 @@
+"""The figures of a comparison, and the page that holds them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+import markupsafe
+
+import bpo
+from bpo.results import MEASURES, STAGES, interval, p_value, power
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+_INK, _SOFT, _STRONG, _PALE, _ACCENT = "#1b1f24", "#5c6670", "#1f5fa8", "#c9d6e6", "#c2410c"
+
+
+def import_matplotlib() -> Any:
+    """Imports matplotlib.
+
+    Raises:
+        ImportError: It is missing; the message says how to install it.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError("Figures need matplotlib, which is not installed: pip install 'bpo[compare]'") from error
+    return matplotlib
+
+
+def write_report(results: Mapping[str, Any], failures: Mapping[str, str], output: Path) -> Path:
+    """Writes ``report.html``, one page with its figures inside, and each figure as SVG and PNG in ``figures``.
+
+    Args:
+        results: As :func:`bpo.results.summarize` returns them.
+        failures: Runs that failed, and why.
+        output: Directory.
+
+    Returns:
+        Path of the page.
+    """
+    figures = draw_figures(results, output / "figures")
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("bpo", "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+    )
+    differences = [entry for entry in results["differences"] if entry["measure"] == "accuracy"]
+    page = environment.get_template("comparison.html").render(
+        version=bpo.__version__,
+        about=results["description"],
+        arms=results["arms"],
+        families=[
+            (title, [entry for entry in differences if entry["family"] == family])
+            for family, title in (("baseline", "Against the baseline"), ("bpo", "bpo against every other arm"))
+        ],
+        other_differences=[
+            entry
+            for entry in results["differences"]
+            if entry["measure"] != "accuracy" and entry["family"] == "baseline"
+        ],
+        measures=[name for name in MEASURES if any(name in arm["measures"] for arm in results["arms"])],
+        titles=MEASURES,
+        stages=[stage for stage in STAGES if any(stage in arm["seconds"] for arm in results["arms"])],
+        failures=failures,
+        figures={path.stem: markupsafe.Markup(_inline(path)) for path in figures},
+        interval=interval,
+        p_value=p_value,
+        power=power,
+    )
+    path = output / "report.html"
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    scratch.write_text(page, encoding="utf-8")
+    scratch.replace(path)
+    return path
+
+
+def draw_figures(results: Mapping[str, Any], directory: Path) -> list[Path]:
+    """Draws accuracy, differences, budgets (where there are several) and costs.
+
+    Args:
+        results: As :func:`bpo.results.summarize` returns them.
+        directory: Where ``NAME.svg`` and ``NAME.png`` go.
+
+    Returns:
+        Paths of the SVG files.
+    """
+    matplotlib = import_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    drawings: dict[str, Callable[..., bool]] = {
+        "accuracy": _accuracy,
+        "differences": _differences,
+        "budgets": _budgets,
+        "costs": _costs,
+    }
+    directory.mkdir(parents=True, exist_ok=True)
+    paths = []
+    # Neither a date nor random ids, so that the same results are the same file; text stays text.
+    style = {"svg.hashsalt": "bpo", "svg.fonttype": "none", "font.size": 9, "axes.edgecolor": _SOFT}
+    with matplotlib.rc_context(style):
+        for name, draw in drawings.items():
+            figure = Figure(layout="constrained")
+            FigureCanvasAgg(figure)
+            if not draw(figure, results):
+                continue
+            path = directory / f"{name}.svg"
+            figure.savefig(path, metadata={"Date": None})
+            figure.savefig(directory / f"{name}.png", dpi=150)
+            paths.append(path)
+    return paths
+
+
+def _accuracy(figure: Any, results: Mapping[str, Any]) -> bool:
+    """Accuracy of each arm, one panel a budget: mean, interval and the seeds."""
+    budgets = results["description"]["budgets"]
+    panels = [
+        (budget, [arm for arm in results["arms"] if arm["budget"] == budget and arm["measures"]]) for budget in budgets
+    ]
+    panels = [panel for panel in panels if panel[1]]
+    if not panels:
+        return False
+    rows = max(len(arms) for _, arms in panels)
+    figure.set_size_inches(1.5 + 4.2 * len(panels), 1.2 + 0.36 * rows)
+    axes = figure.subplots(1, len(panels), sharex=True, squeeze=False)[0]
+    for axis, (budget, arms) in zip(axes, panels, strict=True):
+        _rows(axis, [(arm["arm"], arm["measures"]["accuracy"]) for arm in arms])
+        axis.set_title(_pairs(budget), loc="left")
+        axis.set_xlabel("held-out accuracy, mean over seeds with 95 % interval")
+    return True
+
+
+def _differences(figure: Any, results: Mapping[str, Any]) -> bool:
+    """Paired differences of accuracy from the baseline and of bpo from the others."""
+    entries = [entry for entry in results["differences"] if entry["measure"] == "accuracy"]
+    panels = [
+        (family, budget, [entry for entry in entries if (entry["family"], entry["budget"]) == (family, budget)])
+        for family in ("baseline", "bpo")
+        for budget in results["description"]["budgets"]
+    ]
+    panels = [panel for panel in panels if panel[2]]
+    if not panels:
+        return False
+    heights = [len(panel[2]) + 1 for panel in panels]
+    figure.set_size_inches(6.5, 0.6 + 0.42 * sum(heights))
+    axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+    for axis, (family, budget, found) in zip(axes, panels, strict=True):
+        axis.axvline(0, color=_SOFT, linewidth=0.8)
+        _rows(axis, [(f"{entry['arm']} − {entry['against']}", entry) for entry in found])
+        against = "against the baseline" if family == "baseline" else "bpo against the others"
+        axis.set_title(f"{_pairs(budget)}, {against}", loc="left")
+    axes[-1].set_xlabel("difference of held-out accuracy, paired by seed, with 95 % interval")
+    return True
+
+
+def _budgets(figure: Any, results: Mapping[str, Any]) -> bool:
+    """Accuracy against budget, one line an arm."""
+    budgets = results["description"]["budgets"]
+    if len(budgets) < 2:
+        return False
+    figure.set_size_inches(6, 4)
+    axis = figure.subplots()
+    for arm in results["description"]["arms"]:
+        points = [
+            (entry["n_pairs"], entry["measures"]["accuracy"])
+            for entry in results["arms"]
+            if entry["arm"] == arm["name"] and "accuracy" in entry["measures"]
+        ]
+        if points:
+            points.sort(key=lambda point: point[0])
+            axis.errorbar(
+                [x for x, _ in points],
+                [estimate["mean"] for _, estimate in points],
+                yerr=[estimate["standard_error"] or 0.0 for _, estimate in points],
+                label=arm["name"],
+                capsize=2,
+                marker="o",
+                markersize=3,
+            )
+    axis.set_xlabel("pairs trained on")
+    axis.set_ylabel("held-out accuracy ± standard error")
+    axis.legend(frameon=False)
+    return True
+
+
+def _costs(figure: Any, results: Mapping[str, Any]) -> bool:
+    """Seconds of each stage of one run, and of what is computed once."""
+    arms = [arm for arm in results["arms"] if arm["seconds"]]
+    if not arms:
+        return False
+    once = results["description"]["seconds"]
+    labels = [f"{arm['arm']}, {arm['budget']}" for arm in arms] + [f"once: {stage}" for stage in once]
+    figure.set_size_inches(6.5, 1.1 + 0.3 * len(labels))
+    axis = figure.subplots()
+    left = [0.0] * len(arms)
+    for stage, colour in zip(STAGES, (_ACCENT, _STRONG, _PALE, _SOFT), strict=True):
+        widths = [arm["seconds"].get(stage, 0.0) for arm in arms]
+        if not any(widths):
+            continue
+        axis.barh(range(len(arms)), widths, left=left, color=colour, label=stage, height=0.6)
+        left = [a + b for a, b in zip(left, widths, strict=True)]
+    axis.barh(range(len(arms), len(labels)), list(once.values()), color=_INK, height=0.6)
+    axis.set_yticks(range(len(labels)), labels)
+    axis.invert_yaxis()
+    axis.set_xlabel("seconds of a run")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False)
+    return True
+
+
+def _rows(axis: Any, entries: list[tuple[str, Mapping[str, Any]]]) -> None:
+    """One row an entry: the seeds as dots, the mean and its interval."""
+    for row, (_, estimate) in enumerate(entries):
+        values = estimate["values"]
+        axis.scatter(values, [row + 0.22] * len(values), s=9, color=_SOFT, linewidth=0, alpha=0.7, zorder=2)
+        if estimate["low"] is not None:
+            axis.plot([estimate["low"], estimate["high"]], [row, row], color=_STRONG, linewidth=2, zorder=3)
+        axis.scatter([estimate["mean"]], [row], s=34, color=_STRONG, zorder=4)
+    axis.set_yticks(range(len(entries)), [label for label, _ in entries])
+    axis.set_ylim(len(entries) - 0.4, -0.6)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(axis="x", color="#eceff2", zorder=0)
+    axis.set_axisbelow(True)
+
+
+def _pairs(budget: float) -> str:
+    return f"{budget} pairs" if isinstance(budget, int) else f"{100 * budget:g} % of the pairs"
+
+
+def _inline(path: Path) -> str:
+    """An SVG file without its XML prologue."""
+    text = path.read_text(encoding="utf-8")
+    return text[text.index("<svg") :]

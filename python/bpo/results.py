@@ -1,0 +1,205 @@
+"""The runs of a comparison to means, paired differences and costs, and these to a table."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from bpo.statistics import clustered_bootstrap, holm, paired
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+MEASURES = {
+    "accuracy": "held-out accuracy",
+    "length_controlled_accuracy": "length-controlled accuracy",
+    "margin": "reward margin",
+    "likelihood_accuracy": "likelihood accuracy",
+    "win_rate": "win rate",
+    "length_controlled_win_rate": "length-controlled win rate",
+}
+"""What is measured, and what a report calls it."""
+STAGES = ("selection", "training", "evaluation", "sampling")
+
+
+def summarize(
+    runs: Sequence[Mapping[str, Any]], untrained: Sequence[Mapping[str, Any]], description: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Brings the runs of a comparison together.
+
+    Args:
+        runs: Finished runs.
+        untrained: What the starting policy measures, one a seed.
+        description: What the comparison is of: data, arms, baseline, costs.
+
+    Returns:
+        Plain values, as JSON has them: ``description``; ``arms``, one entry for each arm and budget with the mean over
+        seeds of each measure (:class:`bpo.statistics.Estimate`), the values of each seed, and mean seconds; and
+        ``differences``, one entry for each budget, measure and two arms, over the seeds that both have. Those of a
+        ``family``, all arms against the baseline or bpo against all others, are adjusted together by Holm's method.
+    """
+    share = description["heldout_share"]
+    groups: dict[tuple[str, Any], list[Mapping[str, Any]]] = defaultdict(list)
+    for run in runs:
+        groups[run["arm"], run["budget"]].append(run)
+    budgets = description["budgets"]
+    names = [arm["name"] for arm in description["arms"]]
+    arms = [_arm("untrained", 0, untrained, share)]
+    arms += [_arm(name, budget, groups[name, budget], share) for budget in budgets for name in names]
+    arms = [arm for arm in arms if arm["seeds"]]
+    ours = next((arm["name"] for arm in description["arms"] if arm["strategy"] == "bpo"), None)
+    differences = []
+    for budget in budgets:
+        here = {name: {run["seed"]: run for run in groups[name, budget]} for name in names}
+        baseline = description["baseline"]
+        families = {"baseline": [(name, baseline) for name in names if name != baseline]}
+        if ours is not None:
+            families["bpo"] = [(ours, name) for name in names if name != ours]
+        for family, sides in families.items():
+            for measure in MEASURES:
+                found = [_difference(here[left], here[right], measure, description) for left, right in sides]
+                adjusted = holm([math.nan if entry is None else entry["p_value"] for entry in found])
+                for (left, right), entry, p_value in zip(sides, found, adjusted, strict=True):
+                    if entry is not None:
+                        place = {"budget": budget, "family": family, "measure": measure, "arm": left, "against": right}
+                        differences.append({**place, **entry, "p_value_holm": p_value})
+    results: dict[str, Any] = _plain(
+        {"description": dict(description), "n_runs": len(runs), "arms": arms, "differences": differences}
+    )
+    return results
+
+
+def _arm(name: str, budget: Any, runs: Sequence[Mapping[str, Any]], share: float | None) -> dict[str, Any]:
+    runs = sorted(runs, key=lambda run: run["seed"])
+    values = {
+        measure: [run["measures"][measure] for run in runs]
+        for measure in MEASURES
+        if runs and all(_is_number(run["measures"].get(measure)) for run in runs)
+    }
+    trained = [run for run in runs if "seconds" in run]
+    return {
+        "arm": name,
+        "budget": budget,
+        "seeds": [run["seed"] for run in runs],
+        "measures": {
+            measure: {**dataclasses.asdict(paired(each, share)), "values": each} for measure, each in values.items()
+        },
+        "n_pairs": float(np.mean([run["n_pairs"] for run in trained])) if trained else 0.0,
+        "n_prompts": float(np.mean([run["n_prompts"] for run in trained])) if trained else 0.0,
+        "seconds": {
+            stage: float(np.mean([run["seconds"][stage] for run in trained]))
+            for stage in STAGES
+            if trained and all(stage in run["seconds"] for run in trained)
+        },
+        "same_as": {str(run["seed"]): run["same_as"] for run in trained if run["same_as"]},
+        "warnings": sorted({warning for run in trained for warning in run["warnings"]}),
+    }
+
+
+def _difference(
+    left: Mapping[int, Mapping[str, Any]],
+    right: Mapping[int, Mapping[str, Any]],
+    measure: str,
+    description: Mapping[str, Any],
+) -> dict[str, Any] | None:
+    """Left minus right over the seeds of both; None where there is none, or no such measure."""
+    seeds = [
+        seed
+        for seed in sorted(left.keys() & right.keys())
+        if all(_is_number(side[seed]["measures"].get(measure)) for side in (left, right))
+    ]
+    if not seeds:
+        return None
+    values = [left[seed]["measures"][measure] - right[seed]["measures"][measure] for seed in seeds]
+    share = description["heldout_share"]
+    entry = {**dataclasses.asdict(paired(values, share)), "seeds": seeds, "values": values, "bootstrap": None}
+    prompts = description["heldout_prompt_of_pair"]
+    if prompts is not None and measure == "accuracy":
+        # The same held-out pairs for every seed: how much the result hangs on which prompts they are of.
+        correct = [np.subtract(left[seed]["correct"], right[seed]["correct"]) for seed in seeds]
+        entry["bootstrap"] = clustered_bootstrap(np.mean(correct, axis=0), prompts)
+    return entry
+
+
+def _is_number(value: Any) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN."""
+    if isinstance(value, dict):
+        return {str(name): _plain(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def table(results: Mapping[str, Any]) -> str:
+    """Returns the results as lines of text: means with intervals, differences of accuracy, and costs."""
+    about = results["description"]
+    lines = [
+        f"{about['n_train_prompts']} training prompts ({about['n_train_pairs']} pairs), {about['n_heldout_prompts']} "
+        f"held out ({about['n_heldout_pairs']} pairs), seeds {', '.join(map(str, about['seeds']))}",
+        "",
+        f"{'arm':<20} {'pairs':>6} {'seeds':>5}  {'accuracy (95 % CI)':<22} {'length-c.':>9} {'margin':>8} "
+        f"{'select s':>8} {'train s':>8}",
+    ]
+    for arm in results["arms"]:
+        measures = arm["measures"]
+        lines.append(
+            f"{arm['arm']:<20} {arm['n_pairs']:>6.0f} {len(arm['seeds']):>5}  {interval(measures['accuracy']):<22} "
+            f"{_mean(measures, 'length_controlled_accuracy', '.3f'):>9} {_mean(measures, 'margin', '+.3f'):>8} "
+            f"{_second(arm, 'selection'):>8} {_second(arm, 'training'):>8}"
+        )
+    for family, title in (("baseline", "against the baseline"), ("bpo", "bpo against the others")):
+        entries = [
+            entry for entry in results["differences"] if entry["family"] == family and entry["measure"] == "accuracy"
+        ]
+        if entries:
+            lines += ["", f"Difference of accuracy, {title} (p adjusted by Holm's method)"]
+        for entry in entries:
+            lines.append(
+                f"{entry['budget']!s:>6} pairs  {entry['arm']} − {entry['against']}: {interval(entry, '+.3f')}  "
+                f"{p_value(entry['p_value_holm'])}; {power(entry)}"
+            )
+    once = "; ".join(f"{stage} {seconds:.0f} s" for stage, seconds in about["seconds"].items())
+    return "\n".join([*lines, "", f"Once for all arms: {once}"])
+
+
+def interval(estimate: Mapping[str, Any], kind: str = ".3f") -> str:
+    """Returns a mean and its interval as text."""
+    mean = format(estimate["mean"], kind)
+    if estimate["low"] is None:
+        return f"{mean} (spread unknown)"
+    return f"{mean} ({format(estimate['low'], kind)} to {format(estimate['high'], kind)})"
+
+
+def p_value(value: float | None) -> str:
+    """Returns a p-value as text."""
+    if value is None:
+        return "p unknown"
+    return "p < 0.001" if value < 0.001 else f"p = {value:.3f}"
+
+
+def power(estimate: Mapping[str, Any]) -> str:
+    """Says how large a difference could have been found, and what the observed one would take."""
+    if estimate["detectable"] is None:
+        return "too few seeds to tell chance"
+    said = f"{estimate['detectable']:.3f} would be found with 80 % power"
+    if estimate["needed"] is None:
+        return f"{said}, a difference as observed with no number of seeds on this data"
+    return f"{said}, a difference as observed with {estimate['needed']} seeds"
+
+
+def _mean(measures: Mapping[str, Any], name: str, kind: str) -> str:
+    return format(measures[name]["mean"], kind) if name in measures else "–"
+
+
+def _second(arm: Mapping[str, Any], stage: str) -> str:
+    return f"{arm['seconds'][stage]:.1f}" if stage in arm["seconds"] else "–"
