@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from bpo.breadth import compress_breadth as compress_breadth
     from bpo.breadth import embed_prompts as embed_prompts
     from bpo.capture import UnsupportedModelError as UnsupportedModelError
+    from bpo.client import ChatError as ChatError
+    from bpo.client import ChatServer as ChatServer
     from bpo.clustering import PairClusters as PairClusters
     from bpo.clustering import cluster_pairs as cluster_pairs
     from bpo.config import SelectConfig as SelectConfig
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from bpo.evaluate import PreferenceEvaluation as PreferenceEvaluation
     from bpo.evaluate import evaluate_preferences as evaluate_preferences
     from bpo.gradients import collect_gradients as collect_gradients
+    from bpo.judge import Judge as Judge
     from bpo.losses import pair_coefficients as pair_coefficients
     from bpo.maintenance import describe_store as describe_store
     from bpo.maintenance import export_store as export_store
@@ -33,6 +36,12 @@ if TYPE_CHECKING:
     from bpo.maintenance import repair_store as repair_store
     from bpo.maintenance import verify_store as verify_store
     from bpo.pipeline import select as select
+    from bpo.responses import ResponseSummary as ResponseSummary
+    from bpo.responses import describe_responses as describe_responses
+    from bpo.reward import RewardModel as RewardModel
+    from bpo.sampling import sample_responses as sample_responses
+    from bpo.scoring import Scorer as Scorer
+    from bpo.scoring import score_responses as score_responses
     from bpo.selection import Selection as Selection
     from bpo.selection import SelectionError as SelectionError
     from bpo.store import GradientStore as GradientStore
@@ -47,6 +56,8 @@ _LAZY = {
     "compress_breadth": "bpo.breadth",
     "embed_prompts": "bpo.breadth",
     "UnsupportedModelError": "bpo.capture",
+    "ChatError": "bpo.client",
+    "ChatServer": "bpo.client",
     "PairClusters": "bpo.clustering",
     "cluster_pairs": "bpo.clustering",
     "SelectConfig": "bpo.config",
@@ -57,6 +68,7 @@ _LAZY = {
     "PreferenceEvaluation": "bpo.evaluate",
     "evaluate_preferences": "bpo.evaluate",
     "collect_gradients": "bpo.gradients",
+    "Judge": "bpo.judge",
     "pair_coefficients": "bpo.losses",
     "describe_store": "bpo.maintenance",
     "export_store": "bpo.maintenance",
@@ -64,6 +76,12 @@ _LAZY = {
     "repair_store": "bpo.maintenance",
     "verify_store": "bpo.maintenance",
     "select": "bpo.pipeline",
+    "ResponseSummary": "bpo.responses",
+    "describe_responses": "bpo.responses",
+    "RewardModel": "bpo.reward",
+    "sample_responses": "bpo.sampling",
+    "Scorer": "bpo.scoring",
+    "score_responses": "bpo.scoring",
     "Selection": "bpo.selection",
     "SelectionError": "bpo.selection",
     "GradientStore": "bpo.store",

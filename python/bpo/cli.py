@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -32,6 +34,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     reselect.add_argument("store", type=Path, help="directory of the gradient store")
     _add_selection(reselect)
     reselect.set_defaults(run=_select, model=None)
+
+    sample = commands.add_parser("sample", help="sample several responses to each prompt, from a model or a server")
+    _add_sampling(sample)
+    sample.set_defaults(run=_sample)
+
+    score = commands.add_parser("score", help="score responses with a reward model, a judge or a function")
+    _add_scoring(score)
+    score.set_defaults(run=_score)
 
     doctor = commands.add_parser("doctor", help="before a run: what is differentiated, is it sound, what will it cost")
     doctor.add_argument("model", help="path or hub id of the policy")
@@ -68,11 +78,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.showwarning = _print_warning
             return int(options.run(options) or 0)
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
         print(f"bpo: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("bpo: interrupted; what the store holds is kept, the same command goes on from there", file=sys.stderr)
+        print("bpo: interrupted; what was finished is kept, the same command goes on from there", file=sys.stderr)
         return 130
 
 
@@ -108,6 +118,135 @@ def _select(options: argparse.Namespace) -> None:
     print(selection.summary())
     print(f"\ndataset  {options.output / 'dataset'}  (trl dpo --dataset_name {options.output / 'dataset'} …)")
     print(f"report   {report}")
+
+
+def _add_sampling(command: argparse.ArgumentParser) -> None:
+    command.add_argument("source", metavar="model_or_url", help="path or hub id of the policy, or address of a server")
+    command.add_argument("dataset", help="file, directory or hub id of prompts, or of preference data")
+    command.add_argument("--output", type=Path, required=True, help="a .jsonl file; an interrupted run goes on in it")
+    command.add_argument("--n-responses", type=int, default=4, help="responses to each prompt (default: 4)")
+    command.add_argument("--temperature", type=float, default=1.0, help="(default: 1.0)")
+    command.add_argument("--top-p", type=float, default=0.95, help="(default: 0.95)")
+    command.add_argument("--max-new-tokens", type=int, default=512, help="most tokens of a response (default: 512)")
+    command.add_argument(
+        "--keep",
+        action="append",
+        default=[],
+        choices=["truncated", "refusal"],
+        help="keep responses cut at --max-new-tokens, or refusals to answer; repeatable",
+    )
+    command.add_argument("--keep-existing", action="store_true", help="keep the responses of the data beside new ones")
+    command.add_argument("--batch-size", type=int, default=32, help="responses generated at once (default: 32)")
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument(
+        "--set", action="append", default=[], metavar="FIELD=VALUE", help="dtype, device or trust_remote_code"
+    )
+    command.add_argument("--model", dest="model_name", metavar="NAME", help="with a server: the model's name there")
+    _add_server(command)
+
+
+def _add_scoring(command: argparse.ArgumentParser) -> None:
+    command.add_argument("dataset", help="what bpo sample wrote, or a file, directory or hub id with responses")
+    scorer = command.add_mutually_exclusive_group(required=True)
+    scorer.add_argument("--reward-model", metavar="PATH", help="path or hub id of a sequence classifier with one logit")
+    scorer.add_argument("--judge", metavar="URL", help="address of a server whose model (--model) judges")
+    scorer.add_argument("--function", metavar="MODULE:NAME", help="a function of (prompt, response)")
+    command.add_argument("--output", type=Path, required=True, help="a .jsonl file; an interrupted run goes on in it")
+    command.add_argument("--overwrite", action="store_true", help="replace scores that the data has")
+    command.add_argument(
+        "--set", action="append", default=[], metavar="FIELD=VALUE", help="tokens_per_batch, dtype, device, …"
+    )
+    command.add_argument("--model", dest="model_name", metavar="NAME", help="with --judge: the model's name there")
+    command.add_argument("--mode", choices=["rating", "pairwise"], default="rating", help="how the judge scores")
+    command.add_argument("--criteria", help="what the judge goes by, in words")
+    command.add_argument("--baseline", type=int, help="pairwise: compare each response with the one at this position")
+    command.add_argument("--max-tokens", type=int, default=512, help="most tokens of the judge's reply (default: 512)")
+    _add_server(command)
+
+
+def _add_server(command: argparse.ArgumentParser) -> None:
+    """The arguments that say how to talk to a server."""
+    server = command.add_argument_group("server")
+    server.add_argument("--api-key-env", metavar="VARIABLE", help="environment variable that holds the key")
+    server.add_argument("--concurrency", type=int, default=8, help="requests at a time (default: 8)")
+    server.add_argument("--requests-per-minute", type=float)
+    server.add_argument("--timeout", type=float, default=120.0, help="seconds for one request (default: 120)")
+    server.add_argument("--max-retries", type=int, default=6, help="attempts after the first (default: 6)")
+    server.add_argument("--cache", type=Path, help="a .jsonl file of replies, which are not asked for twice")
+    server.add_argument("--extra-body", type=json.loads, metavar="JSON", help="more fields of every request")
+
+
+def _server(url: str, options: argparse.Namespace) -> bpo.ChatServer:
+    if not options.model_name:
+        raise ValueError(f"--model is needed: the name of the model at {url}.")
+    key = None
+    if options.api_key_env:
+        key = os.environ.get(options.api_key_env)
+        if not key:
+            raise ValueError(f"--api-key-env: there is no environment variable {options.api_key_env}.")
+    return bpo.ChatServer(
+        url,
+        options.model_name,
+        key,
+        concurrency=options.concurrency,
+        requests_per_minute=options.requests_per_minute,
+        timeout=options.timeout,
+        max_retries=options.max_retries,
+        cache=options.cache,
+        extra_body=options.extra_body,
+    )
+
+
+def _sample(options: argparse.Namespace) -> None:
+    model = options.source
+    if model.startswith(("http://", "https://")):
+        model = _server(model, options)
+    dataset = bpo.sample_responses(
+        model,
+        options.dataset,
+        options.n_responses,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        max_new_tokens=options.max_new_tokens,
+        keep=options.keep,
+        keep_existing=options.keep_existing,
+        output=options.output,
+        batch_size=options.batch_size,
+        seed=options.seed,
+        config=dict(map(_field, options.set)),
+    )
+    print(bpo.describe_responses(dataset))
+    print(f"\nresponses  {options.output}  (bpo score {options.output} …)")
+
+
+def _score(options: argparse.Namespace) -> None:
+    scorer: Any
+    if options.reward_model:
+        scorer = bpo.RewardModel(options.reward_model, config=dict(map(_field, options.set)))
+    elif options.judge:
+        criteria = {} if options.criteria is None else {"criteria": options.criteria}
+        server = _server(options.judge, options)
+        scorer = bpo.Judge(server, options.mode, baseline=options.baseline, max_tokens=options.max_tokens, **criteria)
+    else:
+        scorer = _function(options.function)
+    dataset = bpo.score_responses(options.dataset, scorer, output=options.output, overwrite=options.overwrite)
+    print(bpo.describe_responses(dataset))
+    if options.judge:
+        print("judge: " + ", ".join(f"{count} {name}" for name, count in scorer.counts.items()))
+    print(f"\nscores  {options.output}  (bpo select MODEL {options.output} …)")
+
+
+def _function(name: str) -> Any:
+    module, separator, attribute = name.partition(":")
+    if not separator:
+        raise ValueError(f"--function {name}: write MODULE:NAME")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except AttributeError:
+        raise ValueError(f"--function {name}: the module {module} has no {attribute}.") from None
+    finally:
+        sys.path.pop(0)
 
 
 def _doctor(options: argparse.Namespace) -> None:

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -99,6 +100,18 @@ def model_path(model, tokenizer, tmp_path_factory):
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return str(path)
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """The path of the demo's SmolLM2-135M-Instruct."""
+    demo = Path(__file__).resolve().parents[2] / "demo"
+    sys.path.insert(0, str(demo))
+    try:
+        import models
+    finally:
+        sys.path.remove(str(demo))
+    return str(models.policy(demo / "output" / "models"))
 
 
 def hooked(model, features, tokenized, rows, pad_id=0):

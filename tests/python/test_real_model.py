@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 import warnings
 from pathlib import Path
 
@@ -17,14 +16,9 @@ DEMO = Path(__file__).resolve().parents[2] / "demo"
 
 
 @pytest.fixture(scope="module")
-def policy():
-    sys.path.insert(0, str(DEMO))
-    try:
-        import models
-    finally:
-        sys.path.remove(str(DEMO))
+def policy(smollm2):
     torch.set_num_threads(os.cpu_count())
-    yield str(models.policy(DEMO / "output" / "models"))
+    yield smollm2
     torch.set_num_threads(1)
 
 

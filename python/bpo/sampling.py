@@ -1,0 +1,511 @@
+"""Sampling responses from the policy or from a server: step 2 of the method."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import hashlib
+import numbers
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from bpo.client import ChatError, ChatServer
+from bpo.config import SelectConfig
+from bpo.data import Skipped, Text, content_id, report_skipped, warn
+from bpo.refusals import is_refusal
+from bpo.responses import PromptResponses, lay_out, need_messages, read_responses, to_dataset
+from bpo.rowfile import RowFile
+
+if TYPE_CHECKING:
+    import os
+
+    import datasets
+    import numpy.typing as npt
+    import torch
+
+Kept = Literal["truncated", "refusal"]
+_REASONS = ("empty", "truncated", "refusal", "duplicate", "failed")
+
+Sampled = tuple[str, bool, bool]
+"""A response: its text, whether it was cut at the token limit, whether a server marks it as a refusal."""
+
+
+def sample_responses(
+    model: Any,
+    prompts: Any,
+    n_responses: int = 4,
+    *,
+    temperature: float = 1.0,
+    top_p: float = 0.95,
+    max_new_tokens: int = 512,
+    keep: Collection[Kept] = (),
+    keep_existing: bool = False,
+    output: str | os.PathLike[str] | None = None,
+    processing_class: Any = None,
+    batch_size: int = 32,
+    seed: int = 0,
+    config: SelectConfig | Mapping[str, Any] | None = None,
+    progress: bool = True,
+) -> datasets.Dataset:
+    """Samples several responses to each prompt.
+
+    Sampling from the policy is the paper's (arXiv 2411.10914); ours are m = 4, temperature 1.0, top-p 0.95 (Holtzman et
+    al., arXiv 1904.09751), and that what no pair should be made of is dropped: responses that are empty, cut at
+    ``max_new_tokens`` (trained on, they would teach to stop there), refusals to answer
+    (:data:`bpo.refusals.REFUSAL_PATTERNS`), and those that the prompt has already. Nothing is drawn in their place.
+
+    Response i to a prompt is drawn with random numbers of its own, which follow from (``seed``, prompt, i). So it
+    depends neither on the other prompts nor on their order, ``n_responses`` or where a run was interrupted, and the
+    random state of PyTorch is left alone. What remains is arithmetic: another ``batch_size`` pads prompts otherwise,
+    which moves the logits by rounding. In float32 that is rarely enough to change a token (SmolLM2-135M on a CPU: none
+    of 63 responses of up to 48 tokens in batches of 4, 16 and 64); in bfloat16 most responses part at some token (6
+    and 22 of the 63 were those of batches of 16). With the same ``batch_size``, an interrupted run that goes on gives
+    the same bytes. Servers get a seed for each response; what they make of it is theirs.
+
+    Args:
+        model: Path, hub id, ``PreTrainedModel`` or ``PeftModel``, which is left as it was found, in training or not; or
+            a :class:`bpo.ChatServer`. The distribution is the model's own: of its generation settings only the end
+            tokens are used, no penalties and no top-k.
+        prompts: A list of prompts, text or messages; a data set with a ``prompt`` column; or any format of
+            :func:`bpo.select`. Equal prompts are sampled once. Text is continued by a model. A server takes chats, so
+            there it is asked as the user's turn, and the result has messages for prompts.
+        n_responses: Responses to each prompt (m).
+        temperature: Divides the logits; above 0.
+        top_p: Smallest probability mass that is sampled from, above 0 and at most 1, which is everything.
+        max_new_tokens: Most tokens of a response.
+        keep: What is kept, and not counted as dropped: ``"truncated"``, ``"refusal"``.
+        keep_existing: Whether responses of the data, with their scores, stay in front of the new ones.
+        output: A .jsonl file to which each prompt goes as soon as it is finished. The same call goes on from there; one
+            with other settings, which stand in a manifest beside it, is refused.
+        processing_class: The tokenizer; by default the one saved with the model.
+        batch_size: Responses generated at once, rounded to whole prompts; halved where memory does not suffice. Not
+            used with a server, which has a ``concurrency``.
+        seed: Of everything that is random.
+        config: Uses ``dtype``, ``device`` and ``trust_remote_code``: how a model given by path is loaded.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        Rows of ``prompt``, ``responses`` (text; messages where the data has such) and ``dropped`` (counts by reason),
+        ``scores`` with ``keep_existing``, and the other columns of the data. :func:`bpo.describe_responses` adds up the
+        counts; :func:`bpo.score_responses` comes next.
+
+    Raises:
+        ValueError: A setting out of range, unusable data, other settings than those of ``output``, or not one response.
+        FileNotFoundError, OSError: A model that cannot be loaded, a server that cannot be reached.
+
+    Example:
+        >>> import bpo
+        >>> bpo.sample_responses("my-sft-model", ["What is 2+2?"], temperature=0)
+        Traceback (most recent call last):
+        ...
+        ValueError: temperature must be above 0, got 0
+    """
+    _check(n_responses, temperature, top_p, max_new_tokens, batch_size, seed, keep)
+    config = SelectConfig.of(config)
+    rows = read_responses(prompts, prompts_only=not keep_existing)
+    settings: dict[str, Any] = {
+        "n_responses": int(n_responses),
+        "temperature": float(temperature),
+        "top_p": float(top_p),
+        "max_new_tokens": int(max_new_tokens),
+        "keep": sorted(keep),
+        "keep_existing": keep_existing,
+        "seed": int(seed),
+    }
+    source: _ServerSource | _ModelSource
+    if isinstance(model, ChatServer):
+        rows = [_as_chat(row) for row in rows]
+        source = _ServerSource(model, settings)
+    else:
+        source = _ModelSource(model, processing_class, config, settings, batch_size)
+        rows = source.fitting(rows)
+    if output is not None:
+        settings = {"model": source.describe(), **settings}
+    ids = [_row_id(row) for row in rows]
+    file = RowFile(output, "responses", settings, ids)
+    # What a server failed at is tried again.
+    todo = [
+        index for index, row_id in enumerate(ids) if row_id not in file.rows or file.rows[row_id]["dropped"]["failed"]
+    ]
+    as_messages = need_messages(rows)
+    bar = tqdm(total=len(rows) * n_responses, desc="Sampling", unit="response", disable=not progress)
+    with bar:
+        bar.update((len(rows) - len(todo)) * n_responses)
+        for index, sampled in source.sample(rows, todo, bar.update):
+            row = rows[index]
+            responses, dropped = _sift(row, sampled, keep)
+            scores = {"scores": row.scores + [None] * (len(responses) - len(row.scores))} if keep_existing else {}
+            file.add(ids[index], lay_out(row, responses, as_messages=as_messages, **scores, dropped=dropped))
+    finished = file.finish()
+    _report(finished, source.failures, max_new_tokens)
+    return to_dataset(finished)
+
+
+def _check(
+    n_responses: int,
+    temperature: float,
+    top_p: float,
+    max_new_tokens: int,
+    batch_size: int,
+    seed: int,
+    keep: Collection[str],
+) -> None:
+    for name, count in (("n_responses", n_responses), ("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+        if isinstance(count, bool) or not isinstance(count, numbers.Integral) or count < 1:
+            raise ValueError(f"{name} must be a whole number of at least 1, got {count!r}")
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature must be above 0, got {temperature!r}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be above 0 and at most 1, got {top_p!r}")
+    if isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
+        raise ValueError(f"seed must be a whole number, got {seed!r}")
+    if isinstance(keep, str) or not set(keep) <= set(get_args(Kept)):
+        raise ValueError(f"keep must be a list of {list(get_args(Kept))}, got {keep!r}")
+
+
+def _row_id(row: PromptResponses) -> str:
+    """A hash of what the row is made from, existing responses and scores included."""
+    existing: Any = [row.responses, row.scores]
+    return content_id(row.key.hex(), *([existing] if row.responses else [])).hex()
+
+
+def _as_chat(row: PromptResponses) -> PromptResponses:
+    if isinstance(row.prompt, str):
+        row.prompt = [{"role": "user", "content": row.prompt}]
+    return row
+
+
+def _sift(
+    row: PromptResponses, sampled: Sequence[Sampled | ChatError], keep: Collection[str]
+) -> tuple[list[Text], dict[str, int]]:
+    """Returns the responses of a prompt, the existing ones first, and how many were dropped for which reason."""
+    responses: list[Text] = list(row.responses)
+    seen = {response.strip() if isinstance(response, str) else None for response in responses}
+    dropped = dict.fromkeys(_REASONS, 0)
+    for item in sampled:
+        if isinstance(item, ChatError):
+            dropped["failed"] += 1
+            continue
+        text, truncated, refused = item
+        if not text.strip():
+            dropped["empty"] += 1
+        elif truncated and "truncated" not in keep:
+            dropped["truncated"] += 1
+        elif (refused or is_refusal(text)) and "refusal" not in keep:
+            dropped["refusal"] += 1
+        elif text.strip() in seen:
+            dropped["duplicate"] += 1
+        else:
+            seen.add(text.strip())
+            responses.append(text)
+    return responses, dropped
+
+
+def _report(rows: Sequence[dict[str, Any]], failures: Sequence[str], max_new_tokens: int) -> None:
+    """Warns where prompts cannot form pairs, and of requests that failed."""
+    dropped = {reason: sum(row["dropped"][reason] for row in rows) for reason in _REASONS}
+    said = ", ".join(f"{count} {reason}" for reason, count in dropped.items() if count) or "nothing"
+    hint = (
+        f" Those that were cut at {max_new_tokens} tokens can be had with a larger max_new_tokens or "
+        "keep=['truncated']."
+        if dropped["truncated"]
+        else ""
+    )
+    if failures:
+        said += f"; the first failure: {failures[0]}"
+    if not any(row["responses"] for row in rows):
+        raise ValueError(f"Not one response is left of all that were sampled; dropped: {said}.{hint}")
+    single = sum(len(row["responses"]) < 2 for row in rows if len(row["responses"]) + sum(row["dropped"].values()) > 1)
+    if single:
+        warn(f"{single} of {len(rows)} prompts have fewer than two responses, so no pair; dropped: {said}.{hint}")
+    elif failures:
+        warn(f"{dropped['failed']} requests failed, and are tried again by the same call; dropped: {said}.{hint}")
+
+
+def random_stream(seed: int, prompt: bytes, response: int, length: int) -> npt.NDArray[np.float64]:
+    """Returns the random numbers of one response: ``length`` uniforms in [0, 1), of which more begin with the same."""
+    key = hashlib.sha256(f"{seed} {response} ".encode() + prompt).digest()
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(key[:16], "little"))).random(length)
+
+
+class _ServerSource:
+    """Responses of a server: one request each, since some servers ignore ``n``."""
+
+    def __init__(self, server: ChatServer, settings: Mapping[str, Any]) -> None:
+        self.server = server
+        self.settings = settings
+        self.failures: list[str] = []
+
+    def describe(self) -> dict[str, Any]:
+        return self.server.describe()
+
+    def sample(
+        self, rows: Sequence[PromptResponses], todo: Sequence[int], on_response: Callable[[int], Any]
+    ) -> Iterator[tuple[int, list[Sampled | ChatError]]]:
+        count = self.settings["n_responses"]
+        sampled: dict[int, dict[int, Sampled | ChatError]] = {index: {} for index in todo}
+        requests = (self._request(rows[index], response) for index in todo for response in range(count))
+        for place, reply in self.server.map(requests):
+            index, response = todo[place // count], place % count
+            on_response(1)
+            if isinstance(reply, ChatError):
+                self.failures.append(f"row {rows[index].row}: {reply}")
+                sampled[index][response] = reply
+            else:
+                text = reply.text.strip()
+                sampled[index][response] = (text, reply.finish_reason == "length", reply.refused)
+            if len(sampled[index]) == count:
+                done = sampled.pop(index)
+                yield index, [done[response] for response in range(count)]
+
+    def _request(self, row: PromptResponses, response: int) -> dict[str, Any]:
+        # A seed that every server takes: 31 bits.
+        seed = int(random_stream(self.settings["seed"], row.key, response, 1)[0] * 2**31)
+        kwargs = dict(row.template_kwargs)
+        tools = {"tools": kwargs.pop("tools")} if "tools" in kwargs else {}
+        return {
+            "messages": row.prompt,
+            "temperature": self.settings["temperature"],
+            "top_p": self.settings["top_p"],
+            "max_tokens": self.settings["max_new_tokens"],
+            "seed": seed,
+            **tools,
+            **({"chat_template_kwargs": kwargs} if kwargs else {}),
+        }
+
+
+class _ModelSource:
+    """Responses of a model in this process."""
+
+    def __init__(
+        self, model: Any, processing_class: Any, config: SelectConfig, settings: Mapping[str, Any], batch_size: int
+    ) -> None:
+        from bpo.models import load_policy, load_tokenizer, window
+
+        self.tokenizer = load_tokenizer(model, processing_class, config)
+        self.model = load_policy(model, config)
+        self.settings = settings
+        # Prompts in a batch, and how many of them memory suffices for.
+        self.size = self.at_once = max(1, batch_size // settings["n_responses"])
+        self.window = window(self.model, SelectConfig(max_length=None))
+        self.prompt_ids: list[list[int]] = []
+        self.failures: list[str] = []
+
+    def describe(self) -> dict[str, str]:
+        from bpo.models import model_fingerprint, tokenizer_fingerprint
+
+        return {"weights": model_fingerprint(self.model), "tokenizer": tokenizer_fingerprint(self.tokenizer)}
+
+    def fitting(self, rows: Sequence[PromptResponses]) -> list[PromptResponses]:
+        """Tokenizes the prompts; sets those aside that leave no room for a response."""
+        from bpo.tokens import padding_id, token_ids
+
+        skipped = Skipped()
+        fitting = []
+        room = None if self.window is None else self.window - self.settings["max_new_tokens"]
+        for row in rows:
+            ids = token_ids(self.tokenizer, row.prompt, row.row, row.template_kwargs, add_generation_prompt=True)
+            if room is not None and len(ids) > room:
+                reason = f"prompt that leaves no {self.settings['max_new_tokens']} tokens of {self.window} to respond"
+                skipped.add(reason, f"row {row.row}")
+                continue
+            fitting.append(row)
+            self.prompt_ids.append(ids or [padding_id(self.tokenizer)])
+        report_skipped(skipped, "skip")
+        if not fitting:
+            raise ValueError(f"No prompt can be responded to; lower max_new_tokens.\n{skipped.describe()}")
+        return fitting
+
+    def sample(
+        self, rows: Sequence[PromptResponses], todo: Sequence[int], on_response: Callable[[int], Any]
+    ) -> Iterator[tuple[int, list[Sampled]]]:
+        from bpo.models import inference_state
+
+        wanted = set(todo)
+        # Longest first: memory peaks in the first batch. Batches do not depend on what is there already, so that an
+        # interrupted run goes on with the same arithmetic.
+        order = sorted(range(len(rows)), key=lambda index: -len(self.prompt_ids[index]))
+        for start in range(0, len(order), self.size):
+            batch = order[start : start + self.size]
+            if wanted.isdisjoint(batch):
+                continue
+            with inference_state(self.model), _own_distribution(self.model):
+                # Not yielded in here: between batches the model is as it was.
+                texts = self._in_memory(rows, batch)
+            for index, sampled in zip(batch, texts, strict=True):
+                if index in wanted:
+                    on_response(len(sampled))
+                    yield index, sampled
+
+    def _in_memory(self, rows: Sequence[PromptResponses], batch: Sequence[int]) -> list[list[Sampled]]:
+        """Generates for a batch, in parts where memory does not suffice for all of it."""
+        sampled: list[list[Sampled]] = []
+        while len(sampled) < len(batch):
+            part = batch[len(sampled) : len(sampled) + self.at_once]
+            done, error = self._attempt(rows, part)
+            if done is not None:
+                sampled += done
+                continue
+            if len(part) == 1:
+                raise MemoryError(
+                    f"Memory does not suffice for {self.settings['n_responses']} responses to one prompt (row "
+                    f"{rows[part[0]].row}): {error}\nLower n_responses or max_new_tokens, or load the model in a "
+                    "smaller dtype."
+                )
+            self.at_once = len(part) // 2
+            warn(f"Memory does not suffice for {len(part)} prompts at once; going on with {self.at_once}.")
+        return sampled
+
+    def _attempt(self, rows: Sequence[PromptResponses], part: Sequence[int]) -> tuple[list[list[Sampled]] | None, str]:
+        """Generates for some prompts; returns None and the reason where memory ran out.
+
+        The error itself must not leave: its traceback would hold on to the tensors of the batch.
+        """
+        import torch
+
+        from bpo.gradients import is_out_of_memory
+
+        try:
+            return self._generate(rows, part), ""
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            message = str(error).splitlines()[0] if str(error) else type(error).__name__
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return None, message
+
+    def _generate(self, rows: Sequence[PromptResponses], batch: Sequence[int]) -> list[list[Sampled]]:
+        import torch
+        from transformers import GenerationConfig
+
+        from bpo.tokens import padding_id
+
+        count, longest = self.settings["n_responses"], self.settings["max_new_tokens"]
+        pad = padding_id(self.tokenizer)
+        device = self.model.get_input_embeddings().weight.device
+        width = max(len(self.prompt_ids[index]) for index in batch)
+        ids = torch.full((len(batch) * count, width), pad)  # (b·m, t)
+        mask = torch.zeros_like(ids)
+        for place, index in enumerate(batch):
+            prompt = torch.tensor(self.prompt_ids[index])
+            ids[place * count : (place + 1) * count, width - len(prompt) :] = prompt
+            mask[place * count : (place + 1) * count, width - len(prompt) :] = 1
+        uniforms = np.stack(
+            [
+                random_stream(self.settings["seed"], rows[index].key, response, longest)
+                for index in batch
+                for response in range(count)
+            ]
+        )
+        draws = _OwnStreams(uniforms, width, self.settings["temperature"], self.settings["top_p"])
+        ends = end_tokens(self.model, self.tokenizer)
+        tokens = self.model.generate(
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            # Greedy, over scores of which the processor leaves one: the token that it drew.
+            generation_config=GenerationConfig(
+                do_sample=False, max_new_tokens=longest, eos_token_id=ends or None, pad_token_id=pad, use_cache=True
+            ),
+            logits_processor=[draws],
+        )
+        sampled = [self._read(row, ends, rows[batch[0]]) for row in tokens[:, width:].tolist()]
+        return [sampled[start : start + count] for start in range(0, len(sampled), count)]
+
+    def _read(self, tokens: list[int], ends: Sequence[int], row: PromptResponses) -> Sampled:
+        end = next((place for place, token in enumerate(tokens) if token in ends), None)
+        text = self.tokenizer.decode(tokens[:end], skip_special_tokens=True)
+        return text if isinstance(row.prompt, str) else text.strip(), end is None, False
+
+
+def end_tokens(model: Any, processing_class: Any) -> list[int]:
+    """Returns the ids that end a response: the model's and the tokenizer's."""
+    given = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    of_model = given if isinstance(given, (list, tuple)) else [given]
+    return sorted({int(token) for token in (*of_model, processing_class.eos_token_id) if token is not None})
+
+
+@contextlib.contextmanager
+def _own_distribution(model: Any) -> Iterator[None]:
+    """Hides the generation settings saved with a model, which ``generate`` would add to those given."""
+    from transformers import GenerationConfig
+
+    from bpo.models import base_of
+
+    base = base_of(model)
+    saved = base.generation_config
+    ends = GenerationConfig(eos_token_id=saved.eos_token_id, bos_token_id=saved.bos_token_id)
+    base.generation_config = ends
+    try:
+        yield
+    finally:
+        base.generation_config = saved
+
+
+class _OwnStreams:
+    """A logits processor that draws a token for each row with the row's own random numbers and leaves only that one.
+
+    Args:
+        uniforms: (b, max_new_tokens) in [0, 1).
+        start: Tokens of the padded prompts.
+        temperature: Of the softmax.
+        top_p: Of the nucleus.
+    """
+
+    def __init__(self, uniforms: npt.NDArray[np.float64], start: int, temperature: float, top_p: float) -> None:
+        self.uniforms = uniforms
+        self.start = start
+        self.temperature = temperature
+        self.top_p = top_p
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        column = torch.from_numpy(self.uniforms[:, input_ids.shape[1] - self.start].copy())
+        chosen = draw_tokens(scores, column, self.temperature, self.top_p)
+        return torch.full_like(scores, -torch.inf).scatter_(1, chosen[:, None], 0.0)
+
+
+def draw_tokens(scores: torch.Tensor, uniforms: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:
+    """Draws a token for each row by inverting its distribution function.
+
+    The function runs over the vocabulary in its order, not by probability: two tokens of nearly equal probability then
+    cannot change places by rounding, and a change of the logits by ε changes a draw with probability O(ε).
+
+    Args:
+        scores: (b, v) logits.
+        uniforms: (b,) float64 in [0, 1).
+        temperature: Divides the logits.
+        top_p: The smallest set of most probable tokens whose mass reaches it is drawn from, with what ties its last.
+
+    Returns:
+        (b,) int64.
+
+    Raises:
+        ValueError: Logits that are NaN or infinite.
+    """
+    import torch
+
+    # Not all devices have float64.
+    exact = scores.cpu() if scores.device.type == "mps" else scores
+    probabilities = torch.softmax(exact.double() / temperature, dim=-1)
+    if top_p < 1:
+        # Mostly few tokens make up the nucleus; sorting them all takes longest of all that is done here.
+        for most in (1024, probabilities.shape[1]):
+            ordered = probabilities.topk(min(most, probabilities.shape[1]), dim=-1).values
+            before = ordered.cumsum(dim=-1) - ordered  # mass of what is more probable
+            if bool((before[:, -1] >= top_p).all()):
+                break
+        least = ordered.masked_fill(before >= top_p, torch.inf).amin(dim=-1, keepdim=True)
+        probabilities = probabilities.masked_fill(probabilities < least, 0.0)
+    cumulative = probabilities.cumsum(dim=-1)
+    total = cumulative[:, -1:]
+    if not bool(torch.isfinite(total).all()):
+        raise ValueError("The model gives logits that are NaN or infinite; try another dtype.")
+    target = torch.minimum(uniforms.to(cumulative)[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    # right=True: the first token whose cumulative mass exceeds the target, so never one of no mass.
+    return torch.searchsorted(cumulative, target, right=True).squeeze(1).to(scores.device)
