@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from bpo.store import StoreMismatchError as StoreMismatchError
     from bpo.train import BPOConfig as BPOConfig
     from bpo.train import BPOTrainer as BPOTrainer
-    from bpo.train import warm_up as warm_up
+    from bpo.warmup import warm_up as warm_up
 
 # Imported when first used: torch, transformers and trl take seconds, `import bpo` takes milliseconds.
 _LAZY = {
@@ -88,7 +88,7 @@ _LAZY = {
     "StoreMismatchError": "bpo.store",
     "BPOConfig": "bpo.train",
     "BPOTrainer": "bpo.train",
-    "warm_up": "bpo.train",
+    "warm_up": "bpo.warmup",
 }
 
 __all__ = ["StoreDamagedError", "StoreError", "StoreLockedError", "StoreVersionError", "__version__", *_LAZY]
