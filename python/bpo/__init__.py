@@ -49,6 +49,8 @@ if TYPE_CHECKING:
     from bpo.train import BPOConfig as BPOConfig
     from bpo.train import BPOTrainer as BPOTrainer
     from bpo.warmup import warm_up as warm_up
+    from bpo.weighting import WeightedDPOConfig as WeightedDPOConfig
+    from bpo.weighting import WeightedDPOTrainer as WeightedDPOTrainer
 
 # Imported when first used: torch, transformers and trl take seconds, `import bpo` takes milliseconds.
 _LAZY = {
@@ -89,6 +91,8 @@ _LAZY = {
     "BPOConfig": "bpo.train",
     "BPOTrainer": "bpo.train",
     "warm_up": "bpo.warmup",
+    "WeightedDPOConfig": "bpo.weighting",
+    "WeightedDPOTrainer": "bpo.weighting",
 }
 
 __all__ = ["StoreDamagedError", "StoreError", "StoreLockedError", "StoreVersionError", "__version__", *_LAZY]

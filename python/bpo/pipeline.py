@@ -174,7 +174,8 @@ def select(
     eligible = np.ones(len(kept.pairs), dtype=bool)
     if present is not None:
         assert stored is not None
-        clusters, logps, ref_logps = _cluster(present, stored[response_index][kept.pairs], config, seed, progress)
+        pairs = stored[response_index][kept.pairs]
+        clusters, logps, ref_logps = _cluster(present, pairs, kept.weights, config, seed, progress)
     elif needs_gradients:
         assert policy is not None and tokenizer is not None and tokenized is not None
         sequences = tokenized.keep_pairs(pair_index, response_index)
@@ -184,7 +185,7 @@ def select(
                 policy, *inputs, config=config, store=store, progress=progress, preconditioner=preconditioner
             )
             pairs = gradients.rows_of(sequences.sequence_ids)[sequences.pairs]
-            clusters, logps, ref_logps = _cluster(gradients, pairs, config, seed, progress)
+            clusters, logps, ref_logps = _cluster(gradients, pairs, kept.weights, config, seed, progress)
         else:
             reference = collect_reference(policy, sequences, tokenizer, config=config, store=store, progress=progress)
             assert reference.known is not None
@@ -193,7 +194,11 @@ def select(
             stores = collect_checkpoints(reference, *inputs, config=config, store=store, progress=progress)
             pair_gradients = [
                 _pair_gradients(
-                    gradients, gradients.rows_of(sequences.sequence_ids)[sequences.pairs], config, progress=progress
+                    gradients,
+                    gradients.rows_of(sequences.sequence_ids)[sequences.pairs],
+                    config,
+                    weights=kept.weights,
+                    progress=progress,
                 )
                 for gradients in stores
             ]
@@ -262,17 +267,27 @@ def _in_store(
 
 
 def _cluster(
-    gradients: GradientStore, pairs: npt.NDArray[np.int64], config: SelectConfig, seed: int, progress: bool
+    gradients: GradientStore,
+    pairs: npt.NDArray[np.int64],
+    weights: npt.NDArray[np.float64] | None,
+    config: SelectConfig,
+    seed: int,
+    progress: bool,
 ) -> tuple[PairClusters, npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     """Clusters and scores pairs of rows of a store; returns their log-probabilities under policy and reference, too."""
-    pair_gradients = _pair_gradients(gradients, pairs, config, progress=progress)
+    pair_gradients = _pair_gradients(gradients, pairs, config, weights=weights, progress=progress)
     with core_progress("Clusters", progress) as report:
         clusters = cluster_pairs(*pair_gradients, config=config, seed=seed, progress=report)
     return clusters, gradients.records["logp"][pairs], gradients.records["ref_logp"][pairs]
 
 
 def _pair_gradients(
-    gradients: GradientStore, pairs: npt.NDArray[np.int64], config: SelectConfig, *, progress: bool = False
+    gradients: GradientStore,
+    pairs: npt.NDArray[np.int64],
+    config: SelectConfig,
+    *,
+    weights: npt.NDArray[np.float64] | None = None,
+    progress: bool = False,
 ) -> PairGradients:
     """Returns the gradients of the pairs in terms of those of the responses; NaN where one of these is unusable."""
     with core_progress("Checksums", progress) as report:
@@ -287,6 +302,8 @@ def _pair_gradients(
         log_weights=records["log_weight"],
         config=config,
     )
+    if weights is not None:
+        coefficients *= weights[:, None]
     nonfinite = (records["flags"] & NONFINITE != 0)[pairs].any(axis=1)
     coefficients[nonfinite] = np.nan  # which tells them from pairs of zero gradients
     return PairGradients(gradients.rows, pairs, coefficients * gradients.scales[pairs])
@@ -423,6 +440,8 @@ def _training_set(candidates: Candidates, table: pa.Table, index: npt.NDArray[np
         for side, name in enumerate(("chosen", "rejected")):
             weights = candidates.pair_weights[index, side]
             columns[f"{config.token_weights}_{name}"] = [candidates.token_weights[i].tolist() for i in weights]
+    if candidates.weights is not None and config.weight_column is not None:
+        columns[config.weight_column] = candidates.weights[index].tolist()
     selected = table.take(pa.array(index)).drop_columns(["chosen", "rejected", "fate"])
     for name in selected.column_names:
         # A column that the strategy does not use would be all null, which Parquet readers cannot give a type.

@@ -9,16 +9,16 @@ from typing import Any
 
 from accelerate import PartialState
 from transformers import AutoModelForCausalLM
-from trl import DPOConfig, DPOTrainer
 
 from bpo.config import SelectConfig
 from bpo.models import check_path, is_adapter, load_tokenizer, naming, window
 from bpo.pipeline import select
 from bpo.selection import add_ref_logps, has_ref_logps
+from bpo.weighting import LOSS_FIELDS, WeightedDPOConfig, WeightedDPOTrainer
 
 
 @dataclasses.dataclass
-class BPOConfig(DPOConfig):  # type: ignore[misc]
+class BPOConfig(WeightedDPOConfig):
     """TRL's ``DPOConfig`` with what :func:`bpo.select` needs; its loss and its ``max_length`` serve both.
 
     Attributes:
@@ -72,22 +72,11 @@ class BPOConfig(DPOConfig):  # type: ignore[misc]
             )
 
 
-# Fields of DPOConfig and of SelectConfig that say what the gradients are.
-_SHARED = (
-    "loss_type",
-    "loss_weights",
-    "beta",
-    "label_smoothing",
-    "f_divergence_type",
-    "f_alpha_divergence_coef",
-    "discopop_tau",
-    "use_weighting",
-    "max_length",
-    "truncation_mode",
-)
+# Fields of the trainer's configuration and of SelectConfig that must agree.
+_SHARED = (*LOSS_FIELDS, "weight_column", "max_length", "truncation_mode")
 
 
-class BPOTrainer(DPOTrainer):  # type: ignore[misc]
+class BPOTrainer(WeightedDPOTrainer):
     """A ``DPOTrainer`` that first selects its training pairs with :func:`bpo.select`.
 
     All arguments are those of TRL's ``DPOTrainer``; ``train_dataset`` is any format that :func:`bpo.select` takes, and
