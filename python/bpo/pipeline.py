@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from bpo.losses import pair_coefficients
 from bpo.models import load_policy, load_tokenizer, window
 from bpo.precondition import preconditioner_path
 from bpo.progress import core_progress
+from bpo.reference import Reference
 from bpo.selection import SELECTED, Selection
 from bpo.store import NONFINITE, GradientStore, StoreMismatchError, with_settings_of
 from bpo.strategies import KEEPS_EVERY_PROMPT, NEEDS_GRADIENTS, NEEDS_SCORES, STRATEGIES, Candidacy
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 
     from bpo.clustering import PairClusters
     from bpo.config import Strategy
+    from bpo.tokens import TokenizedResponses
 
 
 def select(
@@ -93,6 +96,83 @@ def select(
         >>> selection.depth.tolist()
         [2]
     """
+    return _select(
+        model,
+        dataset,
+        budget=budget,
+        processing_class=processing_class,
+        breadth=breadth,
+        strategy=strategy,
+        store=store,
+        config=config,
+        seed=seed,
+        progress=progress,
+    )
+
+
+def select_again(
+    model: Any,
+    dataset: Any,
+    earlier: Selection,
+    *,
+    processing_class: Any = None,
+    strategy: Strategy = "bpo",
+    store: str | os.PathLike[str] | None = None,
+    config: SelectConfig | Mapping[str, Any] | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Selection:
+    """Chooses again from the same data, once the policy was trained on an earlier choice.
+
+    The budget, the prompts that breadth compression kept and the log-probabilities of the reference are those of the
+    earlier selection *(ours)*, so the reference does not run; gradients and log π are the policy's own.
+
+    Args:
+        model: The policy as it is now.
+        dataset: What was selected from.
+        earlier: The selection before any training. Strategies with gradients need one of a strategy with gradients.
+        processing_class: As in :func:`select`, and so are the others.
+        strategy: Likewise.
+        store: Likewise; another than that of the earlier selection, since gradients are those of one policy.
+        config: Likewise; ``checkpoints`` and ``ref_model`` play no part.
+        seed: Likewise.
+        progress: Likewise.
+
+    Returns:
+        The selection.
+
+    Raises:
+        ValueError: Other data than that of the earlier selection.
+    """
+    return _select(
+        model,
+        dataset,
+        budget=earlier.budget,
+        processing_class=processing_class,
+        breadth=None,
+        strategy=strategy,
+        store=store,
+        config=config,
+        seed=seed,
+        progress=progress,
+        earlier=earlier,
+    )
+
+
+def _select(
+    model: Any,
+    dataset: Any,
+    *,
+    budget: int | float,
+    processing_class: Any,
+    breadth: int | float | None,
+    strategy: Strategy,
+    store: str | os.PathLike[str] | None,
+    config: SelectConfig | Mapping[str, Any] | None,
+    seed: int,
+    progress: bool,
+    earlier: Selection | None = None,
+) -> Selection:
     config = SelectConfig.of(config)
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy must be one of {sorted(STRATEGIES)}, got {strategy!r}")
@@ -140,15 +220,19 @@ def select(
         longest = window(model, config)
         candidates, tokenized = tokenize_configured(candidates, tokenizer, longest, reading)
         lengths = tokenized.response_lengths[tokenized.pairs]
-    n_prompts = len(candidates.prompts) if breadth is None else _count("breadth", breadth, len(candidates.prompts))
+    if earlier is not None:
+        kept_prompts = _kept_before(candidates, earlier)
+        n_prompts = int(kept_prompts.sum())
+    else:
+        kept_prompts = np.ones(len(candidates.prompts), dtype=bool)
+        n_prompts = len(candidates.prompts) if breadth is None else _count("breadth", breadth, len(candidates.prompts))
     # No choice of prompts can have more pairs than the deepest ones, so most bad budgets are known by now.
     most_pairs = np.sort(np.bincount(candidates.prompt_of_pair))[::-1][:n_prompts].sum()
     _check_budget(budget, _count("budget", budget, int(most_pairs)), n_prompts, strategy)
     policy = load_policy(model, config) if (needs_gradients and present is None) or embeds_with_policy else None
 
     # Breadth: representative prompts.
-    kept_prompts = np.ones(len(candidates.prompts), dtype=bool)
-    if n_prompts < len(candidates.prompts):
+    if earlier is None and n_prompts < len(candidates.prompts):
         if config.embedder is not None:
             embeddings = embed_prompts(candidates.prompts, config.embedder, trust_remote_code=config.trust_remote_code)
         else:
@@ -182,7 +266,13 @@ def select(
         inputs = kept, sequences, tokenizer
         if config.checkpoints is None:
             gradients = collect(
-                policy, *inputs, config=config, store=store, progress=progress, preconditioner=preconditioner
+                policy,
+                *inputs,
+                config=config,
+                store=store,
+                progress=progress,
+                preconditioner=preconditioner,
+                reference=None if earlier is None else _reference_of(earlier, sequences, pair_index),
             )
             pairs = gradients.rows_of(sequences.sequence_ids)[sequences.pairs]
             clusters, logps, ref_logps = _cluster(gradients, pairs, kept.weights, config, seed, progress)
@@ -238,6 +328,27 @@ def select(
         skipped=candidates.skipped.places,
         noted=noted.places,
     )
+
+
+def _kept_before(candidates: Candidates, earlier: Selection) -> npt.NDArray[np.bool_]:
+    """(n,) bool, the prompts that the breadth compression of an earlier selection kept."""
+    if not np.array_equal(candidates.pair_rows, earlier.pairs["row"].to_numpy()):
+        raise ValueError(
+            f"The data has {len(candidates.pairs)} candidate pairs, others than the {earlier.pairs.num_rows} of the "
+            "earlier selection; select again from the same data with the same settings."
+        )
+    kept = np.zeros(len(candidates.prompts), dtype=bool)
+    kept[candidates.prompt_of_pair[np.array(earlier.pairs["fate"]) != "breadth"]] = True
+    return kept
+
+
+def _reference_of(earlier: Selection, sequences: TokenizedResponses, pair_index: npt.NDArray[np.int64]) -> Reference:
+    """Returns log π_ref of all sequences as an earlier selection computed it."""
+    logps = np.full(len(sequences.ids), np.nan, dtype=np.float32)
+    for side, name in enumerate(("ref_logp_chosen", "ref_logp_rejected")):
+        values = earlier.pairs[name].to_numpy().astype(np.float32)
+        logps[sequences.pairs[:, side]] = values[pair_index]
+    return Reference("known", hashlib.sha256(logps.tobytes()).hexdigest(), known=logps)
 
 
 def _in_store(

@@ -4,16 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 from transformers import AutoModelForCausalLM
+from transformers.trainer_utils import get_last_checkpoint
 
 from bpo.config import SelectConfig
 from bpo.models import check_path, is_adapter, load_tokenizer, naming, window
-from bpo.pipeline import select
-from bpo.selection import add_ref_logps, has_ref_logps
+from bpo.pipeline import select, select_again
+from bpo.rounds import (
+    RowNumbers,
+    SavedRounds,
+    collate_rows,
+    directory_of,
+    load_rounds,
+    save_round,
+    untouched_training,
+)
+from bpo.selection import Selection, add_ref_logps, has_ref_logps
+from bpo.store import StoreMismatchError
 from bpo.weighting import LOSS_FIELDS, WeightedDPOConfig, WeightedDPOTrainer
 
 
@@ -28,6 +42,10 @@ class BPOConfig(WeightedDPOConfig):
         store: Directory of the gradient store; None for a temporary one.
         select_config: Fields of :class:`bpo.SelectConfig`, as a mapping or as an object, but for those that
             ``DPOConfig`` has, too.
+        reselect_strategy: When to select again, with the policy as it has become: ``"no"``, ``"steps"`` (every
+            ``reselect_steps``) or ``"epoch"`` (every ``reselect_epochs``).
+        reselect_steps: Optimizer steps between two rounds; below 1 a fraction of all steps of the training.
+        reselect_epochs: Epochs between two rounds.
 
     Example:
         >>> import bpo
@@ -48,8 +66,27 @@ class BPOConfig(WeightedDPOConfig):
         default=None, metadata={"help": "Fields of bpo.SelectConfig."}
     )
 
+    reselect_strategy: str = dataclasses.field(
+        default="no", metadata={"help": "When to select again with the current policy: no, steps or epoch."}
+    )
+    reselect_steps: float | None = dataclasses.field(
+        default=None, metadata={"help": "Steps between two rounds of selection, or a fraction of all steps."}
+    )
+    reselect_epochs: int = dataclasses.field(default=1, metadata={"help": "Epochs between two rounds of selection."})
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.reselect_strategy = getattr(self.reselect_strategy, "value", self.reselect_strategy)
+        if self.reselect_strategy not in ("no", "steps", "epoch"):
+            raise ValueError(f"reselect_strategy must be 'no', 'steps' or 'epoch', got {self.reselect_strategy!r}")
+        steps = self.reselect_steps
+        if self.reselect_strategy == "steps" and not (steps and steps > 0 and (steps < 1 or steps == int(steps))):
+            raise ValueError(
+                "reselect_strategy='steps' needs reselect_steps, a whole number of steps or a fraction below 1 of all "
+                f"of them, got {steps!r}"
+            )
+        if self.reselect_epochs < 1 or self.reselect_epochs != int(self.reselect_epochs):
+            raise ValueError(f"reselect_epochs must be a whole number of at least 1, got {self.reselect_epochs!r}")
         if isinstance(self.select_config, str):
             try:
                 self.select_config = json.loads(self.select_config)
@@ -90,8 +127,22 @@ class BPOTrainer(WeightedDPOTrainer):
     With ``precompute_ref_log_probs=True`` the reference does not run a second time: training uses the log-probabilities
     that selection computed, in the precision of the model as it was loaded.
 
+    **Rounds.** The direction of optimization moves as the policy does. With ``reselect_strategy`` the trainer selects
+    again, from the same candidates and as many pairs, with the policy as it then is: its own gradients and log π(y|x),
+    against log π_ref of the reference as before. An adapter that has been trained gives the gradients of its A and B,
+    where a fresh one gives those of B alone, so the first round and later ones cluster different features; a model
+    without an adapter gives those of a fresh one each time. Breadth is decided once, in the first round
+    *(ours)*. Strategies that draw at random draw anew, with the seed plus the number of the round.
+
+    Steps, learning rates, random states and callbacks stay as they would have been. A round of fewer pairs than the
+    first is gone through more than once in what was an epoch, evenly; a round within an epoch takes over the rest of
+    it. The selections are saved in ``output_dir/rounds/round-001`` and so on, which checkpoints name with a checksum:
+    resuming goes on with the very pairs. Gradients are in ``store/round-001``, a store for each round. What changed is
+    logged as ``selection/round`` and ``selection/kept``, the part of the pairs that the round before had, too.
+
     Attributes:
         selection: The :class:`bpo.Selection` that is trained on.
+        selections: Those of all rounds so far, the first one's before any training.
 
     Raises:
         ValueError: No budget, a setting of the loss that selection does not know, or whatever :func:`bpo.select`
@@ -131,6 +182,9 @@ class BPOTrainer(WeightedDPOTrainer):
                 "ref_model or a peft_config, or set precompute_ref_log_probs."
             )
         settings = _select_settings(args, ref_model, kwargs.get("peft_config"))
+        self._reselects = args.reselect_strategy != "no"
+        if self._reselects:
+            _check_rounds(args, settings)
         processing_class = load_tokenizer(model, processing_class, settings)
         if isinstance(eval_dataset, dict):  # a DatasetDict is one, too
             eval_dataset = {name: _all_pairs(part, settings) for name, part in eval_dataset.items()}
@@ -142,34 +196,174 @@ class BPOTrainer(WeightedDPOTrainer):
             raise ValueError(
                 "With several processes BPOTrainer needs BPOConfig.store, a directory that all of them see."
             )
+        self._candidates, self._settings = train_dataset, settings
         with state.main_process_first():
-            self.selection = select(
+            first = select(
                 _load(model, args, kwargs.get("quantization_config")),
                 train_dataset,
                 budget=_count_or_fraction(args.budget),
                 breadth=None if args.breadth is None else _count_or_fraction(args.breadth),
                 processing_class=processing_class,
                 strategy=args.strategy,  # type: ignore[arg-type]
-                store=args.store,
+                store=directory_of(0, args.store) if args.store and self._reselects else args.store,
                 config=settings,
                 seed=args.seed,
                 progress=not args.disable_tqdm and state.is_main_process,
             )
+        self._rounds = [(0, first)]
         super().__init__(
             model,
             ref_model,
             args,
             data_collator,
-            self.selection.dataset,
+            first.dataset,
             eval_dataset,
             processing_class,
             **kwargs,
         )
+        if self._reselects:
+            self.train_dataset: Any
+            self._rows_of_epoch = len(self.train_dataset)
+            self.add_callback(SavedRounds())
+
+    @property
+    def selections(self) -> list[Selection]:
+        """The selections of all rounds so far."""
+        return [selection for _, selection in self._rounds]
+
+    @property
+    def selection(self) -> Selection:
+        """The selection that is trained on."""
+        return self._rounds[-1][1]
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """As in TRL; resuming goes on with the pairs of the checkpoint's round."""
+        if self._reselects:
+            checkpoint = resume_from_checkpoint
+            if checkpoint is True:
+                checkpoint = get_last_checkpoint(self.args.output_dir)
+            self._restore_rounds(checkpoint)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def get_train_dataloader(self) -> Any:
+        """As in TRL; where rounds change the pairs, of row numbers, which become pairs when their step begins."""
+        if not self._reselects:
+            return super().get_train_dataloader()
+        dataset, collator = self.train_dataset, self.data_collator
+        self.train_dataset, self.data_collator = RowNumbers(self._rows_of_epoch), collate_rows
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.train_dataset, self.data_collator = dataset, collator
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
+        """As in TRL, after selecting again where it is time."""
+        if self._reselects:
+            self._select_again_if_due()
+        batches, n_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self._reselects:
+            batches = [self._pairs_of(batch["row"]) for batch in batches]
+        return batches, n_items
+
+    def _pairs_of(self, rows: Any) -> dict[str, Any]:
+        """Returns the batch of some row numbers of an epoch, over which a round of another size is spread evenly."""
+        dataset = self._remove_unused_columns(self.train_dataset, description="training")
+        indices = [row * len(dataset) // self._rows_of_epoch for row in rows.tolist()]
+        batch: dict[str, Any] = self.data_collator([dataset[index] for index in indices])
+        return batch
+
+    def _select_again_if_due(self) -> None:
+        args, state = self.args, self.state
+        if args.reselect_strategy == "epoch":
+            due = int(state.epoch or 0) // int(args.reselect_epochs)
+        else:
+            steps = args.reselect_steps
+            due = state.global_step // (math.ceil(state.max_steps * steps) if steps < 1 else int(steps))
+        if due < self._rounds[-1][0]:  # the loop started over, as it does to find a batch size
+            self._train_on([(number, selection) for number, selection in self._rounds if number <= due])
+        elif due > self._rounds[-1][0]:
+            self._select_again(due)
+
+    def _select_again(self, number: int) -> None:
+        """Selects with the policy as it is, and trains on that from now on."""
+        args, state = self.args, PartialState()
+        store = None if args.store is None else directory_of(number, args.store)
+
+        def select_now() -> Selection:
+            return select_again(
+                self.model,
+                self._candidates,
+                self._rounds[0][1],
+                processing_class=self.processing_class,
+                strategy=args.strategy,
+                store=store,
+                config=self._settings,
+                seed=args.seed + number,
+                progress=not args.disable_tqdm and state.is_main_process,
+            )
+
+        with untouched_training(self.model, args.device), state.main_process_first():
+            try:
+                selection = select_now()
+            except StoreMismatchError:
+                # Left by a training whose policy became another one. It is of no use to any other.
+                assert store is not None
+                shutil.rmtree(store)
+                selection = select_now()
+        before = set(self.selection.dataset["bpo_pair"])
+        kept = [pair in before for pair in selection.dataset["bpo_pair"]]
+        self._train_on([*self._rounds, (number, selection)])
+        self._keep_round(number, selection)
+        self._metrics["train"]["selection/round"].append(number)
+        self._metrics["train"]["selection/kept"].append(sum(kept) / len(kept))
+
+    def _restore_rounds(self, checkpoint: str | None) -> None:
+        """Goes back to the rounds of a checkpoint, or to the first one."""
+        loaded = load_rounds(checkpoint) if checkpoint else []
+        self._train_on([(number, selection) for number, selection, _ in loaded] or self._rounds[:1])
+        self._record.saved = [[number, checksum] for number, _, checksum in loaded]
+        if not loaded or Path(str(checkpoint)).resolve().parent != Path(self.args.output_dir).resolve():
+            for number, selection in self._rounds:
+                self._keep_round(number, selection)
+
+    def _train_on(self, rounds: list[tuple[int, Selection]]) -> None:
+        """Trains on the last of some rounds."""
+        if rounds[-1][1] is not self.selection:
+            with untouched_training(self.model, self.args.device):
+                dataset = self._prepare_dataset(rounds[-1][1].dataset, self.processing_class, self.args, "train")
+                if self.precompute_ref_logps:
+                    self.train_dataset = dataset  # which tells it from other data
+                    size = self.args.precompute_ref_batch_size or self.args.per_device_train_batch_size
+                    dataset = self._precompute_ref_logps(dataset, "train", size)
+            self.train_dataset = dataset
+        self._rounds = rounds
+
+    def _keep_round(self, number: int, selection: Selection) -> None:
+        """Saves a round for whoever resumes."""
+        if self.args.should_save:
+            checksum = save_round(selection, number, self.args.output_dir)
+            earlier = [saved for saved in self._record.saved if saved[0] < number]
+            self._record.saved = [*earlier, [number, checksum]]
+
+    @property
+    def _record(self) -> SavedRounds:
+        """What checkpoints note of the rounds; Trainer may put another object in its place when it resumes."""
+        record: SavedRounds = next(
+            callback for callback in self.callback_handler.callbacks if isinstance(callback, SavedRounds)
+        )
+        return record
 
     def _precompute_ref_logps(self, dataset: Any, *args: Any) -> Any:
         """Adds log π_ref of the selected pairs, which selecting computed; TRL computes that of other data."""
         if dataset is self.train_dataset and has_ref_logps(dataset) and self._cuts_as_selected(dataset):
             return add_ref_logps(dataset)
+        frozen = self.ref_model is not None or hasattr(self.model, "peft_config")
+        if self._reselects and dataset is self.train_dataset and not frozen:
+            raise ValueError(
+                "precompute_ref_log_probs takes the model before its training for the reference, which rounds need "
+                f"later, too: strategy={self.args.strategy!r} computes no log-probabilities, or a sequence is longer "
+                f"than the {self._window} tokens of the model. Pass ref_model, or turn precompute_ref_log_probs off."
+            )
         return super()._precompute_ref_logps(dataset, *args)
 
     def _cuts_as_selected(self, dataset: Any) -> bool:
@@ -180,6 +374,31 @@ class BPOTrainer(WeightedDPOTrainer):
             len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) <= self._window
             for row in dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
         )
+
+
+def _check_rounds(args: BPOConfig, settings: SelectConfig) -> None:
+    """Checks what cannot be had together with rounds.
+
+    Raises:
+        ValueError: Such a setting.
+    """
+    sampling = getattr(args, "train_sampling_strategy", "random")
+    sharded = bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    plugin = args.deepspeed_plugin
+    refused = {
+        "checkpoints in select_config": (settings.checkpoints, "their gradients do not change with the policy"),
+        "preconditioner in select_config": (settings.preconditioner, "it belongs to one state of the adapter"),
+        "sync_ref_model": (args.sync_ref_model, "later rounds use log π_ref of the first"),
+        f"train_sampling_strategy={sampling!r}": (
+            sampling not in ("random", "sequential"),
+            "the lengths change with the rounds",
+        ),
+        "FSDP": (sharded, "no process holds the whole model"),
+        "ZeRO-3": (plugin is not None and plugin.zero_stage == 3, "no process holds the whole model"),
+    }
+    for name, (value, reason) in refused.items():
+        if value:
+            raise ValueError(f"reselect_strategy={args.reselect_strategy!r} does not go with {name}: {reason}.")
 
 
 def _select_settings(args: BPOConfig, ref_model: Any, peft_config: Any) -> SelectConfig:
