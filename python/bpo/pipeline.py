@@ -159,6 +159,54 @@ def select_again(
     )
 
 
+def select_at_most(
+    model: Any,
+    dataset: Any,
+    budget: int,
+    reference: Reference,
+    *,
+    processing_class: Any = None,
+    strategy: Strategy = "bpo",
+    store: str | os.PathLike[str] | None = None,
+    config: SelectConfig | Mapping[str, Any] | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Selection:
+    """Chooses from new responses once the policy was trained: as many pairs as before, or all where there are fewer.
+
+    Args:
+        model: The policy as it is now.
+        dataset: Its responses, scored.
+        budget: Most pairs.
+        reference: What the policy is compared with; ``SelectConfig.ref_model`` plays no part.
+        processing_class: As in :func:`select`, and so are the others.
+        strategy: Likewise.
+        store: Likewise.
+        config: Likewise.
+        seed: Likewise.
+        progress: Likewise.
+
+    Returns:
+        The selection.
+
+    Raises:
+        ValueError: Not one pair, or what :func:`select` refuses.
+    """
+    return _select(
+        model,
+        dataset,
+        budget=budget,
+        processing_class=processing_class,
+        breadth=None,
+        strategy=strategy,
+        store=store,
+        config=config,
+        seed=seed,
+        progress=progress,
+        reference=reference,
+    )
+
+
 def _select(
     model: Any,
     dataset: Any,
@@ -172,6 +220,7 @@ def _select(
     seed: int,
     progress: bool,
     earlier: Selection | None = None,
+    reference: Reference | None = None,
 ) -> Selection:
     config = SelectConfig.of(config)
     if strategy not in STRATEGIES:
@@ -226,6 +275,9 @@ def _select(
     else:
         kept_prompts = np.ones(len(candidates.prompts), dtype=bool)
         n_prompts = len(candidates.prompts) if breadth is None else _count("breadth", breadth, len(candidates.prompts))
+    if reference is not None and budget > len(candidates.pairs):
+        warn(f"There are {len(candidates.pairs)} candidate pairs, fewer than the {budget} of the rounds before.")
+        budget = len(candidates.pairs)
     # No choice of prompts can have more pairs than the deepest ones, so most bad budgets are known by now.
     most_pairs = np.sort(np.bincount(candidates.prompt_of_pair))[::-1][:n_prompts].sum()
     _check_budget(budget, _count("budget", budget, int(most_pairs)), n_prompts, strategy)
@@ -263,6 +315,8 @@ def _select(
     elif needs_gradients:
         assert policy is not None and tokenizer is not None and tokenized is not None
         sequences = tokenized.keep_pairs(pair_index, response_index)
+        if earlier is not None:
+            reference = _reference_of(earlier, sequences, pair_index)
         inputs = kept, sequences, tokenizer
         if config.checkpoints is None:
             gradients = collect(
@@ -272,16 +326,16 @@ def _select(
                 store=store,
                 progress=progress,
                 preconditioner=preconditioner,
-                reference=None if earlier is None else _reference_of(earlier, sequences, pair_index),
+                reference=reference,
             )
             pairs = gradients.rows_of(sequences.sequence_ids)[sequences.pairs]
             clusters, logps, ref_logps = _cluster(gradients, pairs, kept.weights, config, seed, progress)
         else:
-            reference = collect_reference(policy, sequences, tokenizer, config=config, store=store, progress=progress)
-            assert reference.known is not None
-            ref_logps = reference.known[sequences.pairs]
+            known = collect_reference(policy, sequences, tokenizer, config=config, store=store, progress=progress)
+            assert known.known is not None
+            ref_logps = known.known[sequences.pairs]
             del policy  # one model in memory at a time
-            stores = collect_checkpoints(reference, *inputs, config=config, store=store, progress=progress)
+            stores = collect_checkpoints(known, *inputs, config=config, store=store, progress=progress)
             pair_gradients = [
                 _pair_gradients(
                     gradients,

@@ -14,13 +14,20 @@ from torch.utils.data import Dataset
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState, TrainerState
 
+from bpo.data import load_rows
+from bpo.models import model_fingerprint
+from bpo.sampling import sample_responses
+from bpo.scoring import score_responses
 from bpo.selection import Selection, SelectionError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_DIRECTORY = "rounds"
+# Trainer's push_to_hub leaves out what begins with an underscore: it shall publish a model, not its data.
+_DIRECTORY = "_rounds"
 _MANIFEST = "selection.json"
+RESAMPLING = {"temperature", "top_p", "max_new_tokens", "keep", "keep_existing", "batch_size"}
+"""What a training may say about responses that it samples anew, beside how many."""
 # What Trainer keeps its state in.
 _STATE = "trainer_state.json"
 
@@ -107,6 +114,44 @@ def load_rounds(checkpoint: str | Path) -> list[tuple[int, Selection, str]]:
 def _checksum(directory: Path) -> str:
     """SHA-256 of the manifest, which holds those of the other files."""
     return hashlib.sha256((directory / _MANIFEST).read_bytes()).hexdigest()
+
+
+def file_of(number: int, output_dir: str | Path) -> Path:
+    """Returns the beginning of the names of the files with the responses of a round."""
+    return directory_of(number, Path(output_dir) / _DIRECTORY)
+
+
+def kept_rows(dataset: Any, selection: Selection) -> list[dict[str, Any]]:
+    """Returns the rows of the data with pairs of prompts that breadth compression kept."""
+    kept = np.array(selection.pairs["fate"]) != "breadth"
+    wanted = set(selection.pairs["row"].to_numpy()[kept].tolist())
+    return [dict(row) for index, row in enumerate(load_rows(dataset)) if index in wanted]
+
+
+def resample(
+    model: Any, rows: list[dict[str, Any]], scorer: Any, *, file: Path, progress: bool, **settings: Any
+) -> list[dict[str, Any]]:
+    """Samples responses to the prompts of some rows from a policy and scores them.
+
+    Args:
+        model: The policy.
+        rows: Rows with prompts.
+        scorer: What scores.
+        file: Beginning of the names of two files that an interrupted round goes on from. They have the weights of the
+            policy in their names, since responses of others are of no use.
+        progress: Whether to show progress bars.
+        **settings: Of :func:`bpo.sample_responses`.
+
+    Returns:
+        Rows of prompts, responses and scores.
+    """
+    name = f"{file.name}-{model_fingerprint(model)[:8]}"
+    sampled = sample_responses(
+        model, rows, output=file.with_name(f"{name}-responses.jsonl"), progress=progress, **settings
+    )
+    scored = score_responses(sampled, scorer, output=file.with_name(f"{name}-scores.jsonl"), progress=progress)
+    listed: list[dict[str, Any]] = scored.to_list()
+    return listed
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -11,18 +12,25 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from transformers import AutoModelForCausalLM
 from transformers.trainer_utils import get_last_checkpoint
 
 from bpo.config import SelectConfig
+from bpo.data import load_rows
 from bpo.models import check_path, is_adapter, load_tokenizer, naming, window
-from bpo.pipeline import select, select_again
+from bpo.pipeline import select, select_again, select_at_most
+from bpo.reference import Reference
 from bpo.rounds import (
+    RESAMPLING,
     RowNumbers,
     SavedRounds,
     collate_rows,
     directory_of,
+    file_of,
+    kept_rows,
     load_rounds,
+    resample,
     save_round,
     untouched_training,
 )
@@ -46,6 +54,10 @@ class BPOConfig(WeightedDPOConfig):
             ``reselect_steps``) or ``"epoch"`` (every ``reselect_epochs``).
         reselect_steps: Optimizer steps between two rounds; below 1 a fraction of all steps of the training.
         reselect_epochs: Epochs between two rounds.
+        resample: Responses to each prompt that the policy gives anew in each round after the first, in place of those
+            of the data; :class:`BPOTrainer` then needs a ``scorer``. None keeps those of the data.
+        resample_config: Further arguments of :func:`bpo.sample_responses`, such as ``temperature`` or
+            ``max_new_tokens``; ``keep_existing`` keeps the responses of the data beside the new ones.
 
     Example:
         >>> import bpo
@@ -73,6 +85,12 @@ class BPOConfig(WeightedDPOConfig):
         default=None, metadata={"help": "Steps between two rounds of selection, or a fraction of all steps."}
     )
     reselect_epochs: int = dataclasses.field(default=1, metadata={"help": "Epochs between two rounds of selection."})
+    resample: int | None = dataclasses.field(
+        default=None, metadata={"help": "Responses to each prompt that the policy gives anew in each later round."}
+    )
+    resample_config: dict[str, Any] | str | None = dataclasses.field(
+        default=None, metadata={"help": "Further arguments of bpo.sample_responses."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -87,11 +105,21 @@ class BPOConfig(WeightedDPOConfig):
             )
         if self.reselect_epochs < 1 or self.reselect_epochs != int(self.reselect_epochs):
             raise ValueError(f"reselect_epochs must be a whole number of at least 1, got {self.reselect_epochs!r}")
-        if isinstance(self.select_config, str):
-            try:
-                self.select_config = json.loads(self.select_config)
-            except ValueError as error:
-                raise ValueError(f"select_config is not JSON: {error}") from None
+        for name in ("select_config", "resample_config"):
+            if isinstance(getattr(self, name), str):
+                try:
+                    setattr(self, name, json.loads(getattr(self, name)))
+                except ValueError as error:
+                    raise ValueError(f"{name} is not JSON: {error}") from None
+        if self.resample is not None and self.reselect_strategy == "no":
+            raise ValueError("resample needs rounds: set reselect_strategy, too.")
+        if self.resample is not None and self.resample < 1:
+            raise ValueError(f"resample must be at least 1, got {self.resample!r}")
+        unknown = set(self.resample_config or {}) - RESAMPLING
+        if unknown:
+            raise ValueError(
+                f"resample_config has {', '.join(sorted(unknown))}; it takes {', '.join(sorted(RESAMPLING))}."
+            )
         if isinstance(self.select_config, SelectConfig):
             # What was left at its default must not stand against the field of the same name here.
             defaults = SelectConfig().to_dict()
@@ -116,10 +144,11 @@ _SHARED = (*LOSS_FIELDS, "weight_column", "max_length", "truncation_mode")
 class BPOTrainer(WeightedDPOTrainer):
     """A ``DPOTrainer`` that first selects its training pairs with :func:`bpo.select`.
 
-    All arguments are those of TRL's ``DPOTrainer``; ``train_dataset`` is any format that :func:`bpo.select` takes, and
-    ``args`` is a :class:`BPOConfig` with a budget. The gradients are those of a fresh adapter on every linear layer, of
-    the rank of ``peft_config`` where one is given, or of the adapter that the model has. With several processes the
-    first fills the store and the others read it, so a ``store`` on a shared disk is required.
+    All arguments but ``scorer`` are those of TRL's ``DPOTrainer``; ``train_dataset`` is any format that
+    :func:`bpo.select` takes, and ``args`` is a :class:`BPOConfig` with a budget. The gradients are those of a fresh
+    adapter on every linear layer, of the rank of ``peft_config`` where one is given, or of the adapter that the model
+    has. With several processes the first fills the store and the others read it, so a ``store`` on a shared disk is
+    required.
 
     Selection is for the loss of ``args``. The auxiliary loss that TRL adds for mixtures of experts
     (``router_aux_loss_coef``) belongs to a batch, not to a pair, and takes no part in it.
@@ -131,14 +160,22 @@ class BPOTrainer(WeightedDPOTrainer):
     again, from the same candidates and as many pairs, with the policy as it then is: its own gradients and log π(y|x),
     against log π_ref of the reference as before. An adapter that has been trained gives the gradients of its A and B,
     where a fresh one gives those of B alone, so the first round and later ones cluster different features; a model
-    without an adapter gives those of a fresh one each time. Breadth is decided once, in the first round
-    *(ours)*. Strategies that draw at random draw anew, with the seed plus the number of the round.
+    without an adapter gives those of a fresh one each time. Breadth is decided once, in the first round *(ours)*.
+    Strategies that draw at random draw anew, with the seed plus the number of the round.
+
+    With ``resample=m`` each later round samples m responses to each prompt from the policy as it is
+    (:func:`bpo.sample_responses`), has the ``scorer`` score them (:func:`bpo.score_responses`) and selects among the
+    pairs that they form, as many as before if there are so many; the reference runs over the new responses. They are in
+    ``output_dir/_rounds``, too, where a training that was interrupted finds them.
 
     Steps, learning rates, random states and callbacks stay as they would have been. A round of fewer pairs than the
     first is gone through more than once in what was an epoch, evenly; a round within an epoch takes over the rest of
-    it. The selections are saved in ``output_dir/rounds/round-001`` and so on, which checkpoints name with a checksum:
+    it. The selections are saved in ``output_dir/_rounds/round-001`` and so on, which checkpoints name with a checksum:
     resuming goes on with the very pairs. Gradients are in ``store/round-001``, a store for each round. What changed is
     logged as ``selection/round`` and ``selection/kept``, the part of the pairs that the round before had, too.
+
+    Args:
+        scorer: What :func:`bpo.score_responses` takes: a function, a :class:`bpo.RewardModel` or a :class:`bpo.Judge`.
 
     Attributes:
         selection: The :class:`bpo.Selection` that is trained on.
@@ -148,6 +185,15 @@ class BPOTrainer(WeightedDPOTrainer):
         ValueError: No budget, a setting of the loss that selection does not know, or whatever :func:`bpo.select`
             refuses.
         TypeError: A reference given by path.
+
+    Example:
+        .. code-block:: python
+
+            args = bpo.BPOConfig("out", budget=5000, reselect_strategy="epoch", resample=4)
+            judge = bpo.RewardModel("my-reward-model")
+            trainer = bpo.BPOTrainer("my-sft-model", args=args, train_dataset=data, scorer=judge)
+            trainer.train()
+            print([selection.summary() for selection in trainer.selections])
     """
 
     _tag_names = ("trl", "dpo", "bpo")
@@ -162,6 +208,8 @@ class BPOTrainer(WeightedDPOTrainer):
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: Any = None,
+        *,
+        scorer: Any = None,
         **kwargs: Any,
     ) -> None:
         if not isinstance(args, BPOConfig) or args.budget is None:
@@ -185,6 +233,9 @@ class BPOTrainer(WeightedDPOTrainer):
         self._reselects = args.reselect_strategy != "no"
         if self._reselects:
             _check_rounds(args, settings)
+        adapter = kwargs.get("peft_config") is not None or hasattr(model, "peft_config")
+        _check_resampling(args, scorer, train_dataset, fixed_reference=adapter or ref_model is not None)
+        self._scorer = scorer
         processing_class = load_tokenizer(model, processing_class, settings)
         if isinstance(eval_dataset, dict):  # a DatasetDict is one, too
             eval_dataset = {name: _all_pairs(part, settings) for name, part in eval_dataset.items()}
@@ -267,9 +318,8 @@ class BPOTrainer(WeightedDPOTrainer):
 
     def _pairs_of(self, rows: Any) -> dict[str, Any]:
         """Returns the batch of some row numbers of an epoch, over which a round of another size is spread evenly."""
-        dataset = self._remove_unused_columns(self.train_dataset, description="training")
-        indices = [row * len(dataset) // self._rows_of_epoch for row in rows.tolist()]
-        batch: dict[str, Any] = self.data_collator([dataset[index] for index in indices])
+        indices = [row * len(self._round_rows) // self._rows_of_epoch for row in rows.tolist()]
+        batch: dict[str, Any] = self.data_collator([self._round_rows[index] for index in indices])
         return batch
 
     def _select_again_if_due(self) -> None:
@@ -287,35 +337,65 @@ class BPOTrainer(WeightedDPOTrainer):
     def _select_again(self, number: int) -> None:
         """Selects with the policy as it is, and trains on that from now on."""
         args, state = self.args, PartialState()
-        store = None if args.store is None else directory_of(number, args.store)
+        first, reference = self._rounds[0][1], None if args.resample is None else self._reference()
+        settings: dict[str, Any] = {
+            "processing_class": self.processing_class,
+            "strategy": args.strategy,
+            "store": None if args.store is None else directory_of(number, args.store),
+            "config": self._settings,
+            "seed": args.seed + number,
+            "progress": not args.disable_tqdm and state.is_main_process,
+        }
+        with contextlib.ExitStack() as stack:
+            for model in (self.model, self.ref_model):
+                if model is not None:
+                    stack.enter_context(untouched_training(model, args.device))
+            rows = None if reference is None else self._resampled(number, settings["seed"], settings["progress"])
 
-        def select_now() -> Selection:
-            return select_again(
-                self.model,
-                self._candidates,
-                self._rounds[0][1],
-                processing_class=self.processing_class,
-                strategy=args.strategy,
-                store=store,
-                config=self._settings,
-                seed=args.seed + number,
-                progress=not args.disable_tqdm and state.is_main_process,
-            )
+            def select_now() -> Selection:
+                if rows is None or reference is None:
+                    return select_again(self.model, self._candidates, first, **settings)
+                return select_at_most(self.model, rows, first.budget, reference, **settings)
 
-        with untouched_training(self.model, args.device), state.main_process_first():
-            try:
-                selection = select_now()
-            except StoreMismatchError:
-                # Left by a training whose policy became another one. It is of no use to any other.
-                assert store is not None
-                shutil.rmtree(store)
-                selection = select_now()
-        before = set(self.selection.dataset["bpo_pair"])
-        kept = [pair in before for pair in selection.dataset["bpo_pair"]]
+            with state.main_process_first():
+                try:
+                    selection = select_now()
+                except StoreMismatchError:
+                    # Left by a training whose policy became another one. It is of no use to any other.
+                    shutil.rmtree(settings["store"])
+                    selection = select_now()
+        before = _contents(self.selection)
+        kept = [pair in before for pair in _contents(selection)]
         self._train_on([*self._rounds, (number, selection)])
         self._keep_round(number, selection)
         self._metrics["train"]["selection/round"].append(number)
         self._metrics["train"]["selection/kept"].append(sum(kept) / len(kept))
+
+    def _resampled(self, number: int, seed: int, progress: bool) -> list[dict[str, Any]]:
+        """Returns new responses to the prompts of the first round, with their scores; the first process makes them."""
+        rows: list[Any] = [None]
+        if PartialState().is_main_process:
+            rows[0] = resample(
+                self.model,
+                kept_rows(self._candidates, self._rounds[0][1]),
+                self._scorer,
+                n_responses=self.args.resample,
+                file=file_of(number, self.args.output_dir),
+                processing_class=self.processing_class,
+                seed=seed,
+                progress=progress,
+                **(self.args.resample_config or {}),
+            )
+        broadcast_object_list(rows)
+        scored: list[dict[str, Any]] = rows[0]
+        return scored
+
+    def _reference(self) -> Reference:
+        """Returns what TRL compares the policy with, as it is to run over new responses."""
+        if self.ref_model is not None:
+            return Reference.by(self.accelerator.unwrap_model(self.ref_model))
+        adapters = getattr(self.model, "peft_config", {})
+        return Reference.with_adapter(self.model, "ref" if "ref" in adapters else None)
 
     def _restore_rounds(self, checkpoint: str | None) -> None:
         """Goes back to the rounds of a checkpoint, or to the first one."""
@@ -336,6 +416,7 @@ class BPOTrainer(WeightedDPOTrainer):
                     size = self.args.precompute_ref_batch_size or self.args.per_device_train_batch_size
                     dataset = self._precompute_ref_logps(dataset, "train", size)
             self.train_dataset = dataset
+        self._round_rows = self._remove_unused_columns(self.train_dataset, description="training")
         self._rounds = rounds
 
     def _keep_round(self, number: int, selection: Selection) -> None:
@@ -376,6 +457,12 @@ class BPOTrainer(WeightedDPOTrainer):
         )
 
 
+def _contents(selection: Selection) -> set[str]:
+    """What the pairs of a selection say."""
+    columns = (selection.dataset[name] for name in ("prompt", "chosen", "rejected"))
+    return {json.dumps(pair) for pair in zip(*columns, strict=True)}
+
+
 def _check_rounds(args: BPOConfig, settings: SelectConfig) -> None:
     """Checks what cannot be had together with rounds.
 
@@ -399,6 +486,32 @@ def _check_rounds(args: BPOConfig, settings: SelectConfig) -> None:
     for name, (value, reason) in refused.items():
         if value:
             raise ValueError(f"reselect_strategy={args.reselect_strategy!r} does not go with {name}: {reason}.")
+
+
+def _check_resampling(args: BPOConfig, scorer: Any, dataset: Any, *, fixed_reference: bool) -> None:
+    """Checks that new responses can be scored, weighted and compared with the reference.
+
+    Raises:
+        ValueError: They cannot.
+    """
+    if (scorer is None) != (args.resample is None):
+        raise ValueError(
+            "BPOTrainer needs a scorer for the responses that BPOConfig.resample samples anew."
+            if scorer is None
+            else "A scorer scores responses that are sampled anew: set BPOConfig.resample, too."
+        )
+    if args.resample is None:
+        return
+    if {"chosen", "rejected", args.weight_column} <= set(load_rows(dataset).column_names):
+        raise ValueError(
+            "Pairs of responses that are sampled anew have no weights of the data's pairs: set weight_column=None, or "
+            "give the data as prompts with scored responses, whose weights are those of the prompts."
+        )
+    if args.precompute_ref_log_probs and not fixed_reference:
+        raise ValueError(
+            "resample needs a reference that runs over new responses, but with precompute_ref_log_probs there is only "
+            "the model before its training. Pass ref_model, or turn precompute_ref_log_probs off."
+        )
 
 
 def _select_settings(args: BPOConfig, ref_model: Any, peft_config: Any) -> SelectConfig:

@@ -36,7 +36,7 @@ SETTINGS = {
 }
 
 
-def trainer_of(tokenizer, output, *, adapter=True, rows=ROWS, callbacks=None, peft=None, **settings):
+def trainer_of(tokenizer, output, *, adapter=True, rows=ROWS, callbacks=None, peft=None, scorer=None, **settings):
     settings = {**SETTINGS, **settings}
     torch.manual_seed(0)
     return bpo.BPOTrainer(
@@ -47,6 +47,7 @@ def trainer_of(tokenizer, output, *, adapter=True, rows=ROWS, callbacks=None, pe
         processing_class=tokenizer,
         peft_config=LoraConfig(r=2, target_modules="all-linear", **(peft or {})) if adapter else None,
         callbacks=callbacks,
+        scorer=scorer,
     )
 
 
@@ -147,11 +148,7 @@ def test_a_round_is_a_selection_with_the_policy_as_it_is(adapter, precompute, to
 
 def test_a_trained_adapter_under_mixed_precision(tokenizer, tmp_path):
     """The reference is the adapter as it was given, and selection has the precision of the weights."""
-    torch.manual_seed(0)
-    model = get_peft_model(tiny_llama(tokenizer), LoraConfig(r=2, target_modules="all-linear"))
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
+    model = adapter_as_given(tokenizer)
     args = bpo.BPOConfig(
         output_dir=str(tmp_path), **{**SETTINGS, "bf16": True, "reselect_strategy": "epoch", "num_train_epochs": 2}
     )
@@ -171,6 +168,78 @@ def test_breadth_is_decided_once(tokenizer, tmp_path):
     trainer = trained(trainer_of(tokenizer, tmp_path, breadth=3, reselect_strategy="epoch"))
     kept = [set(selection.dataset["bpo_prompt"]) for selection in trainer.selections]
     assert len(kept[0]) == 3 and kept == kept[:1] * 4
+
+
+RESAMPLING = {
+    "reselect_strategy": "steps",
+    "reselect_steps": 2,
+    "num_train_epochs": 2,
+    "resample": 3,
+    "resample_config": {"max_new_tokens": 6, "keep": ["truncated"]},
+}
+
+
+def by_length(prompt, response):
+    """A score that the seed decides: longer, then later in the alphabet."""
+    return len(response) + ord(response.strip()[0]) / 1e6
+
+
+def adapter_as_given(tokenizer):
+    torch.manual_seed(0)
+    model = get_peft_model(tiny_llama(tokenizer), LoraConfig(r=2, target_modules="all-linear"))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["new adapter", "trained adapter", "model"])
+def test_responses_are_sampled_anew(kind, tokenizer, tmp_path):
+    reference = adapter_as_given(tokenizer) if kind == "trained adapter" else tiny_llama(tokenizer)
+    rows = [{**row, "weight": 1.0 + index} for index, row in enumerate(ROWS)]
+    trainer = bpo.BPOTrainer(
+        adapter_as_given(tokenizer) if kind == "trained adapter" else tiny_llama(tokenizer),
+        tiny_llama(tokenizer) if kind == "model" else None,
+        bpo.BPOConfig(output_dir=str(tmp_path), breadth=4, **{**SETTINGS, **RESAMPLING}),
+        train_dataset=rows,
+        processing_class=tokenizer,
+        peft_config=LoraConfig(r=2, target_modules="all-linear") if kind == "new adapter" else None,
+        scorer=by_length,
+    )
+    trained(trainer)
+    first, second = trainer.selections
+    assert trainer.state.log_history[2]["selection/kept"] == 0
+    prompts = dict.fromkeys(first.dataset["prompt"])
+    assert len(prompts) == 4 and prompts.keys() == set(second.dataset["prompt"])
+    given = {response for row in ROWS for response in row["responses"]}
+    for pair in second.dataset:
+        assert pair["chosen"] not in given and pair["rejected"] not in given
+        assert pair["bpo_score_chosen"] == by_length("", pair["chosen"]) > pair["bpo_score_rejected"]
+        assert pair["weight"] == next(row["weight"] for row in rows if row["prompt"] == pair["prompt"])
+    scored = next((tmp_path / "_rounds").glob("round-001-*-scores.jsonl"))
+    expected = bpo.select(
+        reference, str(scored), budget=len(second), config=SMALL, processing_class=tokenizer, progress=False
+    )
+    for column in ("ref_logp_chosen", "ref_logp_rejected"):
+        assert np.allclose(second.pairs[column], expected.pairs[column], atol=1e-4)
+    assert not np.allclose(second.pairs["logp_chosen"], expected.pairs["logp_chosen"], atol=1e-2)
+
+
+def test_a_training_that_samples_goes_on_with_what_it_sampled(tokenizer, tmp_path):
+    settings = {**RESAMPLING, "save_strategy": "steps", "save_steps": 1}
+    calls = []
+
+    def counting(prompt, response):
+        calls.append(response)
+        return by_length(prompt, response)
+
+    whole = trained(trainer_of(tokenizer, tmp_path, scorer=counting, **settings))
+    n_scored = len(calls)
+    for checkpoint in (2, 3):  # before the round, and within it
+        resumed = trainer_of(tokenizer, tmp_path, scorer=counting, **settings)
+        trained(resumed, resume_from_checkpoint=str(tmp_path / f"checkpoint-{checkpoint}"))
+        assert torch.equal(weights_of(whole), weights_of(resumed))
+    assert len(calls) == n_scored > 8
 
 
 def test_rounds_leave_the_rest_of_the_training_alone(tokenizer, tmp_path):
@@ -215,7 +284,7 @@ def whole(tokenizer, tmp_path_factory):
 def test_resuming_ends_where_an_uninterrupted_training_does(stop, whole, tokenizer, tmp_path):
     whole, output = whole
     shutil.copytree(output / f"checkpoint-{stop}", tmp_path / f"checkpoint-{stop}")
-    shutil.copytree(output / "rounds", tmp_path / "rounds")
+    shutil.copytree(output / "_rounds", tmp_path / "_rounds")
     resumed = trained(trainer_of(tokenizer, tmp_path, **RESUMED), resume_from_checkpoint=True)
     assert torch.equal(weights_of(whole), weights_of(resumed))
     assert [pairs_of(one) for one in whole.selections] == [pairs_of(one) for one in resumed.selections]
@@ -229,7 +298,7 @@ def test_resuming_trains_the_pairs_of_the_checkpoint(whole, tokenizer, tmp_path)
     """Even where selecting anew would choose others, as on a GPU that adds up in another order."""
     whole, output = whole
     shutil.copytree(output / "checkpoint-4", tmp_path / "checkpoint-4")
-    shutil.copytree(output / "rounds", tmp_path / "rounds")
+    shutil.copytree(output / "_rounds", tmp_path / "_rounds")
     checkpoint, elsewhere = str(tmp_path / "checkpoint-4"), tmp_path / "elsewhere"
     resumed = trainer_of(tokenizer, elsewhere, save_strategy="steps", save_steps=5, **RESUMED)
     other = bpo.select(None, ROWS, budget=8, strategy="random", progress=False)
@@ -240,12 +309,12 @@ def test_resuming_trains_the_pairs_of_the_checkpoint(whole, tokenizer, tmp_path)
     found = [(number, pairs_of(one)) for number, one, _ in load_rounds(elsewhere / "checkpoint-5")]
     assert found == [(number, pairs_of(one)) for number, one in enumerate(whole.selections)]
 
-    manifest = tmp_path / "rounds" / "round-001" / "selection.json"
+    manifest = tmp_path / "_rounds" / "round-001" / "selection.json"
     manifest.write_text(manifest.read_text() + " ")
     with pytest.raises(bpo.SelectionError, match=r"round-001 is not the selection that .*checkpoint-4 was trained on"):
         resumed.train(resume_from_checkpoint=checkpoint)
-    shutil.rmtree(tmp_path / "rounds")
-    with pytest.raises(FileNotFoundError, match="Keep the directory 'rounds' beside the checkpoints"):
+    shutil.rmtree(tmp_path / "_rounds")
+    with pytest.raises(FileNotFoundError, match="Keep the directory '_rounds' beside the checkpoints"):
         resumed.train(resume_from_checkpoint=checkpoint)
 
 
@@ -303,6 +372,7 @@ def test_several_processes_train_the_same_rounds_as_one(tokenizer, tmp_path, mon
 def test_a_round_of_fewer_pairs_is_spread_over_the_epoch(tokenizer, tmp_path):
     trainer = trainer_of(tokenizer, tmp_path, reselect_strategy="epoch")
     trainer.train_dataset = trainer.train_dataset.select(range(5))
+    trainer._restore_rounds(None)
     seen, whole = (
         torch.cat(batch["input_ids"].chunk(2), dim=1)  # chosen beside rejected
         for batch in (trainer._pairs_of(torch.arange(8)), trainer.data_collator(list(trainer.train_dataset)))
@@ -322,16 +392,31 @@ def test_settings_that_rounds_cannot_have_are_refused(tokenizer, tmp_path):
             {"reselect_strategy": "epoch", "select_config": {"preconditioner": "optimizer.pt"}},
             "does not go with preconditioner in select_config",
         ),
+        ({"resample": 2}, "resample needs rounds"),
+        (
+            {"reselect_strategy": "epoch", "resample": 2, "scorer": by_length, "precompute_ref_log_probs": True},
+            "resample needs a reference that runs over new responses",
+        ),
+        (
+            {"reselect_strategy": "epoch", "resample": 2, "scorer": by_length, "stated": True},
+            "have no weights of the data's pairs",
+        ),
+        ({"reselect_strategy": "epoch", "resample": 2}, "needs a scorer"),
+        ({"reselect_strategy": "epoch", "resample": 2, "resample_config": {"m": 3}}, "has m; it takes batch_size"),
         (
             {"reselect_strategy": "epoch", "strategy": "random", "precompute_ref_log_probs": True},
             "strategy='random' computes no log-probabilities",
         ),
     ):
+        scorer = settings.pop("scorer", None)
+        stated = [{"prompt": "p", "chosen": "a", "rejected": "b", "weight": 2.0}]
+        rows = stated if settings.pop("stated", False) else ROWS
         with pytest.raises(ValueError, match=expected):
             bpo.BPOTrainer(
                 tiny_llama(tokenizer),
                 args=bpo.BPOConfig(output_dir=str(tmp_path), **{**SETTINGS, **settings}),
-                train_dataset=datasets.Dataset.from_list(ROWS),
+                train_dataset=datasets.Dataset.from_list(rows),
                 processing_class=tokenizer,
                 ref_model=None if "precompute_ref_log_probs" in settings else tiny_llama(tokenizer),
+                scorer=scorer,
             )
