@@ -67,6 +67,10 @@ class SavedRounds(TrainerCallback, ExportableState):  # type: ignore[misc]
         """What goes into the state of the trainer."""
         return {"args": {}, "attributes": {"saved": self.saved}}
 
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Makes room in the state of a checkpoint whose training had no rounds, where Trainer looks for it."""
+        state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+
 
 def directory_of(number: int, parent: str | Path) -> Path:
     """Returns the directory of a round within that of all."""

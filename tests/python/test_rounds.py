@@ -318,6 +318,17 @@ def test_resuming_trains_the_pairs_of_the_checkpoint(whole, tokenizer, tmp_path)
         resumed.train(resume_from_checkpoint=checkpoint)
 
 
+def test_rounds_may_begin_when_a_training_goes_on(tokenizer, tmp_path):
+    settings = {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 1}
+    trained(trainer_of(tokenizer, tmp_path, **settings))
+    for later in (3, 4):
+        shutil.rmtree(tmp_path / f"checkpoint-{later}")
+    resumed = trainer_of(tokenizer, tmp_path, reselect_strategy="epoch", **settings)
+    trained(resumed, resume_from_checkpoint=True)
+    assert [number for number, _, _ in load_rounds(tmp_path / "checkpoint-4")] == [0, 1]
+    assert len(resumed.selections) == 2
+
+
 def test_stores_of_another_training_are_replaced(tokenizer, tmp_path):
     settings = {"reselect_strategy": "epoch", "num_train_epochs": 2, "store": str(tmp_path / "store")}
     seen = []
