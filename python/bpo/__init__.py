@@ -58,7 +58,9 @@ if TYPE_CHECKING:
     from bpo.strategies import register_strategy as register_strategy
     from bpo.train import BPOConfig as BPOConfig
     from bpo.train import BPOTrainer as BPOTrainer
-    from bpo.train import warm_up as warm_up
+    from bpo.warmup import warm_up as warm_up
+    from bpo.weighting import WeightedDPOConfig as WeightedDPOConfig
+    from bpo.weighting import WeightedDPOTrainer as WeightedDPOTrainer
 
 # Imported when first used: torch, transformers and trl take seconds, `import bpo` takes milliseconds.
 _LAZY = {
@@ -108,7 +110,9 @@ _LAZY = {
     "register_strategy": "bpo.strategies",
     "BPOConfig": "bpo.train",
     "BPOTrainer": "bpo.train",
-    "warm_up": "bpo.train",
+    "warm_up": "bpo.warmup",
+    "WeightedDPOConfig": "bpo.weighting",
+    "WeightedDPOTrainer": "bpo.weighting",
 }
 
 __all__ = ["StoreDamagedError", "StoreError", "StoreLockedError", "StoreVersionError", "__version__", *_LAZY]

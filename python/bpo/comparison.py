@@ -41,7 +41,7 @@ from bpo.results import summarize, table
 from bpo.statistics import import_scipy_stats
 from bpo.store import GradientStore
 from bpo.tokens import padding_id
-from bpo.train import dpo_config, train_on_pairs
+from bpo.training import dpo_config, train_on_pairs
 from bpo.win_rates import compare_responses, score_start
 from bpo.workers import cores, in_processes
 

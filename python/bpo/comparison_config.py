@@ -16,7 +16,8 @@ from peft import LoraConfig
 from bpo.config import SelectConfig
 from bpo.models import check_path, is_adapter
 from bpo.strategies import STRATEGIES
-from bpo.train import SHARED, dpo_config, dpo_config_fields
+from bpo.train import SHARED
+from bpo.training import dpo_config, dpo_config_fields
 from bpo.win_rates import ScorerConfig
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")

@@ -84,6 +84,10 @@ class SelectConfig:
             of a response, each a list. There is one weight for each token of a response, the end token included,
             counted before sequences are cut; any finite number will do. ``None`` weighs every token 1. Lengths count
             tokens all the same. Training must weigh tokens likewise, which TRL's ``DPOTrainer`` does not.
+        weight_column: Column of preference data that says by how much the loss of each pair counts, a finite number of
+            at least 0 (see :func:`bpo.read_candidates`); it goes along to :class:`bpo.WeightedDPOTrainer`. The gradient
+            of a pair of weight w is w·z: unit length takes w out of what is clustered, informativeness is w‖z‖, and a
+            pair of weight 0 is set aside *(ours)*. ``"weight"`` need not be there; ``None`` weighs every pair 1.
         max_length: Most tokens of prompt and response together, TRL's default. ``None`` cuts nothing. Sequences beyond
             the positions that the model or its reference was made for are cut all the same, which TRL does not do.
         truncation_mode: ``"keep_start"`` cuts a longer sequence at its end, and sets aside pairs whose prompt fills
@@ -190,6 +194,7 @@ class SelectConfig:
     use_weighting: bool = False
     ref_model: Any = None
     token_weights: str | TokenWeights | None = None
+    weight_column: str | None = "weight"
     max_length: int | None = 1024
     truncation_mode: TruncationMode = "keep_start"
     max_pairs_per_prompt: int | None = None
@@ -288,7 +293,7 @@ class SelectConfig:
                 f"{self.length_control!r}"
             )
         self._check_embeddings()
-        for name in ("device", "preconditioner"):
+        for name in ("device", "preconditioner", "weight_column"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
                 raise ValueError(f"SelectConfig.{name} must be text or None, got {value!r}")

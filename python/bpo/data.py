@@ -7,6 +7,7 @@ import difflib
 import hashlib
 import json
 import math
+import numbers
 import os
 import sys
 import warnings
@@ -46,6 +47,9 @@ _KNOWN_COLUMNS = (
 _RESERVED_KWARGS = {"conversation", "tokenize", "return_dict", "add_generation_prompt"}
 _REF_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 _OTHER_COLUMNS = " with other token weights or reference log-probabilities"
+_OTHER_WEIGHT = " with another weight"
+WEIGHT_COLUMN = "weight"
+"""Where pairs carry weights unless the settings say otherwise; the only such column that need not be there."""
 _FILE_KINDS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 _NAMED_ROWS = 5
 _LARGEST_SCORE = 1e300
@@ -112,6 +116,7 @@ class Candidates:
         pair_weights: (P, 2) int64, which of ``token_weights`` the preferred and the other response have in the pair.
         pair_ref_logps: (P, 2) float64, log π_ref of the preferred and of the other response, as the data gives them;
             NaN where none are read.
+        weights: (P,) float64, by how much the loss of each pair counts, above 0; None where the data does not say.
         known_ids: (·, 16) uint8, content hash of every response of the data, usable or not.
         skipped: What was set aside.
     """
@@ -132,6 +137,7 @@ class Candidates:
     token_weights: list[npt.NDArray[np.float32]]
     pair_weights: npt.NDArray[np.int64]
     pair_ref_logps: npt.NDArray[np.float64]
+    weights: npt.NDArray[np.float64] | None
     known_ids: npt.NDArray[np.uint8]
     skipped: Skipped
 
@@ -194,6 +200,7 @@ class Candidates:
                 token_weights=self.token_weights,
                 pair_weights=self.pair_weights[pair_index],
                 pair_ref_logps=self.pair_ref_logps[pair_index],
+                weights=None if self.weights is None else self.weights[pair_index],
                 known_ids=self.known_ids,
                 skipped=self.skipped,
             ),
@@ -209,6 +216,7 @@ def read_candidates(
     on_invalid: OnInvalid = "skip",
     token_weights: str | None = None,
     ref_logps: bool = False,
+    weight_column: str | None = None,
 ) -> Candidates:
     """Reads preference data of any accepted format.
 
@@ -226,6 +234,9 @@ def read_candidates(
             lists, or, where responses are records, as an item of each record.
         ref_logps: Whether to read log π_ref of the responses: the columns ``ref_chosen_logps`` and
             ``ref_rejected_logps`` of preference rows, as TRL calls them; a list ``ref_logps`` of scored responses.
+        weight_column: Column of numbers of at least 0, by how much the loss of a pair counts (see
+            :class:`bpo.WeightedDPOTrainer`); None reads none. A row of scored responses has one number for all pairs
+            whose preferred response it holds. Pairs of weight 0 are set aside. ``"weight"`` need not be there.
 
     Returns:
         The candidates.
@@ -260,7 +271,7 @@ def read_candidates(
             )
     if len(rows) == 0:
         raise ValueError("The dataset is empty: it has the right columns but no rows.")
-    groups = _Groups()
+    groups = _Groups(_row_weights(rows, weight_column))
     template_kwargs = read_template_kwargs(rows)
     for index, row in enumerate(rows):
         reader.read(index, row, template_kwargs[index] if template_kwargs else {}, groups)
@@ -270,13 +281,14 @@ def read_candidates(
 
 
 def read_configured(dataset: Any, config: SelectConfig) -> Candidates:
-    """Reads what a configuration asks for, with the token weights and reference log-probabilities of the data."""
+    """Reads what a configuration asks for, with the weights and reference log-probabilities of the data."""
     return read_candidates(
         dataset,
         max_pairs_per_prompt=config.max_pairs_per_prompt,
         on_invalid=config.on_invalid,
         token_weights=config.token_weights if isinstance(config.token_weights, str) else None,
         ref_logps=config.reads_ref_logps,
+        weight_column=config.weight_column,
     )
 
 
@@ -437,6 +449,29 @@ def _column(rows: datasets.Dataset | _ListRows, name: str) -> list[Any]:
     return [row[name] for row in rows] if isinstance(rows, _ListRows) else list(rows[name])
 
 
+def _row_weights(rows: datasets.Dataset | _ListRows, column: str | None) -> npt.NDArray[np.float64] | None:
+    """Returns the weight of each row, None where there is no such column."""
+    if column is None or (column == WEIGHT_COLUMN and column not in rows.column_names):
+        return None
+    _require(list(rows.column_names), (column,), f"weight_column={column!r}")
+    return np.array([pair_weight(value, f"Row {index}", column) for index, value in enumerate(_column(rows, column))])
+
+
+def pair_weight(value: Any, place: str, column: str) -> float:
+    """Returns the weight of a pair as a float.
+
+    Raises:
+        ValueError: Not a finite number of at least 0; the message names the place.
+    """
+    number = isinstance(value, (numbers.Real, np.number)) and not isinstance(value, bool)
+    if not number or not 0 <= (weight := float(value)) < math.inf:
+        raise ValueError(
+            f"{place}, column '{column}': the weight of a pair must be a finite number of at least 0, got "
+            f"{shorten(value)}. If the column means something else, set weight_column."
+        )
+    return weight
+
+
 def _tools(value: Any, index: int) -> list[Any] | None:
     if isinstance(value, str):
         try:
@@ -567,7 +602,8 @@ def extract_prompt(chosen: Text, rejected: Text) -> tuple[Text, Text, Text]:
 class _Groups:
     """Collects responses and pairs by exact prompt."""
 
-    def __init__(self) -> None:
+    def __init__(self, row_weights: npt.NDArray[np.float64] | None = None) -> None:
+        self.row_weights = row_weights
         self.prompts: dict[bytes, _Group] = {}
         self.skipped = Skipped()
         self.conversational: bool | None = None
@@ -595,11 +631,24 @@ class _Groups:
         """Returns the index of an array of token weights among the distinct ones."""
         return self.weights.setdefault(as_weights(value, place).tobytes(), len(self.weights))
 
+    def weigh_alike(self, row: int, other: int) -> bool:
+        """Whether two rows have the same weight."""
+        return self.row_weights is None or bool(self.row_weights[row] == self.row_weights[other])
+
+    def _weighing(self, pairs: list[_Pair]) -> list[_Pair]:
+        """Sets pairs of weight 0 aside, which would teach nothing."""
+        if self.row_weights is None:
+            return pairs
+        for pair in pairs:
+            if self.row_weights[pair.row] == 0:
+                self.skipped.add("pair of weight 0", f"row {pair.row}")
+        return [pair for pair in pairs if self.row_weights[pair.row] > 0]
+
     def build(self, max_pairs_per_prompt: int | None) -> Candidates:
         groups: list[_Group] = []
         kept_pairs: list[list[_Pair]] = []
         for group in self.prompts.values():
-            pairs = group.candidate_pairs(self.skipped)
+            pairs = self._weighing(group.candidate_pairs(self.skipped))
             if max_pairs_per_prompt is not None and len(pairs) > max_pairs_per_prompt:
                 # NaN gaps (no scores) keep the order of the data: the sort is stable.
                 order = sorted(range(len(pairs)), key=lambda index: -gap if (gap := pairs[index].gap) == gap else 0.0)
@@ -616,6 +665,7 @@ class _Groups:
         flat = [pair for pairs in kept_pairs for pair in pairs]
         prompt_of_pair = np.repeat(np.arange(len(groups)), [len(pairs) for pairs in kept_pairs]).astype(np.int64)
         pairs_in_prompt = np.array([(pair.chosen, pair.rejected) for pair in flat], dtype=np.int64)
+        pair_rows = np.array([pair.row for pair in flat], dtype=np.int64)
         known = [key for group in self.prompts.values() for key in (*group.keys, *group.set_aside)]
         return Candidates(
             prompts=[group.prompt for group in groups],
@@ -629,11 +679,12 @@ class _Groups:
             scores=np.array([score for group in groups for score in group.scores], dtype=np.float64),
             pairs=pairs_in_prompt + offsets[prompt_of_pair, None],
             prompt_of_pair=prompt_of_pair,
-            pair_rows=np.array([pair.row for pair in flat], dtype=np.int64),
+            pair_rows=pair_rows,
             pair_scores=np.array([(pair.score_chosen, pair.score_rejected) for pair in flat], dtype=np.float64),
             token_weights=[np.frombuffer(data, dtype=np.float32) for data in self.weights],
             pair_weights=np.array([pair.weights for pair in flat], dtype=np.int64),
             pair_ref_logps=np.array([pair.ref_logps for pair in flat], dtype=np.float64),
+            weights=None if self.row_weights is None else self.row_weights[pair_rows],
             known_ids=_id_array(known),
             skipped=self.skipped,
         )
@@ -836,8 +887,9 @@ class _PreferenceReader:
         second = group.add(rejected, score_rejected, index)[0]
         pair = _Pair(first, second, score_chosen, score_rejected, index, weights, ref_logps)
         if (first, second) in group.stated:
-            differs = not pair.same_columns(group.stated[first, second])
-            skipped.add("duplicate of an earlier pair" + _OTHER_COLUMNS * differs, place)
+            earlier = group.stated[first, second]
+            reason = "duplicate of an earlier pair" + _OTHER_COLUMNS * (not pair.same_columns(earlier))
+            skipped.add(reason + _OTHER_WEIGHT * (not groups.weigh_alike(index, earlier.row)), place)
         elif (second, first) in group.stated:
             skipped.add("contradicts an earlier pair", f"{place}, against row {group.stated[second, first].row}")
         else:

@@ -140,7 +140,7 @@ def completion_logps(
     reduced = logits.shape[:2] == (1, int(predicting.sum()))
     logits = logits[0] if reduced else logits[:, :-1][predicting]
     targets = input_ids[:, 1:].to(logits.device)[predicting]
-    token_logps, agreements = _TokenLogps.apply(logits, targets)
+    token_logps, agreements = score_tokens(logits, targets)
     if tokenized.weights is not None:
         # The first token of a sequence has a weight, too, but nothing predicts it.
         weights = [tokenized.weights[row][int(tokenized.prompt_lengths[row] == 0) :] for row in rows]
@@ -211,6 +211,12 @@ class _TokenLogps(torch.autograd.Function):
             wide.scatter_add_(1, targets[part, None], gradient[part, None].float())
             out[part] = wide
         return out, None
+
+
+def score_tokens(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns log π and log π − log Σ_v π_v² of (m,) targets under (m, vocabulary) logits, (m,) float32 each."""
+    logps, weights = _TokenLogps.apply(logits, targets)
+    return logps, weights
 
 
 def _forward_arguments(model: PreTrainedModel) -> Collection[str]:

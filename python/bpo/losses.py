@@ -97,14 +97,54 @@ def pair_coefficients(
             ratios = leaf - gather(ref_logps)
             scores = _SCORES[config.f_divergence_type](ratios, config.f_alpha_divergence_coef)
             batch = _Pairs(leaf, ratios, scores, gather(lengths), gather(predicted))
-            parts = [weight * _LOSSES[name](batch, config) for name, weight in config.weighted_losses]
-            loss = torch.stack(parts).sum(dim=0)
-            if config.use_weighting:
-                # WPO (arXiv 2406.11827, eq. 2): a constant, the product of the two responses' weights.
-                loss = loss * torch.exp(gather(log_weights).sum(dim=1))
+            loss = _total(batch, gather(log_weights), config)
             (gradient,) = torch.autograd.grad(loss.sum(), leaf)
         coefficients[start : start + len(block)] = gradient.float().numpy()
     return coefficients
+
+
+def batch_losses(
+    logps: Tensor,
+    ref_logps: Tensor,
+    *,
+    lengths: Tensor,
+    predicted: Tensor,
+    log_weights: Tensor,
+    sft_logps: Tensor,
+    config: SelectConfig,
+) -> Tensor:
+    """Returns the loss of each pair of a batch, such that their mean is TRL's loss of the batch.
+
+    Args:
+        logps: (n, 2) log π(y|x), chosen and rejected in the columns.
+        ref_logps: (n, 2) log π_ref(y|x).
+        lengths: (n, 2) tokens of the responses.
+        predicted: (n, 2) tokens that ``logps`` sums over.
+        log_weights: (n, 2) as in :func:`pair_coefficients`; anything without ``use_weighting``.
+        sft_logps: (n, 2) what the ``sft`` loss is of: log π(y|x) where ``logps`` weighs tokens (TRL's ``ld_alpha``).
+        config: As in :func:`pair_coefficients`.
+
+    Returns:
+        (n,) float64, not differentiable.
+    """
+    with torch.no_grad():
+        given = (logps, ref_logps, lengths, predicted, log_weights, sft_logps)
+        logps, ref_logps, lengths, predicted, log_weights, sft_logps = (values.double() for values in given)
+        ratios = logps - ref_logps
+        scores = _SCORES[config.f_divergence_type](ratios, config.f_alpha_divergence_coef)
+        # TRL averages the sft loss over the tokens of the batch.
+        predicted = predicted.mean(dim=0, keepdim=True).expand_as(predicted)
+        return _total(_Pairs(sft_logps, ratios, scores, lengths, predicted), log_weights, config)
+
+
+def _total(batch: _Pairs, log_weights: Tensor, config: SelectConfig) -> Tensor:
+    """(n,) sum of all losses of a configuration."""
+    parts = [weight * _LOSSES[name](batch, config) for name, weight in config.weighted_losses]
+    loss = torch.stack(parts).sum(dim=0)
+    if config.use_weighting:
+        # WPO (arXiv 2406.11827, eq. 2): a constant, the product of the two responses' weights.
+        loss = loss * torch.exp(log_weights.sum(dim=1))
+    return loss
 
 
 @dataclasses.dataclass(frozen=True)

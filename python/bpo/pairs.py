@@ -85,6 +85,7 @@ def measured(
     config: SelectConfig,
     *,
     ref_logps: npt.NDArray[np.float32] | None = None,
+    weights: npt.NDArray[np.float64] | None = None,
     progress: bool = False,
 ) -> MeasuredPairs:
     """Reads what stores hold of pairs, and compares the rows of their responses with the checksums.
@@ -94,12 +95,15 @@ def measured(
         pairs: (P, 2) int64 for each store, the rows of the preferred and of the other response.
         config: Uses what :func:`bpo.pair_coefficients` does, and ``threads``.
         ref_logps: (P, 2) float32, log π_ref of the responses; by default that of the store.
+        weights: (P,) float64, what the loss of each pair is multiplied with; None for 1.
         progress: Whether to show a progress bar.
 
     Raises:
         StoreDamagedError: A row that is not as it was written.
     """
-    gradients = [_pair_gradients(store, rows, config, progress) for store, rows in zip(stores, pairs, strict=True)]
+    gradients = [
+        _pair_gradients(store, rows, config, weights, progress) for store, rows in zip(stores, pairs, strict=True)
+    ]
     if len(stores) > 1 or config.checkpoints is not None:
         assert ref_logps is not None
         return MeasuredPairs(gradients, None, ref_logps, None)
@@ -114,7 +118,11 @@ def measured(
 
 
 def _pair_gradients(
-    store: GradientStore, pairs: npt.NDArray[np.int64], config: SelectConfig, progress: bool
+    store: GradientStore,
+    pairs: npt.NDArray[np.int64],
+    config: SelectConfig,
+    weights: npt.NDArray[np.float64] | None,
+    progress: bool,
 ) -> PairGradients:
     """Returns the gradients of the pairs in terms of those of the responses; NaN where one of these is unusable."""
     with core_progress("Checksums", progress) as report:
@@ -129,6 +137,8 @@ def _pair_gradients(
         log_weights=records["log_weight"],
         config=config,
     )
+    if weights is not None:
+        coefficients *= weights[:, None]
     nonfinite = (records["flags"] & NONFINITE != 0)[pairs].any(axis=1)
     coefficients[nonfinite] = np.nan  # which tells them from pairs of zero gradients
     return PairGradients(store.rows, pairs, coefficients * store.scales[pairs])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from bpo.length import balance_lengths, character_lengths, fit_length_effect, la
 from bpo.models import load_policy, load_tokenizer, window
 from bpo.pairs import MeasuredPairs, clustered, in_store, influence, measured
 from bpo.precondition import preconditioner_path
+from bpo.reference import Reference
 from bpo.selection import SELECTED, Selection
 from bpo.store import GradientStore, with_settings_of
 from bpo.strategies import STRATEGIES, Candidacy, choose
@@ -101,6 +103,134 @@ def select(
         >>> selection.depth.tolist()
         [2]
     """
+    return _select(
+        model,
+        dataset,
+        budget=budget,
+        processing_class=processing_class,
+        breadth=breadth,
+        strategy=strategy,
+        target=target,
+        store=store,
+        config=config,
+        seed=seed,
+        progress=progress,
+    )
+
+
+def select_again(
+    model: Any,
+    dataset: Any,
+    earlier: Selection,
+    *,
+    processing_class: Any = None,
+    strategy: str = "bpo",
+    store: str | os.PathLike[str] | None = None,
+    config: SelectConfig | Mapping[str, Any] | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Selection:
+    """Chooses again from the same data, once the policy was trained on an earlier choice.
+
+    The budget, the prompts that breadth compression kept and the log-probabilities of the reference are those of the
+    earlier selection *(ours)*, so the reference does not run; gradients and log π are the policy's own.
+
+    Args:
+        model: The policy as it is now.
+        dataset: What was selected from.
+        earlier: The selection before any training. Strategies with gradients need one of a strategy with gradients.
+        processing_class: As in :func:`select`, and so are the others.
+        strategy: Likewise.
+        store: Likewise; another than that of the earlier selection, since gradients are those of one policy.
+        config: Likewise; ``checkpoints`` and ``ref_model`` play no part.
+        seed: Likewise.
+        progress: Likewise.
+
+    Returns:
+        The selection.
+
+    Raises:
+        ValueError: Other data than that of the earlier selection.
+    """
+    return _select(
+        model,
+        dataset,
+        budget=earlier.budget,
+        processing_class=processing_class,
+        breadth=None,
+        strategy=strategy,
+        store=store,
+        config=config,
+        seed=seed,
+        progress=progress,
+        earlier=earlier,
+    )
+
+
+def select_at_most(
+    model: Any,
+    dataset: Any,
+    budget: int,
+    reference: Reference,
+    *,
+    processing_class: Any = None,
+    strategy: str = "bpo",
+    store: str | os.PathLike[str] | None = None,
+    config: SelectConfig | Mapping[str, Any] | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Selection:
+    """Chooses from new responses once the policy was trained: as many pairs as before, or all where there are fewer.
+
+    Args:
+        model: The policy as it is now.
+        dataset: Its responses, scored.
+        budget: Most pairs.
+        reference: What the policy is compared with; ``SelectConfig.ref_model`` plays no part.
+        processing_class: As in :func:`select`, and so are the others.
+        strategy: Likewise.
+        store: Likewise.
+        config: Likewise.
+        seed: Likewise.
+        progress: Likewise.
+
+    Returns:
+        The selection.
+
+    Raises:
+        ValueError: Not one pair, or what :func:`select` refuses.
+    """
+    return _select(
+        model,
+        dataset,
+        budget=budget,
+        processing_class=processing_class,
+        breadth=None,
+        strategy=strategy,
+        store=store,
+        config=config,
+        seed=seed,
+        progress=progress,
+        reference=reference,
+    )
+
+
+def _select(
+    model: Any,
+    dataset: Any,
+    *,
+    budget: int | float,
+    processing_class: Any,
+    breadth: int | float | None,
+    strategy: str,
+    store: str | os.PathLike[str] | None,
+    config: SelectConfig | Mapping[str, Any] | None,
+    seed: int,
+    progress: bool,
+    target: Any = None,
+    earlier: Selection | None = None,
+    reference: Reference | None = None,
+) -> Selection:
     config = SelectConfig.of(config)
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy must be one of {sorted(STRATEGIES)}, got {strategy!r}")
@@ -179,7 +309,15 @@ def select(
         wanted, target_stored = in_store(wanted, present, config)
     elif wanted is not None:
         wanted, target_tokenized = tokenize_configured(wanted, tokenizer, longest, reading)
-    n_prompts = len(candidates.prompts) if breadth is None else _count("breadth", breadth, len(candidates.prompts))
+    if earlier is not None:
+        kept_prompts = _kept_before(candidates, earlier)
+        n_prompts = int(kept_prompts.sum())
+    else:
+        kept_prompts = np.ones(len(candidates.prompts), dtype=bool)
+        n_prompts = len(candidates.prompts) if breadth is None else _count("breadth", breadth, len(candidates.prompts))
+    if reference is not None and budget > len(candidates.pairs):
+        warn(f"There are {len(candidates.pairs)} candidate pairs, fewer than the {budget} of the rounds before.")
+        budget = len(candidates.pairs)
     # No choice of prompts can have more pairs than the deepest ones, so most bad budgets are known by now.
     most_pairs = np.sort(np.bincount(candidates.prompt_of_pair))[::-1][:n_prompts].sum()
     floor = config.min_depth * n_prompts if rule.keeps_every_prompt else 0
@@ -190,8 +328,7 @@ def select(
     policy = load_policy(model, config) if (needs_gradients and present is None) or embeds_with_policy else None
 
     # Breadth: representative prompts.
-    kept_prompts = np.ones(len(candidates.prompts), dtype=bool)
-    if n_prompts < len(candidates.prompts):
+    if earlier is None and n_prompts < len(candidates.prompts):
         if config.embedder is not None:
             embeddings = embed_prompts(
                 candidates.prompts,
@@ -230,9 +367,13 @@ def select(
     pairs = target_pairs = None
     if present is not None:
         assert stored is not None
-        pairs = measured([present], [stored[response_index][kept.pairs]], config, progress=progress)
+        pairs = measured(
+            [present], [stored[response_index][kept.pairs]], config, weights=kept.weights, progress=progress
+        )
         if wanted is not None and target_stored is not None:
-            target_pairs = measured([present], [target_stored[wanted.pairs]], config, progress=progress)
+            target_pairs = measured(
+                [present], [target_stored[wanted.pairs]], config, weights=wanted.weights, progress=progress
+            )
     elif needs_gradients:
         assert policy is not None and tokenizer is not None and tokenized is not None
         parts = [(kept, tokenized.keep_pairs(pair_index, response_index))]
@@ -241,9 +382,12 @@ def select(
             known_ids = np.concatenate([kept.known_ids, wanted.known_ids])
             both = (parts[0], (wanted, target_tokenized))
             parts = [(dataclasses.replace(of_part, known_ids=known_ids), sequences) for of_part, sequences in both]
+        if earlier is not None:
+            reference = _reference_of(earlier, parts[0][1], pair_index)
         shared: dict[str, Any] = {"config": config, "store": store, "progress": progress}
         if config.checkpoints is None:
-            stores = [[collect(policy, *part, tokenizer, preconditioner=preconditioner, **shared)] for part in parts]
+            shared_by_one = {**shared, "preconditioner": preconditioner, "reference": reference}
+            stores = [[collect(policy, *part, tokenizer, **shared_by_one)] for part in parts]
             known: list[Any] = [None] * len(parts)
         else:
             references = [collect_reference(policy, sequences, tokenizer, **shared) for _, sequences in parts]
@@ -259,9 +403,10 @@ def select(
                 [gradients.rows_of(sequences.sequence_ids)[sequences.pairs] for gradients in of_part],
                 config,
                 ref_logps=None if ref_logps is None else ref_logps[sequences.pairs],
+                weights=part.weights,
                 progress=progress,
             )
-            for of_part, ref_logps, (_, sequences) in zip(stores, known, parts, strict=True)
+            for of_part, ref_logps, (part, sequences) in zip(stores, known, parts, strict=True)
         ]
         pairs, target_pairs = found[0], found[1] if len(found) > 1 else None
 
@@ -359,6 +504,27 @@ def _subtasks(target: Any, candidates: Candidates) -> npt.NDArray[np.int64]:
         return np.zeros(len(candidates.pairs), dtype=np.int64)
     names = [json.dumps(row["subtask"], sort_keys=True, default=str) for row in target]
     return np.unique([names[row] for row in candidates.pair_rows], return_inverse=True)[1]
+
+
+def _kept_before(candidates: Candidates, earlier: Selection) -> npt.NDArray[np.bool_]:
+    """(n,) bool, the prompts that the breadth compression of an earlier selection kept."""
+    if not np.array_equal(candidates.pair_rows, earlier.pairs["row"].to_numpy()):
+        raise ValueError(
+            f"The data has {len(candidates.pairs)} candidate pairs, others than the {earlier.pairs.num_rows} of the "
+            "earlier selection; select again from the same data with the same settings."
+        )
+    kept = np.zeros(len(candidates.prompts), dtype=bool)
+    kept[candidates.prompt_of_pair[np.array(earlier.pairs["fate"]) != "breadth"]] = True
+    return kept
+
+
+def _reference_of(earlier: Selection, sequences: TokenizedResponses, pair_index: npt.NDArray[np.int64]) -> Reference:
+    """Returns log π_ref of all sequences as an earlier selection computed it."""
+    logps = np.full(len(sequences.ids), np.nan, dtype=np.float32)
+    for side, name in enumerate(("ref_logp_chosen", "ref_logp_rejected")):
+        values = earlier.pairs[name].to_numpy().astype(np.float32)
+        logps[sequences.pairs[:, side]] = values[pair_index]
+    return Reference("known", hashlib.sha256(logps.tobytes()).hexdigest(), known=logps)
 
 
 def _count(name: str, value: Any, total: int) -> int:
@@ -511,6 +677,8 @@ def _training_set(candidates: Candidates, table: pa.Table, index: npt.NDArray[np
         for side, name in enumerate(("chosen", "rejected")):
             weights = candidates.pair_weights[index, side]
             columns[f"{config.token_weights}_{name}"] = [candidates.token_weights[i].tolist() for i in weights]
+    if candidates.weights is not None and config.weight_column is not None:
+        columns[config.weight_column] = candidates.weights[index].tolist()
     selected = table.take(pa.array(index)).drop_columns(["chosen", "rejected", "fate"])
     for name in selected.column_names:
         # A column that the strategy does not use would be all null, which Parquet readers cannot give a type.

@@ -22,18 +22,20 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """log π_ref of sequences: from the policy itself, the policy without its adapter, a model, the data, or known.
+    """log π_ref of sequences: from the policy itself, without or with another adapter, a model, the data, or known.
 
     Attributes:
         source: Which of these.
         fingerprint: What identifies the reference in a store.
         model: The model that runs, None where none does.
+        adapter: Name of the adapter with which it runs, where that is not the active one.
         known: (S,) float32 log-probabilities of all sequences, where they were computed before.
     """
 
-    source: Literal["policy", "base", "model", "columns", "known"]
+    source: Literal["policy", "base", "adapter", "model", "columns", "known"]
     fingerprint: str
     model: PreTrainedModel | None = None
+    adapter: str | None = None
     known: npt.NDArray[np.float32] | None = None
 
     @classmethod
@@ -54,13 +56,20 @@ class Reference:
                     "SelectConfig.ref_model='base' is the policy without its adapter, but "
                     f"{type(policy).__name__} has none. Pass a PeftModel; a directory is './base'."
                 )
-            return cls("base", "the policy without its adapter", policy)
+            return cls.with_adapter(policy, None)
         return cls.by(load_policy(config.ref_model, config))
 
     @classmethod
     def by(cls, model: PreTrainedModel) -> Reference:
         """Returns a model as reference."""
         return cls("model", model_fingerprint(model), model)
+
+    @classmethod
+    def with_adapter(cls, policy: PreTrainedModel, adapter: str | None) -> Reference:
+        """Returns a policy with another of its adapters as reference, or without any."""
+        if adapter is None:
+            return cls("base", "the policy without its adapter", policy)
+        return cls("adapter", f"the policy with its adapter '{adapter}'", policy, adapter)
 
     def check_vocabulary(self, tokenized: TokenizedResponses) -> None:
         """Checks that the reference knows every token.
@@ -102,6 +111,9 @@ class Reference:
             stack.enter_context(inference_state(self.model))
             if self.source == "base":
                 stack.enter_context(self.model.disable_adapter())
+            if self.source == "adapter":
+                stack.callback(self.model.set_adapter, self.model.active_adapter)
+                self.model.set_adapter(self.adapter)
             stack.enter_context(torch.inference_mode())
             result = dataclasses.replace(forward, model=self.model).logps(rows)
             logps: npt.NDArray[np.float32] = result.logps.cpu().numpy()

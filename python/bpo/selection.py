@@ -57,8 +57,8 @@ class Selection:
 
     Attributes:
         dataset: ``datasets.Dataset`` for TRL's ``DPOTrainer``: ``prompt``, ``chosen``, ``rejected`` (text or messages,
-            as in the data), ``tools``, ``chat_template_kwargs`` and token weights where the data has them, and the
-            provenance in ``bpo_*`` columns.
+            as in the data), ``tools``, ``chat_template_kwargs``, weights and token weights where the data has them, and
+            the provenance in ``bpo_*`` columns.
         pairs: ``pyarrow.Table``, one row a candidate pair: ``pair``, ``prompt``, ``row`` (of the data),
             ``chosen`` and ``rejected`` (positions among the prompt's responses), ``score_chosen``, ``score_rejected``,
             ``score_gap``, ``length_chosen`` and ``length_rejected`` (tokens), ``logp_chosen``, ``logp_rejected``,

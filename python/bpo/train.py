@@ -1,40 +1,46 @@
-"""Training with TRL, after a selection or as the warm-up before one: the only import of trl."""
+"""Training with TRL on the pairs that were selected for it."""
 
 from __future__ import annotations
 
-import copy
+import contextlib
 import dataclasses
-import hashlib
 import json
+import math
 import os
+import shutil
 from pathlib import Path
-from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from accelerate import PartialState
-from peft import AutoPeftModelForCausalLM, LoraConfig
-from transformers import AutoModelForCausalLM, PrinterCallback
-from transformers.trainer_utils import IntervalStrategy, SaveStrategy
-from transformers.utils import is_torch_bf16_gpu_available
-from trl import DPOConfig, DPOTrainer
+from accelerate.utils import broadcast_object_list
+from transformers import AutoModelForCausalLM
+from transformers.trainer_utils import get_last_checkpoint
 
-import bpo
 from bpo.config import SelectConfig
-from bpo.models import check_path, is_adapter, load_tokenizer, naming, plain, window
-from bpo.pipeline import select
-from bpo.selection import add_ref_logps, has_ref_logps
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    import numpy as np
-    import numpy.typing as npt
-    from transformers import PreTrainedModel
+from bpo.data import load_rows
+from bpo.models import check_path, is_adapter, load_tokenizer, naming, window
+from bpo.pipeline import select, select_again, select_at_most
+from bpo.reference import Reference
+from bpo.rounds import (
+    RESAMPLING,
+    RowNumbers,
+    SavedRounds,
+    collate_rows,
+    directory_of,
+    file_of,
+    kept_rows,
+    load_rounds,
+    resample,
+    save_round,
+    untouched_training,
+)
+from bpo.selection import Selection, add_ref_logps, has_ref_logps
+from bpo.store import StoreMismatchError
+from bpo.weighting import LOSS_FIELDS, WeightedDPOConfig, WeightedDPOTrainer
 
 
 @dataclasses.dataclass
-class BPOConfig(DPOConfig):  # type: ignore[misc]
+class BPOConfig(WeightedDPOConfig):
     """TRL's ``DPOConfig`` with what :func:`bpo.select` needs; its loss and its ``max_length`` serve both.
 
     Attributes:
@@ -44,6 +50,14 @@ class BPOConfig(DPOConfig):  # type: ignore[misc]
         store: Directory of the gradient store; None for a temporary one.
         select_config: Fields of :class:`bpo.SelectConfig`, as a mapping or as an object, but for those that
             ``DPOConfig`` has, too.
+        reselect_strategy: When to select again, with the policy as it has become: ``"no"``, ``"steps"`` (every
+            ``reselect_steps``) or ``"epoch"`` (every ``reselect_epochs``).
+        reselect_steps: Optimizer steps between two rounds; below 1 a fraction of all steps of the training.
+        reselect_epochs: Epochs between two rounds.
+        resample: Responses to each prompt that the policy gives anew in each round after the first, in place of those
+            of the data; :class:`BPOTrainer` then needs a ``scorer``. None keeps those of the data.
+        resample_config: Further arguments of :func:`bpo.sample_responses`, such as ``temperature`` or
+            ``max_new_tokens``; ``keep_existing`` keeps the responses of the data beside the new ones.
 
     Example:
         >>> import bpo
@@ -64,13 +78,48 @@ class BPOConfig(DPOConfig):  # type: ignore[misc]
         default=None, metadata={"help": "Fields of bpo.SelectConfig."}
     )
 
+    reselect_strategy: str = dataclasses.field(
+        default="no", metadata={"help": "When to select again with the current policy: no, steps or epoch."}
+    )
+    reselect_steps: float | None = dataclasses.field(
+        default=None, metadata={"help": "Steps between two rounds of selection, or a fraction of all steps."}
+    )
+    reselect_epochs: int = dataclasses.field(default=1, metadata={"help": "Epochs between two rounds of selection."})
+    resample: int | None = dataclasses.field(
+        default=None, metadata={"help": "Responses to each prompt that the policy gives anew in each later round."}
+    )
+    resample_config: dict[str, Any] | str | None = dataclasses.field(
+        default=None, metadata={"help": "Further arguments of bpo.sample_responses."}
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.select_config, str):
-            try:
-                self.select_config = json.loads(self.select_config)
-            except ValueError as error:
-                raise ValueError(f"select_config is not JSON: {error}") from None
+        self.reselect_strategy = getattr(self.reselect_strategy, "value", self.reselect_strategy)
+        if self.reselect_strategy not in ("no", "steps", "epoch"):
+            raise ValueError(f"reselect_strategy must be 'no', 'steps' or 'epoch', got {self.reselect_strategy!r}")
+        steps = self.reselect_steps
+        if self.reselect_strategy == "steps" and not (steps and steps > 0 and (steps < 1 or steps == int(steps))):
+            raise ValueError(
+                "reselect_strategy='steps' needs reselect_steps, a whole number of steps or a fraction below 1 of all "
+                f"of them, got {steps!r}"
+            )
+        if self.reselect_epochs < 1 or self.reselect_epochs != int(self.reselect_epochs):
+            raise ValueError(f"reselect_epochs must be a whole number of at least 1, got {self.reselect_epochs!r}")
+        for name in ("select_config", "resample_config"):
+            if isinstance(getattr(self, name), str):
+                try:
+                    setattr(self, name, json.loads(getattr(self, name)))
+                except ValueError as error:
+                    raise ValueError(f"{name} is not JSON: {error}") from None
+        if self.resample is not None and self.reselect_strategy == "no":
+            raise ValueError("resample needs rounds: set reselect_strategy, too.")
+        if self.resample is not None and self.resample < 1:
+            raise ValueError(f"resample must be at least 1, got {self.resample!r}")
+        unknown = set(self.resample_config or {}) - RESAMPLING
+        if unknown:
+            raise ValueError(
+                f"resample_config has {', '.join(sorted(unknown))}; it takes {', '.join(sorted(RESAMPLING))}."
+            )
         if isinstance(self.select_config, SelectConfig):
             # What was left at its default must not stand against the field of the same name here.
             defaults = SelectConfig().to_dict()
@@ -88,28 +137,18 @@ class BPOConfig(DPOConfig):  # type: ignore[misc]
             )
 
 
-SHARED = (
-    "loss_type",
-    "loss_weights",
-    "beta",
-    "label_smoothing",
-    "f_divergence_type",
-    "f_alpha_divergence_coef",
-    "discopop_tau",
-    "use_weighting",
-    "max_length",
-    "truncation_mode",
-)
-"""Fields of DPOConfig and of SelectConfig that say what the gradients are."""
+SHARED = (*LOSS_FIELDS, "weight_column", "max_length", "truncation_mode")
+"""Fields of the trainer's configuration and of SelectConfig that must agree."""
 
 
-class BPOTrainer(DPOTrainer):  # type: ignore[misc]
+class BPOTrainer(WeightedDPOTrainer):
     """A ``DPOTrainer`` that first selects its training pairs with :func:`bpo.select`.
 
-    All arguments are those of TRL's ``DPOTrainer``; ``train_dataset`` is any format that :func:`bpo.select` takes, and
-    ``args`` is a :class:`BPOConfig` with a budget. The gradients are those of a fresh adapter on every linear layer, of
-    the rank of ``peft_config`` where one is given, or of the adapter that the model has. With several processes the
-    first fills the store and the others read it, so a ``store`` on a shared disk is required.
+    All arguments but ``scorer`` are those of TRL's ``DPOTrainer``; ``train_dataset`` is any format that
+    :func:`bpo.select` takes, and ``args`` is a :class:`BPOConfig` with a budget. The gradients are those of a fresh
+    adapter on every linear layer, of the rank of ``peft_config`` where one is given, or of the adapter that the model
+    has. With several processes the first fills the store and the others read it, so a ``store`` on a shared disk is
+    required.
 
     Selection is for the loss of ``args``. The auxiliary loss that TRL adds for mixtures of experts
     (``router_aux_loss_coef``) belongs to a batch, not to a pair, and takes no part in it.
@@ -117,13 +156,44 @@ class BPOTrainer(DPOTrainer):  # type: ignore[misc]
     With ``precompute_ref_log_probs=True`` the reference does not run a second time: training uses the log-probabilities
     that selection computed, in the precision of the model as it was loaded.
 
+    **Rounds.** The direction of optimization moves as the policy does. With ``reselect_strategy`` the trainer selects
+    again, from the same candidates and as many pairs, with the policy as it then is: its own gradients and log π(y|x),
+    against log π_ref of the reference as before. An adapter that has been trained gives the gradients of its A and B,
+    where a fresh one gives those of B alone, so the first round and later ones cluster different features; a model
+    without an adapter gives those of a fresh one each time. Breadth is decided once, in the first round *(ours)*.
+    Strategies that draw at random draw anew, with the seed plus the number of the round.
+
+    With ``resample=m`` each later round samples m responses to each prompt from the policy as it is
+    (:func:`bpo.sample_responses`), has the ``scorer`` score them (:func:`bpo.score_responses`) and selects among the
+    pairs that they form, as many as before if there are so many; the reference runs over the new responses. They are in
+    ``output_dir/_rounds``, too, where a training that was interrupted finds them.
+
+    Steps, learning rates, random states and callbacks stay as they would have been. A round of fewer pairs than the
+    first is gone through more than once in what was an epoch, evenly; a round within an epoch takes over the rest of
+    it. The selections are saved in ``output_dir/_rounds/round-001`` and so on, which checkpoints name with a checksum:
+    resuming goes on with the very pairs. Gradients are in ``store/round-001``, a store for each round. What changed is
+    logged as ``selection/round`` and ``selection/kept``, the part of the pairs that the round before had, too.
+
+    Args:
+        scorer: What :func:`bpo.score_responses` takes: a function, a :class:`bpo.RewardModel` or a :class:`bpo.Judge`.
+
     Attributes:
         selection: The :class:`bpo.Selection` that is trained on.
+        selections: Those of all rounds so far, the first one's before any training.
 
     Raises:
         ValueError: No budget, a setting of the loss that selection does not know, or whatever :func:`bpo.select`
             refuses.
         TypeError: A reference given by path.
+
+    Example:
+        .. code-block:: python
+
+            args = bpo.BPOConfig("out", budget=5000, reselect_strategy="epoch", resample=4)
+            judge = bpo.RewardModel("my-reward-model")
+            trainer = bpo.BPOTrainer("my-sft-model", args=args, train_dataset=data, scorer=judge)
+            trainer.train()
+            print([selection.summary() for selection in trainer.selections])
     """
 
     _tag_names = ("trl", "dpo", "bpo")
@@ -138,6 +208,8 @@ class BPOTrainer(DPOTrainer):  # type: ignore[misc]
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: Any = None,
+        *,
+        scorer: Any = None,
         **kwargs: Any,
     ) -> None:
         if not isinstance(args, BPOConfig) or args.budget is None:
@@ -158,6 +230,12 @@ class BPOTrainer(DPOTrainer):  # type: ignore[misc]
                 "ref_model or a peft_config, or set precompute_ref_log_probs."
             )
         settings = _select_settings(args, ref_model, kwargs.get("peft_config"))
+        self._reselects = args.reselect_strategy != "no"
+        if self._reselects:
+            _check_rounds(args, settings)
+        adapter = kwargs.get("peft_config") is not None or hasattr(model, "peft_config")
+        _check_resampling(args, scorer, train_dataset, fixed_reference=adapter or ref_model is not None)
+        self._scorer = scorer
         processing_class = load_tokenizer(model, processing_class, settings)
         if isinstance(eval_dataset, dict):  # a DatasetDict is one, too
             eval_dataset = {name: _all_pairs(part, settings) for name, part in eval_dataset.items()}
@@ -169,34 +247,204 @@ class BPOTrainer(DPOTrainer):  # type: ignore[misc]
             raise ValueError(
                 "With several processes BPOTrainer needs BPOConfig.store, a directory that all of them see."
             )
+        self._candidates, self._settings = train_dataset, settings
         with state.main_process_first():
-            self.selection = select(
-                _load(model, args, kwargs.get("quantization_config")),
+            first = select(
+                load_to_train(model, args, kwargs.get("quantization_config")),
                 train_dataset,
                 budget=_count_or_fraction(args.budget),
                 breadth=None if args.breadth is None else _count_or_fraction(args.breadth),
                 processing_class=processing_class,
                 strategy=args.strategy,
-                store=args.store,
+                store=directory_of(0, args.store) if args.store and self._reselects else args.store,
                 config=settings,
                 seed=args.seed,
                 progress=not args.disable_tqdm and state.is_main_process,
             )
+        self._rounds = [(0, first)]
         super().__init__(
             model,
             ref_model,
             args,
             data_collator,
-            self.selection.dataset,
+            first.dataset,
             eval_dataset,
             processing_class,
             **kwargs,
         )
+        if self._reselects:
+            self.train_dataset: Any
+            self._rows_of_epoch = len(self.train_dataset)
+            self.add_callback(SavedRounds())
+
+    @property
+    def selections(self) -> list[Selection]:
+        """The selections of all rounds so far."""
+        return [selection for _, selection in self._rounds]
+
+    @property
+    def selection(self) -> Selection:
+        """The selection that is trained on."""
+        return self._rounds[-1][1]
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """As in TRL; resuming goes on with the pairs of the checkpoint's round."""
+        if self._reselects:
+            checkpoint = resume_from_checkpoint
+            if checkpoint is True:
+                checkpoint = get_last_checkpoint(self.args.output_dir)
+            self._restore_rounds(checkpoint)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def get_train_dataloader(self) -> Any:
+        """As in TRL; where rounds change the pairs, of row numbers, which become pairs when their step begins."""
+        if not self._reselects:
+            return super().get_train_dataloader()
+        dataset, collator = self.train_dataset, self.data_collator
+        self.train_dataset, self.data_collator = RowNumbers(self._rows_of_epoch), collate_rows
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.train_dataset, self.data_collator = dataset, collator
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
+        """As in TRL, after selecting again where it is time."""
+        if self._reselects:
+            self._select_again_if_due()
+        batches, n_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self._reselects:
+            batches = [self._pairs_of(batch["row"]) for batch in batches]
+        return batches, n_items
+
+    def _pairs_of(self, rows: Any) -> dict[str, Any]:
+        """Returns the batch of some row numbers of an epoch, over which a round of another size is spread evenly."""
+        indices = [row * len(self._round_rows) // self._rows_of_epoch for row in rows.tolist()]
+        batch: dict[str, Any] = self.data_collator([self._round_rows[index] for index in indices])
+        return batch
+
+    def _select_again_if_due(self) -> None:
+        args, state = self.args, self.state
+        if args.reselect_strategy == "epoch":
+            due = int(state.epoch or 0) // int(args.reselect_epochs)
+        else:
+            steps = args.reselect_steps
+            due = state.global_step // (math.ceil(state.max_steps * steps) if steps < 1 else int(steps))
+        if due < self._rounds[-1][0]:  # the loop started over, as it does to find a batch size
+            self._train_on([(number, selection) for number, selection in self._rounds if number <= due])
+        elif due > self._rounds[-1][0]:
+            self._select_again(due)
+
+    def _select_again(self, number: int) -> None:
+        """Selects with the policy as it is, and trains on that from now on."""
+        args, state = self.args, PartialState()
+        first, reference = self._rounds[0][1], None if args.resample is None else self._reference()
+        settings: dict[str, Any] = {
+            "processing_class": self.processing_class,
+            "strategy": args.strategy,
+            "store": None if args.store is None else directory_of(number, args.store),
+            "config": self._settings,
+            "seed": args.seed + number,
+            "progress": not args.disable_tqdm and state.is_main_process,
+        }
+        with contextlib.ExitStack() as stack:
+            for model in (self.model, self.ref_model):
+                if model is not None:
+                    stack.enter_context(untouched_training(model, args.device))
+            rows = None if reference is None else self._resampled(number, settings["seed"], settings["progress"])
+
+            def select_now() -> Selection:
+                if rows is None or reference is None:
+                    return select_again(self.model, self._candidates, first, **settings)
+                return select_at_most(self.model, rows, first.budget, reference, **settings)
+
+            with state.main_process_first():
+                try:
+                    selection = select_now()
+                except StoreMismatchError:
+                    # Left by a training whose policy became another one. It is of no use to any other.
+                    shutil.rmtree(settings["store"])
+                    selection = select_now()
+        before = _contents(self.selection)
+        kept = [pair in before for pair in _contents(selection)]
+        self._train_on([*self._rounds, (number, selection)])
+        self._keep_round(number, selection)
+        self._metrics["train"]["selection/round"].append(number)
+        self._metrics["train"]["selection/kept"].append(sum(kept) / len(kept))
+
+    def _resampled(self, number: int, seed: int, progress: bool) -> list[dict[str, Any]]:
+        """Returns new responses to the prompts of the first round, with their scores; the first process makes them."""
+        rows: list[Any] = [None]
+        if PartialState().is_main_process:
+            rows[0] = resample(
+                self.model,
+                kept_rows(self._candidates, self._rounds[0][1]),
+                self._scorer,
+                n_responses=self.args.resample,
+                file=file_of(number, self.args.output_dir),
+                processing_class=self.processing_class,
+                seed=seed,
+                progress=progress,
+                **(self.args.resample_config or {}),
+            )
+        broadcast_object_list(rows)
+        scored: list[dict[str, Any]] = rows[0]
+        return scored
+
+    def _reference(self) -> Reference:
+        """Returns what TRL compares the policy with, as it is to run over new responses."""
+        if self.ref_model is not None:
+            return Reference.by(self.accelerator.unwrap_model(self.ref_model))
+        adapters = getattr(self.model, "peft_config", {})
+        return Reference.with_adapter(self.model, "ref" if "ref" in adapters else None)
+
+    def _restore_rounds(self, checkpoint: str | None) -> None:
+        """Goes back to the rounds of a checkpoint, or to the first one."""
+        loaded = load_rounds(checkpoint) if checkpoint else []
+        self._train_on([(number, selection) for number, selection, _ in loaded] or self._rounds[:1])
+        self._record.saved = [[number, checksum] for number, _, checksum in loaded]
+        if not loaded or Path(str(checkpoint)).resolve().parent != Path(self.args.output_dir).resolve():
+            for number, selection in self._rounds:
+                self._keep_round(number, selection)
+
+    def _train_on(self, rounds: list[tuple[int, Selection]]) -> None:
+        """Trains on the last of some rounds."""
+        if rounds[-1][1] is not self.selection:
+            with untouched_training(self.model, self.args.device):
+                dataset = self._prepare_dataset(rounds[-1][1].dataset, self.processing_class, self.args, "train")
+                if self.precompute_ref_logps:
+                    self.train_dataset = dataset  # which tells it from other data
+                    size = self.args.precompute_ref_batch_size or self.args.per_device_train_batch_size
+                    dataset = self._precompute_ref_logps(dataset, "train", size)
+            self.train_dataset = dataset
+        self._round_rows = self._remove_unused_columns(self.train_dataset, description="training")
+        self._rounds = rounds
+
+    def _keep_round(self, number: int, selection: Selection) -> None:
+        """Saves a round for whoever resumes."""
+        if self.args.should_save:
+            checksum = save_round(selection, number, self.args.output_dir)
+            earlier = [saved for saved in self._record.saved if saved[0] < number]
+            self._record.saved = [*earlier, [number, checksum]]
+
+    @property
+    def _record(self) -> SavedRounds:
+        """What checkpoints note of the rounds; Trainer may put another object in its place when it resumes."""
+        record: SavedRounds = next(
+            callback for callback in self.callback_handler.callbacks if isinstance(callback, SavedRounds)
+        )
+        return record
 
     def _precompute_ref_logps(self, dataset: Any, *args: Any) -> Any:
         """Adds log π_ref of the selected pairs, which selecting computed; TRL computes that of other data."""
         if dataset is self.train_dataset and has_ref_logps(dataset) and self._cuts_as_selected(dataset):
             return add_ref_logps(dataset)
+        frozen = self.ref_model is not None or hasattr(self.model, "peft_config")
+        if self._reselects and dataset is self.train_dataset and not frozen:
+            raise ValueError(
+                "precompute_ref_log_probs takes the model before its training for the reference, which rounds need "
+                f"later, too: strategy={self.args.strategy!r} computes no log-probabilities, or a sequence is longer "
+                f"than the {self._window} tokens of the model. Pass ref_model, or turn precompute_ref_log_probs off."
+            )
         return super()._precompute_ref_logps(dataset, *args)
 
     def _cuts_as_selected(self, dataset: Any) -> bool:
@@ -206,6 +454,63 @@ class BPOTrainer(DPOTrainer):  # type: ignore[misc]
         return all(
             len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) <= self._window
             for row in dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
+        )
+
+
+def _contents(selection: Selection) -> set[str]:
+    """What the pairs of a selection say."""
+    columns = (selection.dataset[name] for name in ("prompt", "chosen", "rejected"))
+    return {json.dumps(pair) for pair in zip(*columns, strict=True)}
+
+
+def _check_rounds(args: BPOConfig, settings: SelectConfig) -> None:
+    """Checks what cannot be had together with rounds.
+
+    Raises:
+        ValueError: Such a setting.
+    """
+    sampling = getattr(args, "train_sampling_strategy", "random")
+    sharded = bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    plugin = args.deepspeed_plugin
+    refused = {
+        "checkpoints in select_config": (settings.checkpoints, "their gradients do not change with the policy"),
+        "preconditioner in select_config": (settings.preconditioner, "it belongs to one state of the adapter"),
+        "sync_ref_model": (args.sync_ref_model, "later rounds use log π_ref of the first"),
+        f"train_sampling_strategy={sampling!r}": (
+            sampling not in ("random", "sequential"),
+            "the lengths change with the rounds",
+        ),
+        "FSDP": (sharded, "no process holds the whole model"),
+        "ZeRO-3": (plugin is not None and plugin.zero_stage == 3, "no process holds the whole model"),
+    }
+    for name, (value, reason) in refused.items():
+        if value:
+            raise ValueError(f"reselect_strategy={args.reselect_strategy!r} does not go with {name}: {reason}.")
+
+
+def _check_resampling(args: BPOConfig, scorer: Any, dataset: Any, *, fixed_reference: bool) -> None:
+    """Checks that new responses can be scored, weighted and compared with the reference.
+
+    Raises:
+        ValueError: They cannot.
+    """
+    if (scorer is None) != (args.resample is None):
+        raise ValueError(
+            "BPOTrainer needs a scorer for the responses that BPOConfig.resample samples anew."
+            if scorer is None
+            else "A scorer scores responses that are sampled anew: set BPOConfig.resample, too."
+        )
+    if args.resample is None:
+        return
+    if {"chosen", "rejected", args.weight_column} <= set(load_rows(dataset).column_names):
+        raise ValueError(
+            "Pairs of responses that are sampled anew have no weights of the data's pairs: set weight_column=None, or "
+            "give the data as prompts with scored responses, whose weights are those of the prompts."
+        )
+    if args.precompute_ref_log_probs and not fixed_reference:
+        raise ValueError(
+            "resample needs a reference that runs over new responses, but with precompute_ref_log_probs there is only "
+            "the model before its training. Pass ref_model, or turn precompute_ref_log_probs off."
         )
 
 
@@ -243,7 +548,7 @@ def _all_pairs(dataset: Any, settings: SelectConfig) -> Any:
     return select(None, dataset, budget=1.0, strategy="random", config=settings, progress=False).dataset
 
 
-def _load(model: Any, args: BPOConfig, quantization_config: Any) -> Any:
+def load_to_train(model: Any, args: BPOConfig, quantization_config: Any) -> Any:
     """Loads a model given by path as TRL will: with ``model_init_kwargs``, in float32 unless they say otherwise."""
     if not isinstance(model, str):
         return model
@@ -266,268 +571,3 @@ def _count_or_fraction(value: float) -> int | float:
     if value > 1 and value != int(value):
         raise ValueError(f"{value} is neither a whole number nor a fraction of at most 1.0.")
     return int(value) if value > 1 or isinstance(value, int) else value
-
-
-_WARM_UP = "warm_up.json"
-# Settings of the trainer that leave the checkpoints as they are.
-_WITHOUT_EFFECT = {"output_dir", "run_name", "report_to", "disable_tqdm", "local_rank", "log_level"}
-
-
-def warm_up(
-    model: str | os.PathLike[str],
-    dataset: Any,
-    output_dir: str | os.PathLike[str],
-    *,
-    fraction: float = 0.05,
-    processing_class: Any = None,
-    args: DPOConfig | None = None,
-    peft_config: Any = None,
-    seed: int = 0,
-) -> dict[str, float]:
-    """Trains an adapter on a few random pairs: checkpoints and optimizer states for the gradients of a selection.
-
-    The first step of LESS (arXiv 2402.04333), with DPO in place of supervised fine-tuning. A fresh adapter has neither
-    A-gradients nor an optimizer state; these checkpoints have both. Each is an ordinary one of TRL's ``DPOTrainer``,
-    saved at the end of an epoch.
-
-    A warm-up that was interrupted goes on from its last checkpoint, and a finished one is returned at once.
-
-    Args:
-        model: Path or hub id of the policy, or of its adapter, which is then trained further. Not an object: training
-            would change it, and the checkpoints of an adapter name their base by path.
-        dataset: Preference data in any format of :func:`bpo.select`.
-        output_dir: A new or empty directory, or one with the same warm-up.
-        fraction: Part of the candidate pairs that is trained on, in (0, 1]; LESS takes 5 %.
-        processing_class: The tokenizer; by default the one saved with the model.
-        args: Settings of the training but for what is logged and saved. By default TRL's with the 4 epochs and the
-            learning rate 2e-5 of LESS's own scripts, in bfloat16 on a GPU that has it.
-        peft_config: The adapter; by default LoRA on every linear layer, of the rank of the fresh adapter.
-        seed: Of the pairs, and of the training where ``args`` is None.
-
-    Returns:
-        The path of each checkpoint and the average learning rate of its epoch (LESS's η̄), as the trainer logged it at
-        every step: what ``SelectConfig.checkpoints`` takes. An epoch whose learning rate was zero is left out.
-
-    Raises:
-        TypeError: A model object.
-        ValueError: A fraction out of range, unusable data, or an ``output_dir`` with another warm-up.
-        FileExistsError: An ``output_dir`` that holds something else.
-
-    Example:
-        .. code-block:: python
-
-            checkpoints = bpo.warm_up("my-sft-model", data, "warm-up")
-            config = bpo.SelectConfig(checkpoints=checkpoints, preconditioner="checkpoint")
-            selection = bpo.select("my-sft-model", data, budget=5000, config=config)
-    """
-    if not isinstance(model, (str, os.PathLike)):
-        raise TypeError(
-            f"warm_up takes the path or hub id of a model, not a {type(model).__name__}; save it first "
-            "(save_pretrained)."
-        )
-    if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 < fraction <= 1:
-        raise ValueError(f"fraction must be above 0 and at most 1, got {fraction!r}")
-    name = check_path(os.fspath(model))
-    # Saved adapters name their base by this path, wherever they are loaded from.
-    name = str(Path(name).resolve()) if Path(name).is_dir() else name
-    if is_adapter(name) and peft_config is not None:
-        raise ValueError(f"{model} is an adapter, which is trained further; a peft_config is for a model without one.")
-    if peft_config is None and not is_adapter(name):
-        peft_config = LoraConfig(r=SelectConfig().lora_rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    directory = Path(output_dir)
-    args = _warm_up_arguments(args, directory, seed)
-    pairs = select(None, dataset, budget=float(fraction), strategy="random", seed=seed, progress=False).dataset
-    settings = {
-        **{key: value for key, value in json.loads(args.to_json_string()).items() if key not in _WITHOUT_EFFECT},
-        "bpo": bpo.__version__,
-        "model": name,
-        "pairs": hashlib.sha256(json.dumps(pairs.to_list(), default=str).encode()).hexdigest(),
-        "peft_config": None if peft_config is None else json.loads(json.dumps(peft_config.to_dict(), default=plain)),
-    }
-    known = _known_warm_up(directory, settings)
-    if known is None:
-        trainer = DPOTrainer(
-            _adapter_to_train(name, args) if is_adapter(name) else name,
-            args=args,
-            train_dataset=pairs,
-            processing_class=load_tokenizer(
-                name, processing_class, SelectConfig(trust_remote_code=args.trust_remote_code)
-            ),
-            peft_config=peft_config,
-        )
-        if args.should_save:
-            directory.mkdir(parents=True, exist_ok=True)
-            _write_manifest(directory, {"settings": settings})
-        complete = _checkpoints(directory)
-        trainer.train(resume_from_checkpoint=str(directory / complete[-1]) if complete else None)
-        known = _average_learning_rates(trainer.state.log_history, _checkpoints(directory))
-        if args.should_save:
-            _write_manifest(directory, {"settings": settings, "checkpoints": known})
-    return {str(directory / checkpoint): rate for checkpoint, rate in known.items() if rate > 0}
-
-
-def _warm_up_arguments(args: DPOConfig | None, directory: Path, seed: int) -> DPOConfig:
-    """Returns the settings of a warm-up: one checkpoint an epoch, and the learning rate logged at every step."""
-    if args is None:
-        args = DPOConfig(
-            str(directory),
-            num_train_epochs=4,
-            learning_rate=2e-5,
-            bf16=is_torch_bf16_gpu_available(),
-            report_to="none",
-            seed=seed,
-        )
-    args = copy.copy(args)
-    args.output_dir = str(directory)
-    args.save_strategy = SaveStrategy.EPOCH
-    args.save_total_limit = None
-    args.save_only_model = False
-    args.logging_strategy = IntervalStrategy.STEPS
-    args.logging_steps = 1
-    return args
-
-
-def _adapter_to_train(name: str, args: DPOConfig) -> Any:
-    settings = {"dtype": "float32", "trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
-    with naming(name):
-        return AutoPeftModelForCausalLM.from_pretrained(name, is_trainable=True, **settings)
-
-
-def _known_warm_up(directory: Path, settings: dict[str, Any]) -> dict[str, float] | None:
-    """Returns the checkpoints of a finished warm-up; None if there is none, or one to go on with.
-
-    Raises:
-        ValueError: A warm-up with other settings.
-        FileExistsError: Something else.
-    """
-    manifest = directory / _WARM_UP
-    if manifest.is_file():
-        saved = json.loads(manifest.read_text(encoding="utf-8"))
-        there = saved["settings"]
-        changed = [key for key, value in settings.items() if there.get(key) != value]
-        if changed:
-            raise ValueError(
-                f"{directory} holds a warm-up with another {', '.join(changed)}: {changed[0]} is "
-                f"{there.get(changed[0])!r} there and {settings[changed[0]]!r} here. Name another output_dir."
-            )
-        checkpoints: dict[str, float] | None = saved.get("checkpoints")
-        return checkpoints
-    if directory.is_file() or (directory.is_dir() and any(directory.iterdir())):
-        raise FileExistsError(f"{directory} is no empty directory and holds no warm-up; name another output_dir.")
-    return None
-
-
-def _write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
-    scratch = directory / f"{_WARM_UP}.new"
-    scratch.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    scratch.replace(directory / _WARM_UP)
-
-
-def _checkpoints(directory: Path) -> list[str]:
-    """Names of the whole checkpoints, in order: Trainer writes its own state last."""
-    names = [path.parent.name for path in directory.glob("checkpoint-*/trainer_state.json")]
-    return sorted(names, key=_step)
-
-
-def _step(checkpoint: str) -> int:
-    return int(checkpoint.rpartition("-")[2])
-
-
-def _average_learning_rates(log_history: list[dict[str, Any]], checkpoints: list[str]) -> dict[str, float]:
-    """Returns the mean learning rate of the steps between each checkpoint and the one before."""
-    rates = {entry["step"]: entry["learning_rate"] for entry in log_history if "learning_rate" in entry}
-    averages, first = {}, 1
-    for checkpoint in checkpoints:
-        last = _step(checkpoint)
-        averages[checkpoint] = fmean(rates[step] for step in range(first, last + 1))
-        first = last + 1
-    return averages
-
-
-def dpo_config_fields() -> list[str]:
-    """Returns the names of the settings of a training."""
-    return [field.name for field in dataclasses.fields(DPOConfig) if field.init]
-
-
-def dpo_config(fields: Mapping[str, Any], output_dir: str, seed: int) -> DPOConfig:
-    """Returns the settings of a training of which nothing is kept but the model.
-
-    Args:
-        fields: Those of ``DPOConfig``, with its defaults, but bfloat16 only on a GPU that has it; ``peft`` is left
-            aside.
-        output_dir: Where nothing will be written.
-        seed: Of the order of the pairs and of the adapter.
-    """
-    accelerated = torch.accelerator.is_available()
-    given = {
-        "use_cpu": not accelerated,
-        "bf16": is_torch_bf16_gpu_available() and not fields.get("fp16"),
-        "dataloader_pin_memory": accelerated,
-        "logging_strategy": "no",
-        **{name: value for name, value in fields.items() if name != "peft"},
-    }
-    return DPOConfig(
-        **given,
-        output_dir=output_dir,
-        seed=seed,
-        data_seed=seed,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        precompute_ref_log_probs=True,
-    )
-
-
-def train_on_pairs(
-    model: str,
-    dataset: Any,
-    args: DPOConfig,
-    *,
-    processing_class: Any = None,
-    peft_config: LoraConfig | None = None,
-    ref_logps: npt.NDArray[np.float32] | None = None,
-) -> PreTrainedModel:
-    """Trains a policy with TRL and returns it as a plain model, with nothing of the trainer left on it.
-
-    Args:
-        model: Path or hub id of the policy, or of an adapter, which is then trained further.
-        dataset: Pairs in TRL's format.
-        args: Settings, with ``precompute_ref_log_probs``.
-        processing_class: The tokenizer; by default the one saved with the model.
-        peft_config: The adapter to train; None trains every weight.
-        ref_logps: (P, 2) log π_ref of the preferred and of the other response of each pair. None runs the reference.
-
-    Returns:
-        The trained model.
-    """
-    config = SelectConfig(trust_remote_code=args.trust_remote_code)
-    trainer = _KnownReferenceTrainer(
-        _adapter_to_train(model, args) if is_adapter(model) else _load(model, args, None),
-        args=args,
-        train_dataset=dataset,
-        processing_class=load_tokenizer(model, processing_class, config),
-        peft_config=peft_config,
-        ref_logps=ref_logps,
-    )
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
-    # The trainer wraps the forward in its own autocast.
-    return trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-
-
-class _KnownReferenceTrainer(DPOTrainer):  # type: ignore[misc]
-    """A ``DPOTrainer`` that is told log π_ref of its pairs."""
-
-    def __init__(self, *args: Any, ref_logps: npt.NDArray[np.float32] | None, **kwargs: Any) -> None:
-        self._ref_logps = ref_logps
-        super().__init__(*args, **kwargs)
-
-    def _precompute_ref_logps(self, dataset: Any, *args: Any) -> Any:
-        if self._ref_logps is None:
-            return super()._precompute_ref_logps(dataset, *args)
-        if len(dataset) != len(self._ref_logps):
-            # TRL sets pairs aside whose prompt fills the window; they were none when the reference ran.
-            raise ValueError(f"{len(dataset)} of {len(self._ref_logps)} pairs are left of the training set.")
-        for side, name in enumerate(("ref_chosen_logps", "ref_rejected_logps")):
-            dataset = dataset.add_column(name, self._ref_logps[:, side])
-        return dataset

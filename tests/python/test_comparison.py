@@ -21,7 +21,7 @@ from trl import DPOTrainer
 import bpo
 from bpo.cli import main
 from bpo.comparison_config import CompareConfig, read_yaml
-from bpo.train import dpo_config, train_on_pairs
+from bpo.training import dpo_config, train_on_pairs
 from bpo.win_rates import compare_responses
 from bpo.workers import in_processes
 from conftest import scored_rows
