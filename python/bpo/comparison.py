@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 import bpo
 from bpo.comparison_config import UNTRAINED, Arm, CompareConfig
 from bpo.comparison_data import ComparedPairs
+from bpo.config import SelectConfig
 from bpo.evaluate import PreferenceEvaluation
 from bpo.figures import import_matplotlib, write_report
 from bpo.gradients import collect_gradients
@@ -46,10 +47,12 @@ from bpo.win_rates import compare_responses, score_start
 from bpo.workers import cores, in_processes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     import numpy.typing as npt
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from bpo.tokens import TokenizedResponses
 
 _FORMAT = "bpo-comparison"
 _FORMAT_VERSION = 1
@@ -200,6 +203,8 @@ class _Plan:
         output: Directory of the comparison.
         pool: Pairs that training and, where ``heldout`` is None, held-out pairs are drawn from.
         heldout: Pairs of held-out data that is given.
+        train_ref_logps: (S,) log π_ref of each sequence of ``pool`` in the precision of training, which may be another
+            than that of evaluation; None where it is not known, so that TRL runs the reference.
         store: Gradient store; None where there is none and no arm needs it.
         costs: Seconds of what was computed once, by stage.
         threads: Of one run; None for all.
@@ -209,6 +214,7 @@ class _Plan:
     output: Path
     pool: ComparedPairs
     heldout: ComparedPairs | None
+    train_ref_logps: npt.NDArray[np.float32] | None
     store: Path | None
     costs: dict[str, float]
     threads: int | None = None
@@ -275,7 +281,10 @@ class _Plan:
         """
         if not self.path(task).is_file():
             return
-        there, here = _flat(_read_run(self.path(task))["arm_settings"]), _flat(task.arm.settings())
+        # A setting that there was none of when the run was made is as if at its default.
+        defaults = _flat({"select": SelectConfig().to_dict()})
+        there = {**defaults, **_flat(_read_run(self.path(task))["arm_settings"])}
+        here = {**defaults, **_flat(task.arm.settings())}
         changed = [name for name in {**there, **here} if there.get(name) != here.get(name)]
         if changed:
             raise ValueError(
@@ -331,12 +340,12 @@ def _prepare(config: CompareConfig, output: Path, progress: bool) -> _Plan:
     shared = config.shared
     tokenizer = load_tokenizer(config.model, config.processing_class, shared)
     longest = window(config.model, shared)
-    pool = ComparedPairs.read(config.dataset, tokenizer, longest, shared)
+    pool = ComparedPairs.read(config.dataset, tokenizer, longest, shared, config.columns)
     heldout = None
     if not config.splits:
         heldout = ComparedPairs.read(config.heldout, tokenizer, longest, shared)
         pool = pool.without(heldout)
-    _Plan(config, output, pool, heldout, None, {}).counts()  # before any work
+    _Plan(config, output, pool, heldout, None, None, {}).counts()  # before any work
     policy = load_policy(config.model, shared)
     fingerprint = model_fingerprint(policy)
     identity = {
@@ -358,13 +367,25 @@ def _prepare(config: CompareConfig, output: Path, progress: bool) -> _Plan:
             collect_gradients(
                 policy, pool.rows, processing_class=tokenizer, store=store, config=shared, progress=progress
             )
-    parts = [pool] if heldout is None else [pool, heldout]
+    args = dpo_config(config.training, ".", 0)
+    # One reference serves training and evaluation where both compute alike.
+    shares = not args.fp16 and bool(args.bf16) == config.eval_bf16
+    draft = _Plan(config, output, pool, heldout, None, store, {})
+    evaluated = [draft.split(seed).heldout for seed in config.seeds]
     with costs.add("reference"):
-        logps = _reference_logps(parts, policy, tokenizer, fingerprint, config, store, output, progress)
-    pool = pool.with_ref_logps(logps[0])
-    if heldout is not None:
-        heldout = heldout.with_ref_logps(logps[1])
-    plan = _Plan(config, output, pool, heldout, store, costs.seconds)
+        reference = functools.partial(_ref_logps, policy, tokenizer, config, store, output / _REFERENCE, progress)
+        everything = np.arange(len(pool.rows))
+        if heldout is None:
+            pool = reference(pool, everything if shares else np.unique(np.concatenate(evaluated)))
+        else:
+            pool = reference(pool, everything) if shares else pool
+            heldout = reference(heldout, evaluated[0])
+    train_ref_logps = None
+    if shares:
+        train_ref_logps = pool.ref_logps
+    elif store is not None and not args.fp16:
+        train_ref_logps = _stored_logps(store, pool, bool(args.bf16))
+    plan = _Plan(config, output, pool, heldout, train_ref_logps, store, costs.seconds)
     if config.scorer is not None:
         with costs.add("sampling"):
             _sample_start(plan, policy, tokenizer, progress)
@@ -404,59 +425,72 @@ def _check_store(path: Path, model: str, pool: ComparedPairs) -> None:
         )
 
 
-def _reference_logps(
-    parts: Sequence[ComparedPairs],
+def _ref_logps(
     policy: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    model: str,
     config: CompareConfig,
     store: Path | None,
-    output: Path,
+    cache: Path,
     progress: bool,
-) -> list[npt.NDArray[np.float32]]:
-    """Returns log π_ref of every sequence: as an earlier call or the store has it, else computed."""
-    ids = np.concatenate([part.tokenized.sequence_ids for part in parts])
-    ends = np.cumsum([len(part.tokenized.ids) for part in parts])[:-1]
-    cache = output / _REFERENCE
+    data: ComparedPairs,
+    pairs: npt.NDArray[np.int64],
+) -> ComparedPairs:
+    """Returns data with log π_ref of the responses of some pairs: from the store or an earlier call, else computed."""
+    stored = None if store is None else _stored_logps(store, data, config.eval_bf16)
+    if stored is not None:
+        return data.with_ref_logps(stored)
+    known: dict[bytes, float] = {}
     if cache.is_file():
-        with np.load(cache, allow_pickle=False) as stored:
-            if np.array_equal(stored["sequence_ids"], ids):
-                return list(np.split(stored["logps"], ends))
-    logps = None if store is None or len(parts) > 1 else _stored_logps(store, ids, parts[0], config)
-    if logps is None:
-        total = sum(int(part.tokenized.lengths.sum()) for part in parts)
-        bar = tqdm(total=total, desc="Reference", unit="token", unit_scale=True, disable=not progress)
+        with np.load(cache, allow_pickle=False) as file:
+            known = dict(zip(map(bytes, file["sequence_ids"]), file["logps"], strict=True))
+    wanted = np.unique(data.tokenized.pairs[pairs])
+    ids = [bytes(identity) for identity in data.tokenized.sequence_ids]
+    missing = np.array([row for row in wanted if ids[row] not in known], dtype=np.int64)
+    if len(missing):
+        part = data.tokenized.take(missing)
+        bar = tqdm(total=int(part.lengths.sum()), desc="Reference", unit="token", unit_scale=True, disable=not progress)
         with bar, inference_state(policy):
-            computed = [
-                response_logps(
-                    policy,
-                    part.tokenized,
-                    padding_id(tokenizer),
-                    tokens_per_batch=config.evaluate["tokens_per_batch"],
-                    autocast=torch.bfloat16 if config.eval_bf16 else None,
-                    on_batch=bar.update,
-                )
-                for part in parts
-            ]
-        logps = np.concatenate(computed)
-    bad = np.flatnonzero(~np.isfinite(logps))
-    if len(bad):
-        raise ValueError(f"The starting policy gives {len(bad)} responses no finite log-probability.")
-    scratch = cache.with_name("reference.new.npz")
-    np.savez(scratch, sequence_ids=ids, logps=logps)
-    scratch.replace(cache)
-    return list(np.split(logps, ends))
+            computed = _logps(policy, part, tokenizer, config, bar.update)
+        if not np.isfinite(computed).all():
+            raise ValueError(
+                f"The starting policy gives {int((~np.isfinite(computed)).sum())} responses no finite log π."
+            )
+        known.update(zip((ids[row] for row in missing), computed.tolist(), strict=True))
+        scratch = cache.with_name("reference.new.npz")
+        np.savez(
+            scratch,
+            sequence_ids=np.frombuffer(b"".join(known), dtype=np.uint8).reshape(-1, 16),
+            logps=np.array(list(known.values()), dtype=np.float32),
+        )
+        scratch.replace(cache)
+    return data.with_ref_logps(np.array([known.get(identity, np.nan) for identity in ids], dtype=np.float32))
 
 
-def _stored_logps(
-    path: Path, ids: npt.NDArray[np.uint8], data: ComparedPairs, config: CompareConfig
-) -> npt.NDArray[np.float32] | None:
-    """Returns the log-probabilities that a store holds, if they were computed as evaluation computes them."""
+def _logps(
+    policy: PreTrainedModel,
+    tokenized: TokenizedResponses,
+    tokenizer: PreTrainedTokenizerBase,
+    config: CompareConfig,
+    on_batch: Callable[[int], object] | None = None,
+) -> npt.NDArray[np.float32]:
+    """Returns log π of responses in the precision of evaluation ((S,) float32)."""
+    return response_logps(
+        policy,
+        tokenized,
+        padding_id(tokenizer),
+        tokens_per_batch=config.evaluate["tokens_per_batch"],
+        autocast=torch.bfloat16 if config.eval_bf16 else None,
+        on_batch=on_batch,
+    )
+
+
+def _stored_logps(path: Path, data: ComparedPairs, bf16: bool) -> npt.NDArray[np.float32] | None:
+    """Returns the log-probabilities that a store holds, if they were computed in the precision asked for."""
     store = GradientStore.open(path)
-    precision = "float32" + (" under bfloat16 autocast" if config.eval_bf16 else "")
+    precision = "float32" + (" under bfloat16 autocast" if bf16 else "")
     if (store.fingerprint["dtype"], store.fingerprint["max_length"]) != (precision, data.tokenized.max_length):
         return None
-    rows = store.rows_of(ids)
+    rows = store.rows_of(data.tokenized.sequence_ids)
     if (rows < 0).any():
         return None
     logps: npt.NDArray[np.float32] = store.records["logp"][rows].astype(np.float32)
@@ -510,7 +544,7 @@ def _run(plan: _Plan, task: _Task) -> dict[str, Any]:
         copied = {name: twin[name] for name in ("measures", "correct")}
         return {**run, **copied, "same_as": twin["arm"], "seconds": {**twin["seconds"], **seconds}}
     start = time.perf_counter()
-    ref_logps = plan.pool.ref_logps[plan.pool.tokenized.pairs[chosen]] if config.knows_reference else None
+    known = plan.train_ref_logps
     with tempfile.TemporaryDirectory(prefix="bpo-compare-") as scratch:
         policy = train_on_pairs(
             config.model,
@@ -518,7 +552,7 @@ def _run(plan: _Plan, task: _Task) -> dict[str, Any]:
             dpo_config(config.training, scratch, task.seed),
             processing_class=config.processing_class,
             peft_config=config.peft_config,
-            ref_logps=ref_logps,
+            ref_logps=None if known is None else known[plan.pool.tokenized.pairs[chosen]],
         )
     seconds["training"] = time.perf_counter() - start
     start = time.perf_counter()
@@ -557,13 +591,7 @@ def _evaluate(plan: _Plan, policy: PreTrainedModel, pairs: npt.NDArray[np.int64]
     tokenized, ref_logps = data.responses(pairs)
     tokenizer = load_tokenizer(config.model, config.processing_class, config.shared)
     with inference_state(policy):
-        logps = response_logps(
-            policy,
-            tokenized,
-            padding_id(tokenizer),
-            tokens_per_batch=config.evaluate["tokens_per_batch"],
-            autocast=torch.bfloat16 if config.eval_bf16 else None,
-        )
+        logps = _logps(policy, tokenized, tokenizer, config)
     if not np.isfinite(logps).all():
         raise ValueError(
             f"The trained policy gives {int((~np.isfinite(logps)).sum())} held-out responses no finite "

@@ -95,7 +95,7 @@ class Arm:
     @property
     def needs_model(self) -> bool:
         """Whether selecting runs the policy though the gradients are there: it embeds the prompts."""
-        return self.breadth is not None and self.select.embedder is None
+        return self.breadth is not None and self.select.embedder is None and self.select.prompt_embeddings is None
 
     def settings(self) -> dict[str, Any]:
         """Returns what the arm's results depend on, as plain values."""
@@ -135,7 +135,8 @@ class CompareConfig:
         training: Fields of TRL's ``DPOConfig``, with its defaults, and ``peft``: fields of PEFT's ``LoraConfig``, or
             None to train every weight. By default LoRA of rank 8 on every linear layer.
         evaluate: ``max_pairs_per_prompt`` (held-out pairs of a prompt, those with the largest score gap; all by
-            default), ``tokens_per_batch`` (default 1024) and ``bf16`` (by default as in training).
+            default), ``tokens_per_batch`` (default 1024) and ``bf16`` (off by default: it rounds off as much as a short
+            training changes).
         scorer: What says which of two responses is better, for the win rate of each trained policy against the starting
             policy on responses to held-out prompts: one of ``function`` (``MODULE:FUNCTION`` of a prompt and a
             response), ``reward_model`` (path) and ``judge`` (address of a server, with ``model``, its name there, and
@@ -217,6 +218,9 @@ class CompareConfig:
         self._check_evaluate()
         set_("shared", self._shared_select())
         set_("arms", self._arms())
+        for arm in self.arms:
+            if not isinstance(arm.select.prompt_embeddings, (str, type(None))):
+                raise ValueError("select.prompt_embeddings must be the name of a column: splits take rows of the data")
         names = [arm.name for arm in self.arms]
         aimless = next((arm.name for arm in self.arms if arm.needs_target and self.target_prompts is None), None)
         if aimless is not None:
@@ -258,6 +262,11 @@ class CompareConfig:
         return self.heldout is None or isinstance(self.heldout, float)
 
     @property
+    def columns(self) -> set[str]:
+        """Columns of the data beside prompts, responses and scores that some arm reads."""
+        return {arm.select.prompt_embeddings for arm in self.arms} - {None}
+
+    @property
     def needs_store(self) -> bool:
         """Whether some arm reads the gradients of the comparison's own store."""
         return any(arm.needs_gradients and arm.store is None for arm in self.arms)
@@ -272,12 +281,6 @@ class CompareConfig:
         """The adapter to train; None for every weight, or for that of the model."""
         fields = self.training.get("peft")
         return None if fields is None else LoraConfig(**fields)
-
-    @property
-    def knows_reference(self) -> bool:
-        """Whether training computes in the precision of evaluation, so that one reference serves both."""
-        args = dpo_config(self.training, ".", 0)
-        return not args.fp16 and bool(args.bf16) == self.eval_bf16
 
     def settings(self) -> dict[str, Any]:
         """Returns what all results depend on beside model, data and arms, as plain values."""
@@ -294,9 +297,7 @@ class CompareConfig:
     def _check_evaluate(self) -> None:
         fields = ("max_pairs_per_prompt", "tokens_per_batch", "bf16")
         _check_names("evaluate.", self.evaluate, fields)
-        bf16 = self.evaluate.get("bf16")
-        bf16 = dpo_config(self.training, ".", 0).bf16 if bf16 is None else bf16
-        values = {"max_pairs_per_prompt": None, "tokens_per_batch": 1024, **self.evaluate, "bf16": bf16}
+        values = {"max_pairs_per_prompt": None, "tokens_per_batch": 1024, "bf16": False, **self.evaluate}
         with _field("evaluate"):
             SelectConfig(**values)
         object.__setattr__(self, "evaluate", values)

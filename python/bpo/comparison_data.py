@@ -6,12 +6,15 @@ import dataclasses
 import hashlib
 from typing import TYPE_CHECKING, Any
 
+import datasets
 import numpy as np
 
-from bpo.data import read_candidates, warn
+from bpo.data import load_rows, read_candidates, warn
 from bpo.tokens import TokenizedResponses, tokenize_candidates
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     import numpy.typing as npt
     from transformers import PreTrainedTokenizerBase
 
@@ -40,11 +43,27 @@ class ComparedPairs:
 
     @classmethod
     def read(
-        cls, dataset: Any, tokenizer: PreTrainedTokenizerBase, max_length: int | None, config: SelectConfig
+        cls,
+        dataset: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int | None,
+        config: SelectConfig,
+        columns: Collection[str] = (),
     ) -> ComparedPairs:
-        """Reads a data set; the reference has not run yet."""
+        """Reads a data set, with more of its columns, of which each prompt has the values of its first row.
+
+        The reference has not run yet.
+
+        Raises:
+            ValueError: Unusable data, or a column that is not there.
+        """
+        data = load_rows(dataset)
+        missing = set(columns) - set(data.column_names)
+        if missing:
+            raise ValueError(f"{sorted(missing)[0]!r} is no column of the data, which has {list(data.column_names)}.")
+        more = [{name: row[name] for name in columns} for row in data] if columns else []
         candidates, tokenized = tokenize_candidates(
-            read_candidates(dataset, on_invalid=config.on_invalid),
+            read_candidates(data if isinstance(data, datasets.Dataset) else dataset, on_invalid=config.on_invalid),
             tokenizer,
             max_length,
             truncation_mode=config.truncation_mode,
@@ -66,6 +85,8 @@ class ComparedPairs:
                 row["tools"] = settings.pop("tools")
             if settings:
                 row["chat_template_kwargs"] = settings
+            if more:
+                row |= more[candidates.prompt_rows[prompt]]
             rows.append(row)
         return cls(
             rows=rows,

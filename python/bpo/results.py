@@ -38,8 +38,9 @@ def summarize(
 
     Returns:
         Plain values, as JSON has them: ``description``; ``arms``, one entry for each arm and budget with the mean over
-        seeds of each measure (:class:`bpo.statistics.Estimate`), the values of each seed, and mean seconds; and
-        ``differences``, one entry for each budget, measure and two arms, over the seeds that both have. Those of a
+        seeds of each measure, its interval, the values of each seed, and mean seconds; and
+        ``differences``, one entry for each budget, measure and two arms (:class:`bpo.statistics.Estimate`), over the
+        seeds that both have. Those of a
         ``family``, all arms against the baseline or bpo against all others, are adjusted together by Holm's method.
     """
     share = description["heldout_share"]
@@ -85,9 +86,7 @@ def _arm(name: str, budget: Any, runs: Sequence[Mapping[str, Any]], share: float
         "arm": name,
         "budget": budget,
         "seeds": [run["seed"] for run in runs],
-        "measures": {
-            measure: {**dataclasses.asdict(paired(each, share)), "values": each} for measure, each in values.items()
-        },
+        "measures": {measure: _estimate(each, share) for measure, each in values.items()},
         "n_pairs": float(np.mean([run["n_pairs"] for run in trained])) if trained else 0.0,
         "n_prompts": float(np.mean([run["n_prompts"] for run in trained])) if trained else 0.0,
         "seconds": {
@@ -98,6 +97,12 @@ def _arm(name: str, budget: Any, runs: Sequence[Mapping[str, Any]], share: float
         "same_as": {str(run["seed"]): run["same_as"] for run in trained if run["same_as"]},
         "warnings": sorted({warning for run in trained for warning in run["warnings"]}),
     }
+
+
+def _estimate(values: list[float], share: float | None) -> dict[str, Any]:
+    """A mean with its interval; a test against zero would mean nothing."""
+    estimate = paired(values, share)
+    return {name: getattr(estimate, name) for name in ("mean", "standard_error", "low", "high")} | {"values": values}
 
 
 def _difference(

@@ -240,6 +240,20 @@ def test_a_second_data_set_is_held_out(settings, tmp_path):
     assert runs["seed0-margin-10.json"]["heldout_pairs"] == runs["seed1-random-10.json"]["heldout_pairs"]
 
 
+def test_breadth_by_embeddings_of_the_data(settings, tmp_path):
+    """An arm that compresses breadth reads the embeddings of a column, also of the prompts of a split."""
+    rows = [{**row, "vector": [math.cos(i), math.sin(i)]} for i, row in enumerate(scored_rows(12, 4))]
+    arms = ["random", {"name": "narrow", "strategy": "uniform", "breadth": 5}]
+    config = {**settings, "dataset": rows, "seeds": [0], "arms": arms, "select": {"prompt_embeddings": "vector"}}
+    comparison = bpo.compare(config, tmp_path / "out", progress=False)
+    assert not comparison.failures
+    assert runs_of(comparison.output)["seed0-narrow-10.json"]["n_prompts"] == 5
+    with pytest.raises(ValueError, match="'vectors' is no column"):
+        bpo.compare({**config, "select": {"prompt_embeddings": "vectors"}}, tmp_path / "other")
+    with pytest.raises(ValueError, match="must be the name of a column"):
+        bpo.compare({**config, "select": {"prompt_embeddings": np.eye(12)}}, tmp_path / "other")
+
+
 def test_win_rates_by_a_scorer(settings, tmp_path, monkeypatch):
     """What both policies sampled is scored by the same function; the start of a seed is sampled and scored once."""
     (tmp_path / "scorers.py").write_text("def spaces(prompt, response):\n    return response.count(' ')\n")
@@ -272,7 +286,8 @@ def test_wins_are_counted_by_hand():
     start = [{"prompt": "a", "responses": ["x", "yy"]}, {"prompt": "b", "responses": ["zzz"]}]
     trained = [{"prompt": "a", "responses": ["x", "www"]}, {"prompt": "b", "responses": ["q"]}]
     scores = {"x": 1.0, "yy": 2.0, "www": 2.0, "q": 0.0, "zzz": None}
-    wins = compare_responses(start, trained, lambda prompt, response: scores[response])
+    with pytest.warns(UserWarning, match="1 of 5 responses have no score"):
+        wins = compare_responses(start, trained, lambda prompt, response: scores[response])
     # x against x and yy: ½, 0; www against x and yy: 1, ½.
     assert [row["wins"] for row in wins.rows] == [0.5, None]
     assert wins.measures["win_rate"] == 0.5
@@ -291,6 +306,18 @@ def test_a_store_that_is_there_serves(finished, settings, tmp_path):
     other = scored_rows(13, 4, seed=5)
     with pytest.raises(ValueError, match=r"store: .* lacks \d+ of the"):
         bpo.compare({**settings, "dataset": other, "store": str(finished.output / "store")}, tmp_path / "other")
+
+
+def test_training_and_evaluation_in_two_precisions(finished, settings, tmp_path, monkeypatch):
+    """A store in float32 knows the reference of training, the evaluation in bfloat16 runs it again."""
+    monkeypatch.setattr(DPOTrainer, "compute_ref_log_probs", None)  # TRL runs none
+    store = str(finished.output / "store")
+    config = {**settings, "store": store, "seeds": [0], "arms": ["random"], "evaluate": {"bf16": True}}
+    comparison = bpo.compare(config, tmp_path / "out", progress=False)
+    assert not comparison.failures
+    run, expected = (runs_of(output)["seed0-random-10.json"] for output in (comparison.output, finished.output))
+    assert run["measures"]["margin"] == pytest.approx(expected["measures"]["margin"], rel=0.1)
+    assert run["measures"]["margin"] != expected["measures"]["margin"]
 
 
 def test_known_reference_trains_as_trl_does(settings, tokenizer, tmp_path):
@@ -354,6 +381,17 @@ def test_trained_policy_is_free_of_its_trainer(settings, tokenizer, tmp_path):
 def test_other_settings_are_refused_by_name(copied, settings, change, message):
     with pytest.raises(ValueError, match=message):
         bpo.compare({**settings, **change}, copied, progress=False)
+
+
+def test_runs_from_before_a_setting_was_there_count(copied, settings):
+    path = copied / "runs" / "seed0-bpo-10.json"
+    run = json.loads(path.read_text())
+    del run["arm_settings"]["select"]["min_depth"]
+    path.write_text(json.dumps(run))
+    assert not bpo.compare(settings, copied, progress=False).failures
+    arms = [{"name": "bpo", "select": {"min_depth": 0}}, "random"]
+    with pytest.raises(ValueError, match=r"arm 'bpo' with another select\.min_depth: .* 1 there and 0 here"):
+        bpo.compare({**settings, "arms": arms}, copied, progress=False)
 
 
 def test_a_directory_of_something_else_is_refused(settings, tmp_path):
