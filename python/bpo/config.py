@@ -141,13 +141,13 @@ class SelectConfig:
         n_clusters: Clusters of pair gradients (k); ``None`` is √(number of pairs), at most 256 *(ours)*.
         metric: ``"euclidean"`` or ``"cosine"`` k-means over the unit-length pair features.
         max_iter: Most k-means iterations.
-        ranking: Who is taken first within a cluster: ``"nearest"`` to the centre, ``"softmax"`` (sampled in proportion
-            to exp(centrality / temperature)), or the controls ``"farthest"`` and ``"random"``.
-        temperature: Temperature of ``"softmax"``.
+        ranking: Who is taken first within a cluster: ``"nearest"``, the most useful; ``"softmax"``, drawn in proportion
+            to exp(usefulness / temperature); or the controls ``"farthest"``, the least useful, and ``"random"``.
+        temperature: Temperature of ``"softmax"``; usefulness is in standard deviations of its terms.
         usefulness: What makes a pair useful: {term: weight} of ``"centrality"`` (cosine with its cluster's centre),
             ``"alignment"`` (cosine with the mean gradient, or with those of the target), ``"informativeness"`` (length
-            of the gradient) and ``"score_gap"``. A term alone counts as it is; several are standardised over the
-            candidates, then added up *(ours)*.
+            of the gradient) and ``"score_gap"``, each standardised over the candidates, then added up *(ours)*. The
+            default is the best of those measured in docs/results.md that need no scores.
         min_depth: Pairs that strategies which keep every prompt give each of them first: 1, or 0 to let whole prompts
             go, which allows budgets below the number of prompts *(ours)*.
         max_depth: Most pairs of one prompt; ``None`` for no cap.
@@ -223,8 +223,8 @@ class SelectConfig:
     metric: Metric = "euclidean"
     max_iter: int = 100
     ranking: Ranking = "nearest"
-    temperature: float = 0.1
-    usefulness: Mapping[str, float] = dataclasses.field(default_factory=lambda: {"centrality": 1.0})
+    temperature: float = 0.5
+    usefulness: Mapping[str, float] = dataclasses.field(default_factory=lambda: {"centrality": 1.0, "alignment": 1.0})
     min_depth: int = 1
     max_depth: int | None = None
     length_control: LengthControl | None = None

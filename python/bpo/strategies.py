@@ -108,23 +108,20 @@ def bpo(candidacy: Candidacy) -> Choice:
 
 
 def usefulness(candidacy: Candidacy, index: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-    """Returns the usefulness of the pairs in ``index``: ``SelectConfig.usefulness``, a weighted sum of terms.
+    """Returns the usefulness of the pairs in ``index``: the weighted sum of the terms of ``SelectConfig.usefulness``.
 
-    A term alone is taken as it is, times its weight. Several are brought to mean 0 and standard deviation 1 over these
-    pairs first, so that the weights compare; informativeness by its logarithm *(ours)*.
+    Each term has mean 0 and standard deviation 1 over these pairs, so that the weights compare; of informativeness it
+    is the logarithm that counts *(ours)*.
     """
     assert candidacy.clusters is not None
-    weights = candidacy.config.usefulness
     total = np.zeros(len(index))
-    for name, weight in weights.items():
+    for name, weight in candidacy.config.usefulness.items():
         values = candidacy.score_gaps if name == "score_gap" else getattr(candidacy.clusters, name)
         term = values[index].astype(np.float64)
         if name == "informativeness":
             term = np.log(term)
-        if len(weights) > 1:
-            spread = term.std()
-            term = (term - term.mean()) / (spread if spread > 0 else 1.0)
-        total += weight * term
+        spread = term.std()
+        total += weight * (term - term.mean()) / (spread if spread > 0 else 1.0)
     return total
 
 

@@ -79,7 +79,7 @@ def test_margin_takes_the_largest_gaps(rows):
 def test_bpo_takes_the_best_pair_of_each_prompt_first(select, rows):
     selection = select(rows, budget=10)
     table = selection.pairs.to_pandas()
-    best = table.loc[table.groupby("prompt")["centrality"].idxmax(), "pair"].tolist()
+    best = table.loc[table.groupby("prompt")["usefulness"].idxmax(), "pair"].tolist()
     assert selection.dataset["bpo_pair"][:] == best
     assert selection.depth.tolist() == [1] * 10
 
