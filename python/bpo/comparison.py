@@ -22,12 +22,14 @@ import transformers
 from tqdm.auto import tqdm
 
 import bpo
+from bpo.clustering import PairGradients
 from bpo.comparison_config import UNTRAINED, Arm, CompareConfig
 from bpo.comparison_data import ComparedPairs
 from bpo.config import SelectConfig
 from bpo.evaluate import PreferenceEvaluation
 from bpo.figures import import_matplotlib, write_report
 from bpo.gradients import collect_gradients
+from bpo.linearised import linearised_correct
 from bpo.logprobs import response_logps
 from bpo.models import (
     inference_state,
@@ -37,10 +39,11 @@ from bpo.models import (
     tokenizer_fingerprint,
     window,
 )
+from bpo.pairs import measured
 from bpo.pipeline import select
 from bpo.results import summarize, table
 from bpo.statistics import import_scipy_stats
-from bpo.store import GradientStore
+from bpo.store import GradientStore, with_settings_of
 from bpo.tokens import padding_id
 from bpo.training import dpo_config, train_on_pairs
 from bpo.win_rates import compare_responses, score_start
@@ -166,6 +169,7 @@ def compare(config: Any, output: str | os.PathLike[str], *, jobs: int = 1, progr
                 _write(errors, error)
             bar.update()
     runs = [_read_run(plan.path(task)) for task in tasks if plan.path(task).is_file()]
+    _foretell(plan, runs)
     results = summarize(runs, [plan.untrained(seed) for seed in config.seeds], plan.description())
     _write(output / "results.json", json.dumps(results, indent=1) + "\n")
     write_report(results, failures, output)
@@ -563,6 +567,23 @@ def _run(plan: _Plan, task: _Task) -> dict[str, Any]:
         run["measures"] |= _win_rates(plan, task, policy, held)
         seconds["sampling"] = time.perf_counter() - start
     return {**run, "seconds": seconds}
+
+
+def _foretell(plan: _Plan, runs: list[dict[str, Any]]) -> None:
+    """Adds to each run what the linearised regime makes of its pairs, where the store holds what that takes."""
+    if plan.store is None or plan.heldout is not None or not runs:
+        return
+    store = GradientStore.open(plan.store)
+    rows = store.rows_of(plan.pool.tokenized.sequence_ids)[plan.pool.tokenized.pairs]
+    config = with_settings_of(store, plan.config.shared)
+    gradients = measured([store], [rows], config).gradients[0]
+
+    def part(pairs: list[int]) -> PairGradients:
+        return PairGradients(gradients.rows, gradients.pairs[pairs], gradients.coefficients[pairs])
+
+    for run in runs:
+        correct = linearised_correct(part(run["pairs"]), part(run["heldout_pairs"]))
+        run["measures"] = {**run["measures"], "linearised_accuracy": float(correct.mean())}
 
 
 def _win_rates(plan: _Plan, task: _Task, policy: PreTrainedModel, pairs: npt.NDArray[np.int64]) -> dict[str, float]:

@@ -10,7 +10,7 @@ import jinja2
 import markupsafe
 
 import bpo
-from bpo.results import MEASURES, STAGES, interval, p_value, power
+from bpo.results import MEASURES, STAGES, agreement, interval, p_value, power
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -71,6 +71,7 @@ def write_report(results: Mapping[str, Any], failures: Mapping[str, str], output
         interval=interval,
         p_value=p_value,
         power=power,
+        agreement=[agreement(entry) for entry in results["agreement"]],
     )
     path = output / "report.html"
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
@@ -80,7 +81,7 @@ def write_report(results: Mapping[str, Any], failures: Mapping[str, str], output
 
 
 def draw_figures(results: Mapping[str, Any], directory: Path) -> list[Path]:
-    """Draws accuracy, differences, budgets (where there are several) and costs.
+    """Draws accuracy, differences, budgets (where there are several), agreement with the linearised regime, and costs.
 
     Args:
         results: As :func:`bpo.results.summarize` returns them.
@@ -97,6 +98,7 @@ def draw_figures(results: Mapping[str, Any], directory: Path) -> list[Path]:
         "accuracy": _accuracy,
         "differences": _differences,
         "budgets": _budgets,
+        "agreement": _agreement,
         "costs": _costs,
     }
     directory.mkdir(parents=True, exist_ok=True)
@@ -185,6 +187,32 @@ def _budgets(figure: Any, results: Mapping[str, Any]) -> bool:
     axis.set_xlabel("pairs trained on")
     axis.set_ylabel("held-out accuracy ± standard error")
     axis.legend(frameon=False)
+    return True
+
+
+def _agreement(figure: Any, results: Mapping[str, Any]) -> bool:
+    """Accuracy after training against that in the linearised regime: one dot a run, a cross for the mean of an arm."""
+    panels = results["agreement"]
+    if not panels:
+        return False
+    figure.set_size_inches(4.6 * len(panels) + 0.6, 4.2)
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    names = [arm["name"] for arm in results["description"]["arms"]]
+    for axis, panel in zip(axes, panels, strict=True):
+        for position, name in enumerate(names):
+            runs = [run for run in panel["runs"] if run["arm"] == name]
+            if not runs:
+                continue
+            x = [run["linearised_accuracy"] for run in runs]
+            y = [run["accuracy"] for run in runs]
+            colour = f"C{position % 10}"
+            axis.scatter(x, y, s=14, color=colour, alpha=0.6, linewidth=0)
+            axis.scatter([sum(x) / len(x)], [sum(y) / len(y)], s=70, color=colour, marker="X", label=name)
+        axis.set_xlabel("linearised accuracy, before training")
+        axis.set_ylabel("held-out accuracy after training")
+        axis.set_title(_pairs(panel["budget"]), loc="left")
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].legend(frameon=False)
     return True
 
 

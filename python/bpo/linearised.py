@@ -383,29 +383,65 @@ class _Data:
 
     def features(self, index: npt.NDArray[np.int64], normalize: bool) -> npt.NDArray[np.float32]:
         """What training on some pairs pulls towards, (n, d): −ẑ, or −z in units of the mean length of these pairs."""
-        rows, pairs, coefficients = _take(self.pairs.gradients[0], index)
         scale = self.norms[index] if normalize else self.norms[index].mean()
-        signed = (-coefficients / np.reshape(scale, (-1, 1))).astype(np.float32)
-        first, second = (signed[:, [side]] * widened(rows[pairs[:, side]]) for side in (0, 1))
-        features: npt.NDArray[np.float32] = first + second
-        return features
+        return _features(_take(self.pairs.gradients[0], index), scale)
 
     def margins(self, weights: npt.NDArray[np.float64], index: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         """⟨w, −z⟩ of some pairs for each of several weights (W, d): (W, n)."""
-        rows, pairs, coefficients = _take(self.pairs.gradients[0], index)
-        used, places = np.unique(pairs, return_inverse=True)
-        products = np.empty((len(weights), len(used)), dtype=np.float32)
-        columns = np.ascontiguousarray(weights.T, dtype=np.float32)
-        for at in range(0, len(used), _ROWS_AT_ONCE):
-            products[:, at : at + _ROWS_AT_ONCE] = (widened(rows[used[at : at + _ROWS_AT_ONCE]]) @ columns).T
-        places = places.reshape(pairs.shape)
-        first, second = (coefficients[:, side] * products[:, places[:, side]] for side in (0, 1))
-        margins: npt.NDArray[np.float32] = -(first + second)
-        return margins
+        return _margins(weights, _take(self.pairs.gradients[0], index))
 
 
 def _take(gradients: PairGradients, index: npt.NDArray[np.int64]) -> PairGradients:
     return PairGradients(gradients.rows, gradients.pairs[index], gradients.coefficients[index])
+
+
+def _features(gradients: PairGradients, scale: npt.NDArray[np.float32] | np.float32) -> npt.NDArray[np.float32]:
+    """What training on pairs pulls towards, (n, d): −z divided by a scale."""
+    rows, pairs, coefficients = gradients
+    signed = (-coefficients / np.reshape(scale, (-1, 1))).astype(np.float32)
+    first, second = (signed[:, [side]] * widened(rows[pairs[:, side]]) for side in (0, 1))
+    features: npt.NDArray[np.float32] = first + second
+    return features
+
+
+def _margins(weights: npt.NDArray[np.float64], gradients: PairGradients) -> npt.NDArray[np.float32]:
+    """⟨w, −z⟩ of pairs for each of several weights (W, d): (W, n)."""
+    rows, pairs, coefficients = gradients
+    used, places = np.unique(pairs, return_inverse=True)
+    products = np.empty((len(weights), len(used)), dtype=np.float32)
+    columns = np.ascontiguousarray(weights.T, dtype=np.float32)
+    for at in range(0, len(used), _ROWS_AT_ONCE):
+        products[:, at : at + _ROWS_AT_ONCE] = (widened(rows[used[at : at + _ROWS_AT_ONCE]]) @ columns).T
+    places = places.reshape(pairs.shape)
+    first, second = (coefficients[:, side] * products[:, places[:, side]] for side in (0, 1))
+    margins: npt.NDArray[np.float32] = -(first + second)
+    return margins
+
+
+def linearised_correct(
+    training: PairGradients, heldout: PairGradients, *, regularization: float = 1.0
+) -> npt.NDArray[np.float64]:
+    """Says which held-out pairs the linearised regime would rank rightly after training on some pairs.
+
+    As :func:`preview` does it: a logistic regression on the unit gradients of the training pairs.
+
+    Args:
+        training: Gradients of the pairs trained on; unusable ones play no part.
+        heldout: Gradients of the held-out pairs, of the same store.
+        regularization: As of :func:`preview`.
+
+    Returns:
+        (P,) float64, 1, 0, or ½ for a tie or an unusable pair.
+
+    Raises:
+        ImportError: SciPy is missing.
+    """
+    norms = pair_norms(training, None)
+    usable = np.flatnonzero(np.isfinite(norms) & (norms > 0))
+    weights = _fit(_features(_take(training, usable), norms[usable]), regularization, _import_minimize())
+    margins = np.nan_to_num(_margins(weights[None], heldout)[0])
+    correct: npt.NDArray[np.float64] = (np.sign(margins).astype(np.float64) + 1) / 2
+    return correct
 
 
 def _choices(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bpo.statistics import clustered_bootstrap, holm, paired
+from bpo.statistics import clustered_bootstrap, holm, paired, rank_correlation
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -19,6 +19,7 @@ MEASURES = {
     "length_controlled_accuracy": "length-controlled accuracy",
     "margin": "reward margin",
     "likelihood_accuracy": "likelihood accuracy",
+    "linearised_accuracy": "linearised accuracy",
     "win_rate": "win rate",
     "length_controlled_win_rate": "length-controlled win rate",
 }
@@ -68,10 +69,49 @@ def summarize(
                     if entry is not None:
                         place = {"budget": budget, "family": family, "measure": measure, "arm": left, "against": right}
                         differences.append({**place, **entry, "p_value_holm": p_value})
+    agreement = [_agreement(budget, [run for run in runs if run["budget"] == budget]) for budget in budgets]
     results: dict[str, Any] = _plain(
-        {"description": dict(description), "n_runs": len(runs), "arms": arms, "differences": differences}
+        {
+            "description": dict(description),
+            "n_runs": len(runs),
+            "arms": arms,
+            "differences": differences,
+            "agreement": [entry for entry in agreement if entry["runs"]],
+        }
     )
     return results
+
+
+def _agreement(budget: Any, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """How the order of arms and runs in the linearised regime agrees with that after training (rank correlations).
+
+    Runs are compared within their seed: what a split makes easier or harder for every arm is taken out of both.
+    """
+    pairs = [
+        (run["seed"], run["arm"], run["measures"]["linearised_accuracy"], run["measures"]["accuracy"])
+        for run in runs
+        if _is_number(run["measures"].get("linearised_accuracy")) and _is_number(run["measures"].get("accuracy"))
+    ]
+
+    def means(key: int) -> dict[Any, Any]:
+        groups: dict[Any, list[tuple[float, float]]] = defaultdict(list)
+        for entry in pairs:
+            groups[entry[key]].append(entry[2:])
+        return {name: np.mean(values, axis=0) for name, values in groups.items()}
+
+    arms, seeds = means(1), means(0)
+    within = np.array([np.array(entry[2:]) - seeds[entry[0]] for entry in pairs]).reshape(-1, 2)
+    by_arm = np.array(list(arms.values())).reshape(-1, 2)
+    return {
+        "budget": budget,
+        "runs": [
+            {"seed": seed, "arm": arm, "linearised_accuracy": first, "accuracy": second}
+            for seed, arm, first, second in pairs
+        ],
+        "n_arms": len(arms),
+        "correlation_of_arms": rank_correlation(*by_arm.T),
+        "correlation_of_runs": rank_correlation(*within.T),
+    }
 
 
 def _arm(name: str, budget: Any, runs: Sequence[Mapping[str, Any]], share: float | None) -> dict[str, Any]:
@@ -173,6 +213,7 @@ def table(results: Mapping[str, Any]) -> str:
                 f"{entry['budget']!s:>6} pairs  {entry['arm']} − {entry['against']}: {interval(entry, '+.3f')}  "
                 f"{p_value(entry['p_value_holm'])}; {power(entry)}"
             )
+    lines += ["", *(agreement(entry) for entry in results["agreement"])]
     once = "; ".join(f"{stage} {seconds:.0f} s" for stage, seconds in about["seconds"].items())
     return "\n".join([*lines, "", f"Once for all arms: {once}"])
 
@@ -200,6 +241,21 @@ def power(estimate: Mapping[str, Any]) -> str:
     if estimate["needed"] is None:
         return f"{said}, a difference as observed with no number of seeds on this data"
     return f"{said}, a difference as observed with {estimate['needed']} seeds"
+
+
+def agreement(entry: Mapping[str, Any]) -> str:
+    """Says how the preview of the linearised regime agrees with training."""
+    found = [
+        f"{'unknown' if entry[name] is None else format(entry[name], '+.2f')} over {count} {what}"
+        for name, count, what in (
+            ("correlation_of_arms", entry["n_arms"], "arms"),
+            ("correlation_of_runs", len(entry["runs"]), "runs within their seeds"),
+        )
+    ]
+    return (
+        f"{entry['budget']!s:>6} pairs  rank correlation of the accuracy after training with the linearised one: "
+        f"{'; '.join(found)}"
+    )
 
 
 def _mean(measures: Mapping[str, Any], name: str, kind: str) -> str:

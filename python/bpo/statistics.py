@@ -205,6 +205,19 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return [float(value) for value in adjusted]
 
 
+def rank_correlation(first: npt.ArrayLike, second: npt.ArrayLike) -> float:
+    """Returns Spearman's rank correlation of two lists, NaN where it is not defined.
+
+    Example:
+        >>> round(rank_correlation([0.5, 0.6, 0.7, 0.65], [0.52, 0.55, 0.61, 0.66]), 2)
+        0.8
+    """
+    left, right = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
+    if len(left) < 2 or np.ptp(left) == 0 or np.ptp(right) == 0:
+        return math.nan
+    return float(import_scipy_stats().spearmanr(left, right).statistic)
+
+
 def import_scipy_stats() -> Any:
     """Imports ``scipy.stats``.
 

@@ -110,16 +110,45 @@ def test_results_say_what_the_runs_say(finished):
 
 def test_report_has_its_figures(finished, capsys):
     page = finished.report.read_text()
-    assert page.count("<svg") == 3
+    assert page.count("<svg") == 4
     assert "bpo − random" in page
     assert "Nadeau" in page
     names = sorted(path.name for path in (finished.output / "figures").iterdir())
-    assert names == [f"{name}.{kind}" for name in ("accuracy", "costs", "differences") for kind in ("png", "svg")]
+    assert names == [
+        f"{name}.{kind}" for name in ("accuracy", "agreement", "costs", "differences") for kind in ("png", "svg")
+    ]
     text = finished.summary()
     assert main(["show", str(finished.output)]) == 0
     assert capsys.readouterr().out == text + "\n"
     assert "bpo − random" in text
     assert "80 % power" in text
+
+
+def test_the_linear_regime_foretells_a_run_from_the_store(finished, settings):
+    from scipy.stats import spearmanr
+    from sklearn.linear_model import LogisticRegression
+
+    runs = runs_of(finished.output)
+    (entry,) = finished.results["agreement"]
+    store = bpo.GradientStore.open(finished.output / "store")
+    candidates = bpo.read_candidates(settings["dataset"])
+    h = store.sketches(store.rows_of_responses(candidates.response_ids)[0])[candidates.pairs].astype(np.float64)
+    features = h[:, 0] - h[:, 1]
+    assert [(run["seed"], run["arm"]) for run in entry["runs"]] == [(s, a) for s in (0, 1) for a in ("bpo", "random")]
+    for told in entry["runs"]:
+        run = runs[f"seed{told['seed']}-{told['arm']}-10.json"]
+        x = features[run["pairs"]]
+        x = x / np.linalg.norm(x, axis=1, keepdims=True)
+        model = LogisticRegression(fit_intercept=False, tol=1e-8)
+        model.fit(np.concatenate([x, -x]), np.repeat([1, 0], len(x)), sample_weight=np.full(2 * len(x), 0.5))
+        right = features[run["heldout_pairs"]] @ model.coef_[0] > 0
+        assert told["linearised_accuracy"] == pytest.approx(right.mean(), abs=1.5 / len(right))
+        assert told["accuracy"] == pytest.approx(np.mean(run["correct"]))
+    each = np.array([[run["linearised_accuracy"], run["accuracy"]] for run in entry["runs"]]).reshape(2, 2, 2)
+    within = (each - each.mean(axis=1, keepdims=True)).reshape(-1, 2)
+    expected = spearmanr(*within.T).statistic if np.ptp(within, axis=0).all() else None
+    assert entry["correlation_of_runs"] == (None if expected is None else pytest.approx(expected))
+    assert "with the linearised one" in finished.summary()
 
 
 def test_a_run_is_what_its_parts_give(finished, settings, tokenizer, tmp_path):
