@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from bpo.config import SelectConfig
 
 
+_TESTED_PROMPTS = 1000
+_SIGN_DRAWS = 1000
+
+
 @dataclasses.dataclass(frozen=True)
 class MeasuredPairs:
     """P pairs of responses whose gradients are known.
@@ -233,3 +237,40 @@ def influence(
         # The core takes the direction at unit length.
         best[index] = np.fmax(best[index], scores.alignment * np.float32(np.linalg.norm(mean)))
     return best
+
+
+def prompts_agree(
+    features: PairGradients, usable: npt.NDArray[np.bool_], prompt_of_pair: npt.NDArray[np.int64], seed: int
+) -> float:
+    """Tests whether the gradients of different prompts pull in a common direction.
+
+    Where they do not, there is no optimization direction, and nothing chosen by it carries over to other prompts.
+    A sign-flip test *(ours)*: the length of the sum over prompts of their gradients is compared with the lengths that
+    the sum has if each prompt's sign is drawn at random.
+
+    Args:
+        features: Unit gradients of P pairs, from :func:`clustered`.
+        usable: (P,) bool.
+        prompt_of_pair: (P,) int64. Of more than 1,000 prompts, 1,000 are drawn.
+        seed: Of the draws.
+
+    Returns:
+        The p-value, 1/1000 at least.
+    """
+    generator = np.random.default_rng(seed)
+    prompts = np.unique(prompt_of_pair[usable])
+    if len(prompts) > _TESTED_PROMPTS:
+        prompts = np.sort(generator.choice(prompts, _TESTED_PROMPTS, replace=False))
+    index = np.flatnonzero(usable & np.isin(prompt_of_pair, prompts))
+    place = np.searchsorted(prompts, prompt_of_pair[index])
+    rows, pairs = features.rows, features.pairs[index]
+    sums = np.zeros((len(prompts), rows.shape[1]))
+    for prompt in range(len(prompts)):
+        members = np.flatnonzero(place == prompt)
+        weights = features.coefficients[index[members]].astype(np.float64)
+        for side in (0, 1):
+            sums[prompt] += weights[:, side] @ widened(rows[pairs[members, side]])
+    gram = sums @ sums.T
+    signs = generator.choice(np.array([-1.0, 1.0]), (_SIGN_DRAWS - 1, len(prompts)))
+    drawn = np.einsum("sp,sp->s", signs @ gram, signs)
+    return float((1 + (drawn >= gram.sum()).sum()) / _SIGN_DRAWS)

@@ -19,7 +19,7 @@ from bpo.embeddings import embed_prompts, embed_with_policy, given_embeddings
 from bpo.gradients import collect
 from bpo.length import balance_lengths, character_lengths, fit_length_effect, largest_gaps, take_out_length, turn
 from bpo.models import load_policy, load_tokenizer, window
-from bpo.pairs import MeasuredPairs, clustered, in_store, influence, measured
+from bpo.pairs import MeasuredPairs, clustered, in_store, influence, measured, prompts_agree
 from bpo.precondition import preconditioner_path
 from bpo.reference import Reference
 from bpo.selection import SELECTED, Selection
@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 
     from bpo.clustering import PairClusters
     from bpo.tokens import TokenizedResponses
+
+# A p-value above which gradients are said to have no direction in common.
+_DISAGREEING = 0.05
 
 
 def select(
@@ -418,6 +421,13 @@ def _select(
         eligible = clusters.usable
         _report_unusable(kept, clusters, config)
         noted.merge(_outliers(kept, clusters))
+        agree = prompts_agree(features, eligible, kept.prompt_of_pair, seed)
+        if agree > _DISAGREEING:
+            noted.add(
+                f"selection by gradients that may be no better than a random one: those of different prompts have no "
+                f"direction in common (p = {agree:.2f})",
+                f"all {len(kept.prompts)} prompts",
+            )
         if wanted is not None and target_pairs is not None:
             influences = influence(features, eligible, target_pairs, _subtasks(target, wanted), config)
             clusters = dataclasses.replace(clusters, alignment=influences)

@@ -10,7 +10,7 @@ from scipy.optimize import minimize
 from bpo import SelectConfig
 from bpo.clustering import PairGradients, cluster_pairs
 from bpo.linearised import _fit
-from bpo.pairs import unit_features
+from bpo.pairs import prompts_agree, unit_features
 from bpo.strategies import Candidacy, choose
 
 DIM, TOPICS, PROMPTS, PAIRS_OF_A_PROMPT, BUDGET = 256, 12, 360, 6, 120
@@ -140,6 +140,23 @@ def test_copies_get_no_more_than_their_share(planted):
 def test_where_there_is_nothing_to_learn_nothing_is_claimed(planted):
     found = planted["no topic has anything to teach"]
     assert all(abs(figures["accuracy"] - 0.5) < 0.06 for figures in found.values())
+
+
+@pytest.mark.parametrize("title", WORLDS)
+def test_a_common_direction_is_found_where_there_is_one(title):
+    """What ``select`` says in ``Selection.noted`` when it cannot help."""
+    found = []
+    for seed in range(10):
+        world = World(seed, **WORLDS[title])
+        x = world.pairs / np.linalg.norm(world.pairs, axis=1, keepdims=True)
+        index = np.arange(len(x))
+        coefficients = np.tile(np.array([-1, 0], dtype=np.float32), (len(x), 1))
+        features = PairGradients(x.astype(np.float32), np.stack([index, index], axis=1), coefficients)
+        found.append(prompts_agree(features, np.ones(len(x), dtype=bool), world.prompts, seed))
+    if WORLDS[title].get("noise_topics") == TOPICS:
+        assert np.median(found) > 0.1 and sum(p < 0.05 for p in found) <= 3
+    else:
+        assert max(found) < 0.01
 
 
 if __name__ == "__main__":
