@@ -51,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     preview.add_argument("--heldout", default="0.25", help="share of the prompts held out, or a data set of its own")
     preview.add_argument("--seeds", type=int, default=100, help="splits")
     preview.add_argument("--output", type=Path, help="file for the results, .json")
+    preview.add_argument("--figure", type=Path, help="file for a figure, .svg, .png or .pdf")
     preview.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="as for select")
     preview.set_defaults(run=_preview)
 
@@ -166,6 +167,8 @@ def _preview(options: argparse.Namespace) -> None:
     print(found.summary())
     if options.output is not None:
         print(f"\nresults  {found.save(options.output)}")
+    if options.figure is not None:
+        print(f"figure   {found.figure(options.figure)}")
 
 
 def _arm(text: str) -> Any:

@@ -15,7 +15,12 @@ from bpo.results import MEASURES, STAGES, agreement, interval, p_value, power
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from bpo.linearised import Preview
+
 _INK, _SOFT, _STRONG, _PALE, _ACCENT = "#1b1f24", "#5c6670", "#1f5fa8", "#c9d6e6", "#c2410c"
+
+# Neither a date nor random ids, so that the same results are the same file; text stays text.
+_STYLE = {"svg.hashsalt": "bpo", "svg.fonttype": "none", "font.size": 9, "axes.edgecolor": _SOFT}
 
 
 def import_matplotlib() -> Any:
@@ -103,9 +108,7 @@ def draw_figures(results: Mapping[str, Any], directory: Path) -> list[Path]:
     }
     directory.mkdir(parents=True, exist_ok=True)
     paths = []
-    # Neither a date nor random ids, so that the same results are the same file; text stays text.
-    style = {"svg.hashsalt": "bpo", "svg.fonttype": "none", "font.size": 9, "axes.edgecolor": _SOFT}
-    with matplotlib.rc_context(style):
+    with matplotlib.rc_context(_STYLE):
         for name, draw in drawings.items():
             figure = Figure(layout="constrained")
             FigureCanvasAgg(figure)
@@ -116,6 +119,59 @@ def draw_figures(results: Mapping[str, Any], directory: Path) -> list[Path]:
             figure.savefig(directory / f"{name}.png", dpi=150)
             paths.append(path)
     return paths
+
+
+def draw_preview(preview: Preview, path: str | os.PathLike[str]) -> Path:
+    """Draws how much more accurate each arm of a preview is than the baseline, one panel a budget.
+
+    Args:
+        preview: The preview.
+        path: File to write, whose name ends in .svg, .png or .pdf; replaced whole or not at all.
+
+    Returns:
+        The path.
+
+    Raises:
+        ImportError: matplotlib is missing.
+        ValueError: A name that ends otherwise.
+    """
+    matplotlib = import_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    path = Path(path)
+    if path.suffix not in (".svg", ".png", ".pdf"):
+        raise ValueError(f"{path}: the name of a figure ends in .svg, .png or .pdf.")
+    records = [row for row in preview.table() if row["difference"] is not None]
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(layout="constrained")
+        FigureCanvasAgg(figure)
+        names = list(dict.fromkeys(row["arm"] for row in records))
+        figure.set_size_inches(2.2 + 3.4 * len(preview.budgets), 1.0 + 0.25 * len(names))
+        axes = figure.subplots(1, len(preview.budgets), sharex=True, sharey=True, squeeze=False)[0]
+        for axis, budget in zip(axes, preview.budgets, strict=True):
+            axis.axvline(0, color=_SOFT, linewidth=0.8)
+            for row in (row for row in records if row["budget"] == budget):
+                y = names.index(row["arm"])
+                axis.plot([100 * row["low"], 100 * row["high"]], [y, y], color=_PALE, linewidth=5, zorder=2)
+                spread = 100 * row["standard_error"]
+                axis.plot([100 * row["difference"] - spread, 100 * row["difference"] + spread], [y, y], color=_STRONG)
+                axis.scatter([100 * row["difference"]], [y], s=26, color=_STRONG, zorder=4)
+            axis.set_title(_pairs(budget), loc="left")
+            axis.grid(axis="x", color="#eceff2", zorder=0)
+            axis.set_axisbelow(True)
+            axis.spines[["top", "right"]].set_visible(False)
+        axes[0].set_yticks(range(len(names)), names)
+        axes[0].set_ylim(len(names) - 0.4, -0.6)
+        figure.supxlabel(
+            f"points of accuracy above {preview.baseline}: ± standard error over splits, and 95 % interval for new data",
+            fontsize=8,
+        )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = path.with_name(f".{os.getpid()}{path.name}")
+        figure.savefig(scratch, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
+    scratch.replace(path)
+    return path
 
 
 def _accuracy(figure: Any, results: Mapping[str, Any]) -> bool:

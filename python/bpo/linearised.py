@@ -109,6 +109,7 @@ class Preview:
     def table(self) -> list[dict[str, Any]]:
         """Returns one record an arm and budget: accuracies, the difference to the baseline with interval and p-value.
 
+        ``standard_error`` is that over the splits of this data; interval and p-value are for new data of this kind.
         p-values are adjusted for all arms of a budget (Holm).
         """
         records = []
@@ -116,8 +117,10 @@ class Preview:
             rows: list[dict[str, Any]] = []
             for index, arm in enumerate(self.arms):
                 complete = not np.isnan(self.accuracy[index, position]).any()
-                against = arm not in (self.baseline, ALL) and complete
+                against = arm != self.baseline and complete
                 difference = self.difference(arm, budget) if against else None
+                values = self.accuracy[index, position] - self.accuracy[self.arms.index(self.baseline), position]
+                several = len(values) > 1
                 rows.append(
                     {
                         "budget": budget,
@@ -126,6 +129,7 @@ class Preview:
                         "length_controlled": float(self.length_controlled[index, position].mean()),
                         "mean_depth": float(self.mean_depth[index, position].mean()),
                         "difference": None if difference is None else difference.mean,
+                        "standard_error": float(values.std(ddof=1) / len(values) ** 0.5) if several else math.nan,
                         "low": None if difference is None else difference.low,
                         "high": None if difference is None else difference.high,
                         "p": None if difference is None else difference.p_value,
@@ -164,10 +168,17 @@ class Preview:
             lines.append(f"  {self._verdict(rows)}")
         return "\n".join(lines)
 
+    def figure(self, path: str | os.PathLike[str]) -> Path:
+        """Draws the differences to the baseline into a .svg, .png or .pdf file; needs matplotlib. Returns its path."""
+        from bpo.figures import draw_preview
+
+        return draw_preview(self, path)
+
     def _verdict(self, rows: list[dict[str, Any]]) -> str:
         """Whether the choice of pairs matters at this budget, in a sentence."""
-        better = [row["arm"] for row in rows if row["p"] is not None and row["p"] < 0.05 and row["difference"] > 0]
-        worse = [row["arm"] for row in rows if row["p"] is not None and row["p"] < 0.05 and row["difference"] < 0]
+        sure = [row for row in rows if row["p"] is not None and row["p"] < 0.05 and row["arm"] != ALL]
+        better = [row["arm"] for row in sure if row["difference"] > 0]
+        worse = [row["arm"] for row in sure if row["difference"] < 0]
         found = [f"{' and '.join(names)} {word}" for names, word in ((better, "better"), (worse, "worse")) if names]
         if found:
             return f"than {self.baseline}: {'; '.join(found)}."

@@ -110,9 +110,13 @@ def test_table_summary_and_file(preview, tmp_path):
     bpo_row = next(row for row in rows if row["arm"] == "bpo")
     assert bpo_row["difference"] == pytest.approx((found.accuracy[0, 0] - found.accuracy[1, 0]).mean())
     assert bpo_row["low"] <= bpo_row["difference"] <= bpo_row["high"]
-    assert all(row["p"] is None for row in rows if row["arm"] in ("random", ALL))
+    assert all((row["p"] is None) == (row["arm"] == "random") for row in rows)
     summary = found.summary()
     assert "12 pairs" in summary and "two a prompt" in summary
+    picture = found.figure(tmp_path / "preview.svg").read_text()
+    assert "two a prompt" in picture and "20 pairs" in picture
+    with pytest.raises(ValueError, match=r"ends in .svg, .png or .pdf"):
+        found.figure(tmp_path / "preview.gif")
     found.save(tmp_path / "preview.json")
     loaded = bpo.Preview.load(tmp_path / "preview.json")
     assert loaded.summary() == summary
