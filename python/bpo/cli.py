@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         action="append",
         default=[],
         metavar="ARM",
-        help="name of a strategy, or JSON with name, strategy, breadth and select; repeatable",
+        help="name of a strategy, or JSON with name, strategy, breadth, select and store; repeatable",
     )
     preview.add_argument("--baseline", default="random", help="arm that the others are compared with")
     preview.add_argument("--heldout", default="0.25", help="share of the prompts held out, or a data set of its own")

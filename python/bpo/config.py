@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 Ranking = Literal["nearest", "softmax", "farthest", "random"]
-Features = Literal["lora", "full"]
+Features = Literal["lora", "full", "embeddings"]
 SketchKind = Literal["sparse", "rademacher", "normal"]
 Metric = Literal["euclidean", "cosine"]
 ClusterWeighting = Literal["size", "informativeness", "centrality", "alignment"]
@@ -108,7 +108,9 @@ class SelectConfig:
             an earlier one (see :func:`bpo.near_duplicates`). ``None`` does not look.
         features: Parameters whose gradients are the features of a pair. ``"lora"``: the adapter of a ``PeftModel``;
             for a model without one, the B-gradients of a fresh LoRA on every linear layer but the output head.
-            ``"full"``: every parameter.
+            ``"full"``: every parameter. ``"embeddings"`` takes no gradients: in place of that of a response stands its
+            embedding, the mean of the policy's last hidden states over the positions that predict it. It costs a
+            forward alone, and is a control: what gradients add must show against it *(ours)*.
         parameters: Shell patterns, one or several, such as ``"*.mlp.*"``: only parameters whose name matches one are
             differentiated (for a fresh adapter: only weights whose name matches one get an adapter). ``None`` is all.
         factor_dim: With ``features="full"``, the side of a random projection of the inputs and of the output gradients
@@ -293,6 +295,13 @@ class SelectConfig:
                 f"{self.length_control!r}"
             )
         self._check_embeddings()
+        if self.features == "embeddings":
+            for name in ("parameters", "factor_dim", "preconditioner", "checkpoints"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"SelectConfig.{name} is a setting of gradients, and features='embeddings' takes none: leave "
+                        "one of the two out."
+                    )
         for name in ("device", "preconditioner", "weight_column"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):

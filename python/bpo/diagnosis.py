@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from bpo.capture import Plan, sum_gradients
+from bpo.capture import Plan
 from bpo.config import SelectConfig
 from bpo.data import InvalidDataWarning, read_configured
 from bpo.features import Features, choose_features
@@ -20,7 +20,7 @@ from bpo.logprobs import Forward, check_vocabulary
 from bpo.models import inference_state, load_policy, load_tokenizer, window
 from bpo.reference import Reference
 from bpo.sketching import SketchBatch, Sketching
-from bpo.store import RECORD, row_bytes
+from bpo.store import EMBEDDED, RECORD, row_bytes
 from bpo.tokens import batches_by_tokens, tokenize_configured
 
 if TYPE_CHECKING:
@@ -86,12 +86,17 @@ class Diagnosis:
     elapsed_seconds: float
 
     @property
+    def _noun(self) -> str:
+        return "embeddings" if self.features["kind"] == EMBEDDED else "gradients"
+
+    @property
     def problems(self) -> list[str]:
         """What should be looked at before a run, in sentences; empty when all is well."""
         found = []
         if self.unusable:
             found.append(
-                f"{self.unusable} of {self.looked_at} gradients are NaN, infinite or zero: their pairs cannot be used."
+                f"{self.unusable} of {self.looked_at} {self._noun} are NaN, infinite or zero: their pairs cannot be "
+                "used."
             )
         if self.zero:
             found.append(
@@ -103,8 +108,9 @@ class Diagnosis:
                 f"The whole model runs again for each response, for the parameters {_named(self.whole_model)}."
             )
         if self.batch_sensitivity > _SENSITIVITY:
+            article = "An embedding" if self._noun == "embeddings" else "A gradient"
             found.append(
-                f"A gradient changes by {self.batch_sensitivity:.1e} of itself with the batch it is in; a wider dtype "
+                f"{article} changes by {self.batch_sensitivity:.1e} of itself with the batch it is in; a wider dtype "
                 "changes less."
             )
         if self.truncated > 0.1 * self.responses:
@@ -119,14 +125,14 @@ class Diagnosis:
             *(f"unusable   {count} × {reason}" for reason, count in self.skipped.items()),
             f"tokens     {self.tokens:,}; longest {self.longest:,}, window {self.window or 'without end'}; "
             f"{self.truncated / self.responses:.1%} of the responses cut",
-            f"gradients  {self.features['kind']}: {self.coordinates:,} coordinates a response: {_named(parts)}",
+            f"{self._noun:10} {self.features['kind']}: {self.coordinates:,} coordinates a response: {_named(parts)}",
         ]
         if self.run_again:
             lines.append(f"run again  one sample at a time: {_named(self.run_again)}")
         lines += [
             f"checked    {self.looked_at} responses; in a batch and alone their sketches differ by "
             f"{self.batch_sensitivity:.1e}",
-            f"estimate   {_duration(self.seconds)} for all gradients, {self.peak_memory_bytes / 2**30:.1f} GiB of "
+            f"estimate   {_duration(self.seconds)} for all {self._noun}, {self.peak_memory_bytes / 2**30:.1f} GiB of "
             f"memory, {self.store_bytes / 2**20:,.1f} MiB of disk",
             *(f"problem    {problem}" for problem in self.problems),
         ]
@@ -249,7 +255,7 @@ class _Trial:
         rows = self._batches[index]
         begin = time.perf_counter()
         sketches = sketching.batch(len(rows))
-        result = sum_gradients(self._forward, self._plan, rows, sketches.consume)
+        result = self._features.catch(self._forward, self._plan, rows, sketches.consume)
         self._reference.logps(self._forward, rows, result.logps.cpu().numpy())
         together = sketches.rows()
         self._timed[index] = time.perf_counter() - begin
@@ -267,7 +273,7 @@ class _Trial:
                     self._touched.add(offset)
                 sketches.consume(offset, gradients, samples)
 
-            sum_gradients(self._forward, self._plan, rows[place : place + 1], consume)
+            self._features.catch(self._forward, self._plan, rows[place : place + 1], consume)
             alone = sketches.rows()[0]
             norm = float(np.linalg.norm(alone))
             if np.isfinite(norm) and norm > 0:

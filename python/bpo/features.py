@@ -1,4 +1,4 @@
-"""What is differentiated: a fresh adapter, a trained one, or parameters by name; and the plan by which it is caught."""
+"""What stands for a response: the gradient of a fresh adapter, a trained one or some parameters, or an embedding."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from bpo.capture import (
+    Consumer,
     Embedding,
     Layer,
     Linear,
@@ -29,7 +30,9 @@ from bpo.capture import (
 )
 from bpo.config import SelectConfig
 from bpo.data import warn
-from bpo.logprobs import Forward, predicting_positions
+from bpo.logprobs import CompletionLogps, Forward, predicting_positions
+from bpo.models import base_of
+from bpo.store import EMBEDDED
 from bpo.tokens import TokenizedResponses
 
 if TYPE_CHECKING:
@@ -54,7 +57,10 @@ class Features:
         slots: Name of each parameter to where its gradient lies.
         layers: Candidates for a closed form.
         loose: Parameters without one, by the path of the module that owns them (a tied one has several).
+        noun: What they are, in the plural.
     """
+
+    noun = "gradients"
 
     def __init__(self) -> None:
         self.dim = 0
@@ -117,6 +123,10 @@ class Features:
                 "(error relative to the whole gradient). Leave their modules out with SelectConfig.parameters."
             )
         return plan
+
+    def catch(self, forward: Forward, plan: Plan, rows: npt.NDArray[np.int64], consume: Consumer) -> CompletionLogps:
+        """Hands the coordinates of a batch of responses to ``consume``; see :func:`bpo.capture.sum_gradients`."""
+        return sum_gradients(forward, plan, rows, consume)
 
     def _planned(self, model: PreTrainedModel, calls: dict[str, _Call]) -> Plan:
         plan = Plan()
@@ -224,7 +234,7 @@ class Features:
             if offset in by_offset:
                 by_offset[offset][samples] += gradients.cpu()
 
-        logps = sum_gradients(forward, plan, rows, keep).logps
+        logps = self.catch(forward, plan, rows, keep).logps
         return {name: by_offset[self.slots[name].offset] for name in names}, logps.cpu().numpy()
 
     def _exact(
@@ -377,8 +387,92 @@ class Parameters(Features):
         }, logp
 
 
+class ResponseEmbeddings(Features):
+    """The mean of the policy's last hidden states over the positions that predict the response, without a backward.
+
+    Those are the inputs of the output head, so what the decoder says of each token of the response just before it
+    comes. Hidden states share one large direction; it cancels in the difference of two responses, which is the feature
+    of a pair under every loss that depends on this difference alone *(ours)*. Token weights weigh log π only.
+
+    Args:
+        model: A causal language model, with or without an adapter.
+
+    Raises:
+        UnsupportedModelError: A model that does not say which module lies below its output head.
+    """
+
+    noun = "embeddings"
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        base = base_of(model)
+        self._decoder: nn.Module = base.base_model
+        if self._decoder is base:
+            raise UnsupportedModelError(
+                f"{type(base).__name__} has no decoder apart from its output head (base_model_prefix="
+                f"{base.base_model_prefix!r} names no module), so its last hidden states cannot be had. Use "
+                "features='lora' or 'full'."
+            )
+
+    def describe(self) -> dict[str, Any]:
+        """Returns what identifies these features in a store."""
+        return {"kind": EMBEDDED}
+
+    def plan(self, forward: Forward) -> Plan:
+        """Checks, on two short responses, that an embedding does not depend on the batch; there is nothing to plan.
+
+        Raises:
+            UnsupportedModelError: It does.
+        """
+        plan = Plan()
+        rows = _probe_rows(forward.tokenized)
+        if not self.slots:
+            sizes: list[int] = []
+            self.catch(forward, plan, rows, lambda _, embeddings, __: sizes.append(embeddings.shape[1]))
+            self._slot("last hidden state", sizes[:1])
+        wrong = self._wrong(forward, plan, rows)
+        if wrong:
+            raise UnsupportedModelError(
+                f"The embedding of a response depends on the other responses of its batch (relative difference "
+                f"{max(wrong.values()):.1e})."
+            )
+        return plan
+
+    def catch(self, forward: Forward, plan: Plan, rows: npt.NDArray[np.int64], consume: Consumer) -> CompletionLogps:
+        """Hands the embeddings of a batch of responses to ``consume``, in one forward."""
+        predicting = predicting_positions(forward.tokenized, rows)
+        width = predicting.shape[1] + 1
+        caught: list[torch.Tensor] = []
+
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            hidden = output[0]
+            if hidden.shape[:-1] != (len(rows), width):
+                raise UnsupportedModelError(
+                    f"{type(self._decoder).__name__}: its output has shape {tuple(hidden.shape)}, in which {len(rows)} "
+                    f"samples of {width} tokens cannot be told apart."
+                )
+            mask = predicting.to(hidden.device)[..., None]
+            # Filled, not multiplied: padding may be NaN.
+            total = hidden[:, :-1].float().masked_fill(~mask, 0).sum(dim=1)
+            caught.append(total / mask.sum(dim=1).clamp(min=1))
+
+        handle = self._decoder.register_forward_hook(hook)
+        try:
+            with torch.inference_mode():
+                logps = forward.logps(rows)
+        finally:
+            handle.remove()
+        if len(caught) != 1:
+            raise UnsupportedModelError(
+                f"{type(forward.model).__name__} ran its {type(self._decoder).__name__} {len(caught)} times in one "
+                "forward, so its last hidden states cannot be told."
+            )
+        consume(0, caught[0], slice(0, len(rows)))
+        return logps
+
+
 def choose_features(model: PreTrainedModel, config: SelectConfig) -> Features:
-    """Decides what is differentiated (``SelectConfig.features`` and ``SelectConfig.parameters``).
+    """Decides what stands for a response (``SelectConfig.features`` and ``SelectConfig.parameters``).
 
     A ``PeftModel`` gives the gradients of its trainable parameters, ``modules_to_save`` included; where every B of a
     LoRA is zero (never trained), its A is left out, since A's gradients are exactly zero then.
@@ -392,6 +486,10 @@ def choose_features(model: PreTrainedModel, config: SelectConfig) -> Features:
             f"{type(model).__name__} carries an adapter without being a PeftModel. Pass the path of the adapter, or a "
             "model made by PeftModel.from_pretrained or get_peft_model."
         )
+    if config.features == "embeddings":
+        if peft_config is not None:
+            _check_adapters(model)
+        return ResponseEmbeddings(model)
     if config.features == "lora" and peft_config is None:
         return FreshAdapter(model, config.lora_rank, config.sketch_seed, config.parameters)
     names = [name for name, _ in model.named_parameters()]
@@ -414,8 +512,20 @@ def choose_features(model: PreTrainedModel, config: SelectConfig) -> Features:
 
 def _adapter_parameters(model: PreTrainedModel) -> list[str]:
     """The parameters that training would change: those that require a gradient, else those of the active adapters."""
-    active = list(model.active_adapters)
-    for name in active:
+    _check_adapters(model)
+    parameters = dict(model.named_parameters())
+    names = [name for name, parameter in parameters.items() if parameter.requires_grad]
+    if not names:  # loaded for inference: everything is frozen
+        names = [name for name in parameters if any(f".{adapter}." in f"{name}." for adapter in model.active_adapters)]
+    b_names = [name for name in names if ".lora_B." in name]
+    if b_names and not any(bool(parameters[name].any()) for name in b_names):
+        names = [name for name in names if ".lora_A." not in name]
+    return names
+
+
+def _check_adapters(model: PreTrainedModel) -> None:
+    """Refuses adapters that change the tokens, or that take no part in the forward pass."""
+    for name in model.active_adapters:
         if model.peft_config[name].is_prompt_learning:
             kind = getattr(model.peft_config[name].peft_type, "value", model.peft_config[name].peft_type)
             raise UnsupportedModelError(
@@ -428,14 +538,6 @@ def _adapter_parameters(model: PreTrainedModel) -> list[str]:
                 f"{name}: its adapter is merged or disabled, so it takes no part in the forward pass. Unmerge or "
                 "enable it, or pass the model without adapter."
             )
-    parameters = dict(model.named_parameters())
-    names = [name for name, parameter in parameters.items() if parameter.requires_grad]
-    if not names:  # loaded for inference: everything is frozen
-        names = [name for name in parameters if any(f".{adapter}." in f"{name}." for adapter in active)]
-    b_names = [name for name in names if ".lora_B." in name]
-    if b_names and not any(bool(parameters[name].any()) for name in b_names):
-        names = [name for name in names if ".lora_A." not in name]
-    return names
 
 
 @dataclasses.dataclass

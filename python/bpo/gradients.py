@@ -1,4 +1,4 @@
-"""Model and responses to a store of sketched gradients: batches in, one row a response out."""
+"""Model and responses to a store of sketched gradients (or embeddings): batches in, one row a response out."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import torch
 from tqdm.auto import tqdm
 
 import bpo
-from bpo.capture import Plan, sum_gradients
+from bpo.capture import Plan
 from bpo.config import SelectConfig
 from bpo.data import Candidates, read_configured, warn
-from bpo.features import choose_features
+from bpo.features import Features, choose_features
 from bpo.logprobs import Forward, check_vocabulary
 from bpo.models import (
     inference_state,
@@ -51,7 +51,7 @@ def collect(
     preconditioner: str | None = None,
     reference: Reference | None = None,
 ) -> GradientStore:
-    """Adds the sketched gradient of every response (every sequence) that the store lacks.
+    """Adds the sketched gradient (or embedding) of every response (every sequence) that the store lacks.
 
     Args:
         model: The policy.
@@ -102,7 +102,7 @@ def collect(
     bar = tqdm(
         total=int(tokenized.lengths.sum()),
         initial=int(tokenized.lengths.sum() - tokenized.lengths[missing].sum()),
-        desc=f"Gradients ({n_present} of {len(order)} responses are there)" if n_present else "Gradients",
+        desc=features.noun.capitalize() + (f" ({n_present} of {len(order)} responses are there)" if n_present else ""),
         unit="token",
         unit_scale=True,
         disable=not progress,
@@ -123,7 +123,7 @@ def collect(
             plan = features.plan(forward)
             features.warn_of_gaps(model)
             sketching = stack.enter_context(Sketching.of(config))
-            extraction = _Extraction(forward, reference, plan, candidates, sketching, precondition)
+            extraction = _Extraction(forward, reference, features, plan, candidates, sketching, precondition)
             for done in extraction.run(missing, config.tokens_per_batch):
                 rows, sketch = done.rows, done.sketches.rows()
                 responses = tokenized.response_of[rows]
@@ -167,6 +167,7 @@ class _Extraction:
 
     forward: Forward
     reference: Reference
+    features: Features
     plan: Plan
     candidates: Candidates
     sketching: Sketching
@@ -229,7 +230,7 @@ class _Extraction:
                 gradients = self.precondition(offset, gradients)
             sketches.consume(offset, gradients, samples)
 
-        result = sum_gradients(self.forward, self.plan, rows, consume)
+        result = self.features.catch(self.forward, self.plan, rows, consume)
         logps = result.logps.cpu().numpy()
         ref_logps = self.reference.logps(self.forward, rows, logps)
         return _Done(rows, sketches, logps, ref_logps, result.log_weights.cpu().numpy())
@@ -253,6 +254,9 @@ def collect_gradients(
     progress: bool = True,
 ) -> GradientStore:
     """Sketches the gradient of log π(response | prompt) of every response of a data set.
+
+    With ``features="embeddings"`` the store holds embeddings of the responses in place of gradients (see
+    :class:`bpo.SelectConfig`), and is used in the same ways.
 
     Args:
         model: Path, hub id, ``PreTrainedModel`` or ``PeftModel``.

@@ -29,7 +29,22 @@ if TYPE_CHECKING:
 
 ALL = "all candidates"
 """Name of the arm that trains on every candidate pair of the training prompts: what no selection loses."""
-_FIELDS = {"name", "strategy", "breadth", "select"}
+_FIELDS = {"name", "strategy", "breadth", "select", "store"}
+# What a store is made with: an arm with a store of its own has these from there.
+_OF_STORES = (
+    "features",
+    "parameters",
+    "factor_dim",
+    "lora_rank",
+    "preconditioner",
+    "sketch_seed",
+    "sketch_dim",
+    "sketch_kind",
+    "sketch_nnz",
+    "sketch_dtype",
+    "max_length",
+    "truncation_mode",
+)
 # Rows of the store that are multiplied with the fitted weights at a time.
 _ROWS_AT_ONCE = 8192
 
@@ -43,12 +58,14 @@ class PreviewArm:
         strategy: Of :func:`bpo.select`, but ``"less"``.
         breadth: Prompts to keep, a count or a fraction, drawn at random (no encoder runs here); None for all.
         config: Settings of the selection.
+        store: Gradient store whose rows it chooses by; None for that of the preview.
     """
 
     name: str
     strategy: str
     breadth: int | float | None
     config: SelectConfig
+    store: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,8 +259,11 @@ def preview(
         dataset: The data it was made with, or a part of it, in any format of :func:`bpo.select`.
         budget: Pairs to train on, one number or several.
         arms: Names of strategies, or mappings with ``name`` and any of ``strategy`` (by default that of the name),
-            ``breadth`` (prompts, drawn at random here) and ``select`` (fields of :class:`bpo.SelectConfig`).
-            ``min_depth`` is 0 unless given, so that any budget is possible.
+            ``breadth`` (prompts, drawn at random here), ``select`` (fields of :class:`bpo.SelectConfig`) and ``store``:
+            another gradient store of the data, by whose rows the arm chooses, such as one of
+            ``features="embeddings"``; what it chose is fitted and judged as that of the others. The candidates of all
+            arms are then the pairs that every store holds. ``min_depth`` is 0 unless given, so that any budget is
+            possible.
         baseline: The arm that the others are compared with; added if it is not among them.
         heldout: Share of the prompts that each seed holds out, or a data set of its own whose gradients are in the
             store.
@@ -260,6 +280,7 @@ def preview(
         ValueError: An arm or strategy that is unknown, a strategy that needs what a store does not hold, budgets above
             the candidates, or too few prompts to split.
         ImportError: SciPy is missing.
+        FileNotFoundError: No store where one is named.
         bpo.StoreError: As :func:`bpo.select`.
 
     Example:
@@ -280,7 +301,8 @@ def preview(
     known = _arms(arms, baseline, config)
 
     reading = dataclasses.replace(config, token_weights=None, ref_model=None)
-    data = _Data.of(read_configured(load_rows(dataset), reading), present, config, progress)
+    others = {arm.store: GradientStore.open(arm.store) for arm in known if arm.store is not None}
+    data = _Data.of(read_configured(load_rows(dataset), reading), present, config, progress, others)
     other = None
     share: float | None = None
     if isinstance(heldout, float):
@@ -346,7 +368,12 @@ def preview(
             "regularization": regularization,
             "normalize": normalize,
             "arms": {
-                arm.name: {"strategy": arm.strategy, "breadth": arm.breadth, "select": _changed(arm.config)}
+                arm.name: {
+                    "strategy": arm.strategy,
+                    "breadth": arm.breadth,
+                    "store": arm.store,
+                    "select": _changed(arm.config),
+                }
                 for arm in known
             },
         },
@@ -361,7 +388,8 @@ class _Data:
         candidates: Prompts, responses and pairs.
         pairs: What the store holds of the pairs.
         norms: (P,) float32, length of each pair's gradient.
-        usable: (P,) bool.
+        usable: (P,) bool, whether the gradient is, in every store.
+        others: What the stores of single arms hold of the pairs, by path.
         longer: (P,) int64, 1 where the preferred response is longer than the other, −1 where it is shorter, else 0.
     """
 
@@ -370,20 +398,39 @@ class _Data:
     norms: npt.NDArray[np.float32]
     usable: npt.NDArray[np.bool_]
     longer: npt.NDArray[np.int64]
+    others: dict[str, MeasuredPairs]
 
     @classmethod
-    def of(cls, candidates: Candidates, present: GradientStore, config: SelectConfig, progress: bool) -> _Data:
+    def of(
+        cls,
+        candidates: Candidates,
+        present: GradientStore,
+        config: SelectConfig,
+        progress: bool,
+        others: Mapping[str, GradientStore] | None = None,
+    ) -> _Data:
+        """Reads pairs that every store holds: the one that is fitted, and those by which single arms choose."""
+        others = others or {}
+        for opened in others.values():
+            candidates, _ = in_store(candidates, opened, config)
         candidates, stored = in_store(candidates, present, config)
         rows = stored[candidates.pairs]
         pairs = measured([present], [rows], config, progress=progress)
         norms = pair_norms(pairs.gradients[0], config.threads)
+        usable = np.isfinite(norms) & (norms > 0)
         lengths = present.records["length"][rows].astype(np.int64)
         longer = np.sign(lengths[:, 0] - lengths[:, 1])
-        return cls(candidates, pairs, norms, np.isfinite(norms) & (norms > 0), longer)
+        found = {}
+        for path, opened in others.items():
+            stored = opened.rows_of_responses(candidates.response_ids)[0]
+            found[path] = measured([opened], [stored[candidates.pairs]], config, progress=progress)
+            lengths_there = pair_norms(found[path].gradients[0], config.threads)
+            usable &= np.isfinite(lengths_there) & (lengths_there > 0)
+        return cls(candidates, pairs, norms, usable, longer, found)
 
-    def part(self, index: npt.NDArray[np.int64]) -> MeasuredPairs:
-        """What the store holds of some pairs."""
-        pairs = self.pairs
+    def part(self, index: npt.NDArray[np.int64], store: str | None) -> MeasuredPairs:
+        """What a store of ``others`` holds of some pairs, or, without a name, that of the preview."""
+        pairs = self.pairs if store is None else self.others[store]
         assert pairs.logps is not None and pairs.differences is not None
         return MeasuredPairs(
             [_take(pairs.gradients[0], index)],
@@ -470,12 +517,13 @@ def _choices(
             "metric": arm.config.metric,
             "max_iter": arm.config.max_iter,
             "max_pairs": arm.config.max_pairs_per_prompt,
+            "store": arm.store,
         }
         # Arms that cluster alike share the clusters of the seed.
         key = json.dumps(clustering)
         if key not in shared:
             index = _candidates_of(data, among, arm, seed)
-            part = data.part(index)
+            part = data.part(index, arm.store)
             clusters = features = None
             if "clusters" in needs:
                 clusters, features = clustered(part, arm.config, seed=seed)
@@ -557,7 +605,7 @@ def _arms(arms: Sequence[str | Mapping[str, Any]], baseline: str, config: Select
         values: dict[str, Any] = {"name": arm} if isinstance(arm, str) else dict(arm)
         unknown = sorted(set(values) - _FIELDS)
         if unknown or "name" not in values:
-            raise ValueError(f"An arm has a name and any of strategy, breadth and select; got {arm!r}.")
+            raise ValueError(f"An arm has a name and any of strategy, breadth, select and store; got {arm!r}.")
         name = values["name"]
         strategy = values.get("strategy", name)
         if strategy not in STRATEGIES:
@@ -568,12 +616,36 @@ def _arms(arms: Sequence[str | Mapping[str, Any]], baseline: str, config: Select
             raise ValueError(f"Two arms are called {name!r}.")
         select = {"min_depth": 0, **values.get("select", {})}
         SelectConfig.from_dict(select)
-        found[name] = PreviewArm(name, strategy, values.get("breadth"), dataclasses.replace(config, **select))
+        store = values.get("store")
+        found[name] = PreviewArm(
+            name,
+            strategy,
+            values.get("breadth"),
+            dataclasses.replace(config, **select) if store is None else _settings_with(store, name, config, select),
+            None if store is None else os.fspath(store),
+        )
     if baseline not in found:
         if baseline not in STRATEGIES:
             raise ValueError(f"baseline must be the name of an arm, got {baseline!r}; there are {', '.join(found)}.")
         found = {**found, **{arm.name: arm for arm in _arms([baseline], baseline, config)}}
     return list(found.values())
+
+
+def _settings_with(store: Any, arm: str, config: SelectConfig, select: Mapping[str, Any]) -> SelectConfig:
+    """The settings of an arm with a store of its own: what those of all arms say of the gradients is of another store.
+
+    Raises:
+        ValueError: Something else than a path.
+        FileNotFoundError: No store there.
+        StoreMismatchError: ``select`` has another setting of the gradients than the store.
+    """
+    if not isinstance(store, (str, os.PathLike)):
+        raise ValueError(f"The arm {arm!r}: store must be the directory of a gradient store, got {store!r}.")
+    if not (Path(store) / "manifest.json").is_file():
+        raise FileNotFoundError(f"The arm {arm!r}: {store} holds no gradient store (no manifest.json).")
+    defaults = SelectConfig()
+    neutral = dataclasses.replace(config, **{name: getattr(defaults, name) for name in _OF_STORES})
+    return with_settings_of(GradientStore.open(store), dataclasses.replace(neutral, **select))
 
 
 def _changed(config: SelectConfig) -> dict[str, Any]:

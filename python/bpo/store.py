@@ -57,6 +57,9 @@ FIRST_UNPREDICTED = 4
 SET_ASIDE = 8
 """Flag: the row was damaged and is void; its ids are zero."""
 
+EMBEDDED = "mean last hidden state"
+"""Kind of features, in a fingerprint, of rows that are embeddings of the responses, not gradients."""
+
 _MISMATCH = {
     "bpo": ("version of bpo", "install that version"),
     "model": ("model", "pass the model it was made with"),
@@ -475,7 +478,13 @@ def with_settings_of(store: GradientStore, config: SelectConfig) -> SelectConfig
         "truncation_mode": store.fingerprint["truncation_mode"],
         "factor_dim": features.get("factor_dim"),
         **({"lora_rank": features["rank"]} if "rank" in features else {}),
+        **({"features": "embeddings"} if features["kind"] == EMBEDDED else {}),
     }
+    if config.features == "embeddings" and features["kind"] != EMBEDDED:
+        raise StoreMismatchError(
+            f"The gradient store {store.path} holds gradients ({features['kind']}), and config asks for "
+            "features='embeddings'. Name a store that was made with that, or leave the setting out."
+        )
     for name, value in stored.items():
         asked = getattr(config, name)
         if asked not in (value, getattr(SelectConfig(), name)):

@@ -103,6 +103,63 @@ def test_heldout_data_of_its_own(preview):
     assert found.heldout_share is None and found.n_heldout == 8 * 6 and found.n_pairs == 16 * 6
 
 
+@pytest.fixture(scope="module")
+def embeddings(tmp_path_factory, model, tokenizer):
+    """A store of all but the last prompt."""
+    path = tmp_path_factory.mktemp("preview") / "embeddings"
+    config = {**CONFIG, "sketch_dim": 128, "features": "embeddings"}
+    bpo.collect_gradients(model, ROWS[:-1], store=path, processing_class=tokenizer, config=config, progress=False)
+    return path
+
+
+def test_an_arm_that_chooses_by_a_store_of_its_own_is_judged_by_that_of_the_preview(preview, store, embeddings):
+    arm = {"name": "by embeddings", "strategy": "bpo", "store": embeddings, "select": {"n_clusters": 5}}
+    again = {**arm, "name": "same store", "store": store}
+    gradients = {"name": "by gradients", "strategy": "bpo", "select": {"n_clusters": 5}}
+    with pytest.warns(bpo.InvalidDataWarning, match="pair of a response that the store does not hold"):
+        found = preview(arms=["random", arm, again, gradients], seeds=3, config={"sketch_dim": 64})
+    assert found.n_pairs == 17 * 6 and found.n_heldout == 6 * 6  # of the 23 prompts that both stores hold
+    assert found.settings["arms"]["by embeddings"]["store"] == str(embeddings)
+    assert found.settings["arms"]["by embeddings"]["select"]["features"] == "embeddings"
+    one, same, other = (found.accuracy[found.arms.index(name)] for name in ("by gradients", "same store", arm["name"]))
+    np.testing.assert_array_equal(one, same)
+    assert (one != other).any()
+
+    # By hand: chosen from the embeddings, fitted and judged with the gradients.
+    rows, opened = ROWS[:-1], bpo.GradientStore.open(store)
+
+    def features(rows):
+        candidates = bpo.read_candidates(rows)
+        h = opened.sketches(opened.rows_of_responses(candidates.response_ids)[0])[candidates.pairs]
+        return h[:, 0] - h[:, 1]
+
+    for seed in range(3):
+        held = set(np.random.default_rng([seed, 1]).permutation(23)[:6].tolist())
+        train, test = ([row for i, row in enumerate(rows) if (i in held) == side] for side in (False, True))
+        config = {"min_depth": 0, "n_clusters": 5}
+        selection = bpo.select(None, train, budget=20, store=embeddings, config=config, seed=seed, progress=False)
+        x = features(train)[selection.dataset["bpo_pair"][:]]
+        x /= np.linalg.norm(x, axis=1, keepdims=True)
+        model = LogisticRegression(C=1.0, fit_intercept=False, tol=1e-8, max_iter=1000)
+        model.fit(np.concatenate([x, -x]), np.repeat([1, 0], len(x)), sample_weight=np.full(2 * len(x), 0.5))
+        right = features(test) @ model.coef_[0] > 0
+        assert other[1, seed] == pytest.approx(right.mean(), abs=1.5 / len(right))
+
+
+def test_stores_of_arms_that_cannot_be_used(preview, embeddings, tmp_path):
+    for given, error, message in (
+        ({"store": tmp_path}, FileNotFoundError, "The arm 'bpo': .* holds no gradient store"),
+        ({"store": 3}, ValueError, "The arm 'bpo': store must be the directory of a gradient store, got 3"),
+        (
+            {"store": embeddings, "select": {"sketch_dim": 32}},
+            bpo.StoreMismatchError,
+            "made with sketch_dim=128, and config asks for 32",
+        ),
+    ):
+        with pytest.raises(error, match=message):
+            preview(arms=[{"name": "bpo", **given}])
+
+
 def test_table_summary_and_file(preview, tmp_path):
     found = preview()
     rows = found.table()
@@ -125,7 +182,7 @@ def test_table_summary_and_file(preview, tmp_path):
         bpo.Preview.load(tmp_path / "other.json")
 
 
-def test_the_command(store, tmp_path, capsys):
+def test_the_command(store, embeddings, tmp_path, capsys):
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     arguments = [
         "preview",
@@ -142,6 +199,10 @@ def test_the_command(store, tmp_path, capsys):
     assert main([*arguments, "--arm", "margin", "--arm", arm, "--output", str(tmp_path / "out.json")]) == 0
     printed = capsys.readouterr().out
     assert "k=2" in printed and "20 pairs" in printed and (tmp_path / "out.json").is_file()
+    arm = json.dumps({"name": "by embeddings", "strategy": "bpo", "store": str(embeddings)})
+    assert main([*arguments, "--arm", arm]) == 0
+    printed = capsys.readouterr()
+    assert "by embeddings" in printed.out and "6 × pair of a response that the store does not hold" in printed.err
     assert main([*arguments, "--arm", "{"]) == 1
     assert "--arm {:" in capsys.readouterr().err
 
