@@ -7,6 +7,7 @@ standard error over splits of this data, with the length-controlled difference i
 """
 
 import argparse
+import dataclasses
 import json
 import shutil
 import tempfile
@@ -184,9 +185,7 @@ def main():
                     field: np.concatenate([getattr(part, field) for part in parts], axis=2)
                     for field in ("accuracy", "length_controlled")
                 }
-                whole = parts[0]
-                for field, values in joined.items():
-                    object.__setattr__(whole, field, values)
+                whole = dataclasses.replace(parts[0], **joined)
                 columns[f"{share:.0%} flipped"] = cells(whole, 60)
             table(name, columns)
     shutil.rmtree(scratch)

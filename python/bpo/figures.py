@@ -164,7 +164,7 @@ def draw_preview(preview: Preview, path: str | os.PathLike[str]) -> Path:
         axes[0].set_yticks(range(len(names)), names)
         axes[0].set_ylim(len(names) - 0.4, -0.6)
         figure.supxlabel(
-            f"points of accuracy above {preview.baseline}: ± standard error over splits, and 95 % interval for new data",
+            f"points of accuracy above {preview.baseline}: ± standard error over splits, 95 % interval for new data",
             fontsize=8,
         )
         path.parent.mkdir(parents=True, exist_ok=True)
