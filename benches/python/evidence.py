@@ -165,6 +165,7 @@ def main():
                 )
                 if options.figure:
                     found.figure(options.figure)
+                    found.save(options.figure.with_suffix(".json"))
         elif name == "sketch":
             stores = {dim: resketched(options.store, dim, scratch) for dim in (128, 256, 512, 1024, 2048, 4096)}
             table(name, {f"d = {dim}": cells(preview(path), 60) for dim, path in stores.items() if path})

@@ -149,10 +149,18 @@ def draw_preview(preview: Preview, path: str | os.PathLike[str]) -> Path:
         names = list(dict.fromkeys(row["arm"] for row in records))
         figure.set_size_inches(2.2 + 3.4 * len(preview.budgets), 1.0 + 0.25 * len(names))
         axes = figure.subplots(1, len(preview.budgets), sharex=True, sharey=True, squeeze=False)[0]
+        # An arm that is far off, as a control may be, is told in words, or it would hide all others.
+        reach = sorted(100 * max(abs(row["low"]), abs(row["high"])) for row in records)
+        limit = min(reach[-1], 2.5 * reach[len(reach) // 2]) * 1.05
         for axis, budget in zip(axes, preview.budgets, strict=True):
             axis.axvline(0, color=_SOFT, linewidth=0.8)
             for row in (row for row in records if row["budget"] == budget):
                 y = names.index(row["arm"])
+                if abs(row["difference"]) * 100 > limit:
+                    left = row["difference"] < 0
+                    text = f"← {100 * row['difference']:+.1f}" if left else f"{100 * row['difference']:+.1f} →"
+                    axis.text(-limit if left else limit, y, text, va="center", ha="left" if left else "right")
+                    continue
                 axis.plot([100 * row["low"], 100 * row["high"]], [y, y], color=_PALE, linewidth=5, zorder=2)
                 spread = 100 * row["standard_error"]
                 axis.plot([100 * row["difference"] - spread, 100 * row["difference"] + spread], [y, y], color=_STRONG)
@@ -163,6 +171,7 @@ def draw_preview(preview: Preview, path: str | os.PathLike[str]) -> Path:
             axis.spines[["top", "right"]].set_visible(False)
         axes[0].set_yticks(range(len(names)), names)
         axes[0].set_ylim(len(names) - 0.4, -0.6)
+        axes[0].set_xlim(-limit, limit)
         figure.supxlabel(
             f"points of accuracy above {preview.baseline}: ± standard error over splits, 95 % interval for new data",
             fontsize=8,
