@@ -29,6 +29,7 @@ from bpo.comparison_data import ComparedPairs
 from bpo.config import SelectConfig
 from bpo.evaluate import PreferenceEvaluation
 from bpo.figures import import_matplotlib, write_report
+from bpo.files import write_whole
 from bpo.gradients import collect_gradients
 from bpo.length import turn
 from bpo.logprobs import response_logps
@@ -762,12 +763,6 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _write(path: Path, text: str) -> None:
-    """Writes a file that is there whole or not at all."""
+    """Writes a file, and the directory that it is in."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        scratch.write_text(text, encoding="utf-8")
-        scratch.replace(path)
-    except BaseException:
-        scratch.unlink(missing_ok=True)
-        raise
+    write_whole(path, text)

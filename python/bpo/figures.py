@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +9,7 @@ import jinja2
 import markupsafe
 
 import bpo
+from bpo.files import write_whole
 from bpo.results import MEASURES, STAGES, interval, p_value, power
 
 if TYPE_CHECKING:
@@ -72,11 +72,7 @@ def write_report(results: Mapping[str, Any], failures: Mapping[str, str], output
         p_value=p_value,
         power=power,
     )
-    path = output / "report.html"
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    scratch.write_text(page, encoding="utf-8")
-    scratch.replace(path)
-    return path
+    return write_whole(output / "report.html", page)
 
 
 def draw_figures(results: Mapping[str, Any], directory: Path) -> list[Path]:

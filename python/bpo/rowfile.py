@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bpo.files import write_whole
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
@@ -59,7 +61,7 @@ class RowFile:
             if written:
                 raise FileExistsError(f"{self.path} is there already, without {path.name}; choose another output.")
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            _replace(path, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+            write_whole(path, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
             return
         try:
             earlier = json.loads(path.read_text(encoding="utf-8"))
@@ -109,7 +111,7 @@ class RowFile:
         if self.path is not None:
             text = b"".join(map(_line, rows))
             if not self.path.exists() or self.path.read_bytes() != text:
-                _replace(self.path, text.decode())
+                write_whole(self.path, text.decode())
         return [{name: value for name, value in row.items() if name != ROW_ID} for row in rows]
 
 
@@ -143,12 +145,3 @@ def _line(row: Mapping[str, Any]) -> bytes:
         return (json.dumps(row, ensure_ascii=False) + "\n").encode()
     except UnicodeEncodeError:
         return (json.dumps(row) + "\n").encode()
-
-
-def _replace(path: Path, text: str) -> None:
-    scratch = path.with_name(f".{path.name}-{os.getpid()}")
-    try:
-        scratch.write_text(text, encoding="utf-8", newline="\n")
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
