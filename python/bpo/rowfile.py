@@ -41,8 +41,7 @@ class RowFile:
         self.path = None if path is None else Path(path).expanduser()
         if self.path is None:
             return
-        if self.path.suffix != ".jsonl":
-            raise ValueError(f"{path}: output must be a file that ends in .jsonl.")
+        check_output(path)
         manifest = {"format_version": _FORMAT_VERSION, "kind": kind, "settings": json.loads(json.dumps(settings))}
         self._check_manifest(self.path.with_suffix(".manifest.json"), manifest)
         if self.path.exists():
@@ -113,6 +112,16 @@ class RowFile:
             if not self.path.exists() or self.path.read_bytes() != text:
                 write_whole(self.path, text.decode())
         return [{name: value for name, value in row.items() if name != ROW_ID} for row in rows]
+
+
+def check_output(path: Any) -> None:
+    """Checks the name of a file before any work for it.
+
+    Raises:
+        ValueError: It does not end in .jsonl.
+    """
+    if path is not None and Path(path).suffix != ".jsonl":
+        raise ValueError(f"{path}: output must be a file that ends in .jsonl.")
 
 
 def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:

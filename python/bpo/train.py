@@ -120,6 +120,15 @@ class BPOConfig(WeightedDPOConfig):
             raise ValueError(
                 f"resample_config has {', '.join(sorted(unknown))}; it takes {', '.join(sorted(RESAMPLING))}."
             )
+        for name in ("embedder", "prompt_embeddings"):
+            given = self.select_config
+            value = given.get(name) if isinstance(given, dict) else getattr(given, name, None)
+            if not isinstance(value, (str, os.PathLike, type(None))):
+                kind = "a path or hub id" if name == "embedder" else "the name of a column"
+                raise ValueError(
+                    f"select_config.{name} must be {kind} here, for the settings of a training are saved as JSON; got "
+                    f"{type(value).__name__}. Or select with bpo.select, and train with bpo.WeightedDPOTrainer."
+                )
         if isinstance(self.select_config, SelectConfig):
             # What was left at its default must not stand against the field of the same name here.
             defaults = SelectConfig().to_dict()
