@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import os
 import sys
@@ -75,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     compare.add_argument("--jobs", type=int, default=1, help="runs at a time, each with its share of the threads")
     compare.set_defaults(run=_compare)
 
-    show = commands.add_parser("show", help="summarise a saved selection, a gradient store or a comparison")
+    show = commands.add_parser("show", help="summarise a saved selection, gradient store, comparison or preview")
     show.add_argument("path", type=Path)
     show.set_defaults(run=_show)
 
@@ -288,25 +287,14 @@ def _score(options: argparse.Namespace) -> None:
         server = _server(options.judge, options)
         scorer = bpo.Judge(server, options.mode, baseline=options.baseline, max_tokens=options.max_tokens, **criteria)
     else:
-        scorer = _function(options.function)
+        from bpo.scoring import load_function
+
+        scorer = load_function(options.function, "--function")
     dataset = bpo.score_responses(options.dataset, scorer, output=options.output, overwrite=options.overwrite)
     print(bpo.describe_responses(dataset))
     if options.judge:
         print("judge: " + ", ".join(f"{count} {name}" for name, count in scorer.counts.items()))
     print(f"\nscores  {options.output}  (bpo select MODEL {options.output} …)")
-
-
-def _function(name: str) -> Any:
-    module, separator, attribute = name.partition(":")
-    if not separator:
-        raise ValueError(f"--function {name}: write MODULE:NAME")
-    sys.path.insert(0, str(Path.cwd()))
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except AttributeError:
-        raise ValueError(f"--function {name}: the module {module} has no {attribute}.") from None
-    finally:
-        sys.path.pop(0)
 
 
 def _doctor(options: argparse.Namespace) -> None:
@@ -322,15 +310,17 @@ def _compare(options: argparse.Namespace) -> int:
 
 
 def _show(options: argparse.Namespace) -> None:
-    if (options.path / "selection.json").is_file():
-        print(bpo.Selection.load(options.path).summary())
-        return
-    if (options.path / "results.json").is_file():
-        from bpo.results import table
+    path: Path = options.path
+    if path.is_file():
+        print(bpo.Preview.load(path).summary())
+    elif (path / "selection.json").is_file():
+        print(bpo.Selection.load(path).summary())
+    elif (path / "results.json").is_file():
+        from bpo.results import load, table
 
-        print(table(json.loads((options.path / "results.json").read_text(encoding="utf-8"))))
-        return
-    print(bpo.describe_store(options.path))
+        print(table(load(path / "results.json")))
+    else:
+        print(bpo.describe_store(path))
 
 
 def _verify(options: argparse.Namespace) -> int:

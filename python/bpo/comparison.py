@@ -8,6 +8,8 @@ import functools
 import gc
 import json
 import os
+import pickle
+import sys
 import tempfile
 import time
 import traceback
@@ -28,7 +30,9 @@ from bpo.comparison_data import ComparedPairs
 from bpo.config import SelectConfig
 from bpo.evaluate import PreferenceEvaluation
 from bpo.figures import import_matplotlib, write_report
+from bpo.files import write_whole
 from bpo.gradients import collect_gradients
+from bpo.length import turn
 from bpo.linearised import linearised_correct
 from bpo.logprobs import response_logps
 from bpo.models import (
@@ -43,7 +47,8 @@ from bpo.pairs import measured
 from bpo.pipeline import select
 from bpo.results import summarize, table
 from bpo.statistics import import_scipy_stats
-from bpo.store import GradientStore, with_settings_of
+from bpo.store import GradientStore, StoreMismatchError, with_settings_of
+from bpo.strategies import STRATEGIES, Strategy, registered
 from bpo.tokens import padding_id
 from bpo.training import dpo_config, train_on_pairs
 from bpo.win_rates import compare_responses, score_start
@@ -125,7 +130,8 @@ def compare(config: Any, output: str | os.PathLike[str], *, jobs: int = 1, progr
         The results. A run that failed does not stop the others and is named in ``failures``.
 
     Raises:
-        ValueError: A bad setting, by the name of its field; unusable data; or an ``output`` with other settings.
+        ValueError: A bad setting, by the name of its field; unusable data; an ``output`` with other settings; or, with
+            several jobs, a strategy of your own that other processes cannot import.
         FileNotFoundError: A path that does not exist.
         FileExistsError: An ``output`` that holds something else.
         ImportError: SciPy or matplotlib is missing: ``pip install 'bpo[compare]'``.
@@ -144,6 +150,9 @@ def compare(config: Any, output: str | os.PathLike[str], *, jobs: int = 1, progr
     import_matplotlib()
     output = Path(output)
     _check_directory(output)
+    own = registered(arm.strategy for arm in config.arms)
+    if jobs > 1:
+        _check_reachable(own)
     plan = _prepare(config, output, progress)
     tasks = [_Task(seed, arm, budget) for seed in config.seeds for budget in config.budget for arm in config.arms]
     for task in tasks:
@@ -158,7 +167,7 @@ def compare(config: Any, output: str | os.PathLike[str], *, jobs: int = 1, progr
         else:
             threads = max(1, cores() // jobs)
             finished = in_processes(
-                functools.partial(_attempt, dataclasses.replace(plan, threads=threads)), missing, jobs
+                functools.partial(_attempt_elsewhere, dataclasses.replace(plan, threads=threads), own), missing, jobs
             )
         for task, error in finished:
             errors = output / _ERRORS / f"{task.name}.txt"
@@ -347,7 +356,10 @@ def _prepare(config: CompareConfig, output: Path, progress: bool) -> _Plan:
     pool = ComparedPairs.read(config.dataset, tokenizer, longest, shared, config.columns)
     heldout = None
     if not config.splits:
-        heldout = ComparedPairs.read(config.heldout, tokenizer, longest, shared)
+        # Weights are of training; what is measured counts every pair alike.
+        heldout = ComparedPairs.read(
+            config.heldout, tokenizer, longest, dataclasses.replace(shared, weight_column=None)
+        )
         pool = pool.without(heldout)
     _Plan(config, output, pool, heldout, None, None, {}).counts()  # before any work
     policy = load_policy(config.model, shared)
@@ -528,7 +540,11 @@ def _run(plan: _Plan, task: _Task) -> dict[str, Any]:
     seconds["selection"] = time.perf_counter() - start
     chosen = train[np.array(selection.dataset["bpo_row"])]
     order = np.argsort(chosen)  # so that the same pairs are the same training
-    chosen = chosen[order]
+    chosen, trained_on = chosen[order], selection.dataset.select(order)
+    # Pairs that length control turned round.
+    turned = np.array(
+        [text == plan.pool.rows[pair]["rejected"] for pair, text in zip(chosen, trained_on["chosen"], strict=True)]
+    )
     run = {
         "format": _FORMAT,
         "format_version": _FORMAT_VERSION,
@@ -542,8 +558,9 @@ def _run(plan: _Plan, task: _Task) -> dict[str, Any]:
         "pairs": chosen.tolist(),
         "heldout_pairs": held.tolist(),
         "same_as": None,
+        **({"turned": chosen[turned].tolist()} if turned.any() else {}),
     }
-    twin = _twin(plan, task, run["pairs"])
+    twin = _twin(plan, task, run)
     if twin is not None:
         copied = {name: twin[name] for name in ("measures", "correct")}
         return {**run, **copied, "same_as": twin["arm"], "seconds": {**twin["seconds"], **seconds}}
@@ -552,11 +569,11 @@ def _run(plan: _Plan, task: _Task) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="bpo-compare-") as scratch:
         policy = train_on_pairs(
             config.model,
-            selection.dataset.select(order),
+            trained_on,
             dpo_config(config.training, scratch, task.seed),
             processing_class=config.processing_class,
             peft_config=config.peft_config,
-            ref_logps=None if known is None else known[plan.pool.tokenized.pairs[chosen]],
+            ref_logps=None if known is None else known[turn(plan.pool.tokenized.pairs[chosen], turned)],
         )
     seconds["training"] = time.perf_counter() - start
     start = time.perf_counter()
@@ -575,14 +592,20 @@ def _foretell(plan: _Plan, runs: list[dict[str, Any]]) -> None:
         return
     store = GradientStore.open(plan.store)
     rows = store.rows_of(plan.pool.tokenized.sequence_ids)[plan.pool.tokenized.pairs]
-    config = with_settings_of(store, plan.config.shared)
+    try:
+        config = with_settings_of(store, plan.config.shared)
+    except StoreMismatchError:  # a store that no arm read
+        return
     gradients = measured([store], [rows], config).gradients[0]
 
-    def part(pairs: list[int]) -> PairGradients:
-        return PairGradients(gradients.rows, gradients.pairs[pairs], gradients.coefficients[pairs])
+    def part(pairs: list[int], turned: list[int]) -> PairGradients:
+        # With the policy as its own reference, a pair that is turned round has the opposite gradient.
+        signs = np.where(np.isin(pairs, turned), np.float32(-1), np.float32(1))[:, None]
+        return PairGradients(gradients.rows, gradients.pairs[pairs], gradients.coefficients[pairs] * signs)
 
     for run in runs:
-        correct = linearised_correct(part(run["pairs"]), part(run["heldout_pairs"]))
+        training = part(run["pairs"], run.get("turned", []))
+        correct = linearised_correct(training, part(run["heldout_pairs"], []))
         run["measures"] = {**run["measures"], "linearised_accuracy": float(correct.mean())}
 
 
@@ -597,11 +620,12 @@ def _win_rates(plan: _Plan, task: _Task, policy: PreTrainedModel, pairs: npt.NDA
     return wins.measures
 
 
-def _twin(plan: _Plan, task: _Task, pairs: list[int]) -> dict[str, Any] | None:
-    """Returns a finished run of the same seed on the same pairs."""
+def _twin(plan: _Plan, task: _Task, here: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Returns a finished run of the same seed on the same pairs, the same way round."""
     for path in sorted((plan.output / _RUNS).glob(f"seed{task.seed}-*.json")):
         run = _read_run(path)
-        if run["pairs"] == pairs and run["same_as"] is None:
+        same = all(run.get(name) == here.get(name) for name in ("pairs", "turned"))
+        if same and run["same_as"] is None:
             return run
     return None
 
@@ -641,6 +665,31 @@ def _attempt(plan: _Plan, task: _Task) -> str | None:
     finally:
         gc.collect()  # the trainer and its model hold each other
     return None
+
+
+def _attempt_elsewhere(plan: _Plan, own: Mapping[str, Strategy], task: _Task) -> str | None:
+    """As :func:`_attempt`, in a process that knows only bpo's own strategies."""
+    STRATEGIES.update(own)
+    return _attempt(plan, task)
+
+
+def _check_reachable(own: Mapping[str, Strategy]) -> None:
+    """Checks that other processes can import the strategies that a user registered.
+
+    Raises:
+        ValueError: They cannot.
+    """
+    for name, strategy in own.items():
+        try:
+            pickle.dumps(strategy)
+            there = strategy.choose.__module__ != "__main__" or hasattr(sys.modules["__main__"], "__file__")
+        except (pickle.PicklingError, AttributeError, TypeError):
+            there = False
+        if not there:
+            raise ValueError(
+                f"The strategy {name!r} cannot be imported by the processes of jobs > 1: define its function at the "
+                "top level of a module or script, or use jobs=1."
+            )
 
 
 @contextlib.contextmanager
@@ -741,12 +790,6 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _write(path: Path, text: str) -> None:
-    """Writes a file that is there whole or not at all."""
+    """Writes a file, and the directory that it is in."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        scratch.write_text(text, encoding="utf-8")
-        scratch.replace(path)
-    except BaseException:
-        scratch.unlink(missing_ok=True)
-        raise
+    write_whole(path, text)

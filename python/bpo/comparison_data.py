@@ -32,6 +32,8 @@ class ComparedPairs:
         score_gaps: (P,) float64, NaN where there are no scores.
         tokenized: The responses.
         ref_logps: (S,) float32, log π_ref of each sequence.
+        weights: (P,) float64, by how much the loss of each pair counts; None where the data does not say. They are in
+            the rows, too.
     """
 
     rows: list[dict[str, Any]]
@@ -40,6 +42,7 @@ class ComparedPairs:
     score_gaps: npt.NDArray[np.float64]
     tokenized: TokenizedResponses
     ref_logps: npt.NDArray[np.float32]
+    weights: npt.NDArray[np.float64] | None = None
 
     @classmethod
     def read(
@@ -63,7 +66,11 @@ class ComparedPairs:
             raise ValueError(f"{sorted(missing)[0]!r} is no column of the data, which has {list(data.column_names)}.")
         more = [{name: row[name] for name in columns} for row in data] if columns else []
         candidates, tokenized = tokenize_candidates(
-            read_candidates(data if isinstance(data, datasets.Dataset) else dataset, on_invalid=config.on_invalid),
+            read_candidates(
+                data if isinstance(data, datasets.Dataset) else dataset,
+                on_invalid=config.on_invalid,
+                weight_column=config.weight_column,
+            ),
             tokenizer,
             max_length,
             truncation_mode=config.truncation_mode,
@@ -85,6 +92,8 @@ class ComparedPairs:
                 row["tools"] = settings.pop("tools")
             if settings:
                 row["chat_template_kwargs"] = settings
+            if candidates.weights is not None and config.weight_column is not None:
+                row[config.weight_column] = float(candidates.weights[pair])
             if more:
                 row |= more[candidates.prompt_rows[prompt]]
             rows.append(row)
@@ -95,12 +104,14 @@ class ComparedPairs:
             score_gaps=candidates.score_gaps,
             tokenized=tokenized,
             ref_logps=np.full(len(tokenized.ids), np.nan, dtype=np.float32),
+            weights=candidates.weights,
         )
 
     def fingerprint(self) -> str:
-        """Returns the SHA-256 of the pairs, their tokens and scores (hex)."""
+        """Returns the SHA-256 of the pairs, their tokens, scores and weights (hex)."""
         digest = hashlib.sha256()
-        for array in (self.tokenized.sequence_ids[self.tokenized.pairs], self.tokenized.lengths, self.score_gaps):
+        arrays = [self.tokenized.sequence_ids[self.tokenized.pairs], self.tokenized.lengths, self.score_gaps]
+        for array in arrays if self.weights is None else [*arrays, self.weights]:
             digest.update(np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()
 
@@ -147,4 +158,5 @@ class ComparedPairs:
             score_gaps=self.score_gaps[pairs],
             tokenized=tokenized,
             ref_logps=ref_logps,
+            weights=None if self.weights is None else self.weights[pairs],
         )

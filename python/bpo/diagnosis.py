@@ -167,6 +167,11 @@ def doctor(
     Raises:
         ValueError: Unusable data or an unsupported model, as :func:`bpo.select` would raise.
         FileNotFoundError: A model path that does not exist.
+
+    Example:
+        .. code-block:: python
+
+            print(bpo.doctor("my-sft-model", "responses.jsonl"))
     """
     begin = time.perf_counter()
     config = SelectConfig.of(config)

@@ -57,6 +57,12 @@ def embed_prompts(
         FileNotFoundError: A path that does not exist.
         OSError: A hub id that cannot be loaded.
         ValueError: An encoder that needs ``sentence-transformers``, which is not installed.
+
+    Example:
+        .. code-block:: python
+
+            embeddings = bpo.embed_prompts(["2+2?", "3+3?"], "sentence-transformers/all-MiniLM-L6-v2")
+            kept = bpo.compress_breadth(embeddings, 1).kept
     """
     from bpo.models import check_path
 

@@ -131,6 +131,13 @@ def evaluate_preferences(
 
     Raises:
         ValueError: Unusable data, or a reference of other data.
+
+    Example:
+        .. code-block:: python
+
+            before = bpo.evaluate_preferences("my-sft-model", "heldout.jsonl")
+            after = bpo.evaluate_preferences("out", "heldout.jsonl", reference=before)
+            print(after.accuracy, after.length_controlled_accuracy, after.margin)
     """
     config = SelectConfig.of(config)
     candidates = read_candidates(

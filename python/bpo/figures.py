@@ -10,6 +10,7 @@ import jinja2
 import markupsafe
 
 import bpo
+from bpo.files import write_whole
 from bpo.results import MEASURES, STAGES, agreement, interval, p_value, power
 
 if TYPE_CHECKING:
@@ -78,11 +79,7 @@ def write_report(results: Mapping[str, Any], failures: Mapping[str, str], output
         power=power,
         agreement=[agreement(entry) for entry in results["agreement"]],
     )
-    path = output / "report.html"
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    scratch.write_text(page, encoding="utf-8")
-    scratch.replace(path)
-    return path
+    return write_whole(output / "report.html", page)
 
 
 def draw_figures(results: Mapping[str, Any], directory: Path) -> list[Path]:

@@ -273,6 +273,12 @@ def collect_gradients(
     Raises:
         ValueError: Unusable data, an unsupported model, or a store made with something else.
         FileNotFoundError: A model path that does not exist.
+
+    Example:
+        .. code-block:: python
+
+            store = bpo.collect_gradients("my-sft-model", "responses.jsonl", store="gradients")
+            selection = bpo.select(None, "responses.jsonl", budget=500, store="gradients")
     """
     config = SelectConfig.of(config)
     if config.checkpoints is not None:

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from bpo.clustering import PairClusters, PairGradients, pair_norms
 from bpo.config import SelectConfig
 from bpo.data import load_rows, read_configured, warn
+from bpo.files import write_whole
 from bpo.pairs import MeasuredPairs, clustered, in_store, measured
 from bpo.statistics import Estimate, holm, paired
 from bpo.store import GradientStore, widened, with_settings_of
@@ -209,10 +210,7 @@ class Preview:
             values[name] = [
                 [[None if math.isnan(v) else v for v in seeds] for seeds in arm] for arm in values[name].tolist()
             ]
-        scratch = path.with_name(f".{path.name}.tmp")
-        scratch.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-        scratch.replace(path)
-        return path
+        return write_whole(path, json.dumps(values, indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Preview:

@@ -128,6 +128,8 @@ def select_again(
     *,
     processing_class: Any = None,
     strategy: str = "bpo",
+    target: Any = None,
+    reference: Reference | None = None,
     store: str | os.PathLike[str] | None = None,
     config: SelectConfig | Mapping[str, Any] | None = None,
     seed: int = 0,
@@ -144,6 +146,9 @@ def select_again(
         earlier: The selection before any training. Strategies with gradients need one of a strategy with gradients.
         processing_class: As in :func:`select`, and so are the others.
         strategy: Likewise.
+        target: Likewise; it needs a ``reference``.
+        reference: What the policy is compared with. None takes log π_ref of the earlier selection, which knows those of
+            the data, but not those of a target.
         store: Likewise; another than that of the earlier selection, since gradients are those of one policy.
         config: Likewise; ``checkpoints`` and ``ref_model`` play no part.
         seed: Likewise.
@@ -166,7 +171,9 @@ def select_again(
         config=config,
         seed=seed,
         progress=progress,
+        target=target,
         earlier=earlier,
+        reference=reference,
     )
 
 
@@ -178,6 +185,7 @@ def select_at_most(
     *,
     processing_class: Any = None,
     strategy: str = "bpo",
+    target: Any = None,
     store: str | os.PathLike[str] | None = None,
     config: SelectConfig | Mapping[str, Any] | None = None,
     seed: int = 0,
@@ -192,6 +200,7 @@ def select_at_most(
         reference: What the policy is compared with; ``SelectConfig.ref_model`` plays no part.
         processing_class: As in :func:`select`, and so are the others.
         strategy: Likewise.
+        target: Likewise.
         store: Likewise.
         config: Likewise.
         seed: Likewise.
@@ -214,6 +223,7 @@ def select_at_most(
         config=config,
         seed=seed,
         progress=progress,
+        target=target,
         reference=reference,
     )
 
@@ -385,7 +395,7 @@ def _select(
             known_ids = np.concatenate([kept.known_ids, wanted.known_ids])
             both = (parts[0], (wanted, target_tokenized))
             parts = [(dataclasses.replace(of_part, known_ids=known_ids), sequences) for of_part, sequences in both]
-        if earlier is not None:
+        if earlier is not None and reference is None:
             reference = _reference_of(earlier, parts[0][1], pair_index)
         shared: dict[str, Any] = {"config": config, "store": store, "progress": progress}
         if config.checkpoints is None:

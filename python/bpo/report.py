@@ -12,6 +12,7 @@ import numpy as np
 
 import bpo
 from bpo.embeddings import prompt_text
+from bpo.files import write_whole
 from bpo.selection import SELECTED
 
 if TYPE_CHECKING:
@@ -53,10 +54,7 @@ def write_report(selection: Selection, path: str | os.PathLike[str]) -> Path:
     )
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.tmp")
-    scratch.write_text(page, encoding="utf-8")
-    scratch.replace(path)
-    return path
+    return write_whole(path, page)
 
 
 def _places(reasons: dict[str, list[str]]) -> dict[str, tuple[int, list[str]]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from bpo.statistics import clustered_bootstrap, holm, paired, rank_correlation
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
 MEASURES = {
     "accuracy": "held-out accuracy",
@@ -183,6 +185,21 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Reads the ``results.json`` of a comparison.
+
+    Raises:
+        ValueError: It is none.
+    """
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); bpo compare writes it anew from the runs.") from None
+    if not isinstance(results, dict) or not {"description", "arms", "differences"} <= results.keys():
+        raise ValueError(f"{path} holds no results of a comparison.")
+    return results
 
 
 def table(results: Mapping[str, Any]) -> str:

@@ -46,6 +46,12 @@ class RewardModel(Scorer):
     Raises:
         ValueError: A model with other than one logit, or one whose head was not trained: a plain language model.
         FileNotFoundError, OSError: A model that cannot be loaded.
+
+    Example:
+        .. code-block:: python
+
+            scorer = bpo.RewardModel("my-reward-model")
+            scored = bpo.score_responses("responses.jsonl", scorer, output="scored.jsonl")
     """
 
     def __init__(

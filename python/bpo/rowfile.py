@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bpo.files import write_whole
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
@@ -39,8 +41,7 @@ class RowFile:
         self.path = None if path is None else Path(path).expanduser()
         if self.path is None:
             return
-        if self.path.suffix != ".jsonl":
-            raise ValueError(f"{path}: output must be a file that ends in .jsonl.")
+        check_output(path)
         manifest = {"format_version": _FORMAT_VERSION, "kind": kind, "settings": json.loads(json.dumps(settings))}
         self._check_manifest(self.path.with_suffix(".manifest.json"), manifest)
         if self.path.exists():
@@ -59,7 +60,7 @@ class RowFile:
             if written:
                 raise FileExistsError(f"{self.path} is there already, without {path.name}; choose another output.")
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            _replace(path, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+            write_whole(path, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
             return
         try:
             earlier = json.loads(path.read_text(encoding="utf-8"))
@@ -109,8 +110,18 @@ class RowFile:
         if self.path is not None:
             text = b"".join(map(_line, rows))
             if not self.path.exists() or self.path.read_bytes() != text:
-                _replace(self.path, text.decode())
+                write_whole(self.path, text.decode())
         return [{name: value for name, value in row.items() if name != ROW_ID} for row in rows]
+
+
+def check_output(path: Any) -> None:
+    """Checks the name of a file before any work for it.
+
+    Raises:
+        ValueError: It does not end in .jsonl.
+    """
+    if path is not None and Path(path).suffix != ".jsonl":
+        raise ValueError(f"{path}: output must be a file that ends in .jsonl.")
 
 
 def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -143,12 +154,3 @@ def _line(row: Mapping[str, Any]) -> bytes:
         return (json.dumps(row, ensure_ascii=False) + "\n").encode()
     except UnicodeEncodeError:
         return (json.dumps(row) + "\n").encode()
-
-
-def _replace(path: Path, text: str) -> None:
-    scratch = path.with_name(f".{path.name}-{os.getpid()}")
-    try:
-        scratch.write_text(text, encoding="utf-8", newline="\n")
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)

@@ -17,7 +17,7 @@ from bpo.config import SelectConfig
 from bpo.data import Skipped, Text, content_id, report_skipped, warn
 from bpo.refusals import is_refusal
 from bpo.responses import PromptResponses, lay_out, need_messages, read_responses, to_dataset
-from bpo.rowfile import RowFile
+from bpo.rowfile import RowFile, check_output
 
 if TYPE_CHECKING:
     import os
@@ -105,6 +105,7 @@ def sample_responses(
     """
     _check(n_responses, temperature, top_p, max_new_tokens, batch_size, seed, keep)
     config = SelectConfig.of(config)
+    check_output(output)  # before a model is loaded
     rows = read_responses(prompts, prompts_only=not keep_existing)
     settings: dict[str, Any] = {
         "n_responses": int(n_responses),

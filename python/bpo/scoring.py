@@ -5,10 +5,13 @@ from __future__ import annotations
 import abc
 import dataclasses
 import hashlib
+import importlib
 import inspect
 import math
 import numbers
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
@@ -49,6 +52,19 @@ class Scorer(abc.ABC):
     Attributes:
         relative: Whether a score compares a response with the others of its prompt, so that all of them are scored
             together.
+
+    Example:
+        >>> import bpo
+        >>> from bpo.scoring import Score
+        >>> class Shortest(bpo.Scorer):
+        ...     def describe(self):
+        ...         return {"scorer": "shortest"}
+        ...     def scores(self, rows):
+        ...         for index, row in enumerate(rows):
+        ...             yield index, [Score(-float(len(text))) for text in row.responses]
+        >>> rows = [{"prompt": "2+2?", "responses": ["4", "four"]}]
+        >>> bpo.score_responses(rows, Shortest(), progress=False)["scores"][:]
+        [[-1.0, -4.0]]
     """
 
     relative = False
@@ -234,3 +250,28 @@ def _chunks(rows: Sequence[PromptResponses], n_responses: int) -> Iterator[list[
             chunk, count = [], 0
     if chunk:
         yield chunk
+
+
+def load_function(name: str, field: str) -> Any:
+    """Imports ``MODULE:NAME``, of the working directory or of what is installed.
+
+    Args:
+        name: As the user wrote it.
+        field: Where the user wrote it, for messages.
+
+    Raises:
+        ValueError: It is not written so, not there, or cannot be called.
+    """
+    module, separator, attribute = name.partition(":")
+    if not separator:
+        raise ValueError(f"{field} must be MODULE:NAME, got {name!r}")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        function = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{field}: {name} is not there: {error}") from None
+    finally:
+        sys.path.pop(0)
+    if not callable(function):
+        raise ValueError(f"{field}: {name} is {function!r}, which cannot be called")
+    return function

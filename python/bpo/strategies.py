@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
@@ -311,6 +311,11 @@ def register_strategy(
         raise ValueError(f"needs has {', '.join(map(repr, unknown))}; it may have {', '.join(get_args(Need))}.")
     wanted = frozenset(needs)
     STRATEGIES[name] = Strategy(choose, wanted if wanted <= {"scores"} else wanted | _GRADIENTS, keeps_every_prompt)
+
+
+def registered(names: Iterable[str]) -> dict[str, Strategy]:
+    """Returns those of some strategies that :func:`register_strategy` made known, for a process of its own."""
+    return {name: STRATEGIES[name] for name in names if name not in _OURS}
 
 
 def choose(name: str, candidacy: Candidacy) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.float64]]:

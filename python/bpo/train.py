@@ -120,6 +120,15 @@ class BPOConfig(WeightedDPOConfig):
             raise ValueError(
                 f"resample_config has {', '.join(sorted(unknown))}; it takes {', '.join(sorted(RESAMPLING))}."
             )
+        for name in ("embedder", "prompt_embeddings"):
+            given = self.select_config
+            value = given.get(name) if isinstance(given, dict) else getattr(given, name, None)
+            if not isinstance(value, (str, os.PathLike, type(None))):
+                kind = "a path or hub id" if name == "embedder" else "the name of a column"
+                raise ValueError(
+                    f"select_config.{name} must be {kind} here, for the settings of a training are saved as JSON; got "
+                    f"{type(value).__name__}. Or select with bpo.select, and train with bpo.WeightedDPOTrainer."
+                )
         if isinstance(self.select_config, SelectConfig):
             # What was left at its default must not stand against the field of the same name here.
             defaults = SelectConfig().to_dict()
@@ -144,7 +153,7 @@ SHARED = (*LOSS_FIELDS, "weight_column", "max_length", "truncation_mode")
 class BPOTrainer(WeightedDPOTrainer):
     """A ``DPOTrainer`` that first selects its training pairs with :func:`bpo.select`.
 
-    All arguments but ``scorer`` are those of TRL's ``DPOTrainer``; ``train_dataset`` is any format that
+    All arguments but ``scorer`` and ``target`` are those of TRL's ``DPOTrainer``; ``train_dataset`` is any format that
     :func:`bpo.select` takes, and ``args`` is a :class:`BPOConfig` with a budget. The gradients are those of a fresh
     adapter on every linear layer, of the rank of ``peft_config`` where one is given, or of the adapter that the model
     has. With several processes the first fills the store and the others read it, so a ``store`` on a shared disk is
@@ -176,6 +185,8 @@ class BPOTrainer(WeightedDPOTrainer):
 
     Args:
         scorer: What :func:`bpo.score_responses` takes: a function, a :class:`bpo.RewardModel` or a :class:`bpo.Judge`.
+        target: As for :func:`bpo.select`: a few pairs that say where to go, which ``strategy="less"`` needs. In later
+            rounds the reference runs again, over its responses and the others.
 
     Attributes:
         selection: The :class:`bpo.Selection` that is trained on.
@@ -210,6 +221,7 @@ class BPOTrainer(WeightedDPOTrainer):
         processing_class: Any = None,
         *,
         scorer: Any = None,
+        target: Any = None,
         **kwargs: Any,
     ) -> None:
         if not isinstance(args, BPOConfig) or args.budget is None:
@@ -234,8 +246,15 @@ class BPOTrainer(WeightedDPOTrainer):
         if self._reselects:
             _check_rounds(args, settings)
         adapter = kwargs.get("peft_config") is not None or hasattr(model, "peft_config")
-        _check_resampling(args, scorer, train_dataset, fixed_reference=adapter or ref_model is not None)
-        self._scorer = scorer
+        fixed_reference = adapter or ref_model is not None
+        _check_resampling(args, scorer, train_dataset, fixed_reference=fixed_reference)
+        if self._reselects and target is not None and args.precompute_ref_log_probs and not fixed_reference:
+            raise ValueError(
+                "A target needs a reference that runs over its responses in later rounds, too, but with "
+                "precompute_ref_log_probs there is only the model before its training. Pass ref_model, or turn "
+                "precompute_ref_log_probs off."
+            )
+        self._scorer, self._target = scorer, target
         processing_class = load_tokenizer(model, processing_class, settings)
         if isinstance(eval_dataset, dict):  # a DatasetDict is one, too
             eval_dataset = {name: _all_pairs(part, settings) for name, part in eval_dataset.items()}
@@ -256,6 +275,7 @@ class BPOTrainer(WeightedDPOTrainer):
                 breadth=None if args.breadth is None else _count_or_fraction(args.breadth),
                 processing_class=processing_class,
                 strategy=args.strategy,
+                target=target,
                 store=directory_of(0, args.store) if args.store and self._reselects else args.store,
                 config=settings,
                 seed=args.seed,
@@ -337,10 +357,12 @@ class BPOTrainer(WeightedDPOTrainer):
     def _select_again(self, number: int) -> None:
         """Selects with the policy as it is, and trains on that from now on."""
         args, state = self.args, PartialState()
-        first, reference = self._rounds[0][1], None if args.resample is None else self._reference()
+        first = self._rounds[0][1]
+        reference = None if args.resample is None and self._target is None else self._reference()
         settings: dict[str, Any] = {
             "processing_class": self.processing_class,
             "strategy": args.strategy,
+            "target": self._target,
             "store": None if args.store is None else directory_of(number, args.store),
             "config": self._settings,
             "seed": args.seed + number,
@@ -350,11 +372,11 @@ class BPOTrainer(WeightedDPOTrainer):
             for model in (self.model, self.ref_model):
                 if model is not None:
                     stack.enter_context(untouched_training(model, args.device))
-            rows = None if reference is None else self._resampled(number, settings["seed"], settings["progress"])
+            rows = None if args.resample is None else self._resampled(number, settings["seed"], settings["progress"])
 
             def select_now() -> Selection:
                 if rows is None or reference is None:
-                    return select_again(self.model, self._candidates, first, **settings)
+                    return select_again(self.model, self._candidates, first, reference=reference, **settings)
                 return select_at_most(self.model, rows, first.budget, reference, **settings)
 
             with state.main_process_first():
@@ -545,7 +567,8 @@ def _all_pairs(dataset: Any, settings: SelectConfig) -> Any:
     """Returns preference rows as they are, and every pair of scored responses."""
     if {"chosen", "rejected"} <= set(getattr(dataset, "column_names", None) or []):
         return dataset
-    return select(None, dataset, budget=1.0, strategy="random", config=settings, progress=False).dataset
+    every = dataclasses.replace(settings, max_depth=None, length_control=None)  # which belong to training
+    return select(None, dataset, budget=1.0, strategy="random", config=every, progress=False).dataset
 
 
 def load_to_train(model: Any, args: BPOConfig, quantization_config: Any) -> Any:

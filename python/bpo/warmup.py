@@ -17,6 +17,7 @@ from trl import DPOConfig, DPOTrainer
 
 import bpo
 from bpo.config import SelectConfig
+from bpo.files import write_whole
 from bpo.models import check_path, is_adapter, load_tokenizer, naming, plain
 from bpo.pipeline import select
 
@@ -171,9 +172,7 @@ def _known_warm_up(directory: Path, settings: dict[str, Any]) -> dict[str, float
 
 
 def _write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
-    scratch = directory / f"{_WARM_UP}.new"
-    scratch.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    scratch.replace(directory / _WARM_UP)
+    write_whole(directory / _WARM_UP, json.dumps(manifest, indent=1) + "\n")
 
 
 def _checkpoints(directory: Path) -> list[str]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +11,7 @@ import bpo
 from bpo.evaluate import length_controlled_win_rate
 from bpo.responses import read_responses
 from bpo.sampling import sample_responses
-from bpo.scoring import Scorer, score_responses
+from bpo.scoring import Scorer, load_function, score_responses
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -83,7 +81,7 @@ class ScorerConfig:
         if self.kind == "reward_model":
             return bpo.RewardModel(self.source)
         if self.kind == "function":
-            return _function(self.source)
+            return load_function(self.source, "scorer.function")
         settings = dict(self.judge)
         server = {name: settings.pop(name) for name in ("concurrency", "requests_per_minute") if name in settings}
         return bpo.Judge(bpo.ChatServer(self.source, settings.pop("model"), cache=cache, **server), **settings)
@@ -201,16 +199,3 @@ def score_start(rows: list[dict[str, Any]], scorer: Any, output: Path) -> list[d
 def _text(response: Any) -> str:
     """A response as plain text."""
     return response if isinstance(response, str) else "\n".join(message.get("content") or "" for message in response)
-
-
-def _function(name: str) -> Any:
-    module, separator, attribute = name.partition(":")
-    if not separator:
-        raise ValueError(f"scorer.function must be MODULE:FUNCTION, got {name!r}")
-    sys.path.insert(0, str(Path.cwd()))
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"scorer.function: {name} is not there: {error}") from None
-    finally:
-        sys.path.pop(0)

@@ -21,6 +21,7 @@ from trl import DPOTrainer
 import bpo
 from bpo.cli import main
 from bpo.comparison_config import CompareConfig, read_yaml
+from bpo.strategies import STRATEGIES
 from bpo.training import dpo_config, train_on_pairs
 from bpo.win_rates import compare_responses
 from bpo.workers import in_processes
@@ -281,6 +282,71 @@ def test_breadth_by_embeddings_of_the_data(settings, tmp_path):
         bpo.compare({**config, "select": {"prompt_embeddings": "vectors"}}, tmp_path / "other")
     with pytest.raises(ValueError, match="must be the name of a column"):
         bpo.compare({**config, "select": {"prompt_embeddings": np.eye(12)}}, tmp_path / "other")
+
+
+def by_hand(settings, rows, output, seed):
+    """Trains on rows and evaluates on those of a run, without the harness."""
+    return train_on_pairs(
+        settings["model"],
+        Dataset.from_list(rows),
+        dpo_config(TRAINING, str(output), seed),
+        peft_config=LoraConfig(**TRAINING["peft"], task_type="CAUSAL_LM"),
+    )
+
+
+def test_pairs_are_trained_with_their_weights_and_the_way_length_control_turns_them(settings, tokenizer, tmp_path):
+    """Arms of all pairs are two trainings where one of them turns pairs; both train with the weights of the data."""
+    noise = np.random.default_rng(0).normal(size=(12, 4))
+    rows = [
+        {
+            **row,
+            "weight": 0.25 + index % 3,
+            "scores": [len(text) + 2 * e for text, e in zip(row["responses"], more, strict=True)],
+        }
+        for index, (row, more) in enumerate(zip(scored_rows(12, 4), noise, strict=True))
+    ]
+    arms = ["random", {"name": "controlled", "strategy": "random", "select": {"length_control": "residual"}}]
+    config = {**settings, "dataset": rows, "seeds": [1], "budget": 1.0, "arms": arms}
+    runs = runs_of(bpo.compare(config, tmp_path / "out", progress=False).output)
+    plain, controlled = runs["seed1-random-1.0.json"], runs["seed1-controlled-1.0.json"]
+    assert plain["pairs"] == controlled["pairs"] and controlled["same_as"] is None and "turned" not in plain
+    assert 0 < len(controlled["turned"]) < len(controlled["pairs"])
+
+    candidates = bpo.read_candidates(rows)
+    weights = {row["prompt"]: row["weight"] for row in rows}
+
+    def row_of(pair, turned=()):
+        prompt = candidates.prompts[candidates.prompt_of_pair[pair]]
+        texts = [candidates.responses[row] for row in candidates.pairs[pair]][:: -1 if pair in turned else 1]
+        return {"prompt": prompt, "chosen": texts[0], "rejected": texts[1], "weight": weights[prompt]}
+
+    held = [row_of(pair) for pair in plain["heldout_pairs"]]
+    reference = bpo.evaluate_preferences(settings["model"], held, progress=False)
+    for run in (plain, controlled):
+        trained = [row_of(pair, run.get("turned", ())) for pair in run["pairs"]]
+        result = bpo.evaluate_preferences(
+            by_hand(settings, trained, tmp_path, 1),
+            held,
+            reference=reference,
+            processing_class=tokenizer,
+            progress=False,
+        )
+        assert result.margin == pytest.approx(run["measures"]["margin"], rel=1e-3)
+
+
+def test_strategies_of_users_reach_other_processes(settings, tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text("def shortest(candidacy):\n    return candidacy.eligible, candidacy.score_gaps\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    import mine
+
+    monkeypatch.setitem(STRATEGIES, "mine", None)  # taken out again after the test
+    config = {**settings, "arms": ["random", "mine"], "seeds": [0], "budget": 1.0}
+    bpo.register_strategy("mine", lambda candidacy: mine.shortest(candidacy))
+    with pytest.raises(ValueError, match="'mine' cannot be imported by the processes of jobs > 1"):
+        bpo.compare(config, tmp_path / "out", jobs=2, progress=False)
+    bpo.register_strategy("mine", mine.shortest)
+    assert not bpo.compare(config, tmp_path / "out", jobs=2, progress=False).failures
+    assert len(runs_of(tmp_path / "out")) == 2
 
 
 def test_win_rates_by_a_scorer(settings, tmp_path, monkeypatch):

@@ -64,3 +64,11 @@ def test_command_selects_shows_and_explains(model_path, tmp_path, capsys):
     assert "no field colour" in capsys.readouterr().err
     assert main(["show", str(tmp_path / "nowhere")]) == 1
     assert "nowhere" in capsys.readouterr().err
+    for name, text, said in (
+        ("preview.json", "{}", "no saved preview"),
+        ("results.json", "{", "is damaged"),
+        ("results.json", "{}", "holds no results"),
+    ):
+        (tmp_path / name).write_text(text)
+        assert main(["show", str(tmp_path / name if name == "preview.json" else tmp_path)]) == 1
+        assert said in capsys.readouterr().err

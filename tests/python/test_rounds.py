@@ -36,7 +36,9 @@ SETTINGS = {
 }
 
 
-def trainer_of(tokenizer, output, *, adapter=True, rows=ROWS, callbacks=None, peft=None, scorer=None, **settings):
+def trainer_of(
+    tokenizer, output, *, adapter=True, rows=ROWS, callbacks=None, peft=None, scorer=None, target=None, **settings
+):
     settings = {**SETTINGS, **settings}
     torch.manual_seed(0)
     return bpo.BPOTrainer(
@@ -48,6 +50,7 @@ def trainer_of(tokenizer, output, *, adapter=True, rows=ROWS, callbacks=None, pe
         peft_config=LoraConfig(r=2, target_modules="all-linear", **(peft or {})) if adapter else None,
         callbacks=callbacks,
         scorer=scorer,
+        target=target,
     )
 
 
@@ -144,6 +147,46 @@ def test_a_round_is_a_selection_with_the_policy_as_it_is(adapter, precompute, to
     if precompute:
         row = trainer.train_dataset[0]
         assert row["ref_chosen_logps"] == row["bpo_ref_logp_chosen"]
+
+
+@pytest.mark.parametrize("resampled", [False, True])
+def test_a_target_goes_through_rounds(resampled, tokenizer, tmp_path):
+    """Each round chooses what has most influence on the target with the policy as it then is."""
+    target = [
+        {"prompt": "q", "chosen": "yes please", "rejected": "no"},
+        {"prompt": "r", "chosen": "a", "rejected": "b"},
+    ]
+    settings = {"reselect_strategy": "epoch", "num_train_epochs": 2, "strategy": "less"}
+    if resampled:
+        settings |= {
+            "resample": 3,
+            "resample_config": {"max_new_tokens": 8, "keep": ["truncated"]},
+            "scorer": by_length,
+        }
+    with pytest.raises(ValueError, match="needs a target"):
+        trainer_of(tokenizer, tmp_path, **settings)
+    trainer = trainer_of(tokenizer, tmp_path, target=target, **settings)
+    expected = []
+    select_again = trainer._select_again
+
+    def select(model, **asked):
+        config = {**trainer._settings.to_dict(), "ref_model": tiny_llama(tokenizer)}
+        asked |= {"budget": 8, "strategy": "less", "target": target, "config": config, "processing_class": tokenizer}
+        return bpo.select(model, ROWS, progress=False, **asked)
+
+    def selecting(number):
+        expected.append(select(trainer.model, seed=43))
+        select_again(number)
+
+    trainer._select_again = selecting
+    trained(trainer)
+    first, second = trainer.selections
+    assert pairs_of(first) == pairs_of(select(tiny_llama(tokenizer)))
+    assert second.pairs["alignment"].null_count == 0
+    if not resampled:
+        assert pairs_of(second) == pairs_of(expected[0])
+        assert np.allclose(second.pairs["alignment"], expected[0].pairs["alignment"], atol=1e-3)
+        assert not np.allclose(second.pairs["alignment"], first.pairs["alignment"], atol=1e-2)
 
 
 def test_a_trained_adapter_under_mixed_precision(tokenizer, tmp_path):
@@ -409,6 +452,10 @@ def test_settings_that_rounds_cannot_have_are_refused(tokenizer, tmp_path):
             "resample needs a reference that runs over new responses",
         ),
         (
+            {"reselect_strategy": "epoch", "target": ROWS, "precompute_ref_log_probs": True},
+            "A target needs a reference that runs over its responses",
+        ),
+        (
             {"reselect_strategy": "epoch", "resample": 2, "scorer": by_length, "stated": True},
             "have no weights of the data's pairs",
         ),
@@ -419,7 +466,7 @@ def test_settings_that_rounds_cannot_have_are_refused(tokenizer, tmp_path):
             "strategy='random' computes no log-probabilities",
         ),
     ):
-        scorer = settings.pop("scorer", None)
+        scorer, target = settings.pop("scorer", None), settings.pop("target", None)
         stated = [{"prompt": "p", "chosen": "a", "rejected": "b", "weight": 2.0}]
         rows = stated if settings.pop("stated", False) else ROWS
         with pytest.raises(ValueError, match=expected):
@@ -430,4 +477,5 @@ def test_settings_that_rounds_cannot_have_are_refused(tokenizer, tmp_path):
                 processing_class=tokenizer,
                 ref_model=None if "precompute_ref_log_probs" in settings else tiny_llama(tokenizer),
                 scorer=scorer,
+                target=target,
             )

@@ -267,3 +267,8 @@ def test_tool_calls_and_template_settings_are_part_of_a_prompt():
     read = read_responses(rows, prompts_only=True)
     assert [row.template_kwargs for row in read] == [{"thinking": True}, {"thinking": False}]
     assert read[0].key != read[1].key and read[0].columns == {"chat_template_kwargs": {"thinking": True}}
+
+
+def test_a_bad_output_is_refused_before_the_model_is_loaded(tmp_path):
+    with pytest.raises(ValueError, match=r"responses.json: output must be a file that ends in \.jsonl"):
+        bpo.sample_responses("./no-such-model", ["2+2?"], output=tmp_path / "responses.json")

@@ -63,6 +63,23 @@ def test_bpo_trainer_says_what_is_missing(model_path, rows, tmp_path):
         bpo.BPOTrainer(model_path, args=args, train_dataset=rows)
 
 
+@pytest.mark.parametrize("kind", [dict, lambda **fields: bpo.SelectConfig(**fields)])
+def test_settings_that_cannot_be_saved_are_refused(kind, tmp_path):
+    for given, expected in (
+        ({"prompt_embeddings": [[0.0], [1.0]]}, "the name of a column"),
+        ({"embedder": Encoder()}, "a path"),
+    ):
+        with pytest.raises(ValueError, match=f"{next(iter(given))} must be {expected}.*saved as JSON"):
+            bpo.BPOConfig(output_dir=str(tmp_path), budget=10, select_config=kind(**given), **SETTINGS)
+
+
+class Encoder:
+    """Stands for a loaded sentence encoder."""
+
+    def encode(self, texts):
+        raise NotImplementedError
+
+
 @pytest.mark.parametrize(
     ("setting", "expected"),
     [
