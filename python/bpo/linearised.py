@@ -336,7 +336,12 @@ def preview(
         sizes[:, seed] = len(among), len(wanted)
         choices = [*_choices(data, among, known, budgets, seed), (len(known), None, among)]
         fitted = [
-            (arm, position, _fit(data.features(chosen, normalize), regularization, minimize), chosen)
+            (
+                arm,
+                position,
+                _fit(data.features(chosen, normalize), regularization, minimize, data.weights(chosen)),
+                chosen,
+            )
             for arm, position, chosen in choices
         ]
         margins = test.margins(np.stack([weights for _, _, weights, _ in fitted]), wanted)
@@ -413,7 +418,7 @@ class _Data:
             candidates, _ = in_store(candidates, opened, config)
         candidates, stored = in_store(candidates, present, config)
         rows = stored[candidates.pairs]
-        pairs = measured([present], [rows], config, progress=progress)
+        pairs = measured([present], [rows], config, weights=candidates.weights, progress=progress)
         norms = pair_norms(pairs.gradients[0], config.threads)
         usable = np.isfinite(norms) & (norms > 0)
         lengths = present.records["length"][rows].astype(np.int64)
@@ -421,10 +426,16 @@ class _Data:
         found = {}
         for path, opened in others.items():
             stored = opened.rows_of_responses(candidates.response_ids)[0]
-            found[path] = measured([opened], [stored[candidates.pairs]], config, progress=progress)
+            found[path] = measured(
+                [opened], [stored[candidates.pairs]], config, weights=candidates.weights, progress=progress
+            )
             lengths_there = pair_norms(found[path].gradients[0], config.threads)
             usable &= np.isfinite(lengths_there) & (lengths_there > 0)
         return cls(candidates, pairs, norms, usable, longer, found)
+
+    def weights(self, index: npt.NDArray[np.int64]) -> npt.NDArray[np.float64] | None:
+        """What the loss of some pairs is multiplied with; None for 1."""
+        return None if self.candidates.weights is None else self.candidates.weights[index]
 
     def part(self, index: npt.NDArray[np.int64], store: str | None) -> MeasuredPairs:
         """What a store of ``others`` holds of some pairs, or, without a name, that of the preview."""
@@ -570,16 +581,21 @@ def _candidates_of(data: _Data, among: npt.NDArray[np.int64], arm: PreviewArm, s
     return among
 
 
-def _fit(features: npt.NDArray[np.float32], regularization: float, minimize: Any) -> npt.NDArray[np.float64]:
-    """Fits Σ log(1 + exp(−⟨w, x⟩)) + λ/2 ‖w‖² over the rows x; returns w, (d,)."""
+def _fit(
+    features: npt.NDArray[np.float32],
+    regularization: float,
+    minimize: Any,
+    pair_weights: npt.NDArray[np.float64] | None = None,
+) -> npt.NDArray[np.float64]:
+    """Fits Σ v log(1 + exp(−⟨w, x⟩)) + λ/2 ‖w‖² over the rows x with weights v; returns w, (d,)."""
+    each = np.ones(len(features)) if pair_weights is None else pair_weights
 
     def objective(weights: npt.NDArray[np.float64]) -> tuple[float, npt.NDArray[np.float64]]:
         margins = features @ weights.astype(np.float32)
-        loss = float(np.logaddexp(0, -margins.astype(np.float64)).sum()) + 0.5 * regularization * float(
-            weights @ weights
-        )
-        pull = 1 / (1 + np.exp(np.clip(margins, -60, 60)))
-        return loss, regularization * weights - (pull @ features).astype(np.float64)
+        loss = float(each @ np.logaddexp(0, -margins.astype(np.float64)))
+        pull = (each / (1 + np.exp(np.clip(margins, -60, 60)))).astype(np.float32)
+        gradient = regularization * weights - (pull @ features).astype(np.float64)
+        return loss + 0.5 * regularization * float(weights @ weights), gradient
 
     # ‖w‖ is at most √n/λ-ish and accuracies depend on its direction, so a loose tolerance is enough.
     result = minimize(objective, np.zeros(features.shape[1]), jac=True, method="L-BFGS-B", options={"maxiter": 200})
@@ -613,6 +629,10 @@ def _arms(arms: Sequence[str | Mapping[str, Any]], baseline: str, config: Select
         if name in found or name == ALL:
             raise ValueError(f"Two arms are called {name!r}.")
         select = {"min_depth": 0, **values.get("select", {})}
+        if select.get("length_control", config.length_control) is not None:
+            raise ValueError(
+                f"The arm {name!r}: a preview has no length_control; its length-controlled accuracy stands beside."
+            )
         SelectConfig.from_dict(select)
         store = values.get("store")
         found[name] = PreviewArm(

@@ -87,6 +87,31 @@ def test_budgets_depths_and_the_arm_of_all(preview):
     np.testing.assert_array_equal(again.accuracy, found.accuracy)
 
 
+def test_weights_count_in_the_fit(preview, store):
+    """A pair of weight 2 is one that is there twice; one of weight 0 is not there."""
+    candidates = bpo.read_candidates(ROWS)
+    texts = candidates.responses
+    pairs = [
+        {"prompt": candidates.prompts[p], "chosen": texts[i], "rejected": texts[j], "weight": 1.0}
+        for p, (i, j) in zip(candidates.prompt_of_pair, candidates.pairs, strict=True)
+    ]
+    train, test = pairs[: 16 * 6], pairs[16 * 6 :]
+    plain = preview(dataset=train, heldout=test, arms=["random"], budget=5, seeds=1)
+    for index, pair in enumerate(train):
+        pair["weight"] = float(index % 3)
+    weighted = preview(dataset=train, heldout=test, arms=["random"], budget=5, seeds=1)
+    opened = bpo.GradientStore.open(store)
+    h = opened.sketches(opened.rows_of_responses(candidates.response_ids)[0])[candidates.pairs]
+    z = h[:, 0] - h[:, 1]
+    x = z[: 16 * 6] / np.linalg.norm(z[: 16 * 6], axis=1, keepdims=True)
+    weights = np.arange(16 * 6) % 3
+    model = LogisticRegression(fit_intercept=False, tol=1e-8)
+    model.fit(np.concatenate([x, -x]), np.repeat([1, 0], len(x)), sample_weight=np.tile(weights / 2, 2))
+    right = z[16 * 6 :] @ model.coef_[0] > 0
+    assert weighted.accuracy[-1, 0, 0] == pytest.approx(right.mean(), abs=1.5 / len(right))
+    assert plain.n_pairs == 96 and weighted.n_pairs == 64
+
+
 def test_an_arm_that_cannot_use_its_budget_is_left_out(preview):
     with pytest.warns(UserWarning, match="The arm 'best_worst' chooses 18 pairs of a budget of 20 and is left out"):
         found = preview(arms=["bpo", "best_worst"])
@@ -212,6 +237,7 @@ def test_the_command(store, embeddings, tmp_path, capsys):
     [
         ({"arms": ["best"]}, "The arm 'best' has strategy 'best'; it must be one of"),
         ({"arms": ["less"]}, "a preview has no target for strategy 'less'"),
+        ({"config": {"length_control": "balance"}}, "a preview has no length_control"),
         ({"arms": ["bpo", {"name": "bpo"}]}, "Two arms are called 'bpo'"),
         ({"arms": [{"strategy": "bpo"}]}, "An arm has a name and any of"),
         ({"arms": [{"name": "a", "strategy": "bpo", "breadth": 50}]}, "has breadth=50, and there are 18 prompts"),
