@@ -155,7 +155,7 @@ def draw_preview(preview: Preview, path: str | os.PathLike[str]) -> Path:
                 y = names.index(row["arm"])
                 if abs(row["difference"]) * 100 > limit:
                     left = row["difference"] < 0
-                    text = f"← {100 * row['difference']:+.1f}" if left else f"{100 * row['difference']:+.1f} →"
+                    text = f"← −{-100 * row['difference']:.1f}" if left else f"+{100 * row['difference']:.1f} →"
                     axis.text(-limit if left else limit, y, text, va="center", ha="left" if left else "right")
                     continue
                 axis.plot([100 * row["low"], 100 * row["high"]], [y, y], color=_PALE, linewidth=5, zorder=2)
