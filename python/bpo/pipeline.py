@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 from typing import TYPE_CHECKING, Any
@@ -338,26 +339,13 @@ def _select(
     embeddings = None
     if breadth is not None and config.prompt_embeddings is not None:
         embeddings = given_embeddings(dataset, candidates, config.prompt_embeddings)
-    policy = load_policy(model, config) if (needs_gradients and present is None) or embeds_with_policy else None
+    # In a list, so that it can be let go where several checkpoints follow it.
+    policies = [load_policy(model, config)] if (needs_gradients and present is None) or embeds_with_policy else []
 
     # Breadth: representative prompts.
     if earlier is None and n_prompts < len(candidates.prompts):
-        if config.embedder is not None:
-            embeddings = embed_prompts(
-                candidates.prompts,
-                config.embedder,
-                trust_remote_code=config.trust_remote_code,
-                progress=progress,
-            )
-        elif embeddings is None:
-            assert policy is not None and tokenizer is not None
-            embeddings = embed_with_policy(
-                policy,
-                tokenize_prompts(candidates, tokenizer, longest, truncation_mode=config.truncation_mode),
-                padding_id(tokenizer),
-                tokens_per_batch=config.tokens_per_batch,
-                progress=progress,
-            )
+        if embeddings is None:
+            embeddings = _embed(candidates, config, policies, tokenizer, longest, progress)
         kept_prompts = compress_breadth(
             embeddings,
             n_prompts,
@@ -380,47 +368,18 @@ def _select(
     pairs = target_pairs = None
     if present is not None:
         assert stored is not None
-        pairs = measured(
-            [present], [stored[response_index][kept.pairs]], config, weights=kept.weights, progress=progress
-        )
+        read = functools.partial(measured, [present], config=config, progress=progress)
+        pairs = read([stored[response_index][kept.pairs]], weights=kept.weights)
         if wanted is not None and target_stored is not None:
-            target_pairs = measured(
-                [present], [target_stored[wanted.pairs]], config, weights=wanted.weights, progress=progress
-            )
+            target_pairs = read([target_stored[wanted.pairs]], weights=wanted.weights)
     elif needs_gradients:
-        assert policy is not None and tokenizer is not None and tokenized is not None
+        assert tokenizer is not None and tokenized is not None
         parts = [(kept, tokenized.keep_pairs(pair_index, response_index))]
         if wanted is not None and target_tokenized is not None:
-            # One store holds both, and is told apart from that of other data by all that may be in it.
-            known_ids = np.concatenate([kept.known_ids, wanted.known_ids])
-            both = (parts[0], (wanted, target_tokenized))
-            parts = [(dataclasses.replace(of_part, known_ids=known_ids), sequences) for of_part, sequences in both]
+            parts.append((wanted, target_tokenized))
         if earlier is not None and reference is None:
             reference = _reference_of(earlier, parts[0][1], pair_index)
-        shared: dict[str, Any] = {"config": config, "store": store, "progress": progress}
-        if config.checkpoints is None:
-            shared_by_one = {**shared, "preconditioner": preconditioner, "reference": reference}
-            stores = [[collect(policy, *part, tokenizer, **shared_by_one)] for part in parts]
-            known: list[Any] = [None] * len(parts)
-        else:
-            references = [collect_reference(policy, sequences, tokenizer, **shared) for _, sequences in parts]
-            del policy  # one model in memory at a time
-            stores = [
-                collect_checkpoints(reference, *part, tokenizer, **shared)
-                for reference, part in zip(references, parts, strict=True)
-            ]
-            known = [reference.known for reference in references]
-        found = [
-            measured(
-                of_part,
-                [gradients.rows_of(sequences.sequence_ids)[sequences.pairs] for gradients in of_part],
-                config,
-                ref_logps=None if ref_logps is None else ref_logps[sequences.pairs],
-                weights=part.weights,
-                progress=progress,
-            )
-            for of_part, ref_logps, (part, sequences) in zip(stores, known, parts, strict=True)
-        ]
+        found = _measure(policies, parts, tokenizer, config, store, preconditioner, reference, progress)
         pairs, target_pairs = found[0], found[1] if len(found) > 1 else None
 
     # Clusters and scores of the pairs.
@@ -485,6 +444,68 @@ def _select(
         skipped=candidates.skipped.places,
         noted=noted.places,
     )
+
+
+def _embed(
+    candidates: Candidates,
+    config: SelectConfig,
+    policies: list[Any],
+    tokenizer: Any,
+    longest: int | None,
+    progress: bool,
+) -> npt.NDArray[np.float32]:
+    """Embeds the prompts, with the encoder if one is named and else with the policy: (n, e)."""
+    if config.embedder is not None:
+        return embed_prompts(
+            candidates.prompts, config.embedder, trust_remote_code=config.trust_remote_code, progress=progress
+        )
+    return embed_with_policy(
+        policies[0],
+        tokenize_prompts(candidates, tokenizer, longest, truncation_mode=config.truncation_mode),
+        padding_id(tokenizer),
+        tokens_per_batch=config.tokens_per_batch,
+        progress=progress,
+    )
+
+
+def _measure(
+    policies: list[Any],
+    parts: list[tuple[Candidates, TokenizedResponses]],
+    tokenizer: Any,
+    config: SelectConfig,
+    store: str | os.PathLike[str] | None,
+    preconditioner: str | None,
+    reference: Reference | None,
+    progress: bool,
+) -> list[MeasuredPairs]:
+    """Takes the gradients of the candidates, and of the target where there is one, at the policy or at checkpoints."""
+    # One store holds all parts, and is told apart from that of other data by all that may be in it.
+    known_ids = np.concatenate([of_part.known_ids for of_part, _ in parts])
+    parts = [(dataclasses.replace(of_part, known_ids=known_ids), sequences) for of_part, sequences in parts]
+    shared: dict[str, Any] = {"config": config, "store": store, "progress": progress}
+    known: list[Any] = [None] * len(parts)
+    if config.checkpoints is None:
+        shared |= {"preconditioner": preconditioner, "reference": reference}
+        stores = [[collect(policies[0], *part, tokenizer, **shared)] for part in parts]
+    else:
+        references = [collect_reference(policies[0], sequences, tokenizer, **shared) for _, sequences in parts]
+        policies.clear()  # one model in memory at a time
+        stores = [
+            collect_checkpoints(reference, *part, tokenizer, **shared)
+            for reference, part in zip(references, parts, strict=True)
+        ]
+        known = [reference.known for reference in references]
+    return [
+        measured(
+            of_part,
+            [gradients.rows_of(sequences.sequence_ids)[sequences.pairs] for gradients in of_part],
+            config,
+            ref_logps=None if ref_logps is None else ref_logps[sequences.pairs],
+            weights=candidates.weights,
+            progress=progress,
+        )
+        for of_part, ref_logps, (candidates, sequences) in zip(stores, known, parts, strict=True)
+    ]
 
 
 def _without_length(
