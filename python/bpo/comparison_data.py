@@ -10,6 +10,7 @@ import datasets
 import numpy as np
 
 from bpo.data import load_rows, read_candidates, warn
+from bpo.ranks import ranks_in_prompts
 from bpo.tokens import TokenizedResponses, tokenize_candidates
 
 if TYPE_CHECKING:
@@ -122,9 +123,7 @@ class ComparedPairs:
         pairs = np.flatnonzero(wanted[self.prompt_of_pair])
         if most is None:
             return pairs
-        order = pairs[np.lexsort((-self.score_gaps[pairs], self.prompt_of_pair[pairs]))]
-        first = np.searchsorted(self.prompt_of_pair[order], self.prompt_of_pair[order])
-        return np.sort(order[np.arange(len(order)) - first < most])
+        return pairs[ranks_in_prompts(self.prompt_of_pair[pairs], -self.score_gaps[pairs]) < most]
 
     def responses(self, pairs: npt.NDArray[np.int64]) -> tuple[TokenizedResponses, npt.NDArray[np.float32]]:
         """Returns the sequences of some pairs and log π_ref of each."""

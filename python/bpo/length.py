@@ -10,6 +10,7 @@ import numpy as np
 from bpo.config import SelectConfig
 from bpo.data import read_configured, warn
 from bpo.embeddings import prompt_text
+from bpo.ranks import ranks_in_prompts
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -154,12 +155,7 @@ def turn(values: npt.NDArray[Any], turned: npt.NDArray[np.bool_]) -> npt.NDArray
 
 def largest_gaps(candidates: Candidates, most: int) -> npt.NDArray[np.bool_]:
     """Which pairs are among the ``most`` of their prompt with the largest score gap, ties in order; (P,) bool."""
-    order = np.lexsort((-candidates.score_gaps, candidates.prompt_of_pair))
-    sizes = np.bincount(candidates.prompt_of_pair)
-    rank = np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    kept = np.zeros(len(order), dtype=bool)
-    kept[order] = rank < most
-    return kept
+    return ranks_in_prompts(candidates.prompt_of_pair, -candidates.score_gaps) < most
 
 
 def balance_lengths(
@@ -248,10 +244,7 @@ def _within_prompts(
     sides = []
     for mask, order_by in ((leaving, keys), (coming, -keys)):
         index = np.flatnonzero(mask)
-        index = index[np.lexsort((order_by[index], prompts[index]))]
-        sizes = np.bincount(prompts[index], minlength=int(prompts.max()) + 1)
-        rank = np.arange(len(index)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-        sides.append((index, prompts[index] * len(prompts) + rank))
+        sides.append((index, prompts[index] * len(prompts) + ranks_in_prompts(prompts[index], order_by[index])))
     _, first, second = np.intersect1d(sides[0][1], sides[1][1], assume_unique=True, return_indices=True)
     return sides[0][0][first], sides[1][0][second]
 

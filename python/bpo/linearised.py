@@ -19,6 +19,7 @@ from bpo.config import SelectConfig
 from bpo.data import load_rows, read_configured, warn
 from bpo.files import write_whole
 from bpo.pairs import MeasuredPairs, clustered, in_store, measured
+from bpo.ranks import ranks_in_prompts
 from bpo.statistics import Estimate, holm, paired
 from bpo.store import GradientStore, widened, with_settings_of
 from bpo.strategies import STRATEGIES, Candidacy, choose
@@ -573,11 +574,8 @@ def _candidates_of(data: _Data, among: npt.NDArray[np.int64], arm: PreviewArm, s
         among = among[np.isin(prompts, kept)]
     most = arm.config.max_pairs_per_prompt
     if most is not None:
-        prompts = data.candidates.prompt_of_pair[among]
-        by_gap = np.lexsort((-data.candidates.score_gaps[among], prompts))
-        first = np.flatnonzero(np.r_[True, np.diff(prompts[by_gap]) != 0])
-        rank = np.arange(len(among)) - np.repeat(first, np.diff(np.r_[first, len(among)]))
-        among = np.sort(among[by_gap[rank < most]])
+        rank = ranks_in_prompts(data.candidates.prompt_of_pair[among], -data.candidates.score_gaps[among])
+        among = among[rank < most]
     return among
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from bpo import _core
 from bpo.config import SelectConfig
+from bpo.ranks import ranks_in_prompts
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -135,10 +136,7 @@ def uniform(candidacy: Candidacy) -> Choice:
     generator = np.random.default_rng(candidacy.seed)
     order_of_pair = generator.random(len(index))
     order_of_prompt = generator.random(int(prompts.max()) + 1)
-    by_prompt = np.lexsort((order_of_pair, prompts))
-    first = np.flatnonzero(np.r_[True, np.diff(prompts[by_prompt]) != 0])
-    rank = np.empty(len(index), dtype=np.int64)
-    rank[by_prompt] = np.arange(len(index)) - np.repeat(first, np.diff(np.r_[first, len(index)]))
+    rank = ranks_in_prompts(prompts, order_of_pair)
     if candidacy.config.max_depth is not None:
         allowed = rank < candidacy.config.max_depth
         index, rank, prompts = index[allowed], rank[allowed], prompts[allowed]
@@ -162,8 +160,7 @@ def best_worst(candidacy: Candidacy) -> Choice:
     """
     index = np.flatnonzero(candidacy.eligible)
     prompts = candidacy.prompt_of_pair[index]
-    by_prompt = np.lexsort((-candidacy.score_gaps[index], prompts))
-    best = by_prompt[np.flatnonzero(np.r_[True, np.diff(prompts[by_prompt]) != 0])]
+    best = np.flatnonzero(ranks_in_prompts(prompts, -candidacy.score_gaps[index]) == 0)
     order = np.random.default_rng(candidacy.seed).permutation(len(best))
     return _spread(candidacy, index, best[order[: candidacy.budget]], candidacy.score_gaps[index])
 
@@ -347,14 +344,8 @@ def _largest(candidacy: Candidacy, index: npt.NDArray[np.int64], keys: npt.NDArr
     """Takes the pairs with the largest keys, at most ``max_depth`` of a prompt."""
     order = np.argsort(-keys, kind="stable")
     if candidacy.config.max_depth is not None:
-        taken: dict[int, int] = {}
-        allowed = []
-        for position in order:
-            prompt = int(candidacy.prompt_of_pair[index[position]])
-            taken[prompt] = taken.get(prompt, 0) + 1
-            if taken[prompt] <= candidacy.config.max_depth:
-                allowed.append(position)
-        order = np.array(allowed, dtype=np.int64)
+        rank = ranks_in_prompts(candidacy.prompt_of_pair[index], -keys)
+        order = order[rank[order] < candidacy.config.max_depth]
     return _spread(candidacy, index, order[: candidacy.budget], keys)
 
 
