@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_Result = TypeVar("_Result")
 
 
 def collect(
@@ -184,7 +186,7 @@ class _Extraction:
         remaining = missing
         while len(remaining):
             size = first_batch(tokenized.lengths[remaining], budget)
-            done, error = self._attempt(remaining[:size])
+            done, error = within_memory(self._batch, remaining[:size])
             if done is None:
                 longest = int(tokenized.lengths[remaining[:size]].max())
                 if size == 1:
@@ -206,22 +208,6 @@ class _Extraction:
         if previous is not None:
             yield previous
 
-    def _attempt(self, rows: npt.NDArray[np.int64]) -> tuple[_Done | None, str]:
-        """Runs one batch; returns None and the reason where memory ran out.
-
-        The error itself must not leave: its traceback would hold on to the tensors of the batch.
-        """
-        try:
-            return self._batch(rows), ""
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            message = str(error).splitlines()[0] if str(error) else type(error).__name__
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        return None, message
-
     def _batch(self, rows: npt.NDArray[np.int64]) -> _Done:
         sketches = self.sketching.batch(len(rows))
 
@@ -234,6 +220,23 @@ class _Extraction:
         logps = result.logps.cpu().numpy()
         ref_logps = self.reference.logps(self.forward, rows, logps)
         return _Done(rows, sketches, logps, ref_logps, result.log_weights.cpu().numpy())
+
+
+def within_memory(run: Callable[..., _Result], *arguments: Any) -> tuple[_Result | None, str]:
+    """Runs one batch; returns None and the reason where memory ran out.
+
+    The error itself must not leave: its traceback would hold on to the tensors of the batch.
+    """
+    try:
+        return run(*arguments), ""
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        message = str(error).splitlines()[0] if str(error) else type(error).__name__
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return None, message
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import hashlib
 import numbers
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -343,10 +342,12 @@ class _ModelSource:
 
     def _in_memory(self, rows: Sequence[PromptResponses], batch: Sequence[int]) -> list[list[Sampled]]:
         """Generates for a batch, in parts where memory does not suffice for all of it."""
+        from bpo.gradients import within_memory
+
         sampled: list[list[Sampled]] = []
         while len(sampled) < len(batch):
             part = batch[len(sampled) : len(sampled) + self.at_once]
-            done, error = self._attempt(rows, part)
+            done, error = within_memory(self._generate, rows, part)
             if done is not None:
                 sampled += done
                 continue
@@ -359,26 +360,6 @@ class _ModelSource:
             self.at_once = len(part) // 2
             warn(f"Memory does not suffice for {len(part)} prompts at once; going on with {self.at_once}.")
         return sampled
-
-    def _attempt(self, rows: Sequence[PromptResponses], part: Sequence[int]) -> tuple[list[list[Sampled]] | None, str]:
-        """Generates for some prompts; returns None and the reason where memory ran out.
-
-        The error itself must not leave: its traceback would hold on to the tensors of the batch.
-        """
-        import torch
-
-        from bpo.gradients import is_out_of_memory
-
-        try:
-            return self._generate(rows, part), ""
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            message = str(error).splitlines()[0] if str(error) else type(error).__name__
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        return None, message
 
     def _generate(self, rows: Sequence[PromptResponses], batch: Sequence[int]) -> list[list[Sampled]]:
         import torch
