@@ -190,12 +190,7 @@ def cluster_checkpoints(
     features, informativeness = pair_features(
         gradients, learning_rates, None if store is None else Path(store), threads=config.threads
     )
-    index = np.arange(len(features))
-    pairs = PairGradients(
-        features,
-        np.stack([index, index], axis=1),  # each pair is a row of its own
-        np.tile(np.array([1, 0], dtype=np.float32), (len(index), 1)),
-    )
+    pairs = PairGradients.of_rows(features)
     clusters = cluster_pairs(*pairs, config=config, seed=seed, progress=progress)
     return dataclasses.replace(clusters, informativeness=informativeness), pairs
 

@@ -34,6 +34,12 @@ class PairGradients(NamedTuple):
     pairs: npt.NDArray[np.int64]
     coefficients: npt.NDArray[np.float32]
 
+    @classmethod
+    def of_rows(cls, rows: npt.NDArray[Any]) -> PairGradients:
+        """Gradients that are formed already: each pair is a row of its own."""
+        index = np.arange(len(rows))
+        return cls(rows, np.stack([index, index], axis=1), np.tile(np.array([1, 0], dtype=np.float32), (len(rows), 1)))
+
 
 @dataclasses.dataclass(frozen=True)
 class PairClusters:

@@ -208,9 +208,7 @@ def influence(
     """
     if config.checkpoints is not None:
         rows, norms = pair_features(target.gradients, list(config.checkpoints.values()), threads=config.threads)
-        index = np.arange(len(rows))
-        coefficients = np.tile(np.array([1, 0], dtype=np.float32), (len(rows), 1))
-        wanted = PairGradients(rows, np.stack([index, index], axis=1), coefficients)
+        wanted = PairGradients.of_rows(rows)
         known = np.isfinite(norms)
     else:
         norms = pair_norms(target.gradients[0], config.threads)
