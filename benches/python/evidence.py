@@ -1,9 +1,11 @@
 """The tables and figures of docs/results.md that need no training: previews of every arm and ablation.
 
     python benches/python/evidence.py STORE DATA [--seeds 100] [--only main clusters ...] [--figure FILE.svg]
+        [--stores embeddings=STORE warmed=STORE ...]
 
-STORE holds the gradients of DATA (`bpo.collect_gradients`). Prints Markdown: points of accuracy above random, ± the
-standard error over splits of this data, with the length-controlled difference in brackets.
+STORE holds the gradients of DATA (`bpo.collect_gradients`); the other stores are what arms of these names choose by.
+Prints Markdown: points of accuracy above random, ± the standard error over splits of this data, with the
+length-controlled difference in brackets.
 """
 
 import argparse
@@ -61,6 +63,11 @@ GROUPS = {
         arm("clusters by informativeness", cluster_weighting="informativeness"),
         arm("clusters by centrality", cluster_weighting="centrality"),
         arm("clusters by alignment", cluster_weighting="alignment"),
+    ],
+    "length": [
+        arm(f"{strategy}, {control or 'no length control'}", strategy, length_control=control)
+        for strategy in ("bpo", "best_worst", "margin")
+        for control in (None, "residual", "balance")
     ],
 }
 FEW = ["bpo", "best_worst"]
@@ -143,7 +150,8 @@ def main():
     parser.add_argument("store", type=Path)
     parser.add_argument("data", type=Path)
     parser.add_argument("--seeds", type=int, default=100)
-    parser.add_argument("--only", nargs="+", default=[*GROUPS, "sketch", "responses", "noise"])
+    parser.add_argument("--only", nargs="+", default=[*GROUPS, "sketch", "responses", "noise", "stores"])
+    parser.add_argument("--stores", nargs="+", default=[], metavar="NAME=STORE")
     parser.add_argument("--figure", type=Path, help="of the main comparison")
     options = parser.parse_args()
     rows = [
@@ -169,6 +177,10 @@ def main():
         elif name == "sketch":
             stores = {dim: resketched(options.store, dim, scratch) for dim in (128, 256, 512, 1024, 2048, 4096)}
             table(name, {f"d = {dim}": cells(preview(path), 60) for dim, path in stores.items() if path})
+        elif name == "stores" and options.stores:
+            by = dict(option.split("=", 1) for option in options.stores)
+            found = preview(arms=["bpo", *({"name": key, "strategy": "bpo", "store": by[key]} for key in by)])
+            table(name, {f"{budget} pairs": cells(found, budget) for budget in BUDGETS})
         elif name == "responses":
             most = max(len(row["responses"]) for row in rows)
             counts = [count for count in (2, 3, 4, 8) if count <= most]

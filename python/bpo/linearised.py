@@ -7,6 +7,7 @@ import json
 import math
 import os
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from bpo.clustering import PairClusters, PairGradients, pair_norms
 from bpo.config import SelectConfig
 from bpo.data import load_rows, read_configured, warn
 from bpo.files import write_whole
+from bpo.length import balance_lengths, fit_length_effect, take_out_length, turn
 from bpo.pairs import MeasuredPairs, clustered, in_store, measured
 from bpo.ranks import ranks_in_prompts
 from bpo.statistics import Estimate, holm, paired
@@ -262,7 +264,9 @@ def preview(
             another gradient store of the data, by whose rows the arm chooses, such as one of
             ``features="embeddings"``; what it chose is fitted and judged as that of the others. The candidates of all
             arms are then the pairs that every store holds. ``min_depth`` is 0 unless given, so that any budget is
-            possible.
+            possible. With ``length_control="residual"`` an arm chooses by scores whose length effect, as the training
+            prompts show it, is taken out, and pairs that turn round are trained on the other way round; what is held
+            out stays as the data has it.
         baseline: The arm that the others are compared with; added if it is not among them.
         heldout: Share of the prompts that each seed holds out, or a data set of its own whose gradients are in the
             store.
@@ -315,8 +319,9 @@ def preview(
     else:
         other = _Data.of(read_configured(load_rows(heldout), reading), present, config, progress)
     needs_scores = [arm.name for arm in known if "scores" in STRATEGIES[arm.strategy].needs_of(arm.config)]
-    if needs_scores and np.isnan(data.candidates.score_gaps).any():
-        raise ValueError(f"The arm {needs_scores[0]!r} needs scores, and some pairs of the data have none.")
+    residual = [arm.name for arm in known if arm.config.length_control == "residual"]
+    if (needs_scores or residual) and np.isnan(data.candidates.score_gaps).any():
+        raise ValueError(f"The arm {[*needs_scores, *residual][0]!r} needs scores, and some pairs have none.")
 
     shape = (len(known) + 1, len(budgets), seeds)
     accuracy, controlled, depth = (np.full(shape, np.nan) for _ in range(3))
@@ -335,16 +340,14 @@ def preview(
         else:
             test, wanted = other, np.flatnonzero(other.usable)
         sizes[:, seed] = len(among), len(wanted)
-        choices = [*_choices(data, among, known, budgets, seed), (len(known), None, among)]
-        fitted = [
-            (
-                arm,
-                position,
-                _fit(data.features(chosen, normalize), regularization, minimize, data.weights(chosen)),
-                chosen,
-            )
-            for arm, position, chosen in choices
-        ]
+        without_length = data.without_length(train) if residual else None
+        fitted = []
+        for arm, position, chosen, view in [
+            *_choices(data, without_length, among, known, budgets, seed),
+            (len(known), None, among, data),
+        ]:
+            weights = _fit(view.features(chosen, normalize), regularization, minimize, view.weights(chosen))
+            fitted.append((arm, position, weights, chosen))
         margins = test.margins(np.stack([weights for _, _, weights, _ in fitted]), wanted)
         longer = test.longer[wanted]
         for (arm, position, _, chosen), row in zip(fitted, margins, strict=True):
@@ -390,19 +393,20 @@ class _Data:
 
     Attributes:
         candidates: Prompts, responses and pairs.
-        pairs: What the store holds of the pairs.
-        norms: (P,) float32, length of each pair's gradient.
+        config: What the loss, and so the gradients of pairs, depend on.
+        stores: Each store, and its row of each response; that of the preview by the name None, those of single arms by
+            their path.
+        pairs: What the stores hold of the pairs, likewise.
+        lengths: (P, 2) int64, tokens of the two responses.
         usable: (P,) bool, whether the gradient is, in every store.
-        others: What the stores of single arms hold of the pairs, by path.
-        longer: (P,) int64, 1 where the preferred response is longer than the other, −1 where it is shorter, else 0.
     """
 
     candidates: Candidates
-    pairs: MeasuredPairs
-    norms: npt.NDArray[np.float32]
+    config: SelectConfig
+    stores: dict[str | None, tuple[GradientStore, npt.NDArray[np.int64]]]
+    pairs: dict[str | None, MeasuredPairs]
+    lengths: npt.NDArray[np.int64]
     usable: npt.NDArray[np.bool_]
-    longer: npt.NDArray[np.int64]
-    others: dict[str, MeasuredPairs]
 
     @classmethod
     def of(
@@ -414,25 +418,39 @@ class _Data:
         others: Mapping[str, GradientStore] | None = None,
     ) -> _Data:
         """Reads pairs that every store holds: the one that is fitted, and those by which single arms choose."""
-        others = others or {}
-        for opened in others.values():
-            candidates, _ = in_store(candidates, opened, config)
-        candidates, stored = in_store(candidates, present, config)
-        rows = stored[candidates.pairs]
-        pairs = measured([present], [rows], config, weights=candidates.weights, progress=progress)
-        norms = pair_norms(pairs.gradients[0], config.threads)
-        usable = np.isfinite(norms) & (norms > 0)
-        lengths = present.records["length"][rows].astype(np.int64)
-        longer = np.sign(lengths[:, 0] - lengths[:, 1])
-        found = {}
-        for path, opened in others.items():
-            stored = opened.rows_of_responses(candidates.response_ids)[0]
-            found[path] = measured(
-                [opened], [stored[candidates.pairs]], config, weights=candidates.weights, progress=progress
+        opened: dict[str | None, GradientStore] = {None: present}
+        opened.update(others or {})
+        for store in opened.values():
+            candidates, _ = in_store(candidates, store, config)
+        stores = {name: (store, store.rows_of_responses(candidates.response_ids)[0]) for name, store in opened.items()}
+        rows = stores[None][1]
+        lengths = np.maximum(present.records["length"][rows].astype(np.int64)[candidates.pairs], 1)
+        data = cls(candidates, config, stores, {}, lengths, np.ones(len(candidates.pairs), dtype=bool))
+        return data._measured(candidates, progress)
+
+    def without_length(self, train: npt.NDArray[np.bool_]) -> _Data:
+        """The same pairs by scores whose length effect, as some prompts ((n,) bool) show it, is taken out."""
+        part, index, _ = self.candidates.keep_prompts(train)
+        slope = fit_length_effect(part, self.lengths[index], "tokens").slope
+        return self._measured(take_out_length(self.candidates, self.lengths, slope)[0])
+
+    def _measured(self, candidates: Candidates, progress: bool = False) -> _Data:
+        """With candidates that differ in scores, and in which response of a pair is preferred."""
+        pairs, usable = {}, np.ones(len(candidates.pairs), dtype=bool)
+        for name, (store, rows) in self.stores.items():
+            pairs[name] = measured(
+                [store], [rows[candidates.pairs]], self.config, weights=candidates.weights, progress=progress
             )
-            lengths_there = pair_norms(found[path].gradients[0], config.threads)
-            usable &= np.isfinite(lengths_there) & (lengths_there > 0)
-        return cls(candidates, pairs, norms, usable, longer, found)
+            norms = pair_norms(pairs[name].gradients[0], self.config.threads)
+            usable &= np.isfinite(norms) & (norms > 0)
+        lengths = turn(self.lengths, (candidates.pairs != self.candidates.pairs).any(axis=1))
+        return dataclasses.replace(self, candidates=candidates, pairs=pairs, lengths=lengths, usable=usable)
+
+    @property
+    def longer(self) -> npt.NDArray[np.int64]:
+        """(P,), 1 where the preferred response is longer than the other, −1 where it is shorter, else 0."""
+        signs: npt.NDArray[np.int64] = np.sign(self.lengths[:, 0] - self.lengths[:, 1])
+        return signs
 
     def weights(self, index: npt.NDArray[np.int64]) -> npt.NDArray[np.float64] | None:
         """What the loss of some pairs is multiplied with; None for 1."""
@@ -440,7 +458,7 @@ class _Data:
 
     def part(self, index: npt.NDArray[np.int64], store: str | None) -> MeasuredPairs:
         """What a store of ``others`` holds of some pairs, or, without a name, that of the preview."""
-        pairs = self.pairs if store is None else self.others[store]
+        pairs = self.pairs[store]
         assert pairs.logps is not None and pairs.differences is not None
         return MeasuredPairs(
             [_take(pairs.gradients[0], index)],
@@ -451,12 +469,13 @@ class _Data:
 
     def features(self, index: npt.NDArray[np.int64], normalize: bool) -> npt.NDArray[np.float32]:
         """What training on some pairs pulls towards, (n, d): −ẑ, or −z in units of the mean length of these pairs."""
-        scale = self.norms[index] if normalize else self.norms[index].mean()
-        return _features(_take(self.pairs.gradients[0], index), scale)
+        gradients = _take(self.pairs[None].gradients[0], index)
+        norms = pair_norms(gradients, self.config.threads)
+        return _features(gradients, norms if normalize else norms.mean())
 
     def margins(self, weights: npt.NDArray[np.float64], index: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         """⟨w, −z⟩ of some pairs for each of several weights (W, d): (W, n)."""
-        return _margins(weights, _take(self.pairs.gradients[0], index))
+        return _margins(weights, _take(self.pairs[None].gradients[0], index))
 
 
 def _take(gradients: PairGradients, index: npt.NDArray[np.int64]) -> PairGradients:
@@ -513,13 +532,22 @@ def linearised_correct(
 
 
 def _choices(
-    data: _Data, among: npt.NDArray[np.int64], arms: list[PreviewArm], budgets: list[int], seed: int
-) -> list[tuple[int, int, npt.NDArray[np.int64]]]:
-    """The pairs that each arm chooses at each budget: positions of arm and budget, and indices of pairs."""
+    data: _Data,
+    without_length: _Data | None,
+    among: npt.NDArray[np.int64],
+    arms: list[PreviewArm],
+    budgets: list[int],
+    seed: int,
+) -> list[tuple[int, int, npt.NDArray[np.int64], _Data]]:
+    """The pairs that each arm chooses at each budget: positions of arm and budget, indices of pairs, and whose."""
     shared: dict[str, tuple[npt.NDArray[np.int64], MeasuredPairs, PairClusters | None, PairGradients | None]] = {}
     found = []
     for position, arm in enumerate(arms):
         needs = STRATEGIES[arm.strategy].needs_of(arm.config)
+        view = data
+        if arm.config.length_control == "residual":
+            assert without_length is not None
+            view = without_length
         clustering = {
             "k": arm.config.n_clusters if "clusters" in needs else 1,
             "gradients": "gradients" in needs,
@@ -528,12 +556,13 @@ def _choices(
             "max_iter": arm.config.max_iter,
             "max_pairs": arm.config.max_pairs_per_prompt,
             "store": arm.store,
+            "without_length": view is not data,
         }
         # Arms that cluster alike share the clusters of the seed.
         key = json.dumps(clustering)
         if key not in shared:
-            index = _candidates_of(data, among, arm, seed)
-            part = data.part(index, arm.store)
+            index = _candidates_of(view, among, arm, seed)
+            part = view.part(index, arm.store)
             clusters = features = None
             if "clusters" in needs:
                 clusters, features = clustered(part, arm.config, seed=seed)
@@ -543,8 +572,8 @@ def _choices(
         index, part, clusters, features = shared[key]
         for at, budget in enumerate(budgets):
             candidacy = Candidacy(
-                prompt_of_pair=data.candidates.prompt_of_pair[index],
-                score_gaps=data.candidates.score_gaps[index],
+                prompt_of_pair=view.candidates.prompt_of_pair[index],
+                score_gaps=view.candidates.score_gaps[index],
                 eligible=np.ones(len(index), dtype=bool),
                 budget=min(budget, len(index)),
                 config=arm.config,
@@ -554,9 +583,23 @@ def _choices(
                 differences=part.differences,
                 margins=part.margins(arm.config),
             )
-            chosen = index[choose(arm.strategy, candidacy)[0]]
+            mask, usefulness = choose(arm.strategy, candidacy)
+            if arm.config.length_control == "balance":
+                differences = view.lengths[index, 0] - view.lengths[index, 1]
+                with warnings.catch_warnings():
+                    if seed > 0:
+                        warnings.simplefilter("ignore", UserWarning)  # that too few can be exchanged is said once
+                    mask = balance_lengths(
+                        mask,
+                        usefulness,
+                        candidacy.eligible,
+                        candidacy.prompt_of_pair,
+                        differences,
+                        max_depth=arm.config.max_depth,
+                    )
+            chosen = index[mask]
             if len(chosen) == budget:
-                found.append((position, at, chosen))
+                found.append((position, at, chosen, view))
             elif seed == 0:
                 warn(f"The arm {arm.name!r} chooses {len(chosen)} pairs of a budget of {budget} and is left out there.")
     return found
@@ -627,10 +670,6 @@ def _arms(arms: Sequence[str | Mapping[str, Any]], baseline: str, config: Select
         if name in found or name == ALL:
             raise ValueError(f"Two arms are called {name!r}.")
         select = {"min_depth": 0, **values.get("select", {})}
-        if select.get("length_control", config.length_control) is not None:
-            raise ValueError(
-                f"The arm {name!r}: a preview has no length_control; its length-controlled accuracy stands beside."
-            )
         SelectConfig.from_dict(select)
         store = values.get("store")
         found[name] = PreviewArm(

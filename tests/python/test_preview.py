@@ -39,39 +39,97 @@ def preview(store):
     return run
 
 
+def split(seed):
+    """Rows to train on, and held out."""
+    held = set(np.random.default_rng([seed, 1]).permutation(24)[:6].tolist())
+    return ([row for i, row in enumerate(ROWS) if (i in held) == side] for side in (False, True))
+
+
+class Regression:
+    """A logistic regression on the pairs of a selection, by scikit-learn."""
+
+    def __init__(self, store, train, test):
+        self.opened, self.train, self.test = bpo.GradientStore.open(store), train, test
+
+    def features(self, rows):
+        candidates = bpo.read_candidates(rows)
+        h = self.opened.sketches(self.opened.rows_of_responses(candidates.response_ids)[0])[candidates.pairs]
+        return h[:, 0] - h[:, 1]
+
+    def __call__(self, selection, normalize=True):
+        """Returns which held-out pairs are ranked rightly, and whether their preferred response is longer (1, −1)."""
+        candidates = bpo.read_candidates(self.train)
+        preferred = [candidates.responses[i] for i in candidates.pairs[:, 0]]
+        pairs, chosen = selection.dataset["bpo_pair"][:], selection.dataset["chosen"][:]
+        signs = [1 if preferred[pair] == text else -1 for pair, text in zip(pairs, chosen, strict=True)]
+        x = self.features(self.train)[pairs] * np.array(signs)[:, None]
+        norms = np.linalg.norm(x, axis=1)
+        x = x / (norms[:, None] if normalize else norms.mean())
+        model = LogisticRegression(C=2.0, fit_intercept=False, tol=1e-8, max_iter=1000)
+        model.fit(np.concatenate([x, -x]), np.repeat([1, 0], len(x)), sample_weight=np.full(2 * len(x), 0.5))
+        candidates = bpo.read_candidates(self.test)
+        lengths = self.opened.records["length"][self.opened.rows_of_responses(candidates.response_ids)[0]].astype(int)
+        return self.features(self.test) @ model.coef_[0] > 0, np.sign(np.diff(-lengths[candidates.pairs], axis=1)[:, 0])
+
+
 @pytest.mark.parametrize("normalize", [True, False])
 def test_accuracies_are_those_of_a_logistic_regression_on_what_select_chooses(preview, store, normalize):
     found = preview(normalize=normalize, regularization=0.5)
-    opened = bpo.GradientStore.open(store)
     for seed in range(3):
-        held = set(np.random.default_rng([seed, 1]).permutation(24)[:6].tolist())
-        train, test = ([row for i, row in enumerate(ROWS) if (i in held) == side] for side in (False, True))
-        candidates = bpo.read_candidates(test)
-
-        def features(rows):
-            candidates = bpo.read_candidates(rows)
-            h = opened.sketches(opened.rows_of_responses(candidates.response_ids)[0])[candidates.pairs]
-            return h[:, 0] - h[:, 1]
-
-        lengths = opened.records["length"][opened.rows_of_responses(candidates.response_ids)[0]].astype(int)
-        longer = np.sign(np.diff(-lengths[candidates.pairs], axis=1)[:, 0])
+        train, test = split(seed)
+        regression = Regression(store, train, test)
         for name, arm in (("bpo", "bpo"), ("margin", "margin"), ("random", "random"), ("farthest", "bpo")):
             config = {"min_depth": 0, **({"ranking": "farthest", "n_clusters": 3} if name == "farthest" else {})}
             for position, budget in enumerate(found.budgets):
                 selection = bpo.select(
                     None, train, budget=budget, strategy=arm, store=store, config=config, seed=seed, progress=False
                 )
-                x = features(train)[selection.dataset["bpo_pair"][:]]
-                norms = np.linalg.norm(x, axis=1)
-                x = x / (norms[:, None] if normalize else norms.mean())
-                model = LogisticRegression(C=2.0, fit_intercept=False, tol=1e-8, max_iter=1000)
-                model.fit(np.concatenate([x, -x]), np.repeat([1, 0], len(x)), sample_weight=np.full(2 * len(x), 0.5))
-                right = features(test) @ model.coef_[0] > 0
+                right, longer = regression(selection, normalize)
                 place = found.arms.index(name), position, seed
                 assert found.accuracy[place] == pytest.approx(right.mean(), abs=1.5 / len(right))
                 if (longer == 1).any() and (longer == -1).any():
                     both = [right[longer == side].mean() for side in (1, -1)]
                     assert found.length_controlled[place] == pytest.approx(np.mean(both), abs=0.1)
+
+
+def test_length_control_is_that_of_select(preview, store):
+    """Of scores that are mostly length, so that pairs turn round."""
+    rows = [
+        {**row, "scores": [len(text) / 10 + score for text, score in zip(row["responses"], row["scores"], strict=True)]}
+        for row in ROWS
+    ]
+    arms = [
+        {"name": f"{strategy} {control}", "strategy": strategy, "select": {"length_control": control}}
+        for strategy in ("bpo", "coreset")  # "margin" reads no store, and so counts characters
+        for control in ("residual", "balance")
+    ]
+    found = preview(dataset=rows, arms=arms, regularization=0.5)
+    turned = changed = 0
+    for seed in range(3):
+        train, test = ([rows[ROWS.index(row)] for row in part] for part in split(seed))
+        regression = Regression(store, train, test)
+        for arm in arms:
+            config = {"min_depth": 0, **arm["select"]}
+            for position, budget in enumerate(found.budgets):
+                selection, plain = (
+                    bpo.select(
+                        None,
+                        train,
+                        budget=budget,
+                        strategy=arm["strategy"],
+                        store=store,
+                        config={**config, "length_control": control},
+                        seed=seed,
+                        progress=False,
+                    )
+                    for control in (config["length_control"], None)
+                )
+                right, _ = regression(selection)
+                place = found.arms.index(arm["name"]), position, seed
+                assert found.accuracy[place] == pytest.approx(right.mean(), abs=1.5 / len(right))
+                turned += sum(len(places) for what, places in selection.noted.items() if "turned round" in what)
+                changed += set(selection.dataset["bpo_pair"]) != set(plain.dataset["bpo_pair"])
+    assert turned and changed >= 20
 
 
 def test_budgets_depths_and_the_arm_of_all(preview):
@@ -237,7 +295,6 @@ def test_the_command(store, embeddings, tmp_path, capsys):
     [
         ({"arms": ["best"]}, "The arm 'best' has strategy 'best'; it must be one of"),
         ({"arms": ["less"]}, "a preview has no target for strategy 'less'"),
-        ({"config": {"length_control": "balance"}}, "a preview has no length_control"),
         ({"arms": ["bpo", {"name": "bpo"}]}, "Two arms are called 'bpo'"),
         ({"arms": [{"strategy": "bpo"}]}, "An arm has a name and any of"),
         ({"arms": [{"name": "a", "strategy": "bpo", "breadth": 50}]}, "has breadth=50, and there are 18 prompts"),
