@@ -464,6 +464,14 @@ class SelectConfig:
         return values
 
 
+def count_of(value: int | float, total: int) -> int:
+    """Returns a whole number as it is, and a fraction (a float) of a total as a count of at least 1."""
+    if isinstance(value, int):
+        return value
+    # A product such as 0.29 * 100 must not lose one to rounding.
+    return max(1, int(value * total + 1e-9))
+
+
 def _usefulness(weights: Any) -> dict[str, float]:
     """Checks ``SelectConfig.usefulness``."""
     if not isinstance(weights, Mapping) or not weights:

@@ -9,32 +9,33 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
 
 from bpo.breadth import compress_breadth, near_duplicates
 from bpo.checkpoints import check_checkpoints, collect_checkpoints, collect_reference
 from bpo.clustering import check_memory
-from bpo.config import SelectConfig
-from bpo.data import Candidates, Skipped, Text, load_rows, read_configured, report_skipped, warn
+from bpo.config import SelectConfig, count_of
+from bpo.data import Candidates, Skipped, load_rows, read_configured, report_skipped, warn
 from bpo.embeddings import embed_prompts, embed_with_policy, given_embeddings
 from bpo.gradients import collect
-from bpo.length import balance_lengths, character_lengths, fit_length_effect, largest_gaps, take_out_length, turn
+from bpo.inputs import Inputs, check_scores, reading_settings
+from bpo.length import balance_lengths, fit_length_effect
 from bpo.models import load_policy, load_tokenizer, window
-from bpo.pairs import MeasuredPairs, clustered, in_store, influence, measured, prompts_agree
+from bpo.pairs import MeasuredPairs, clustered, influence, measured, prompts_agree
 from bpo.precondition import preconditioner_path
 from bpo.reference import Reference
 from bpo.selection import SELECTED, Selection
 from bpo.store import GradientStore, with_settings_of
 from bpo.strategies import STRATEGIES, Candidacy, choose
-from bpo.tokens import padding_id, tokenize_configured, tokenize_prompts
+from bpo.tables import pair_table, training_set
+from bpo.tokens import padding_id, tokenize_prompts
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Mapping
 
     import numpy.typing as npt
 
-    from bpo.clustering import PairClusters
+    from bpo.clustering import PairClusters, PairGradients
     from bpo.tokens import TokenizedResponses
 
 # A p-value above which gradients are said to have no direction in common.
@@ -246,83 +247,46 @@ def _select(
     reference: Reference | None = None,
 ) -> Selection:
     config = SelectConfig.of(config)
-    if strategy not in STRATEGIES:
-        raise ValueError(f"strategy must be one of {sorted(STRATEGIES)}, got {strategy!r}")
+    seed = _check_choice(strategy, target, config, seed)
     rule = STRATEGIES[strategy]
     needs = rule.needs_of(config)
-    if "target" in needs and target is None:
-        raise ValueError(f"strategy={strategy!r} needs a target: pairs that say where to go, as target=…")
-    if "differences" in needs and config.checkpoints is not None:
-        raise ValueError(f"strategy={strategy!r} needs the gradients of one model: leave out SelectConfig.checkpoints.")
-    if not isinstance(seed, (int, np.integer)) or isinstance(seed, bool) or not 0 <= seed < 2**63:
-        raise ValueError(f"seed must be a whole number from 0 to 2**63 - 1, got {seed!r}")
-    seed = int(seed)
     needs_gradients = "gradients" in needs
     embeds_with_policy = breadth is not None and config.embedder is None and config.prompt_embeddings is None
-    reselects = model is None and needs_gradients and store is not None and config.checkpoints is None
-    if model is None and ((needs_gradients and not reselects) or embeds_with_policy):
-        raise ValueError(
-            f"strategy={strategy!r} with breadth={breadth!r} needs a model; model is None."
-            + (" Name the store that holds the gradients, or a model." if needs_gradients and store is None else "")
-            + (" Name an embedder for the prompts, or give their embeddings or a model." if embeds_with_policy else "")
-        )
-    preconditioner = None
     present = None
-    if reselects:
-        assert store is not None
-        present = GradientStore.open(store)
-        config = with_settings_of(present, config)
+    if model is None:
+        if needs_gradients and store is not None and config.checkpoints is None:
+            present = GradientStore.open(store)
+            config = with_settings_of(present, config)
+        _check_without_model(strategy, breadth, store, needs_gradients and present is None, embeds_with_policy)
+    preconditioner = None
     if needs_gradients and config.checkpoints is not None:
         check_checkpoints(config, store)
     elif needs_gradients and present is None:
         preconditioner = preconditioner_path(model, config)
 
-    # What only gradients depend on need not be in the data otherwise.
-    reading = config
-    if not needs_gradients or present is not None:
-        named = config.token_weights if present is not None and isinstance(config.token_weights, str) else None
-        reading = dataclasses.replace(config, token_weights=named, ref_model=None)
-    if config.length_control == "residual":
-        reading = dataclasses.replace(reading, max_pairs_per_prompt=None)  # which gaps are largest is not known yet
+    # The data: candidate pairs, and where their tokens or gradients are.
+    reading = reading_settings(config, needs_gradients, present)
     candidates = read_configured(dataset, reading)
-    if "scores" in needs and np.isnan(candidates.score_gaps).any():
-        raise ValueError(
-            f"strategy={strategy!r} needs scores, but {int(np.isnan(candidates.score_gaps).sum())} of "
-            f"{len(candidates.pairs)} pairs have none. Give the columns score_chosen and score_rejected, or scored "
-            "responses."
-        )
-    if config.length_control == "residual" and np.isnan(candidates.score_gaps).any():
-        unscored = np.flatnonzero(np.isnan(candidates.score_gaps))
-        raise ValueError(
-            f"length_control='residual' needs scores, but {len(unscored)} of {len(candidates.pairs)} pairs have none, "
-            f"such as that of row {candidates.pair_rows[unscored[0]]}. Give score_chosen and score_rejected, or use "
-            "length_control='balance', which needs no scores."
-        )
-    tokenizer = tokenized = longest = lengths = stored = None
-    wanted = target_tokenized = target_stored = None
+    check_scores(candidates, strategy, needs, config)
+    wanted = None
     if target is not None and needs_gradients:
         target = load_rows(target)
         wanted = read_configured(target, reading)
-    if present is not None:
-        candidates, stored = in_store(candidates, present, config)
-        lengths = present.records["length"][stored].astype(np.int64)[candidates.pairs]
-    elif model is not None:
+    tokenizer = longest = None
+    if model is not None:
         tokenizer = load_tokenizer(model, processing_class, config)
         longest = window(model, config)
-        candidates, tokenized = tokenize_configured(candidates, tokenizer, longest, reading)
-        lengths = tokenized.response_lengths[tokenized.pairs]
+    find = functools.partial(Inputs.of, present=present, tokenizer=tokenizer, longest=longest, config=reading)
+    inputs, goal = find(candidates), None
     noted = Skipped()
-    pair_lengths = character_lengths(candidates) if lengths is None else np.maximum(lengths, 1)
-    effect = fit_length_effect(candidates, pair_lengths, "characters" if lengths is None else "tokens")
+    effect = fit_length_effect(inputs.candidates, inputs.pair_lengths, inputs.length_unit)
     if config.length_control == "residual":
-        candidates, tokenized, stored, pair_lengths = _without_length(
-            candidates, tokenized, stored, pair_lengths, effect.slope, config, noted
-        )
-        lengths = None if lengths is None else pair_lengths
-    if wanted is not None and present is not None:
-        wanted, target_stored = in_store(wanted, present, config)
-    elif wanted is not None:
-        wanted, target_tokenized = tokenize_configured(wanted, tokenizer, longest, reading)
+        inputs = inputs.without_length(effect.slope, config, noted)
+    if wanted is not None:
+        goal = find(wanted)
+    candidates = inputs.candidates
+
+    # Whether the budget can be met, as far as can be told before any work.
     if earlier is not None:
         kept_prompts = _kept_before(candidates, earlier)
         n_prompts = int(kept_prompts.sum())
@@ -336,13 +300,13 @@ def _select(
     most_pairs = np.sort(np.bincount(candidates.prompt_of_pair))[::-1][:n_prompts].sum()
     floor = config.min_depth * n_prompts if rule.keeps_every_prompt else 0
     _check_budget(budget, _count("budget", budget, int(most_pairs)), floor, strategy)
+
+    # Breadth: representative prompts.
     embeddings = None
     if breadth is not None and config.prompt_embeddings is not None:
         embeddings = given_embeddings(dataset, candidates, config.prompt_embeddings)
     # In a list, so that it can be let go where several checkpoints follow it.
     policies = [load_policy(model, config)] if (needs_gradients and present is None) or embeds_with_policy else []
-
-    # Breadth: representative prompts.
     if earlier is None and n_prompts < len(candidates.prompts):
         if embeddings is None:
             embeddings = _embed(candidates, config, policies, tokenizer, longest, progress)
@@ -355,56 +319,43 @@ def _select(
             progress=progress,
         ).kept
         noted.merge(_near_duplicates(candidates, embeddings, config, progress))
-    kept, pair_index, response_index = candidates.keep_prompts(kept_prompts)
-    n_pairs = _count("budget", budget, len(kept.pairs))
+    kept, pair_index = inputs.keep_pairs(kept_prompts[candidates.prompt_of_pair])
+    n_pairs = _count("budget", budget, len(pair_index))
     _check_budget(budget, n_pairs, floor, strategy)
-
-    if needs_gradients:
-        dim = config.sketch_dim * len(config.checkpoints or [None])
-        clustering = config if "clusters" in needs else dataclasses.replace(config, n_clusters=1)
-        check_memory(len(kept.responses), len(kept.pairs), dim, clustering)
 
     # Gradients: one sketch a response.
     pairs = target_pairs = None
-    if present is not None:
-        assert stored is not None
-        read = functools.partial(measured, [present], config=config, progress=progress)
-        pairs = read([stored[response_index][kept.pairs]], weights=kept.weights)
-        if wanted is not None and target_stored is not None:
-            target_pairs = read([target_stored[wanted.pairs]], weights=wanted.weights)
-    elif needs_gradients:
-        assert tokenizer is not None and tokenized is not None
-        parts = [(kept, tokenized.keep_pairs(pair_index, response_index))]
-        if wanted is not None and target_tokenized is not None:
-            parts.append((wanted, target_tokenized))
-        if earlier is not None and reference is None:
-            reference = _reference_of(earlier, parts[0][1], pair_index)
-        found = _measure(policies, parts, tokenizer, config, store, preconditioner, reference, progress)
+    if needs_gradients:
+        dim = config.sketch_dim * len(config.checkpoints or [None])
+        clustering = config if "clusters" in needs else dataclasses.replace(config, n_clusters=1)
+        check_memory(len(kept.candidates.responses), len(pair_index), dim, clustering)
+        if earlier is not None and reference is None and kept.tokenized is not None:
+            reference = _reference_of(earlier, kept.tokenized, pair_index)
+        parts = [kept] if goal is None else [kept, goal]
+        if present is not None:
+            found = [part.measured_in(present, config, progress) for part in parts]
+        else:
+            found = _measure(policies, parts, tokenizer, config, store, preconditioner, reference, progress)
         pairs, target_pairs = found[0], found[1] if len(found) > 1 else None
 
     # Clusters and scores of the pairs.
     clusters = features = None
-    eligible = np.ones(len(kept.pairs), dtype=bool)
+    eligible = np.ones(len(pair_index), dtype=bool)
     if pairs is not None:
         clusters, features = clustered(pairs, clustering, seed=seed, store=store, progress=progress)
         eligible = clusters.usable
-        _report_unusable(kept, clusters, config)
-        noted.merge(_outliers(kept, clusters))
-        agree = prompts_agree(features, eligible, kept.prompt_of_pair, seed)
-        if agree > _DISAGREEING:
-            noted.add(
-                f"selection by gradients that may be no better than a random one: those of different prompts have no "
-                f"direction in common (p = {agree:.2f})",
-                f"all {len(kept.prompts)} prompts",
-            )
-        if wanted is not None and target_pairs is not None:
-            influences = influence(features, eligible, target_pairs, _subtasks(target, wanted), config)
+        _report_unusable(kept.candidates, clusters, config)
+        noted.merge(_outliers(kept.candidates, clusters))
+        noted.merge(_disagreement(kept.candidates, features, eligible, seed))
+        if goal is not None and target_pairs is not None:
+            subtasks = _subtasks(target, goal.candidates)
+            influences = influence(features, eligible, target_pairs, subtasks, config)
             clusters = dataclasses.replace(clusters, alignment=influences)
 
     # Depth: which pairs of each prompt.
     candidacy = Candidacy(
-        prompt_of_pair=kept.prompt_of_pair,
-        score_gaps=kept.score_gaps,
+        prompt_of_pair=kept.candidates.prompt_of_pair,
+        score_gaps=kept.candidates.score_gaps,
         eligible=eligible,
         budget=min(n_pairs, int(eligible.sum())),
         config=config,
@@ -416,25 +367,24 @@ def _select(
     )
     chosen, usefulness = choose(strategy, candidacy)
     if config.length_control == "balance":
-        differences = pair_lengths[pair_index, 0] - pair_lengths[pair_index, 1]
+        differences = kept.pair_lengths[:, 0] - kept.pair_lengths[:, 1]
         chosen = balance_lengths(
-            chosen, usefulness, eligible, kept.prompt_of_pair, differences, max_depth=config.max_depth
+            chosen, usefulness, eligible, candidacy.prompt_of_pair, differences, max_depth=config.max_depth
         )
     if chosen.sum() < n_pairs:
         limits = [] if config.max_depth is None else [f"max_depth={config.max_depth}"]
         limits += [] if eligible.all() else [f"{int((~eligible).sum())} pairs without a usable gradient"]
         because = " and ".join(limits) or f"strategy={strategy!r}, which chooses no more"
         warn(f"{int(chosen.sum())} pairs are kept of the {n_pairs} asked for, because of {because}.")
+
+    # What becomes of each candidate.
     fate = np.full(len(candidates.pairs), "breadth", dtype=object)
     fate[pair_index] = np.where(eligible, np.where(chosen, SELECTED, "depth"), "unusable")
     if clusters is not None and "clusters" not in needs:
         clusters = dataclasses.replace(clusters, labels=np.full_like(clusters.labels, -1))
-    table = _pair_table(candidates, lengths, fate, pair_index, usefulness, clusters, pairs)
-    ratios = pair_lengths[:, 0] / pair_lengths[:, 1]
-    table = table.append_column("length_ratio", pa.array(ratios))
-    table = table.append_column("length_effect", pa.array(effect.slope * np.log(ratios), from_pandas=True))
+    table = pair_table(inputs, effect.slope, fate, pair_index, usefulness, clusters, pairs)
     return Selection(
-        dataset=_training_set(candidates, table, np.flatnonzero(fate == SELECTED), config),
+        dataset=training_set(candidates, table, np.flatnonzero(fate == SELECTED), config),
         pairs=table,
         depth=np.bincount(candidates.prompt_of_pair[fate == SELECTED], minlength=len(kept_prompts)).astype(np.int64),
         strategy=strategy,
@@ -444,6 +394,32 @@ def _select(
         skipped=candidates.skipped.places,
         noted=noted.places,
     )
+
+
+def _check_choice(strategy: str, target: Any, config: SelectConfig, seed: Any) -> int:
+    """Checks what is known of a strategy before any data; returns the seed as an int."""
+    if strategy not in STRATEGIES:
+        raise ValueError(f"strategy must be one of {sorted(STRATEGIES)}, got {strategy!r}")
+    needs = STRATEGIES[strategy].needs_of(config)
+    if "target" in needs and target is None:
+        raise ValueError(f"strategy={strategy!r} needs a target: pairs that say where to go, as target=…")
+    if "differences" in needs and config.checkpoints is not None:
+        raise ValueError(f"strategy={strategy!r} needs the gradients of one model: leave out SelectConfig.checkpoints.")
+    if not isinstance(seed, (int, np.integer)) or isinstance(seed, bool) or not 0 <= seed < 2**63:
+        raise ValueError(f"seed must be a whole number from 0 to 2**63 - 1, got {seed!r}")
+    return int(seed)
+
+
+def _check_without_model(
+    strategy: str, breadth: Any, store: Any, lacks_gradients: bool, embeds_with_policy: bool
+) -> None:
+    """Checks that nothing needs the model that was not given."""
+    if lacks_gradients or embeds_with_policy:
+        raise ValueError(
+            f"strategy={strategy!r} with breadth={breadth!r} needs a model; model is None."
+            + (" Name the store that holds the gradients, or a model." if lacks_gradients and store is None else "")
+            + (" Name an embedder for the prompts, or give their embeddings or a model." if embeds_with_policy else "")
+        )
 
 
 def _embed(
@@ -470,7 +446,7 @@ def _embed(
 
 def _measure(
     policies: list[Any],
-    parts: list[tuple[Candidates, TokenizedResponses]],
+    inputs: list[Inputs],
     tokenizer: Any,
     config: SelectConfig,
     store: str | os.PathLike[str] | None,
@@ -480,8 +456,12 @@ def _measure(
 ) -> list[MeasuredPairs]:
     """Takes the gradients of the candidates, and of the target where there is one, at the policy or at checkpoints."""
     # One store holds all parts, and is told apart from that of other data by all that may be in it.
-    known_ids = np.concatenate([of_part.known_ids for of_part, _ in parts])
-    parts = [(dataclasses.replace(of_part, known_ids=known_ids), sequences) for of_part, sequences in parts]
+    known_ids = np.concatenate([part.candidates.known_ids for part in inputs])
+    parts = [
+        (dataclasses.replace(part.candidates, known_ids=known_ids), part.tokenized)
+        for part in inputs
+        if part.tokenized is not None
+    ]
     shared: dict[str, Any] = {"config": config, "store": store, "progress": progress}
     known: list[Any] = [None] * len(parts)
     if config.checkpoints is None:
@@ -506,37 +486,6 @@ def _measure(
         )
         for of_part, ref_logps, (candidates, sequences) in zip(stores, known, parts, strict=True)
     ]
-
-
-def _without_length(
-    candidates: Candidates,
-    tokenized: TokenizedResponses | None,
-    stored: npt.NDArray[np.int64] | None,
-    lengths: npt.NDArray[np.int64],
-    slope: float,
-    config: SelectConfig,
-    noted: Skipped,
-) -> tuple[Candidates, TokenizedResponses | None, npt.NDArray[np.int64] | None, npt.NDArray[np.int64]]:
-    """Takes the length effect out of the scores of candidates, names the pairs that turn, and caps them by their gaps.
-
-    Tokens, rows of a store and lengths ((P, 2) int64) follow the pairs.
-    """
-    candidates, turned = take_out_length(candidates, lengths, slope)
-    for row in candidates.pair_rows[turned]:
-        noted.add("pair turned round, since it was length that made the other response preferred", f"row {row}")
-    within = np.ones(len(turned), dtype=bool)
-    if config.max_pairs_per_prompt is not None:
-        within = largest_gaps(candidates, config.max_pairs_per_prompt)
-    candidates, pair_index, response_index = candidates.keep_pairs(within)
-    if tokenized is not None:
-        tokenized = dataclasses.replace(tokenized, pairs=turn(tokenized.pairs, turned))
-        tokenized = tokenized.keep_pairs(pair_index, response_index)
-    return (
-        candidates,
-        tokenized,
-        None if stored is None else stored[response_index],
-        turn(lengths, turned)[pair_index],
-    )
 
 
 def _subtasks(target: Any, candidates: Candidates) -> npt.NDArray[np.int64]:
@@ -574,8 +523,7 @@ def _count(name: str, value: Any, total: int) -> int:
     if isinstance(value, (float, np.floating)):
         if not 0 < value <= 1:
             raise ValueError(f"{name}={value} is neither a whole number nor a fraction above 0 and at most 1.")
-        # A product such as 0.29 * 100 must not lose one to rounding.
-        return max(1, int(value * total + 1e-9))
+        return count_of(float(value), total)
     if not isinstance(value, (int, np.integer)) or isinstance(value, bool):
         raise ValueError(f"{name} must be a whole number or a fraction, got {value!r}")
     if value < 1:
@@ -625,6 +573,19 @@ def _near_duplicates(
     return noted
 
 
+def _disagreement(kept: Candidates, features: PairGradients, eligible: npt.NDArray[np.bool_], seed: int) -> Skipped:
+    """Says where the gradients of different prompts have no direction in common."""
+    noted = Skipped()
+    agree = prompts_agree(features, eligible, kept.prompt_of_pair, seed)
+    if agree > _DISAGREEING:
+        noted.add(
+            f"selection by gradients that may be no better than a random one: those of different prompts have no "
+            f"direction in common (p = {agree:.2f})",
+            f"all {len(kept.prompts)} prompts",
+        )
+    return noted
+
+
 def _outliers(kept: Candidates, clusters: PairClusters) -> Skipped:
     """Names the pairs whose gradient is far longer than those of the others; they are kept *(ours)*.
 
@@ -639,107 +600,3 @@ def _outliers(kept: Candidates, clusters: PairClusters) -> Skipped:
         if far > 6 * max(spread, 0.1):
             noted.add("pair whose gradient is far longer than the others", f"row {kept.pair_rows[pair]}")
     return noted
-
-
-def _pair_table(
-    candidates: Candidates,
-    lengths: npt.NDArray[np.int64] | None,
-    fate: npt.NDArray[np.object_],
-    pair_index: npt.NDArray[np.int64],
-    usefulness: npt.NDArray[np.float64],
-    clusters: PairClusters | None,
-    pairs: MeasuredPairs | None,
-) -> pa.Table:
-    """One row a candidate pair; what a strategy does not use is null."""
-    n = len(candidates.pairs)
-    chosen, rejected = candidates.pairs[:, 0], candidates.pairs[:, 1]
-    logps, ref_logps = (None, None) if pairs is None else (pairs.logps, pairs.ref_logps)
-    first_response = np.searchsorted(candidates.prompt_of_response, candidates.prompt_of_pair)
-
-    def scattered(values: npt.NDArray[Any] | None, kind: pa.DataType) -> pa.Array:
-        if values is None:
-            return pa.nulls(n, kind)
-        full = np.full(n, np.nan)
-        full[pair_index] = values
-        return pa.array(full, from_pandas=True).cast(kind)
-
-    def cluster_column(name: str) -> pa.Array:
-        return scattered(None if clusters is None else getattr(clusters, name), pa.float32())
-
-    labels = None if clusters is None else np.where(clusters.labels < 0, np.nan, clusters.labels)
-    columns = {
-        "pair": pa.array(np.arange(n)),
-        "prompt": pa.array(candidates.prompt_of_pair),
-        "row": pa.array(candidates.pair_rows),
-        "chosen": pa.array(chosen - first_response),
-        "rejected": pa.array(rejected - first_response),
-        "score_chosen": pa.array(candidates.pair_scores[:, 0], from_pandas=True),
-        "score_rejected": pa.array(candidates.pair_scores[:, 1], from_pandas=True),
-        "score_gap": pa.array(candidates.score_gaps, from_pandas=True),
-        "length_chosen": pa.nulls(n, pa.int64()) if lengths is None else pa.array(lengths[:, 0]),
-        "length_rejected": pa.nulls(n, pa.int64()) if lengths is None else pa.array(lengths[:, 1]),
-        "logp_chosen": scattered(None if logps is None else logps[:, 0], pa.float32()),
-        "logp_rejected": scattered(None if logps is None else logps[:, 1], pa.float32()),
-        "ref_logp_chosen": scattered(None if ref_logps is None else ref_logps[:, 0], pa.float32()),
-        "ref_logp_rejected": scattered(None if ref_logps is None else ref_logps[:, 1], pa.float32()),
-        "informativeness": cluster_column("informativeness"),
-        "cluster": scattered(labels, pa.int32()),
-        "centrality": cluster_column("centrality"),
-        "distance": cluster_column("distance"),
-        "alignment": cluster_column("alignment"),
-        "usefulness": scattered(usefulness, pa.float64()),
-        "fate": pa.array(fate.tolist(), pa.string()),
-    }
-    return pa.table(columns)
-
-
-def _training_set(candidates: Candidates, table: pa.Table, index: npt.NDArray[np.int64], config: SelectConfig) -> Any:
-    """The selected pairs in TRL's format, with the provenance of each in ``bpo_*`` columns."""
-    import datasets
-
-    def texts(rows: npt.NDArray[np.int64]) -> list[Any]:
-        return [candidates.responses[row] for row in rows]
-
-    prompts = candidates.prompt_of_pair[index]
-    texts_of = {
-        "prompt": [candidates.prompts[prompt] for prompt in prompts],
-        "chosen": texts(candidates.pairs[index, 0]),
-        "rejected": texts(candidates.pairs[index, 1]),
-    }
-    columns: dict[str, list[Any]] = {}
-    settings = [dict(candidates.template_kwargs[prompt]) for prompt in prompts]
-    tools = [kwargs.pop("tools", None) for kwargs in settings]
-    if any(tool is not None for tool in tools):
-        # As JSON, which TRL takes: Arrow would fill every tool with the keys of all the others.
-        columns["tools"] = [None if tool is None else json.dumps(tool) for tool in tools]
-    if any(settings):
-        columns["chat_template_kwargs"] = settings
-    if candidates.token_weights:
-        for side, name in enumerate(("chosen", "rejected")):
-            weights = candidates.pair_weights[index, side]
-            columns[f"{config.token_weights}_{name}"] = [candidates.token_weights[i].tolist() for i in weights]
-    if candidates.weights is not None and config.weight_column is not None:
-        columns[config.weight_column] = candidates.weights[index].tolist()
-    selected = table.take(pa.array(index)).drop_columns(["chosen", "rejected", "fate"])
-    for name in selected.column_names:
-        # A column that the strategy does not use would be all null, which Parquet readers cannot give a type.
-        if selected[name].null_count < selected.num_rows:
-            columns[f"bpo_{name}"] = selected[name].to_pylist()
-    features = None
-    if _has_structured_messages(texts_of.values()):
-        # Arrow would fill the arguments of every tool call with those of all the others.
-        text_features = dict.fromkeys(texts_of, datasets.List(datasets.Json()))
-        features = datasets.Features({**text_features, **datasets.Dataset.from_dict(columns).features})
-    return datasets.Dataset.from_dict({**texts_of, **columns}, features=features)
-
-
-def _has_structured_messages(columns: Iterable[list[Text]]) -> bool:
-    """Whether a message holds more than text, such as tool calls."""
-    return any(
-        not isinstance(value, (str, type(None)))
-        for texts in columns
-        for text in texts
-        if isinstance(text, list)
-        for message in text
-        for value in message.values()
-    )
