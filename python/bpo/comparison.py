@@ -27,10 +27,10 @@ import bpo
 from bpo.clustering import PairGradients
 from bpo.comparison_config import UNTRAINED, Arm, CompareConfig
 from bpo.comparison_data import ComparedPairs
-from bpo.config import SelectConfig
+from bpo.config import SelectConfig, count_of
 from bpo.evaluate import PreferenceEvaluation
 from bpo.figures import import_matplotlib, write_report
-from bpo.files import write_whole
+from bpo.files import flattened, write_whole
 from bpo.gradients import collect_gradients
 from bpo.length import turn
 from bpo.linearised import linearised_correct
@@ -46,7 +46,7 @@ from bpo.models import (
 from bpo.pairs import measured
 from bpo.pipeline import select
 from bpo.results import summarize, table
-from bpo.statistics import import_scipy_stats
+from bpo.statistics import import_scipy
 from bpo.store import GradientStore, StoreMismatchError, with_settings_of
 from bpo.strategies import STRATEGIES, Strategy, registered
 from bpo.tokens import padding_id
@@ -146,7 +146,7 @@ def compare(config: Any, output: str | os.PathLike[str], *, jobs: int = 1, progr
     if isinstance(jobs, bool) or not isinstance(jobs, int) or jobs < 1:
         raise ValueError(f"jobs must be a whole number of at least 1, got {jobs!r}")
     # Before hours of work whose results could not be told.
-    import_scipy_stats()
+    import_scipy("stats")
     import_matplotlib()
     output = Path(output)
     _check_directory(output)
@@ -295,9 +295,11 @@ class _Plan:
         if not self.path(task).is_file():
             return
         # A setting that there was none of when the run was made is as if at its default.
-        defaults = _flat({"select": SelectConfig().to_dict()})
-        there = {**defaults, **_flat(_read_run(self.path(task))["arm_settings"])}
-        here = {**defaults, **_flat(task.arm.settings())}
+        defaults = SelectConfig().to_dict()
+        there, here = (
+            flattened({**settings, "select": {**defaults, **settings["select"]}})
+            for settings in (_read_run(self.path(task))["arm_settings"], task.arm.settings())
+        )
         changed = [name for name in {**there, **here} if there.get(name) != here.get(name)]
         if changed:
             raise ValueError(
@@ -518,7 +520,7 @@ def _run(plan: _Plan, task: _Task) -> dict[str, Any]:
     config, arm = plan.config, task.arm
     split = plan.split(task.seed)
     train, held = split.train, split.heldout
-    budget = task.budget if isinstance(task.budget, int) else max(1, int(task.budget * len(train) + 1e-9))
+    budget = count_of(task.budget, len(train))
     settings = arm.select if arm.select.threads else dataclasses.replace(arm.select, threads=plan.threads)
     seconds = {}
     start = time.perf_counter()
@@ -747,24 +749,13 @@ def _check_manifest(output: Path, settings: Mapping[str, Any]) -> None:
         _write(path, json.dumps(manifest, indent=1) + "\n")
         return
     saved = _read_json(path)
-    there, here = _flat(saved["settings"]), _flat(manifest["settings"])
+    there, here = flattened(saved["settings"]), flattened(manifest["settings"])
     changed = [name for name in {**there, **here} if there.get(name) != here.get(name)]
     if changed:
         raise ValueError(
             f"{output} holds a comparison with another {', '.join(changed)}: {changed[0]} is "
             f"{there.get(changed[0])!r} there and {here.get(changed[0])!r} here. Name another output."
         )
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Settings within settings by dotted names."""
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        if isinstance(value, dict):
-            flat.update(_flat(value, f"{prefix}{name}."))
-        else:
-            flat[f"{prefix}{name}"] = list(value) if isinstance(value, tuple) else value
-    return flat
 
 
 def _read_run(path: Path) -> dict[str, Any]:

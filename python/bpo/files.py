@@ -1,4 +1,4 @@
-"""Text files that are there whole or not at all."""
+"""Text files that are there whole or not at all, and the settings in them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
+    from typing import Any
 
 
 def write_whole(path: Path, text: str) -> Path:
@@ -18,3 +20,14 @@ def write_whole(path: Path, text: str) -> Path:
     finally:
         scratch.unlink(missing_ok=True)
     return path
+
+
+def flattened(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns settings within settings under dotted names such as ``scorer.mode``, tuples as the lists of JSON."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, dict) and value:
+            flat.update({f"{name}.{inner}": item for inner, item in flattened(value).items()})
+        else:
+            flat[name] = list(value) if isinstance(value, tuple) else value
+    return flat

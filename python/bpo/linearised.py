@@ -16,13 +16,13 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from bpo.clustering import PairClusters, PairGradients, pair_norms
-from bpo.config import SelectConfig
+from bpo.config import SelectConfig, count_of
 from bpo.data import load_rows, read_configured, warn
 from bpo.files import write_whole
 from bpo.length import balance_lengths, fit_length_effect, take_out_length, turn
 from bpo.pairs import MeasuredPairs, clustered, in_store, measured
 from bpo.ranks import ranks_in_prompts
-from bpo.statistics import Estimate, holm, paired
+from bpo.statistics import Estimate, holm, import_scipy, paired
 from bpo.store import GradientStore, widened, with_settings_of
 from bpo.strategies import STRATEGIES, Candidacy, choose
 
@@ -292,7 +292,7 @@ def preview(
             print(bpo.preview("gradients", "responses.jsonl", budget=[60, 150]).summary())
     """
     start = time.perf_counter()
-    minimize = _import_minimize()
+    minimize = import_scipy("optimize").minimize
     present = GradientStore.open(store)
     given = dict(config) if isinstance(config, Mapping) else config
     config = with_settings_of(present, SelectConfig.of(given))
@@ -525,7 +525,7 @@ def linearised_correct(
     """
     norms = pair_norms(training, None)
     usable = np.flatnonzero(np.isfinite(norms) & (norms > 0))
-    weights = _fit(_features(_take(training, usable), norms[usable]), regularization, _import_minimize())
+    weights = _fit(_features(_take(training, usable), norms[usable]), regularization, import_scipy("optimize").minimize)
     margins = np.nan_to_num(_margins(weights[None], heldout)[0])
     correct: npt.NDArray[np.float64] = (np.sign(margins).astype(np.float64) + 1) / 2
     return correct
@@ -610,7 +610,7 @@ def _candidates_of(data: _Data, among: npt.NDArray[np.int64], arm: PreviewArm, s
     prompts = data.candidates.prompt_of_pair[among]
     if arm.breadth is not None:
         there = np.unique(prompts)
-        count = arm.breadth if isinstance(arm.breadth, int) else max(1, int(arm.breadth * len(there) + 1e-9))
+        count = count_of(arm.breadth, len(there))
         if count > len(there):
             raise ValueError(f"The arm {arm.name!r} has breadth={arm.breadth}, and there are {len(there)} prompts.")
         kept = np.random.default_rng([seed, 2]).permutation(there)[:count]
@@ -707,11 +707,3 @@ def _changed(config: SelectConfig) -> dict[str, Any]:
     """The settings of an arm that are not the defaults."""
     defaults = SelectConfig().to_dict()
     return {name: value for name, value in config.to_dict().items() if value != defaults[name]}
-
-
-def _import_minimize() -> Any:
-    try:
-        from scipy.optimize import minimize
-    except ImportError:
-        raise ImportError("bpo.preview needs SciPy: pip install 'bpo[compare]'") from None
-    return minimize

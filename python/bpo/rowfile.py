@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bpo.files import write_whole
+from bpo.files import flattened, write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -72,7 +72,7 @@ class RowFile:
                 raise ValueError(
                     f"{path}: {name} is {earlier.get(name)!r}, not {manifest[name]!r}; choose another output."
                 )
-        there, now = _flat(settings), _flat(manifest["settings"])
+        there, now = flattened(settings), flattened(manifest["settings"])
         differing = [
             f"{name} ({_short(there.get(name))} there, {_short(now.get(name))} now)"
             for name in dict.fromkeys((*there, *now))
@@ -122,17 +122,6 @@ def check_output(path: Any) -> None:
     """
     if path is not None and Path(path).suffix != ".jsonl":
         raise ValueError(f"{path}: output must be a file that ends in .jsonl.")
-
-
-def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns nested settings under names such as ``scorer.mode``."""
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        if isinstance(value, dict) and value:
-            flat.update({f"{name}.{inner}": item for inner, item in _flat(value).items()})
-        else:
-            flat[name] = value
-    return flat
 
 
 def _short(value: Any) -> str:

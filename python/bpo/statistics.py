@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -82,7 +83,7 @@ def paired(differences: npt.ArrayLike, heldout_share: float | None = None, confi
         raise ValueError(f"heldout_share must be above 0 and below 1, got {heldout_share!r}")
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must be above 0 and below 1, got {confidence!r}")
-    scipy_stats = import_scipy_stats()
+    scipy_stats = import_scipy("stats")
     n, mean = len(values), float(values.mean())
     if n == 1:
         nan = math.nan
@@ -112,7 +113,7 @@ def paired(differences: npt.ArrayLike, heldout_share: float | None = None, confi
 
 def _power(noncentrality: float, degrees: int, confidence: float) -> float:
     """Probability that the two-sided t-test rejects."""
-    scipy_stats = import_scipy_stats()
+    scipy_stats = import_scipy("stats")
     critical = scipy_stats.t.ppf((1 + confidence) / 2, degrees)
     # The other tail adds nothing that matters once the power is near 80 %.
     return float(scipy_stats.nct.sf(critical, degrees, noncentrality))
@@ -121,7 +122,7 @@ def _power(noncentrality: float, degrees: int, confidence: float) -> float:
 def _detectable(error: Callable[[int], float], n: int, confidence: float) -> float:
     from scipy.optimize import brentq
 
-    critical = float(import_scipy_stats().t.ppf((1 + confidence) / 2, n - 1))
+    critical = float(import_scipy("stats").t.ppf((1 + confidence) / 2, n - 1))
     root = brentq(lambda effect: _power(effect, n - 1, confidence) - POWER, 0.0, 3 * critical + 3)
     return float(root) * error(n)
 
@@ -215,17 +216,16 @@ def rank_correlation(first: npt.ArrayLike, second: npt.ArrayLike) -> float:
     left, right = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
     if len(left) < 2 or np.ptp(left) == 0 or np.ptp(right) == 0:
         return math.nan
-    return float(import_scipy_stats().spearmanr(left, right).statistic)
+    return float(import_scipy("stats").spearmanr(left, right).statistic)
 
 
-def import_scipy_stats() -> Any:
-    """Imports ``scipy.stats``.
+def import_scipy(module: str) -> Any:
+    """Imports a module of SciPy, such as ``"stats"``.
 
     Raises:
         ImportError: It is missing; the message says how to install it.
     """
     try:
-        import scipy.stats
+        return importlib.import_module(f"scipy.{module}")
     except ImportError as error:
-        raise ImportError("Statistics need SciPy, which is not installed: pip install 'bpo[compare]'") from error
-    return scipy.stats
+        raise ImportError("This needs SciPy, which is not installed: pip install 'bpo[compare]'") from error

@@ -470,6 +470,10 @@ def test_trained_policy_is_free_of_its_trainer(settings, tokenizer, tmp_path):
             {"arms": [{"name": "bpo", "select": {"n_clusters": 3}}, "random"]},
             r"arm 'bpo' with another select\.n_clusters",
         ),
+        (
+            {"arms": [{"name": "bpo", "select": {"usefulness": {"centrality": 1.0}}}, "random"]},
+            r"arm 'bpo' with another select\.usefulness\.alignment: .* 1\.0 there and None here",
+        ),
         ({"dataset": scored_rows(11, 4)}, "another dataset"),
     ],
 )
