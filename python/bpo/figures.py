@@ -6,11 +6,9 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jinja2
 import markupsafe
 
-import bpo
-from bpo.files import write_whole
+from bpo.pages import write_page
 from bpo.results import MEASURES, STAGES, agreement, interval, p_value, power
 
 if TYPE_CHECKING:
@@ -49,15 +47,10 @@ def write_report(results: Mapping[str, Any], failures: Mapping[str, str], output
         Path of the page.
     """
     figures = draw_figures(results, output / "figures")
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("bpo", "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-    )
     differences = [entry for entry in results["differences"] if entry["measure"] == "accuracy"]
-    page = environment.get_template("comparison.html").render(
-        version=bpo.__version__,
+    return write_page(
+        "comparison.html",
+        output / "report.html",
         about=results["description"],
         arms=results["arms"],
         families=[
@@ -79,7 +72,6 @@ def write_report(results: Mapping[str, Any], failures: Mapping[str, str], output
         power=power,
         agreement=[agreement(entry) for entry in results["agreement"]],
     )
-    return write_whole(output / "report.html", page)
 
 
 def draw_figures(results: Mapping[str, Any], directory: Path) -> list[Path]:

@@ -7,12 +7,10 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jinja2
 import numpy as np
 
-import bpo
 from bpo.embeddings import prompt_text
-from bpo.files import write_whole
+from bpo.pages import write_page
 from bpo.selection import SELECTED
 
 if TYPE_CHECKING:
@@ -35,12 +33,10 @@ def write_report(selection: Selection, path: str | os.PathLike[str]) -> Path:
     Returns:
         The path.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("bpo", "templates"), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    page = environment.get_template("report.html").render(
+    return write_page(
+        "report.html",
+        Path(path),
         selection=selection,
-        version=bpo.__version__,
         fates=selection.fates(),
         kept_prompts=int((selection.depth > 0).sum()),
         depths=_depths(selection),
@@ -52,9 +48,6 @@ def write_report(selection: Selection, path: str | os.PathLike[str]) -> Path:
         skipped=_places(selection.skipped),
         noted=_places(selection.noted),
     )
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return write_whole(path, page)
 
 
 def _places(reasons: dict[str, list[str]]) -> dict[str, tuple[int, list[str]]]:
