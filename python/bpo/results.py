@@ -270,7 +270,7 @@ def agreement(entry: Mapping[str, Any]) -> str:
         )
     ]
     return (
-        f"{entry['budget']!s:>6} pairs  rank correlation of the accuracy after training with the linearised one: "
+        f"{entry['budget']!s:>6} pairs: rank correlation of the accuracy after training with the linearised one: "
         f"{'; '.join(found)}"
     )
 
