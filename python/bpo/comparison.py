@@ -590,24 +590,30 @@ def _run(plan: _Plan, task: _Task) -> dict[str, Any]:
 
 def _foretell(plan: _Plan, runs: list[dict[str, Any]]) -> None:
     """Adds to each run what the linearised regime makes of its pairs, where the store holds what that takes."""
-    if plan.store is None or plan.heldout is not None or not runs:
+    if plan.store is None or not runs:
         return
     store = GradientStore.open(plan.store)
-    rows = store.rows_of(plan.pool.tokenized.sequence_ids)[plan.pool.tokenized.pairs]
     try:
         config = with_settings_of(store, plan.config.shared)
     except StoreMismatchError:  # a store that no arm read
         return
-    gradients = measured([store], [rows], config).gradients[0]
 
-    def part(pairs: list[int], turned: list[int]) -> PairGradients:
-        # With the policy as its own reference, a pair that is turned round has the opposite gradient.
-        signs = np.where(np.isin(pairs, turned), np.float32(-1), np.float32(1))[:, None]
-        return PairGradients(gradients.rows, gradients.pairs[pairs], gradients.coefficients[pairs] * signs)
+    def gradients_of(data: ComparedPairs) -> PairGradients | None:
+        rows = store.rows_of(data.tokenized.sequence_ids)[data.tokenized.pairs]
+        return None if (rows < 0).any() else measured([store], [rows], config).gradients[0]
 
+    pool = gradients_of(plan.pool)
+    evaluated = pool if plan.heldout is None else gradients_of(plan.heldout)
+    if pool is None or evaluated is None:
+        return
     for run in runs:
-        training = part(run["pairs"], run.get("turned", []))
-        correct = linearised_correct(training, part(run["heldout_pairs"], []))
+        pairs, held = run["pairs"], run["heldout_pairs"]
+        # With the policy as its own reference, a pair that is turned round has the opposite gradient.
+        signs = np.where(np.isin(pairs, run.get("turned", [])), np.float32(-1), np.float32(1))[:, None]
+        correct = linearised_correct(
+            PairGradients(pool.rows, pool.pairs[pairs], pool.coefficients[pairs] * signs),
+            PairGradients(evaluated.rows, evaluated.pairs[held], evaluated.coefficients[held]),
+        )
         run["measures"] = {**run["measures"], "linearised_accuracy": float(correct.mean())}
 
 

@@ -15,6 +15,8 @@ import pytest
 import yaml
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
+from scipy.stats import spearmanr
+from sklearn.linear_model import LogisticRegression
 from transformers import AutoModelForCausalLM
 from trl import DPOTrainer
 
@@ -125,31 +127,56 @@ def test_report_has_its_figures(finished, capsys):
     assert "80 % power" in text
 
 
-def test_the_linear_regime_foretells_a_run_from_the_store(finished, settings):
-    from scipy.stats import spearmanr
-    from sklearn.linear_model import LogisticRegression
+def pair_features(store, rows):
+    candidates = bpo.read_candidates(rows)
+    h = store.sketches(store.rows_of_responses(candidates.response_ids)[0])[candidates.pairs].astype(np.float64)
+    return h[:, 0] - h[:, 1]
 
+
+def ranked_rightly(x, heldout):
+    """Share of held-out pairs that a logistic regression on unit features ranks rightly, by scikit-learn."""
+    x = x / np.linalg.norm(x, axis=1, keepdims=True)
+    model = LogisticRegression(fit_intercept=False, tol=1e-8)
+    model.fit(np.concatenate([x, -x]), np.repeat([1, 0], len(x)), sample_weight=np.full(2 * len(x), 0.5))
+    return np.mean(heldout @ model.coef_[0] > 0)
+
+
+def test_the_linear_regime_foretells_a_run_from_the_store(finished, settings):
     runs = runs_of(finished.output)
     (entry,) = finished.results["agreement"]
-    store = bpo.GradientStore.open(finished.output / "store")
-    candidates = bpo.read_candidates(settings["dataset"])
-    h = store.sketches(store.rows_of_responses(candidates.response_ids)[0])[candidates.pairs].astype(np.float64)
-    features = h[:, 0] - h[:, 1]
+    features = pair_features(bpo.GradientStore.open(finished.output / "store"), settings["dataset"])
     assert [(run["seed"], run["arm"]) for run in entry["runs"]] == [(s, a) for s in (0, 1) for a in ("bpo", "random")]
     for told in entry["runs"]:
         run = runs[f"seed{told['seed']}-{told['arm']}-10.json"]
-        x = features[run["pairs"]]
-        x = x / np.linalg.norm(x, axis=1, keepdims=True)
-        model = LogisticRegression(fit_intercept=False, tol=1e-8)
-        model.fit(np.concatenate([x, -x]), np.repeat([1, 0], len(x)), sample_weight=np.full(2 * len(x), 0.5))
-        right = features[run["heldout_pairs"]] @ model.coef_[0] > 0
-        assert told["linearised_accuracy"] == pytest.approx(right.mean(), abs=1.5 / len(right))
+        right = ranked_rightly(features[run["pairs"]], features[run["heldout_pairs"]])
+        assert told["linearised_accuracy"] == pytest.approx(right, abs=1.5 / len(run["heldout_pairs"]))
         assert told["accuracy"] == pytest.approx(np.mean(run["correct"]))
     each = np.array([[run["linearised_accuracy"], run["accuracy"]] for run in entry["runs"]]).reshape(2, 2, 2)
     within = (each - each.mean(axis=1, keepdims=True)).reshape(-1, 2)
     expected = spearmanr(*within.T).statistic if np.ptp(within, axis=0).all() else None
     assert entry["correlation_of_runs"] == (None if expected is None else pytest.approx(expected))
     assert "with the linearised one" in finished.summary()
+
+
+def test_it_foretells_held_out_data_of_its_own_that_the_store_holds(finished, settings, tmp_path):
+    rows = scored_rows(12, 4)
+    store = finished.output / "store"
+    config = {
+        **settings,
+        "dataset": rows[:9],
+        "heldout": rows[9:],
+        "seeds": [3],
+        "arms": ["random"],
+        "store": str(store),
+    }
+    comparison = bpo.compare(config, tmp_path / "out", progress=False)
+    ((told,),) = (entry["runs"] for entry in comparison.results["agreement"])
+    pairs = runs_of(comparison.output)["seed3-random-10.json"]["pairs"]
+    opened = bpo.GradientStore.open(store)
+    right = ranked_rightly(pair_features(opened, rows[:9])[pairs], pair_features(opened, rows[9:]))
+    assert told["linearised_accuracy"] == pytest.approx(right, abs=1.5 / 18)
+    config["heldout"] = rows[9:] + scored_rows(2, 4, seed=9)
+    assert not bpo.compare(config, tmp_path / "other", progress=False).results["agreement"]
 
 
 def test_a_run_is_what_its_parts_give(finished, settings, tokenizer, tmp_path):
