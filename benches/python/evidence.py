@@ -1,11 +1,12 @@
 """The tables and figures of docs/results.md that need no training: previews of every arm and ablation.
 
     python benches/python/evidence.py STORE DATA [--seeds 100] [--only main clusters ...] [--figure FILE.svg]
-        [--stores embeddings=STORE warmed=STORE ...]
+        [--stores embeddings=STORE warmed=STORE ...] [--noisy-data DIRECTORY]
 
 STORE holds the gradients of DATA (`bpo.collect_gradients`); the other stores are what arms of these names choose by.
 Prints Markdown: points of accuracy above random, ± the standard error over splits of this data, with the
-length-controlled difference in brackets.
+length-controlled difference in brackets. `--noisy-data` only writes splits for `bpo compare`, with a fifth of the
+training pairs turned round: 0-train.jsonl, 0-heldout.jsonl and so on.
 """
 
 import argparse
@@ -150,17 +151,30 @@ def main():
     parser.add_argument("store", type=Path)
     parser.add_argument("data", type=Path)
     parser.add_argument("--seeds", type=int, default=100)
+    parser.add_argument("--dim", type=int, help="length to which the sketches are shortened first")
     parser.add_argument("--only", nargs="+", default=[*GROUPS, "sketch", "responses", "noise", "stores"])
     parser.add_argument("--stores", nargs="+", default=[], metavar="NAME=STORE")
+    parser.add_argument("--noisy-data", type=Path, metavar="DIRECTORY")
     parser.add_argument("--figure", type=Path, help="of the main comparison")
     options = parser.parse_args()
     rows = [
         {name: row[name] for name in ("prompt", "responses", "scores")}
         for row in map(json.loads, options.data.read_text(encoding="utf-8").splitlines())
     ]
+    if options.noisy_data:
+        options.noisy_data.mkdir(parents=True, exist_ok=True)
+        for seed in range(4):
+            for name, part in zip(("train", "heldout"), flipped(rows, 0.2, seed, 0.25), strict=True):
+                text = "".join(json.dumps(row) + "\n" for row in part)
+                (options.noisy_data / f"{seed}-{name}.jsonl").write_text(text, encoding="utf-8")
+        return
     scratch = Path(tempfile.mkdtemp())
+    short = options.store
+    if options.dim is not None:
+        (scratch / "short").mkdir()
+        short = resketched(options.store, options.dim, scratch / "short")
 
-    def preview(store=options.store, data=rows, arms=FEW, budget=BUDGETS, seeds=options.seeds, **more):
+    def preview(store=short, data=rows, arms=FEW, budget=BUDGETS, seeds=options.seeds, **more):
         return bpo.preview(store, data, budget=budget, arms=["random", *arms], seeds=seeds, progress=False, **more)
 
     for name in options.only:
