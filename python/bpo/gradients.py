@@ -17,6 +17,7 @@ from bpo.capture import Plan
 from bpo.config import SelectConfig
 from bpo.data import Candidates, read_configured, warn
 from bpo.features import Features, choose_features
+from bpo.heap import HeapTrimmer
 from bpo.logprobs import Forward, check_vocabulary
 from bpo.models import (
     inference_state,
@@ -126,6 +127,7 @@ def collect(
             features.warn_of_gaps(model)
             sketching = stack.enter_context(Sketching.of(config))
             extraction = _Extraction(forward, reference, features, plan, candidates, sketching, precondition)
+            trim = HeapTrimmer()
             for done in extraction.run(missing, config.tokens_per_batch):
                 rows, sketch = done.rows, done.sketches.rows()
                 responses = tokenized.response_of[rows]
@@ -148,6 +150,7 @@ def collect(
                     log_weights=done.log_weights,
                 )
                 show(committed)
+                trim()
             show(writer.commit())
     return writer.reopen()
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from bpo.heap import HeapTrimmer
 from bpo.models import base_of
 from bpo.tokens import TokenizedResponses, batches_by_tokens, padding_id
 
@@ -263,9 +264,11 @@ def response_logps(
     check_vocabulary(model, tokenized)
     forward = Forward(model, tokenized, pad_id, autocast)
     logps = np.zeros(len(tokenized.ids), dtype=np.float32)
+    trim = HeapTrimmer()
     with torch.inference_mode():
         for rows in batches_by_tokens(tokenized.lengths, tokens_per_batch):
             logps[rows] = forward.logps(rows).logps.cpu().numpy()
             if on_batch is not None:
                 on_batch(int(tokenized.lengths[rows].sum()))
+            trim()
     return logps
