@@ -623,5 +623,5 @@ def test_the_documented_example_is_valid(tmp_path):
     file.write_text(page.split("```yaml\n")[1].split("```")[0])
     config = CompareConfig.of(file)
     assert [arm.name for arm in config.arms] == ["bpo", "uniform", "random", "best_worst", "pairs", "farthest"]
-    assert config.training["learning_rate"] == 2e-4
+    assert config.training["learning_rate"] == 5e-4
     assert config.arms[0].select.min_depth == 0
