@@ -40,6 +40,10 @@ class PairGradients(NamedTuple):
         index = np.arange(len(rows))
         return cls(rows, np.stack([index, index], axis=1), np.tile(np.array([1, 0], dtype=np.float32), (len(rows), 1)))
 
+    def take(self, index: npt.NDArray[np.int64]) -> PairGradients:
+        """Some of the pairs, over the same rows."""
+        return PairGradients(self.rows, self.pairs[index], self.coefficients[index])
+
 
 @dataclasses.dataclass(frozen=True)
 class PairClusters:

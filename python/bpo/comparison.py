@@ -30,7 +30,7 @@ from bpo.comparison_data import ComparedPairs
 from bpo.config import SelectConfig, count_of
 from bpo.evaluate import PreferenceEvaluation
 from bpo.figures import import_matplotlib, write_report
-from bpo.files import flattened, write_whole
+from bpo.files import differing, flattened, write_whole
 from bpo.gradients import collect_gradients
 from bpo.length import turn
 from bpo.linearised import linearised_correct
@@ -300,7 +300,7 @@ class _Plan:
             flattened({**settings, "select": {**defaults, **settings["select"]}})
             for settings in (_read_run(self.path(task))["arm_settings"], task.arm.settings())
         )
-        changed = [name for name in {**there, **here} if there.get(name) != here.get(name)]
+        changed = differing(there, here)
         if changed:
             raise ValueError(
                 f"{self.output} holds runs of the arm {task.arm.name!r} with another {', '.join(changed)}: "
@@ -607,13 +607,12 @@ def _foretell(plan: _Plan, runs: list[dict[str, Any]]) -> None:
     if pool is None or evaluated is None:
         return
     for run in runs:
-        pairs, held = run["pairs"], run["heldout_pairs"]
+        pairs, held = np.array(run["pairs"]), np.array(run["heldout_pairs"])
         # With the policy as its own reference, a pair that is turned round has the opposite gradient.
         signs = np.where(np.isin(pairs, run.get("turned", [])), np.float32(-1), np.float32(1))[:, None]
-        correct = linearised_correct(
-            PairGradients(pool.rows, pool.pairs[pairs], pool.coefficients[pairs] * signs),
-            PairGradients(evaluated.rows, evaluated.pairs[held], evaluated.coefficients[held]),
-        )
+        training = pool.take(pairs)
+        training = training._replace(coefficients=training.coefficients * signs)
+        correct = linearised_correct(training, evaluated.take(held))
         run["measures"] = {**run["measures"], "linearised_accuracy": float(correct.mean())}
 
 
@@ -756,7 +755,7 @@ def _check_manifest(output: Path, settings: Mapping[str, Any]) -> None:
         return
     saved = _read_json(path)
     there, here = flattened(saved["settings"]), flattened(manifest["settings"])
-    changed = [name for name in {**there, **here} if there.get(name) != here.get(name)]
+    changed = differing(there, here)
     if changed:
         raise ValueError(
             f"{output} holds a comparison with another {', '.join(changed)}: {changed[0]} is "

@@ -31,3 +31,8 @@ def flattened(settings: Mapping[str, Any]) -> dict[str, Any]:
         else:
             flat[name] = list(value) if isinstance(value, tuple) else value
     return flat
+
+
+def differing(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """Returns the names whose values differ, or that one of the two lacks where the other's value is not None."""
+    return [name for name in {**there, **here} if there.get(name) != here.get(name)]

@@ -461,25 +461,21 @@ class _Data:
         pairs = self.pairs[store]
         assert pairs.logps is not None and pairs.differences is not None
         return MeasuredPairs(
-            [_take(pairs.gradients[0], index)],
+            [pairs.gradients[0].take(index)],
             pairs.logps[index],
             pairs.ref_logps[index],
-            _take(pairs.differences, index),
+            pairs.differences.take(index),
         )
 
     def features(self, index: npt.NDArray[np.int64], normalize: bool) -> npt.NDArray[np.float32]:
         """What training on some pairs pulls towards, (n, d): −ẑ, or −z in units of the mean length of these pairs."""
-        gradients = _take(self.pairs[None].gradients[0], index)
+        gradients = self.pairs[None].gradients[0].take(index)
         norms = pair_norms(gradients, self.config.threads)
         return _features(gradients, norms if normalize else norms.mean())
 
     def margins(self, weights: npt.NDArray[np.float64], index: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         """⟨w, −z⟩ of some pairs for each of several weights (W, d): (W, n)."""
-        return _margins(weights, _take(self.pairs[None].gradients[0], index))
-
-
-def _take(gradients: PairGradients, index: npt.NDArray[np.int64]) -> PairGradients:
-    return PairGradients(gradients.rows, gradients.pairs[index], gradients.coefficients[index])
+        return _margins(weights, self.pairs[None].gradients[0].take(index))
 
 
 def _features(gradients: PairGradients, scale: npt.NDArray[np.float32] | np.float32) -> npt.NDArray[np.float32]:
@@ -525,7 +521,7 @@ def linearised_correct(
     """
     norms = pair_norms(training, None)
     usable = np.flatnonzero(np.isfinite(norms) & (norms > 0))
-    weights = _fit(_features(_take(training, usable), norms[usable]), regularization, import_scipy("optimize").minimize)
+    weights = _fit(_features(training.take(usable), norms[usable]), regularization, import_scipy("optimize").minimize)
     margins = np.nan_to_num(_margins(weights[None], heldout)[0])
     correct: npt.NDArray[np.float64] = (np.sign(margins).astype(np.float64) + 1) / 2
     return correct

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bpo.files import flattened, write_whole
+from bpo.files import differing, flattened, write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -73,14 +73,12 @@ class RowFile:
                     f"{path}: {name} is {earlier.get(name)!r}, not {manifest[name]!r}; choose another output."
                 )
         there, now = flattened(settings), flattened(manifest["settings"])
-        differing = [
-            f"{name} ({_short(there.get(name))} there, {_short(now.get(name))} now)"
-            for name in dict.fromkeys((*there, *now))
-            if there.get(name) != now.get(name)
+        changed = [
+            f"{name} ({_short(there.get(name))} there, {_short(now.get(name))} now)" for name in differing(there, now)
         ]
-        if differing:
+        if changed:
             raise ValueError(
-                f"{self.path} was written with other settings: {', '.join(differing)}. Give those again, or choose "
+                f"{self.path} was written with other settings: {', '.join(changed)}. Give those again, or choose "
                 "another output."
             )
 
