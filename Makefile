@@ -32,7 +32,7 @@ test-rust:
 	cargo test --quiet
 
 test-python: $(VENV)/.installed
-	$(BIN)/python -m pytest tests/python --pyargs bpo
+	$(BIN)/python -m pytest $(if $(ROOM),tests/python/$(ROOM) --pyargs bpo.$(ROOM),tests/python --pyargs bpo)
 
 lint: $(VENV)/.installed ## Formatting, clippy, ruff, mypy, stubtest
 	cargo fmt --check
@@ -64,11 +64,11 @@ fuzz: ## Fuzz the reader of the store: make fuzz SECONDS=60
 
 torture: $(VENV)/.installed ## Hundreds of kills and losses of power over the writer of the store, then the fuzzer
 	BPO_POWER_LOSSES=20000 cargo test --release --quiet --test store no_loss_of_power -- --nocapture
-	BPO_TORTURE=200 $(BIN)/python -m pytest tests/python/test_store_kill.py -s
+	BPO_TORTURE=200 $(BIN)/python -m pytest tests/python/store/test_store_kill.py -s
 	$(MAKE) fuzz
 
 docs: $(VENV)/.installed ## Write the tables of docs/ from what the tests find
-	BPO_WRITE_DOCS=1 $(BIN)/python -m pytest tests/python/test_models.py
+	BPO_WRITE_DOCS=1 $(BIN)/python -m pytest tests/python/gradients/test_models.py
 
 wheel: $(VENV)/.tools ## Wheel and source distribution in dist/
 	rm -rf dist

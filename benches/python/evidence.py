@@ -20,8 +20,8 @@ import numpy as np
 
 import bpo
 from bpo._core import Sketcher, StoreWriter
-from bpo.linearised import ALL
-from bpo.store import RECORD
+from bpo.evidence.preview_results import ALL
+from bpo.store.gradient_store import RECORD
 
 BUDGETS = [60, 120]
 C, A, G, N = {"centrality": 1.0}, {"alignment": 1.0}, {"score_gap": 1.0}, {"informativeness": 1.0}

@@ -43,12 +43,14 @@ import transformers
 
 import bpo
 from bpo import _core
-from bpo.capture import Plan, sum_gradients
-from bpo.features import choose_features
-from bpo.logprobs import Forward, completion_logps
-from bpo.models import inference_state
-from bpo.sketching import Sketching
-from bpo.tokens import TokenizedResponses, batches_by_tokens, padding_id, tokenize_candidates
+from bpo.data.batches import batches_by_tokens
+from bpo.data.tokenizers import padding_id
+from bpo.data.tokens import TokenizedResponses, tokenize_candidates
+from bpo.gradients.capture import Plan, sum_gradients
+from bpo.gradients.choose import choose_features
+from bpo.gradients.sketching import Sketching
+from bpo.policy.logprobs import Forward, completion_logps
+from bpo.policy.models import inference_state
 from peers import Row, optional, peak_memory, printed, shown_time, spread
 
 DEMO = Path(__file__).resolve().parents[2] / "demo"

@@ -13,108 +13,106 @@ from bpo._core import StoreDamagedError, StoreError, StoreLockedError, StoreVers
 
 if TYPE_CHECKING:
     from bpo._core import allocate_depth as allocate_depth
-    from bpo.breadth import compress_breadth as compress_breadth
-    from bpo.breadth import near_duplicates as near_duplicates
-    from bpo.capture import UnsupportedModelError as UnsupportedModelError
-    from bpo.client import ChatError as ChatError
-    from bpo.client import ChatServer as ChatServer
-    from bpo.clustering import PairClusters as PairClusters
-    from bpo.clustering import cluster_pairs as cluster_pairs
-    from bpo.comparison import Comparison as Comparison
-    from bpo.comparison import compare as compare
-    from bpo.comparison_config import CompareConfig as CompareConfig
+    from bpo.breadth.compress import compress_breadth as compress_breadth
+    from bpo.breadth.compress import near_duplicates as near_duplicates
+    from bpo.breadth.embed import embed_prompts as embed_prompts
     from bpo.config import SelectConfig as SelectConfig
-    from bpo.data import InvalidDataWarning as InvalidDataWarning
-    from bpo.data import read_candidates as read_candidates
-    from bpo.diagnosis import Diagnosis as Diagnosis
-    from bpo.diagnosis import doctor as doctor
-    from bpo.embeddings import embed_prompts as embed_prompts
-    from bpo.evaluate import PreferenceEvaluation as PreferenceEvaluation
-    from bpo.evaluate import evaluate_preferences as evaluate_preferences
-    from bpo.gradients import collect_gradients as collect_gradients
-    from bpo.judge import Judge as Judge
-    from bpo.length import LengthEffect as LengthEffect
-    from bpo.length import length_effect as length_effect
-    from bpo.linearised import Preview as Preview
-    from bpo.linearised import preview as preview
-    from bpo.losses import pair_coefficients as pair_coefficients
-    from bpo.maintenance import describe_store as describe_store
-    from bpo.maintenance import export_store as export_store
-    from bpo.maintenance import merge_stores as merge_stores
-    from bpo.maintenance import repair_store as repair_store
-    from bpo.maintenance import verify_store as verify_store
-    from bpo.pipeline import select as select
-    from bpo.responses import ResponseSummary as ResponseSummary
-    from bpo.responses import describe_responses as describe_responses
-    from bpo.reward import RewardModel as RewardModel
-    from bpo.sampling import sample_responses as sample_responses
-    from bpo.scoring import Scorer as Scorer
-    from bpo.scoring import score_responses as score_responses
-    from bpo.selection import Selection as Selection
-    from bpo.selection import SelectionError as SelectionError
-    from bpo.store import GradientStore as GradientStore
-    from bpo.store import StoreMismatchError as StoreMismatchError
-    from bpo.strategies import Candidacy as Candidacy
-    from bpo.strategies import register_strategy as register_strategy
-    from bpo.train import BPOConfig as BPOConfig
-    from bpo.train import BPOTrainer as BPOTrainer
-    from bpo.warmup import warm_up as warm_up
-    from bpo.weighting import WeightedDPOConfig as WeightedDPOConfig
-    from bpo.weighting import WeightedDPOTrainer as WeightedDPOTrainer
-
+    from bpo.data.candidates import InvalidDataWarning as InvalidDataWarning
+    from bpo.data.length import LengthEffect as LengthEffect
+    from bpo.data.length import length_effect as length_effect
+    from bpo.data.read import read_candidates as read_candidates
+    from bpo.evidence.compare import Comparison as Comparison
+    from bpo.evidence.compare import compare as compare
+    from bpo.evidence.compare_config import CompareConfig as CompareConfig
+    from bpo.evidence.evaluate import PreferenceEvaluation as PreferenceEvaluation
+    from bpo.evidence.evaluate import evaluate_preferences as evaluate_preferences
+    from bpo.evidence.preview import preview as preview
+    from bpo.evidence.preview_results import Preview as Preview
+    from bpo.gradients.collect import collect_gradients as collect_gradients
+    from bpo.gradients.doctor import Diagnosis as Diagnosis
+    from bpo.gradients.doctor import doctor as doctor
+    from bpo.gradients.layers import UnsupportedModelError as UnsupportedModelError
+    from bpo.pairs.clustering import PairClusters as PairClusters
+    from bpo.pairs.clustering import cluster_pairs as cluster_pairs
+    from bpo.pairs.losses import pair_coefficients as pair_coefficients
+    from bpo.responses.client import ChatError as ChatError
+    from bpo.responses.client import ChatServer as ChatServer
+    from bpo.responses.judge import Judge as Judge
+    from bpo.responses.reward import RewardModel as RewardModel
+    from bpo.responses.sampling import sample_responses as sample_responses
+    from bpo.responses.scoring import Scorer as Scorer
+    from bpo.responses.scoring import score_responses as score_responses
+    from bpo.responses.summary import ResponseSummary as ResponseSummary
+    from bpo.responses.summary import describe_responses as describe_responses
+    from bpo.selection.saved import SelectionError as SelectionError
+    from bpo.selection.select import select as select
+    from bpo.selection.selection import Selection as Selection
+    from bpo.selection.strategies import Candidacy as Candidacy
+    from bpo.selection.strategies import register_strategy as register_strategy
+    from bpo.store.gradient_store import GradientStore as GradientStore
+    from bpo.store.gradient_store import StoreMismatchError as StoreMismatchError
+    from bpo.store.maintenance import describe_store as describe_store
+    from bpo.store.maintenance import export_store as export_store
+    from bpo.store.maintenance import merge_stores as merge_stores
+    from bpo.store.maintenance import repair_store as repair_store
+    from bpo.store.maintenance import verify_store as verify_store
+    from bpo.training.config import BPOConfig as BPOConfig
+    from bpo.training.trainer import BPOTrainer as BPOTrainer
+    from bpo.training.warmup import warm_up as warm_up
+    from bpo.training.weighting import WeightedDPOConfig as WeightedDPOConfig
+    from bpo.training.weighting import WeightedDPOTrainer as WeightedDPOTrainer
 # Imported when first used: torch, transformers and trl take seconds, `import bpo` takes milliseconds.
 _LAZY = {
     "allocate_depth": "bpo._core",
-    "compress_breadth": "bpo.breadth",
-    "near_duplicates": "bpo.breadth",
-    "UnsupportedModelError": "bpo.capture",
-    "ChatError": "bpo.client",
-    "ChatServer": "bpo.client",
-    "PairClusters": "bpo.clustering",
-    "cluster_pairs": "bpo.clustering",
-    "Comparison": "bpo.comparison",
-    "compare": "bpo.comparison",
-    "CompareConfig": "bpo.comparison_config",
+    "compress_breadth": "bpo.breadth.compress",
+    "near_duplicates": "bpo.breadth.compress",
+    "UnsupportedModelError": "bpo.gradients.layers",
+    "ChatError": "bpo.responses.client",
+    "ChatServer": "bpo.responses.client",
+    "PairClusters": "bpo.pairs.clustering",
+    "cluster_pairs": "bpo.pairs.clustering",
+    "Comparison": "bpo.evidence.compare",
+    "compare": "bpo.evidence.compare",
+    "CompareConfig": "bpo.evidence.compare_config",
     "SelectConfig": "bpo.config",
-    "InvalidDataWarning": "bpo.data",
-    "read_candidates": "bpo.data",
-    "Diagnosis": "bpo.diagnosis",
-    "doctor": "bpo.diagnosis",
-    "embed_prompts": "bpo.embeddings",
-    "PreferenceEvaluation": "bpo.evaluate",
-    "evaluate_preferences": "bpo.evaluate",
-    "collect_gradients": "bpo.gradients",
-    "LengthEffect": "bpo.length",
-    "length_effect": "bpo.length",
-    "Judge": "bpo.judge",
-    "pair_coefficients": "bpo.losses",
-    "describe_store": "bpo.maintenance",
-    "export_store": "bpo.maintenance",
-    "merge_stores": "bpo.maintenance",
-    "repair_store": "bpo.maintenance",
-    "verify_store": "bpo.maintenance",
-    "select": "bpo.pipeline",
-    "Preview": "bpo.linearised",
-    "preview": "bpo.linearised",
-    "ResponseSummary": "bpo.responses",
-    "describe_responses": "bpo.responses",
-    "RewardModel": "bpo.reward",
-    "sample_responses": "bpo.sampling",
-    "Scorer": "bpo.scoring",
-    "score_responses": "bpo.scoring",
-    "Selection": "bpo.selection",
-    "SelectionError": "bpo.selection",
-    "GradientStore": "bpo.store",
-    "StoreMismatchError": "bpo.store",
-    "Candidacy": "bpo.strategies",
-    "register_strategy": "bpo.strategies",
-    "BPOConfig": "bpo.train",
-    "BPOTrainer": "bpo.train",
-    "warm_up": "bpo.warmup",
-    "WeightedDPOConfig": "bpo.weighting",
-    "WeightedDPOTrainer": "bpo.weighting",
+    "InvalidDataWarning": "bpo.data.candidates",
+    "read_candidates": "bpo.data.read",
+    "Diagnosis": "bpo.gradients.doctor",
+    "doctor": "bpo.gradients.doctor",
+    "embed_prompts": "bpo.breadth.embed",
+    "PreferenceEvaluation": "bpo.evidence.evaluate",
+    "evaluate_preferences": "bpo.evidence.evaluate",
+    "collect_gradients": "bpo.gradients.collect",
+    "LengthEffect": "bpo.data.length",
+    "length_effect": "bpo.data.length",
+    "Judge": "bpo.responses.judge",
+    "pair_coefficients": "bpo.pairs.losses",
+    "describe_store": "bpo.store.maintenance",
+    "export_store": "bpo.store.maintenance",
+    "merge_stores": "bpo.store.maintenance",
+    "repair_store": "bpo.store.maintenance",
+    "verify_store": "bpo.store.maintenance",
+    "select": "bpo.selection.select",
+    "Preview": "bpo.evidence.preview_results",
+    "preview": "bpo.evidence.preview",
+    "ResponseSummary": "bpo.responses.summary",
+    "describe_responses": "bpo.responses.summary",
+    "RewardModel": "bpo.responses.reward",
+    "sample_responses": "bpo.responses.sampling",
+    "Scorer": "bpo.responses.scoring",
+    "score_responses": "bpo.responses.scoring",
+    "Selection": "bpo.selection.selection",
+    "SelectionError": "bpo.selection.saved",
+    "GradientStore": "bpo.store.gradient_store",
+    "StoreMismatchError": "bpo.store.gradient_store",
+    "Candidacy": "bpo.selection.strategies",
+    "register_strategy": "bpo.selection.strategies",
+    "BPOConfig": "bpo.training.config",
+    "BPOTrainer": "bpo.training.trainer",
+    "warm_up": "bpo.training.warmup",
+    "WeightedDPOConfig": "bpo.training.weighting",
+    "WeightedDPOTrainer": "bpo.training.weighting",
 }
-
 __all__ = ["StoreDamagedError", "StoreError", "StoreLockedError", "StoreVersionError", "__version__", *_LAZY]
 
 

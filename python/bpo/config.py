@@ -38,17 +38,22 @@ LossType = Literal[
 FDivergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
 TokenWeights = Callable[[list[int], list[int]], Sequence[float]]
 """Token ids of a prompt and of a response to a weight for each token of the response."""
+
 TruncationMode = Literal["keep_start", "keep_end"]
 USEFULNESS_TERMS = ("centrality", "alignment", "informativeness", "score_gap")
 """What ``SelectConfig.usefulness`` can weigh."""
+
 NO_MODELS = ("base", "columns")
 """What ``ref_model`` can be besides a model and a path."""
+
 DType = Literal["float32", "bfloat16", "float16"]
 SketchDType = Literal["float32", "float16", "bfloat16", "int8"]
+
 
 _SORTS_THE_BATCH = "it sorts the log-ratios of a whole batch, so its gradient is not a sum over pairs"
 REFUSED_LOSSES = {"aot": _SORTS_THE_BATCH, "aot_unpaired": _SORTS_THE_BATCH}
 """Losses of TRL that no gradient of a pair belongs to, and why."""
+
 
 # Rewards under another divergence are known up to β·log Z(x), which only the difference of two rewards is free of
 # (arXiv 2309.16240); sft has no reward.
@@ -462,14 +467,6 @@ class SelectConfig:
         if isinstance(self.prompt_embeddings, np.ndarray):
             values["prompt_embeddings"] = f"<array of {' × '.join(map(str, self.prompt_embeddings.shape))}>"
         return values
-
-
-def count_of(value: int | float, total: int) -> int:
-    """Returns a whole number as it is, and a fraction (a float) of a total as a count of at least 1."""
-    if isinstance(value, int):
-        return value
-    # A product such as 0.29 * 100 must not lose one to rounding.
-    return max(1, int(value * total + 1e-9))
 
 
 def _usefulness(weights: Any) -> dict[str, float]:

@@ -1,0 +1,1 @@
+"""Prompts to the prompts that are kept."""

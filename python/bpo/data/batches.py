@@ -1,0 +1,78 @@
+"""The order in which sequences are stored, and the batches in which they are computed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+
+def batches_by_tokens(lengths: npt.NDArray[np.int64], tokens_per_batch: int) -> list[npt.NDArray[np.int64]]:
+    """Cuts sequences, longest first, into batches of at most ``tokens_per_batch`` padded tokens.
+
+    Longest first means that memory peaks in the first batch.
+
+    Args:
+        lengths: (R,) tokens of each sequence.
+        tokens_per_batch: Budget; a longer sequence forms a batch of its own.
+
+    Returns:
+        Index arrays that together cover all sequences once.
+
+    Example:
+        >>> [batch.tolist() for batch in batches_by_tokens(np.array([3, 9, 4, 4]), 9)]
+        [[1], [2, 3], [0]]
+    """
+    order = np.argsort(-lengths, kind="stable")
+    batches = []
+    while len(order):
+        size = first_batch(lengths[order], tokens_per_batch)
+        batches.append(order[:size])
+        order = order[size:]
+    return batches
+
+
+# Rows that lie near one another in a store: 16 MiB of 1024 float16. With fewer, batches hold more padding: 3 % more at
+# 8192 tokens a batch with 1024 of them (the lengths of 4,424 real responses), 0.3 % at 1024.
+_NEIGHBOURHOOD = 8192
+
+
+def storage_order(
+    lengths: npt.NDArray[np.int64], prompts: npt.NDArray[np.int64], neighbourhood: int = _NEIGHBOURHOOD
+) -> npt.NDArray[np.int64]:
+    """Returns the order in which the sequences of a store are computed and kept.
+
+    Prompts stay in the order of the data, a neighbourhood at a time, so that whatever reads the pairs of one prompt
+    after the other reads the file from start to end. Within a neighbourhood the longest sequences come first, so that
+    batches hold little padding; and the neighbourhood of the longest sequence of all comes first, so that memory which
+    does not suffice is found out at once. The order depends neither on batches nor on what is there already, so an
+    interrupted store goes on as it would have.
+
+    Args:
+        lengths: (S,) tokens of each sequence.
+        prompts: (S,) prompt of each sequence, ascending.
+        neighbourhood: Sequences, rounded up to whole prompts.
+
+    Returns:
+        (S,) int64.
+
+    Example:
+        >>> storage_order(np.array([3, 5, 4, 9, 1]), np.array([0, 0, 1, 1, 2]), 2).tolist()
+        [3, 2, 1, 0, 4]
+    """
+    first_of_prompt = np.searchsorted(prompts, prompts)
+    place = first_of_prompt // neighbourhood
+    if len(place):
+        place[place == place[np.argmax(lengths)]] = -1
+    return np.lexsort((-lengths, place))
+
+
+def first_batch(lengths: npt.NDArray[np.int64], tokens_per_batch: int) -> int:
+    """Returns how many of the first sequences make up a batch of at most ``tokens_per_batch`` padded tokens."""
+    # Were the others no longer than the first one, there would be room for no more than this.
+    most = max(1, tokens_per_batch // max(int(lengths[0]), 1))
+    padded = np.maximum.accumulate(lengths[:most]) * np.arange(1, len(lengths[:most]) + 1)
+    return max(1, int(np.searchsorted(padded, tokens_per_batch, side="right")))

@@ -1,0 +1,99 @@
+"""Any TRL preference format, or scored responses, to candidates."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from bpo.data.candidates import report_skipped
+from bpo.data.columns import column_error, read_template_kwargs, row_weights
+from bpo.data.groups import Groups
+from bpo.data.preferences import PreferenceReader
+from bpo.data.rows import load_rows
+from bpo.data.scored import ScoredReader
+
+if TYPE_CHECKING:
+    from bpo.config import OnInvalid, SelectConfig
+    from bpo.data.candidates import Candidates
+
+
+def read_candidates(
+    dataset: Any,
+    *,
+    max_pairs_per_prompt: int | None = None,
+    on_invalid: OnInvalid = "skip",
+    token_weights: str | None = None,
+    ref_logps: bool = False,
+    weight_column: str | None = None,
+) -> Candidates:
+    """Reads preference data of any accepted format.
+
+    Rows are grouped by the exact prompt: text or messages, with what the columns ``tools`` and ``chat_template_kwargs``
+    give to the chat template, as in TRL. Rows with scored responses give every pair of unequal scores; preference rows
+    give the pairs that they state.
+
+    Args:
+        dataset: A ``datasets.Dataset``, a list of rows, a ``DatasetDict`` with a ``train`` split, or what
+            ``datasets.load_dataset`` takes: a directory, a .jsonl, .json, .parquet or .csv file, a hub id.
+        max_pairs_per_prompt: Cap on the pairs of a prompt; the largest score gaps are kept, ties in data order.
+        on_invalid: ``"skip"`` warns once with the counts and the places; ``"raise"`` makes that an error.
+        token_weights: Name under which the data gives a weight for each token of a response: as lists in the columns
+            ``<name>_chosen`` and ``<name>_rejected`` of preference rows; of scored responses as a column with a list of
+            lists, or, where responses are records, as an item of each record.
+        ref_logps: Whether to read log π_ref of the responses: the columns ``ref_chosen_logps`` and
+            ``ref_rejected_logps`` of preference rows, as TRL calls them; a list ``ref_logps`` of scored responses.
+        weight_column: Column of numbers of at least 0, by how much the loss of a pair counts (see
+            :class:`bpo.WeightedDPOTrainer`); None reads none. A row of scored responses has one number for all pairs
+            whose preferred response it holds. Pairs of weight 0 are set aside. ``"weight"`` need not be there.
+
+    Returns:
+        The candidates.
+
+    Raises:
+        ValueError: Missing or misnamed columns, an empty dataset, a value of the wrong type, or no usable pair.
+        FileNotFoundError: A path that does not exist.
+
+    Example:
+        >>> rows = [{"prompt": "2+2?", "responses": ["4", "5", "four"], "scores": [1.0, 0.0, 0.5]}]
+        >>> candidates = read_candidates(rows)
+        >>> candidates.pairs.tolist(), candidates.score_gaps.tolist()
+        ([[0, 1], [0, 2], [2, 1]], [1.0, 0.5, 0.5])
+    """
+    rows = load_rows(dataset)
+    columns = list(rows.column_names)
+    reader: PreferenceReader | ScoredReader
+    if {"chosen", "rejected"} <= set(columns):
+        reader = PreferenceReader(columns, token_weights, ref_logps)
+    elif "responses" in columns and "prompt" in columns:
+        reader = ScoredReader(columns, token_weights, ref_logps, prompt="prompt", responses="responses")
+    elif "completions" in columns and ("instruction" in columns or "prompt" in columns):
+        prompt = "prompt" if "prompt" in columns else "instruction"
+        reader = ScoredReader(columns, token_weights, ref_logps, prompt=prompt, responses="completions")
+    else:
+        raise ValueError(column_error(columns))
+    for column in ("images", "image"):
+        if column in columns:
+            raise ValueError(
+                f"The column '{column}' is not supported: bpo reads prompts and responses of text alone. Remove it "
+                f"with dataset.remove_columns('{column}') if the responses do not depend on it."
+            )
+    if len(rows) == 0:
+        raise ValueError("The dataset is empty: it has the right columns but no rows.")
+    groups = Groups(row_weights(rows, weight_column))
+    template_kwargs = read_template_kwargs(rows)
+    for index, row in enumerate(rows):
+        reader.read(index, row, template_kwargs[index] if template_kwargs else {}, groups)
+    candidates = groups.build(max_pairs_per_prompt)
+    report_skipped(candidates.skipped, on_invalid)
+    return candidates
+
+
+def read_configured(dataset: Any, config: SelectConfig) -> Candidates:
+    """Reads what a configuration asks for, with the weights and reference log-probabilities of the data."""
+    return read_candidates(
+        dataset,
+        max_pairs_per_prompt=config.max_pairs_per_prompt,
+        on_invalid=config.on_invalid,
+        token_weights=config.token_weights if isinstance(config.token_weights, str) else None,
+        ref_logps=config.reads_ref_logps,
+        weight_column=config.weight_column,
+    )

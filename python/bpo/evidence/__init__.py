@@ -1,0 +1,1 @@
+"""Whether a selection is worth it: previews, comparisons, evaluations and their statistics."""

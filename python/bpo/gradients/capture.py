@@ -1,0 +1,311 @@
+"""Per-sample gradients of a model, exactly, from one forward and one backward over a batch.
+
+The log-probabilities of the responses of a batch are summed and differentiated once. Hooks on the layers catch each
+layer's inputs and output gradients, from which the gradient of every sample follows, since samples do not mix. Where
+the samples cannot be told apart inside a module (experts that regroup tokens) or a module has no closed form (norms),
+the module alone is run again, one sample at a time. Parameters are frozen and no ``.grad`` is ever allocated.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from bpo.gradients.layers import UnsupportedModelError
+from bpo.policy.logprobs import CompletionLogps, predicting_positions
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    from transformers import PreTrainedModel
+
+    from bpo.gradients.layers import Consumer, Layer, Slot
+    from bpo.policy.logprobs import Forward
+
+
+# Per-sample gradients of one parameter are formed for so many samples at a time that they stay below this.
+_GRADIENT_BUFFER_BYTES = 256 << 20
+
+
+@dataclasses.dataclass
+class Replay:
+    """A module that is run again for one sample at a time, from its recorded inputs and output gradient.
+
+    Attributes:
+        name: Of the module.
+        module: The module.
+        rules: How each tensor among its inputs is cut to a sample: by its first dimension as ``"samples"`` or
+            ``"tokens"`` (samples and positions as one), or not (``"shared"``).
+        output: Which of the floating-point tensors of its output the gradient comes back through.
+        output_rule: How that one is cut to a sample.
+        parameters: Name of a parameter within the module to its slot: differentiated by autograd.
+        layers: Layers within the module: they give their gradients as elsewhere, but see one sample only.
+    """
+
+    name: str
+    module: nn.Module
+    rules: list[str]
+    output: int
+    output_rule: str
+    parameters: dict[str, Slot] = dataclasses.field(default_factory=dict)
+    layers: list[Layer] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass
+class Plan:
+    """How the gradients of everything that is asked for are caught.
+
+    Attributes:
+        layers: Layers with a closed form.
+        replays: Modules that are run again, a sample at a time, by name.
+        whole: Parameters, by name, for which the whole model is run again, a sample at a time.
+    """
+
+    layers: list[Layer] = dataclasses.field(default_factory=list)
+    replays: dict[str, Replay] = dataclasses.field(default_factory=dict)
+    whole: dict[str, Slot] = dataclasses.field(default_factory=dict)
+
+
+def sum_gradients(forward: Forward, plan: Plan, rows: npt.NDArray[np.int64], consume: Consumer) -> CompletionLogps:
+    """Runs one forward and one backward over a batch and hands every parameter's per-sample gradients to ``consume``.
+
+    Args:
+        forward: A model with frozen parameters (see :func:`bpo.policy.models.inference_state`) and responses. Where it
+            has gradient checkpointing enabled, its layers keep their inputs only and are computed again on the way
+            back.
+        plan: Which gradients to form, and how.
+        rows: (n,) which of the responses form the batch.
+        consume: Receives offset, (n', size) gradients and the slice of the batch they belong to; the gradients of one
+            coordinate may come in several parts, which add up.
+
+    Returns:
+        The log-probabilities of the responses, without gradient.
+    """
+    batch = _Batch(forward, rows, consume)
+
+    def require_gradient(_: nn.Module, __: Any, output: torch.Tensor) -> None:
+        if not output.requires_grad:
+            output.requires_grad_(True)
+
+    # The graph starts at the embedded tokens: with all parameters frozen nothing else would need one.
+    handles = [forward.model.get_input_embeddings().register_forward_hook(require_gradient)]
+    handles += [layer.module.register_forward_hook(batch.layer_hook(layer, None)) for layer in plan.layers]
+    for replay in plan.replays.values():
+        handles.append(replay.module.register_forward_hook(batch.replay_hook(replay), with_kwargs=True))
+        handles += [layer.module.register_forward_hook(batch.layer_hook(layer, replay)) for layer in replay.layers]
+    try:
+        with torch.enable_grad(), _checkpointed(forward.model):
+            result = forward.logps(rows)
+            batch.on_the_way = False
+            result.logps.sum().backward()  # type: ignore[no-untyped-call]
+    finally:
+        for handle in handles:
+            handle.remove()
+    if plan.whole:
+        for index in range(len(rows)):
+            alone, _ = by_autograd(forward, plan.whole, rows[index : index + 1])
+            for name, gradient in alone.items():
+                consume(plan.whole[name].offset, gradient, slice(index, index + 1))
+    return CompletionLogps(result.logps.detach(), result.log_weights)
+
+
+def by_autograd(
+    forward: Forward, slots: Mapping[str, Slot], row: npt.NDArray[np.int64]
+) -> tuple[dict[str, torch.Tensor], float]:
+    """Takes the gradients of some parameters from a forward and a backward of the whole model over one response.
+
+    Args:
+        forward: A model with frozen parameters, and responses.
+        slots: The parameters, by name.
+        row: (1,) the response.
+
+    Returns:
+        What is kept of each gradient, (1, size) float32, without those of parameters that have no part in it; and the
+        log-probability of the response.
+    """
+    parameters = [forward.model.get_parameter(name) for name in slots]
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    try:
+        with torch.enable_grad(), _checkpointed(forward.model):
+            logps = forward.logps(row).logps
+            gradients = torch.autograd.grad(logps.sum(), parameters, allow_unused=True)
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+    kept = {
+        name: slots[name].keep(gradient)
+        for name, gradient in zip(slots, gradients, strict=True)
+        if gradient is not None
+    }
+    return kept, float(logps.detach())
+
+
+class _Batch:
+    """The batch in flight: tells its samples apart in what the hooks see."""
+
+    def __init__(self, forward: Forward, rows: npt.NDArray[np.int64], consume: Consumer) -> None:
+        self.forward = forward
+        self.consume = consume
+        self.size = len(rows)
+        self.width = int(forward.tokenized.lengths[rows].max())
+        self.predicting = predicting_positions(forward.tokenized, rows)
+        self.n_predicting = int(self.predicting.sum())
+        self.on_the_way = True  # afterwards, hooks see what gradient checkpointing computes again: known already
+        self.replay: Replay | None = None  # the module that is being run again …
+        self.sample = 0  # … and for which sample
+
+    def layer_hook(self, layer: Layer, inside: Replay | None) -> Callable[..., None]:
+        """A forward hook that catches what the gradients of a layer need."""
+
+        def hook(_: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
+            if self.replay is not inside or (inside is None and not self.on_the_way):
+                return
+            if not output.requires_grad:
+                output.requires_grad_(True)
+            size = self.size if inside is None else 1
+            first = 0 if inside is None else self.sample
+            x = self._by_sample(args[0].detach(), size)
+            with torch.autocast(self.forward.device.type, enabled=False):
+                remembered = None if x is None else layer.remember(x)
+
+            def on_gradient(gradient: torch.Tensor) -> None:
+                by_sample = self._by_sample(gradient, size)
+                if x is None or by_sample is None:
+                    raise UnsupportedModelError(
+                        f"{layer.name}: its input has shape {tuple(args[0].shape)}, in which {size} samples of "
+                        f"{self.width} tokens cannot be told apart, although on two short responses they could. Leave "
+                        "it out with SelectConfig.parameters."
+                    )
+                step = max(1, _GRADIENT_BUFFER_BYTES // (4 * layer.largest))
+                for start in range(0, size, step):
+                    part = slice(start, min(start + step, size))
+                    kept = None if remembered is None else remembered[part]
+                    for offset, gradients in layer.gradients(kept, by_sample[part]):  # type: ignore[arg-type]
+                        self.consume(offset, gradients, slice(first + part.start, first + part.stop))
+
+            output.register_hook(on_gradient)  # type: ignore[no-untyped-call]
+
+        return hook
+
+    def _by_sample(self, tensor: torch.Tensor, size: int) -> torch.Tensor | None:
+        """Returns (n, t, features), or (n, t) of token ids, of a tensor that may have samples and positions as one.
+
+        None where samples cannot be told apart. That is no error until a gradient comes: DoRA shows its layers a unit
+        matrix, too, to see their weights.
+        """
+        features = tensor.shape[-1:] if tensor.is_floating_point() else torch.Size()
+        if size == 1 or tensor.shape[0] == size:
+            return tensor.reshape(size, -1, *features)
+        if tensor.shape[:-1] == (size * self.width,):
+            return tensor.view(size, self.width, *features)
+        if tensor.shape[:-1] == (1, self.n_predicting):  # the output head sees the predicting positions only
+            padded = tensor.new_zeros(*self.predicting.shape, *features)
+            padded[self.predicting.to(tensor.device)] = tensor[0]
+            return padded
+        return None
+
+    def replay_hook(self, replay: Replay) -> Callable[..., None]:
+        """A forward hook that records a call, to run it again for each sample once its output gradient is known."""
+
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            if self.replay is not None or not self.on_the_way:
+                return
+            tensor = floating_tensors(output)[replay.output]
+            if not tensor.requires_grad:
+                tensor.requires_grad_(True)
+            inputs = map_tensors((args, kwargs), torch.Tensor.detach)
+
+            def on_gradient(gradient: torch.Tensor) -> None:
+                leaves = {
+                    name: parameter.detach().requires_grad_(True)
+                    for name, parameter in replay.module.named_parameters(remove_duplicate=False)
+                    if name in replay.parameters
+                }
+                for index in range(self.size):
+                    self._run_again(replay, leaves, inputs, gradient, index)
+
+            tensor.register_hook(on_gradient)  # type: ignore[no-untyped-call]
+
+        return hook
+
+    def _run_again(
+        self, replay: Replay, leaves: dict[str, torch.Tensor], inputs: Any, gradient: torch.Tensor, index: int
+    ) -> None:
+        rules = iter(replay.rules)
+        args, kwargs = map_tensors(inputs, lambda tensor: self._cut(tensor, next(rules), index))
+        targets = list(leaves.values())
+        if replay.layers:
+            # Layers give their gradients on the way from the output to the inputs.
+            args, kwargs = map_tensors((args, kwargs), _as_leaf)
+            map_tensors((args, kwargs), lambda tensor: targets.append(tensor) if tensor.requires_grad else None)
+        self.replay, self.sample = replay, index
+        try:
+            with torch.enable_grad(), self.forward.autocasting():
+                outputs = torch.func.functional_call(replay.module, leaves, args, kwargs)
+            output = floating_tensors(outputs)[replay.output]
+            own = self._cut(gradient, replay.output_rule, index)
+            gradients = torch.autograd.grad(output, targets, own.reshape(output.shape), allow_unused=True)
+        finally:
+            self.replay = None
+        for name, found in zip(leaves, gradients, strict=False):
+            if found is not None:
+                slot = replay.parameters[name]
+                self.consume(slot.offset, slot.keep(found), slice(index, index + 1))
+
+    def _cut(self, tensor: torch.Tensor, rule: str, index: int) -> torch.Tensor:
+        if rule == "samples":
+            return tensor[index : index + 1]
+        if rule == "tokens":
+            return tensor[index * self.width : (index + 1) * self.width]
+        return tensor
+
+
+@contextlib.contextmanager
+def _checkpointed(model: PreTrainedModel) -> Iterator[None]:
+    """Honours gradient checkpointing where the model has it enabled, also outside training mode."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers = [
+        module
+        for module in model.modules()
+        if isinstance(module, GradientCheckpointingLayer) and getattr(module, "gradient_checkpointing", False)
+    ]
+    for layer in layers:
+        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.__dict__["forward"]
+
+
+def _as_leaf(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().requires_grad_(True) if tensor.is_floating_point() else tensor
+
+
+def floating_tensors(value: Any) -> list[torch.Tensor]:
+    """Returns the floating-point tensors of nested tuples, lists and mappings, in order."""
+    found: list[torch.Tensor] = []
+    map_tensors(value, lambda tensor: found.append(tensor) if tensor.is_floating_point() else None)
+    return found
+
+
+def map_tensors(value: Any, function: Callable[[torch.Tensor], Any]) -> Any:
+    """Applies a function to every tensor of nested tuples, lists and mappings, in order; leaves the rest alone."""
+    if isinstance(value, torch.Tensor):
+        return function(value)
+    if isinstance(value, dict):
+        return {key: map_tensors(item, function) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(map_tensors(item, function) for item in value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(map_tensors(item, function) for item in value)
+    return value

@@ -1,0 +1,282 @@
+"""Model and responses to a store of sketched gradients (or embeddings): batches in, one row a response out."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+import bpo
+from bpo.config import SelectConfig
+from bpo.data.batches import first_batch, storage_order
+from bpo.data.read import read_configured
+from bpo.data.tokenizers import load_tokenizer, tokenizer_fingerprint
+from bpo.data.tokens import tokenize_configured
+from bpo.gradients.choose import choose_features
+from bpo.gradients.preconditioner import load_preconditioner, preconditioner_path
+from bpo.gradients.sketching import Sketching
+from bpo.policy.logprobs import Forward, check_vocabulary
+from bpo.policy.models import inference_state, load_policy, model_fingerprint, window
+from bpo.policy.reference import Reference
+from bpo.store.gradient_store import FIRST_UNPREDICTED, NONFINITE, ZERO
+from bpo.store.writer import GradientWriter
+from bpo.system.memory import HeapTrimmer, within_memory
+from bpo.system.warn import warn
+
+if TYPE_CHECKING:
+    import os
+
+    import numpy.typing as npt
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from bpo.data.candidates import Candidates
+    from bpo.data.tokens import TokenizedResponses
+    from bpo.gradients.capture import Plan
+    from bpo.gradients.features import Features
+    from bpo.gradients.preconditioner import Preconditioner
+    from bpo.gradients.sketching import SketchBatch
+    from bpo.store.gradient_store import GradientStore
+
+
+def collect(
+    model: PreTrainedModel,
+    candidates: Candidates,
+    tokenized: TokenizedResponses,
+    processing_class: PreTrainedTokenizerBase,
+    *,
+    config: SelectConfig,
+    store: str | os.PathLike[str] | None,
+    progress: bool,
+    preconditioner: str | None = None,
+    reference: Reference | None = None,
+) -> GradientStore:
+    """Adds the sketched gradient (or embedding) of every response (every sequence) that the store lacks.
+
+    Args:
+        model: The policy.
+        candidates: Prompts and responses.
+        tokenized: Their token ids.
+        processing_class: The tokenizer.
+        config: Settings.
+        store: Directory; ``None`` is a temporary one.
+        progress: Whether to show a progress bar.
+        preconditioner: File of second moments (:func:`bpo.gradients.preconditioner.preconditioner_path`).
+        reference: The reference's log-probabilities; None computes them with ``config.ref_model``, else takes the
+            policy's own.
+
+    Returns:
+        The store, open for reading.
+    """
+    check_vocabulary(model, tokenized)
+    # Decided before freezing, since what is trainable says what the features are.
+    features = choose_features(model, config)
+    precondition = None if preconditioner is None else load_preconditioner(preconditioner, model, features)
+    reference = Reference.of(model, config) if reference is None else reference
+    reference.check_vocabulary(tokenized)
+    fingerprint = {
+        "bpo": bpo.__version__,
+        "model": model_fingerprint(model),
+        "reference": reference.fingerprint,
+        "tokenizer": tokenizer_fingerprint(processing_class),
+        "features": {**features.describe(), "seed": config.sketch_seed},
+        "preconditioner": None if precondition is None else precondition.fingerprint(),
+        "sketch": {
+            "kind": config.sketch_kind,
+            "dim": config.sketch_dim,
+            "nnz": config.sketch_nnz,
+            "seed": config.sketch_seed,
+            "dtype": config.sketch_dtype,
+        },
+        "max_length": tokenized.max_length,
+        "truncation_mode": config.truncation_mode,
+        "dtype": str(model.dtype).removeprefix("torch.") + (" under bfloat16 autocast" if config.bf16 else ""),
+    }
+    writer = GradientWriter.open(store, fingerprint, candidates.known_ids, tokenized.sequence_ids)
+    if tokenized.ref_logps is not None:
+        writer.check_ref_logps(tokenized.sequence_ids, tokenized.ref_logps)
+    order = storage_order(tokenized.lengths, candidates.prompt_of_response[tokenized.response_of])
+    missing = order[writer.rows_of(tokenized.sequence_ids)[order] < 0]
+    n_present = len(order) - len(missing)
+    # In tokens, since those of a response tell its time.
+    bar = tqdm(
+        total=int(tokenized.lengths.sum()),
+        initial=int(tokenized.lengths.sum() - tokenized.lengths[missing].sum()),
+        desc=features.noun.capitalize() + (f" ({n_present} of {len(order)} responses are there)" if n_present else ""),
+        unit="token",
+        unit_scale=True,
+        disable=not progress,
+    )
+    shown = 0  # rows that the bar counts: those that no crash takes away
+
+    def show(committed: int) -> None:
+        nonlocal shown
+        bar.update(int(tokenized.lengths[missing[shown:committed]].sum()))
+        shown = committed
+
+    with contextlib.ExitStack() as stack:
+        for context in (writer, bar, inference_state(model)):
+            stack.enter_context(context)
+        if len(missing):
+            writer.lock()  # before any work that another writer would make useless
+            forward = Forward.of(model, tokenized, processing_class, config)
+            plan = features.plan(forward)
+            features.warn_of_gaps(model)
+            sketching = stack.enter_context(Sketching.of(config))
+            extraction = _Extraction(forward, reference, features, plan, candidates, sketching, precondition)
+            trim = HeapTrimmer()
+            for done in extraction.run(missing, config.tokens_per_batch):
+                rows, sketch = done.rows, done.sketches.rows()
+                responses = tokenized.response_of[rows]
+                logps, ref_logps = done.logps, done.ref_logps
+                # A row whose squared norm overflows is as useless to k-means as an infinite one.
+                with np.errstate(over="ignore", invalid="ignore"):
+                    finite = np.isfinite(np.square(sketch).sum(axis=1)) & np.isfinite(logps) & np.isfinite(ref_logps)
+                flags = NONFINITE * ~finite + ZERO * ~sketch.any(axis=1)
+                flags += FIRST_UNPREDICTED * (tokenized.prompt_lengths[rows] == 0)
+                sketch[~finite] = 0.0
+                committed = writer.append(
+                    sketch,
+                    prompt_ids=candidates.prompt_ids[candidates.prompt_of_response[responses]],
+                    response_ids=tokenized.sequence_ids[rows],
+                    scores=candidates.scores[responses],
+                    logps=logps,
+                    ref_logps=ref_logps,
+                    lengths=tokenized.response_lengths[rows],
+                    flags=flags,
+                    log_weights=done.log_weights,
+                )
+                show(committed)
+                trim()
+            show(writer.commit())
+    return writer.reopen()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Done:
+    """One batch that went through the model; its sketches may still be under way."""
+
+    rows: npt.NDArray[np.int64]
+    sketches: SketchBatch
+    logps: npt.NDArray[np.float32]
+    ref_logps: npt.NDArray[np.float32]
+    log_weights: npt.NDArray[np.float32]
+
+
+@dataclasses.dataclass
+class _Extraction:
+    """Responses through the model, in batches that memory allows."""
+
+    forward: Forward
+    reference: Reference
+    features: Features
+    plan: Plan
+    candidates: Candidates
+    sketching: Sketching
+    precondition: Preconditioner | None
+
+    def run(self, missing: npt.NDArray[np.int64], budget: int) -> Iterator[_Done]:
+        """Yields the batches in the order given.
+
+        One whose sketches are under way comes once the next one has gone through the model. A batch that does not fit
+        into memory is halved, and so are those after it.
+        """
+        tokenized = self.forward.tokenized
+        previous: _Done | None = None
+        remaining = missing
+        while len(remaining):
+            size = first_batch(tokenized.lengths[remaining], budget)
+            done, error = within_memory(self._batch, remaining[:size])
+            if done is None:
+                longest = int(tokenized.lengths[remaining[:size]].max())
+                if size == 1:
+                    prompt = self.candidates.prompt_of_response[tokenized.response_of[remaining[0]]]
+                    row = self.candidates.prompt_rows[prompt]
+                    raise MemoryError(
+                        f"Memory does not suffice for one sequence of {longest} tokens (row {row}): {error}\nLower "
+                        "SelectConfig.max_length, set gradient_checkpointing, or load the model in a smaller dtype."
+                    )
+                budget = longest * (size // 2)
+                warn(f"Memory does not suffice for {size} sequences of {longest} tokens; going on with {size // 2}.")
+                continue
+            if previous is not None:
+                yield previous
+            previous, remaining = done, remaining[size:]
+            if not done.sketches.under_way:
+                yield done
+                previous = None
+        if previous is not None:
+            yield previous
+
+    def _batch(self, rows: npt.NDArray[np.int64]) -> _Done:
+        sketches = self.sketching.batch(len(rows))
+
+        def consume(offset: int, gradients: torch.Tensor, samples: slice) -> None:
+            if self.precondition is not None:
+                gradients = self.precondition(offset, gradients)
+            sketches.consume(offset, gradients, samples)
+
+        result = self.features.catch(self.forward, self.plan, rows, consume)
+        logps = result.logps.cpu().numpy()
+        ref_logps = self.reference.logps(self.forward, rows, logps)
+        return _Done(rows, sketches, logps, ref_logps, result.log_weights.cpu().numpy())
+
+
+def collect_gradients(
+    model: Any,
+    dataset: Any,
+    *,
+    processing_class: Any = None,
+    store: str | os.PathLike[str] | None = None,
+    config: SelectConfig | Mapping[str, Any] | None = None,
+    progress: bool = True,
+) -> GradientStore:
+    """Sketches the gradient of log π(response | prompt) of every response of a data set.
+
+    With ``features="embeddings"`` the store holds embeddings of the responses in place of gradients (see
+    :class:`bpo.SelectConfig`), and is used in the same ways.
+
+    Args:
+        model: Path, hub id, ``PreTrainedModel`` or ``PeftModel``.
+        dataset: Preference data in any format of :func:`bpo.select`.
+        processing_class: The tokenizer; by default the one saved with the model.
+        store: Directory of the gradient store. Responses that it already holds are not computed again. ``None`` is a
+            temporary directory that goes with the returned object.
+        config: Settings; ``checkpoints`` must be None, since a store is that of one model.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The store: one row a response.
+
+    Raises:
+        ValueError: Unusable data, an unsupported model, or a store made with something else.
+        FileNotFoundError: A model path that does not exist.
+
+    Example:
+        .. code-block:: python
+
+            store = bpo.collect_gradients("my-sft-model", "responses.jsonl", store="gradients")
+            selection = bpo.select(None, "responses.jsonl", budget=500, store="gradients")
+    """
+    config = SelectConfig.of(config)
+    if config.checkpoints is not None:
+        raise ValueError("collect_gradients serves one model: give it a checkpoint as the model, and checkpoints=None.")
+    preconditioner = preconditioner_path(model, config)
+    candidates = read_configured(dataset, config)
+    tokenizer = load_tokenizer(model, processing_class, config)
+    policy = load_policy(model, config)
+    kept, tokenized = tokenize_configured(candidates, tokenizer, window(policy, config), config)
+    return collect(
+        policy,
+        kept,
+        tokenized,
+        tokenizer,
+        config=config,
+        store=store,
+        progress=progress,
+        preconditioner=preconditioner,
+    )

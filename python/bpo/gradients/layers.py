@@ -1,0 +1,141 @@
+"""Closed forms: the gradient of each sample from what a layer was given and what came back."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import nn
+
+Consumer = Callable[[int, torch.Tensor, slice], None]
+"""Receives the coordinate at which a parameter starts, (n, size) gradients, and the part of the batch they are of."""
+
+
+class UnsupportedModelError(ValueError):
+    """The per-sample gradients of this model cannot be had exactly; the message names the modules or parameters."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """Where the gradient of one parameter lies among the coordinates.
+
+    Attributes:
+        offset: First coordinate.
+        shape: Shape of what is kept of the gradient.
+        left: (k, out) or None. A projection of the outputs, on the device of the parameter.
+        right: (r, in), (experts, r, in) or None. A projection of the inputs, likewise: what is kept of the gradient G
+            of a weight (out, in) is left · G · rightᵀ.
+        transposed: Whether the parameter is a weight stored as (in, out), as in GPT-2's Conv1D.
+    """
+
+    offset: int
+    shape: torch.Size
+    left: torch.Tensor | None = None
+    right: torch.Tensor | None = None
+    transposed: bool = False
+
+    @property
+    def size(self) -> int:
+        """Coordinates."""
+        return self.shape.numel()
+
+    @property
+    def projected(self) -> bool:
+        """Whether a projection of the gradient is kept."""
+        return self.left is not None or self.right is not None
+
+    def keep(self, gradient: torch.Tensor) -> torch.Tensor:
+        """Returns what is kept of a whole gradient, (1, size) float32."""
+        kept = gradient.float()
+        if self.projected and self.transposed:
+            kept = kept.T
+        if self.left is not None:
+            kept = self.left @ kept
+        if self.right is not None:
+            kept = kept @ self.right.transpose(-1, -2)
+        return kept.reshape(1, -1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Linear:
+    """A linear layer (or GPT-2's Conv1D): G = Σ_t g_t x_tᵀ of each sample, with g the gradient at the layer's output.
+
+    Attributes:
+        name: Of the module.
+        module: The layer.
+        weight: Slot of its weight, None where that is not asked for.
+        bias: Slot of its bias, likewise.
+    """
+
+    name: str
+    module: nn.Module
+    weight: Slot | None
+    bias: Slot | None = None
+
+    @property
+    def largest(self) -> int:
+        """Coordinates of the largest gradient."""
+        return max(slot.size for slot in (self.weight, self.bias) if slot is not None)
+
+    def remember(self, x: torch.Tensor) -> torch.Tensor | None:
+        """Takes the (n, t, in) inputs; returns what the gradient needs of them."""
+        if self.weight is None:
+            return None
+        return x if self.weight.right is None else x.float() @ self.weight.right.T
+
+    def gradients(self, remembered: torch.Tensor | None, gradient: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+        """Takes (n', t, out) output gradients; yields offset and (n', size) gradients."""
+        gradient = gradient.float()
+        if self.bias is not None:
+            yield self.bias.offset, gradient.sum(dim=1)
+        if self.weight is not None:
+            assert remembered is not None
+            remembered = remembered.float()
+            if self.weight.left is not None:
+                gradient = gradient @ self.weight.left.T
+            swap = self.weight.transposed and not self.weight.projected
+            first, second = (remembered, gradient) if swap else (gradient, remembered)
+            yield self.weight.offset, torch.bmm(first.transpose(1, 2), second).flatten(1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Embedding:
+    """A table of embeddings: the output gradients, added up by token.
+
+    Attributes:
+        name: Of the module.
+        module: The table.
+        weight: Slot of its weight.
+    """
+
+    name: str
+    module: nn.Embedding
+    weight: Slot
+
+    @property
+    def largest(self) -> int:
+        """Coordinates of the gradient."""
+        return self.weight.size
+
+    def remember(self, ids: torch.Tensor) -> torch.Tensor:
+        """Takes and returns the (n, t) token ids."""
+        return ids
+
+    def gradients(self, ids: torch.Tensor, gradient: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+        """Takes (n', t, d) output gradients; yields offset and (n', size) gradients."""
+        gradient = gradient.float()
+        if self.module.padding_idx is not None:
+            gradient = gradient * (ids != self.module.padding_idx)[..., None]
+        if self.weight.left is not None and self.weight.right is not None:
+            left = self.weight.left.T[ids]  # (n', t, k)
+            right = gradient @ self.weight.right.T
+            yield self.weight.offset, torch.bmm(left.transpose(1, 2), right).flatten(1)
+            return
+        rows = torch.zeros(gradient.shape[0], *self.weight.shape, device=gradient.device)
+        for index in range(gradient.shape[0]):
+            rows[index].index_add_(0, ids[index], gradient[index])
+        yield self.weight.offset, rows.flatten(1)
+
+
+Layer = Linear | Embedding

@@ -1,0 +1,113 @@
+"""Where gradients point: the influence of pairs on a target, and whether prompts pull in a common direction."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from bpo import _core
+from bpo.pairs.checkpoints import pair_features
+from bpo.pairs.pair_gradients import PairGradients, pair_norms, unit_features
+from bpo.store.gradient_store import widened
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from bpo.config import SelectConfig
+    from bpo.pairs.measured import MeasuredPairs
+
+_TESTED_PROMPTS = 1000
+_SIGN_DRAWS = 1000
+
+
+def influence(
+    features: PairGradients,
+    usable: npt.NDArray[np.bool_],
+    target: MeasuredPairs,
+    subtask_of_pair: npt.NDArray[np.int64],
+    config: SelectConfig,
+) -> npt.NDArray[np.float32]:
+    """Returns the influence of pairs on a target: the mean cosine with a subtask's pairs, the largest over subtasks.
+
+    LESS's (arXiv 2402.04333), with gradients of pairs in place of SFT losses.
+
+    Args:
+        features: Of the P pairs, from :func:`clustered`.
+        usable: (P,) bool.
+        target: The pairs of the target, of the same stores.
+        subtask_of_pair: (T,) int64, the subtask of each of them, from 0.
+        config: Uses ``checkpoints`` and ``threads``.
+
+    Returns:
+        (P,) float32, NaN where not usable.
+
+    Raises:
+        ValueError: A subtask without a usable pair.
+    """
+    if config.checkpoints is not None:
+        rows, norms = pair_features(target.gradients, list(config.checkpoints.values()), threads=config.threads)
+        wanted = PairGradients.of_rows(rows)
+        known = np.isfinite(norms)
+    else:
+        norms = pair_norms(target.gradients[0], config.threads)
+        known = np.isfinite(norms) & (norms > 0)
+        wanted = unit_features(target.gradients[0], norms, known)
+    best = np.full(len(usable), np.nan, dtype=np.float32)
+    index = np.flatnonzero(usable)
+    for subtask in range(int(subtask_of_pair.max()) + 1):
+        members = np.flatnonzero((subtask_of_pair == subtask) & known)
+        if len(members) == 0:
+            raise ValueError(f"No pair of subtask {subtask} of the target has a usable gradient.")
+        weights, places = wanted.coefficients[members].astype(np.float64) / len(members), wanted.pairs[members]
+        first, second = (weights[:, side] @ widened(wanted.rows[places[:, side]]) for side in (0, 1))
+        mean = first + second
+        scores = _core.score_pairs(
+            features.rows,
+            features.pairs[index],
+            features.coefficients[index],
+            mean[None].astype(np.float32),
+            np.zeros(len(index), dtype=np.int32),
+            direction=mean.astype(np.float32),
+            threads=config.threads,
+        )
+        # The core takes the direction at unit length.
+        best[index] = np.fmax(best[index], scores.alignment * np.float32(np.linalg.norm(mean)))
+    return best
+
+
+def prompts_agree(
+    features: PairGradients, usable: npt.NDArray[np.bool_], prompt_of_pair: npt.NDArray[np.int64], seed: int
+) -> float:
+    """Tests whether the gradients of different prompts pull in a common direction.
+
+    Where they do not, there is no optimization direction, and nothing chosen by it carries over to other prompts.
+    A sign-flip test *(ours)*: the length of the sum over prompts of their gradients is compared with the lengths that
+    the sum has if each prompt's sign is drawn at random.
+
+    Args:
+        features: Unit gradients of P pairs, from :func:`clustered`.
+        usable: (P,) bool.
+        prompt_of_pair: (P,) int64. Of more than 1,000 prompts, 1,000 are drawn.
+        seed: Of the draws.
+
+    Returns:
+        The p-value, 1/1000 at least.
+    """
+    generator = np.random.default_rng(seed)
+    prompts = np.unique(prompt_of_pair[usable])
+    if len(prompts) > _TESTED_PROMPTS:
+        prompts = np.sort(generator.choice(prompts, _TESTED_PROMPTS, replace=False))
+    index = np.flatnonzero(usable & np.isin(prompt_of_pair, prompts))
+    place = np.searchsorted(prompts, prompt_of_pair[index])
+    rows, pairs = features.rows, features.pairs[index]
+    sums = np.zeros((len(prompts), rows.shape[1]))
+    for prompt in range(len(prompts)):
+        members = np.flatnonzero(place == prompt)
+        weights = features.coefficients[index[members]].astype(np.float64)
+        for side in (0, 1):
+            sums[prompt] += weights[:, side] @ widened(rows[pairs[members, side]])
+    gram = sums @ sums.T
+    signs = generator.choice(np.array([-1.0, 1.0]), (_SIGN_DRAWS - 1, len(prompts)))
+    drawn = np.einsum("sp,sp->s", signs @ gram, signs)
+    return float((1 + (drawn >= gram.sum()).sum()) / _SIGN_DRAWS)

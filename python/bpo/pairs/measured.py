@@ -1,0 +1,143 @@
+"""From gradient stores to pairs whose gradients and log-probabilities are known."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from bpo.data.candidates import Skipped, report_skipped
+from bpo.pairs.losses import pair_coefficients
+from bpo.pairs.pair_gradients import PairGradients
+from bpo.store.gradient_store import NONFINITE, StoreMismatchError
+from bpo.system.progress import core_progress
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy.typing as npt
+
+    from bpo.config import SelectConfig
+    from bpo.data.candidates import Candidates
+    from bpo.store.gradient_store import GradientStore
+
+
+@dataclasses.dataclass(frozen=True)
+class MeasuredPairs:
+    """P pairs of responses whose gradients are known.
+
+    Attributes:
+        gradients: Of the pairs, at each checkpoint; of one model a single entry.
+        logps: (P, 2) float32, log π of the preferred and of the other response; None with several checkpoints.
+        ref_logps: (P, 2) float32, log π_ref likewise.
+        differences: h_w − h_l of the pairs; None with several checkpoints.
+    """
+
+    gradients: list[PairGradients]
+    logps: npt.NDArray[np.float32] | None
+    ref_logps: npt.NDArray[np.float32]
+    differences: PairGradients | None
+
+    def margins(self, config: SelectConfig) -> npt.NDArray[np.float64] | None:
+        """Returns Δ = β(log π(y_w)/π_ref(y_w) − log π(y_l)/π_ref(y_l)), (P,) float64; None with several checkpoints."""
+        if self.logps is None:
+            return None
+        rewards = config.beta * (self.logps.astype(np.float64) - self.ref_logps.astype(np.float64))
+        return rewards[:, 0] - rewards[:, 1]
+
+
+def in_store(
+    candidates: Candidates, present: GradientStore, config: SelectConfig
+) -> tuple[Candidates, npt.NDArray[np.int64]]:
+    """Returns the candidate pairs whose two responses a store holds, and the row of each response ((R,) int64).
+
+    Raises:
+        ValueError: Responses that it holds more than once.
+        StoreMismatchError: It holds the responses of no pair.
+    """
+    rows, several = present.rows_of_responses(candidates.response_ids)
+    if several.any():
+        place = candidates.prompt_rows[candidates.prompt_of_response[np.flatnonzero(several)[0]]]
+        raise ValueError(
+            f"{present.path} holds {int(several.sum())} responses more than once, such as one of row {place}: with "
+            "other token weights, or starting at another token. Pass the model, whose tokenizer tells them apart."
+        )
+    there: npt.NDArray[np.bool_] = rows[candidates.pairs].min(axis=1) >= 0
+    skipped = Skipped()
+    for pair in np.flatnonzero(~there):
+        skipped.add("pair of a response that the store does not hold", f"row {candidates.pair_rows[pair]}")
+    if not there.any():
+        raise StoreMismatchError(
+            f"The gradient store {present.path} holds the responses of none of the {len(there)} candidate pairs. Pass "
+            "the data that it was made with, or the model, which computes what is missing."
+        )
+    report_skipped(skipped, config.on_invalid)
+    candidates.skipped.merge(skipped)
+    kept, _, response_index = candidates.keep_pairs(there)
+    return kept, rows[response_index]
+
+
+def measured(
+    stores: Sequence[GradientStore],
+    pairs: Sequence[npt.NDArray[np.int64]],
+    config: SelectConfig,
+    *,
+    ref_logps: npt.NDArray[np.float32] | None = None,
+    weights: npt.NDArray[np.float64] | None = None,
+    progress: bool = False,
+) -> MeasuredPairs:
+    """Reads what stores hold of pairs, and compares the rows of their responses with the checksums.
+
+    Args:
+        stores: One, or that of each checkpoint.
+        pairs: (P, 2) int64 for each store, the rows of the preferred and of the other response.
+        config: Uses what :func:`bpo.pair_coefficients` does, and ``threads``.
+        ref_logps: (P, 2) float32, log π_ref of the responses; by default that of the store.
+        weights: (P,) float64, what the loss of each pair is multiplied with; None for 1.
+        progress: Whether to show a progress bar.
+
+    Raises:
+        StoreDamagedError: A row that is not as it was written.
+    """
+    gradients = [
+        _pair_gradients(store, rows, config, weights, progress) for store, rows in zip(stores, pairs, strict=True)
+    ]
+    if len(stores) > 1 or config.checkpoints is not None:
+        assert ref_logps is not None
+        return MeasuredPairs(gradients, None, ref_logps, None)
+    records, scales = stores[0].records, stores[0].scales[pairs[0]]
+    differences = np.array([1, -1], dtype=np.float32) * scales
+    return MeasuredPairs(
+        gradients,
+        records["logp"][pairs[0]],
+        records["ref_logp"][pairs[0]] if ref_logps is None else ref_logps,
+        PairGradients(stores[0].rows, pairs[0], differences),
+    )
+
+
+def _pair_gradients(
+    store: GradientStore,
+    pairs: npt.NDArray[np.int64],
+    config: SelectConfig,
+    weights: npt.NDArray[np.float64] | None,
+    progress: bool,
+) -> PairGradients:
+    """Returns the gradients of the pairs in terms of those of the responses; NaN where one of these is unusable."""
+    with core_progress("Checksums", progress) as report:
+        store.check(pairs.ravel(), threads=config.threads, progress=report)
+    records = store.records
+    coefficients = pair_coefficients(
+        records["logp"],
+        records["ref_logp"],
+        pairs,
+        lengths=records["length"],
+        predicted=store.predicted,
+        log_weights=records["log_weight"],
+        config=config,
+    )
+    if weights is not None:
+        coefficients *= weights[:, None]
+    nonfinite = (records["flags"] & NONFINITE != 0)[pairs].any(axis=1)
+    coefficients[nonfinite] = np.nan  # which tells them from pairs of zero gradients
+    return PairGradients(store.rows, pairs, coefficients * store.scales[pairs])

@@ -1,0 +1,173 @@
+"""Responses of a model in this process, each drawn with random numbers of its own."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from bpo.config import SelectConfig
+from bpo.data.candidates import Skipped, report_skipped
+from bpo.responses.draws import OwnStreams, random_stream
+from bpo.system.warn import warn
+
+if TYPE_CHECKING:
+    from bpo.responses.draws import Sampled
+    from bpo.responses.prompts import PromptResponses
+
+
+class ModelSource:
+    """Responses of a model in this process."""
+
+    def __init__(
+        self, model: Any, processing_class: Any, config: SelectConfig, settings: Mapping[str, Any], batch_size: int
+    ) -> None:
+        from bpo.data.tokenizers import load_tokenizer
+        from bpo.policy.models import load_policy, window
+
+        self.tokenizer = load_tokenizer(model, processing_class, config)
+        self.model = load_policy(model, config)
+        self.settings = settings
+        # Prompts in a batch, and how many of them memory suffices for.
+        self.size = self.at_once = max(1, batch_size // settings["n_responses"])
+        self.window = window(self.model, SelectConfig(max_length=None))
+        self.prompt_ids: list[list[int]] = []
+        self.failures: list[str] = []
+
+    def describe(self) -> dict[str, str]:
+        """Returns what identifies the model in a manifest."""
+        from bpo.data.tokenizers import tokenizer_fingerprint
+        from bpo.policy.models import model_fingerprint
+
+        return {"weights": model_fingerprint(self.model), "tokenizer": tokenizer_fingerprint(self.tokenizer)}
+
+    def fitting(self, rows: Sequence[PromptResponses]) -> list[PromptResponses]:
+        """Tokenizes the prompts; sets those aside that leave no room for a response."""
+        from bpo.data.tokenizers import padding_id, token_ids
+
+        skipped = Skipped()
+        fitting = []
+        room = None if self.window is None else self.window - self.settings["max_new_tokens"]
+        for row in rows:
+            ids = token_ids(self.tokenizer, row.prompt, row.row, row.template_kwargs, add_generation_prompt=True)
+            if room is not None and len(ids) > room:
+                reason = f"prompt that leaves no {self.settings['max_new_tokens']} tokens of {self.window} to respond"
+                skipped.add(reason, f"row {row.row}")
+                continue
+            fitting.append(row)
+            self.prompt_ids.append(ids or [padding_id(self.tokenizer)])
+        report_skipped(skipped, "skip")
+        if not fitting:
+            raise ValueError(f"No prompt can be responded to; lower max_new_tokens.\n{skipped.describe()}")
+        return fitting
+
+    def sample(
+        self, rows: Sequence[PromptResponses], todo: Sequence[int], on_response: Callable[[int], Any]
+    ) -> Iterator[tuple[int, list[Sampled]]]:
+        """Yields the responses to each prompt in ``todo`` with its index, as they are finished."""
+        from bpo.policy.models import inference_state
+
+        wanted = set(todo)
+        # Longest first: memory peaks in the first batch. Batches do not depend on what is there already, so that an
+        # interrupted run goes on with the same arithmetic.
+        order = sorted(range(len(rows)), key=lambda index: -len(self.prompt_ids[index]))
+        for start in range(0, len(order), self.size):
+            batch = order[start : start + self.size]
+            if wanted.isdisjoint(batch):
+                continue
+            with inference_state(self.model), _own_distribution(self.model):
+                # Not yielded in here: between batches the model is as it was.
+                texts = self._in_memory(rows, batch)
+            for index, sampled in zip(batch, texts, strict=True):
+                if index in wanted:
+                    on_response(len(sampled))
+                    yield index, sampled
+
+    def _in_memory(self, rows: Sequence[PromptResponses], batch: Sequence[int]) -> list[list[Sampled]]:
+        """Generates for a batch, in parts where memory does not suffice for all of it."""
+        from bpo.system.memory import within_memory
+
+        sampled: list[list[Sampled]] = []
+        while len(sampled) < len(batch):
+            part = batch[len(sampled) : len(sampled) + self.at_once]
+            done, error = within_memory(self._generate, rows, part)
+            if done is not None:
+                sampled += done
+                continue
+            if len(part) == 1:
+                raise MemoryError(
+                    f"Memory does not suffice for {self.settings['n_responses']} responses to one prompt (row "
+                    f"{rows[part[0]].row}): {error}\nLower n_responses or max_new_tokens, or load the model in a "
+                    "smaller dtype."
+                )
+            self.at_once = len(part) // 2
+            warn(f"Memory does not suffice for {len(part)} prompts at once; going on with {self.at_once}.")
+        return sampled
+
+    def _generate(self, rows: Sequence[PromptResponses], batch: Sequence[int]) -> list[list[Sampled]]:
+        import torch
+        from transformers import GenerationConfig
+
+        from bpo.data.tokenizers import padding_id
+
+        count, longest = self.settings["n_responses"], self.settings["max_new_tokens"]
+        pad = padding_id(self.tokenizer)
+        device = self.model.get_input_embeddings().weight.device
+        width = max(len(self.prompt_ids[index]) for index in batch)
+        ids = torch.full((len(batch) * count, width), pad)  # (b·m, t)
+        mask = torch.zeros_like(ids)
+        for place, index in enumerate(batch):
+            prompt = torch.tensor(self.prompt_ids[index])
+            ids[place * count : (place + 1) * count, width - len(prompt) :] = prompt
+            mask[place * count : (place + 1) * count, width - len(prompt) :] = 1
+        uniforms = np.stack(
+            [
+                random_stream(self.settings["seed"], rows[index].key, response, longest)
+                for index in batch
+                for response in range(count)
+            ]
+        )
+        draws = OwnStreams(uniforms, width, self.settings["temperature"], self.settings["top_p"])
+        ends = end_tokens(self.model, self.tokenizer)
+        tokens = self.model.generate(
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            # Greedy, over scores of which the processor leaves one: the token that it drew.
+            generation_config=GenerationConfig(
+                do_sample=False, max_new_tokens=longest, eos_token_id=ends or None, pad_token_id=pad, use_cache=True
+            ),
+            logits_processor=[draws],
+        )
+        sampled = [self._read(row, ends, rows[batch[0]]) for row in tokens[:, width:].tolist()]
+        return [sampled[start : start + count] for start in range(0, len(sampled), count)]
+
+    def _read(self, tokens: list[int], ends: Sequence[int], row: PromptResponses) -> Sampled:
+        end = next((place for place, token in enumerate(tokens) if token in ends), None)
+        text = self.tokenizer.decode(tokens[:end], skip_special_tokens=True)
+        return text if isinstance(row.prompt, str) else text.strip(), end is None, False
+
+
+def end_tokens(model: Any, processing_class: Any) -> list[int]:
+    """Returns the ids that end a response: the model's and the tokenizer's."""
+    given = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    of_model = given if isinstance(given, (list, tuple)) else [given]
+    return sorted({int(token) for token in (*of_model, processing_class.eos_token_id) if token is not None})
+
+
+@contextlib.contextmanager
+def _own_distribution(model: Any) -> Iterator[None]:
+    """Hides the generation settings saved with a model, which ``generate`` would add to those given."""
+    from transformers import GenerationConfig
+
+    from bpo.policy.models import base_of
+
+    base = base_of(model)
+    saved = base.generation_config
+    ends = GenerationConfig(eos_token_id=saved.eos_token_id, bos_token_id=saved.bos_token_id)
+    base.generation_config = ends
+    try:
+        yield
+    finally:
+        base.generation_config = saved

@@ -1,0 +1,1 @@
+"""The method: which pairs of which prompts are trained on, and what became of the others."""

@@ -1,0 +1,104 @@
+"""Chosen pairs exchanged until as many prefer the longer response as the shorter one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from bpo.pairs.ranks import ranks_in_prompts
+from bpo.system.warn import warn
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+
+def balance_lengths(
+    chosen: npt.NDArray[np.bool_],
+    usefulness: npt.NDArray[np.float64],
+    eligible: npt.NDArray[np.bool_],
+    prompt_of_pair: npt.NDArray[np.int64],
+    length_differences: npt.NDArray[np.int64],
+    *,
+    max_depth: int | None = None,
+) -> npt.NDArray[np.bool_]:
+    """Exchanges chosen pairs until as many prefer the longer response as the shorter one *(ours)*.
+
+    Of the commoner kind the least useful pairs go, and for each comes the most useful unchosen pair of the other kind:
+    first of the same prompt, where that loses least, so that no depth changes; then of other prompts, in place of pairs
+    whose prompt keeps at least one. So any strategy can have chosen, the budget stays what it is, and no prompt is
+    lost. A prompt whose pairs are all of one kind keeps at least one of them and may give the others away.
+
+    Args:
+        chosen: (P,) bool, by a strategy.
+        usefulness: (P,) float64, what the strategy ranked by, larger first; NaN counts as least.
+        eligible: (P,) bool; the others are not chosen.
+        prompt_of_pair: (P,) int64.
+        length_differences: (P,) of the preferred response less the other; pairs of equal lengths are left alone.
+        max_depth: Most pairs of one prompt.
+
+    Returns:
+        (P,) bool, as many as before. It warns where there was not enough to exchange.
+    """
+    kinds = np.sign(length_differences)
+    chosen = _exchanged(chosen.copy(), kinds, usefulness, eligible, prompt_of_pair, max_depth)
+    longer, shorter = int((kinds[chosen] > 0).sum()), int((kinds[chosen] < 0).sum())
+    if abs(longer - shorter) > 1:
+        warn(
+            f"{longer} of the kept pairs prefer the longer response and {shorter} the shorter one: nothing is left to "
+            "exchange for length_control='balance'. A smaller budget leaves more to choose from."
+        )
+    return chosen
+
+
+def _exchanged(
+    chosen: npt.NDArray[np.bool_],
+    kinds: npt.NDArray[np.int64],
+    usefulness: npt.NDArray[np.float64],
+    eligible: npt.NDArray[np.bool_],
+    prompt_of_pair: npt.NDArray[np.int64],
+    max_depth: int | None,
+) -> npt.NDArray[np.bool_]:
+    """Exchanges chosen pairs in place until as many are of kind 1 as of kind −1, or none can come; see above."""
+    surplus = int(kinds[chosen].sum())
+    kind, wanted = np.sign(surplus), abs(surplus) // 2
+    keys = np.nan_to_num(usefulness, nan=-1e300, posinf=1e300, neginf=-1e300)
+    leaving, coming = _within_prompts(
+        chosen & (kinds == kind), ~chosen & eligible & (kinds == -kind), keys, prompt_of_pair
+    )
+    cheapest = np.argsort(keys[leaving] - keys[coming], kind="stable")[:wanted]
+    chosen[leaving[cheapest]] = False
+    chosen[coming[cheapest]] = True
+
+    wanted -= len(cheapest)
+    depth = np.bincount(prompt_of_pair[chosen], minlength=int(prompt_of_pair.max()) + 1)
+    waiting = np.flatnonzero(~chosen & eligible & (kinds == -kind))
+    leaving = np.flatnonzero(chosen & (kinds == kind))
+    leaving = leaving[np.argsort(keys[leaving], kind="stable")]
+    for comer in waiting[np.argsort(-keys[waiting], kind="stable")]:
+        spare = leaving[depth[prompt_of_pair[leaving]] > 1]
+        if wanted == 0 or len(spare) == 0:
+            break
+        if max_depth is not None and depth[prompt_of_pair[comer]] >= max_depth:
+            continue
+        chosen[spare[0]], chosen[comer] = False, True
+        depth[prompt_of_pair[spare[0]]] -= 1
+        depth[prompt_of_pair[comer]] += 1
+        leaving = leaving[leaving != spare[0]]
+        wanted -= 1
+    return chosen
+
+
+def _within_prompts(
+    leaving: npt.NDArray[np.bool_],
+    coming: npt.NDArray[np.bool_],
+    keys: npt.NDArray[np.float64],
+    prompts: npt.NDArray[np.int64],
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Pairs off what may leave, worst first, with what may come, best first, within each prompt."""
+    sides = []
+    for mask, order_by in ((leaving, keys), (coming, -keys)):
+        index = np.flatnonzero(mask)
+        sides.append((index, prompts[index] * len(prompts) + ranks_in_prompts(prompts[index], order_by[index])))
+    _, first, second = np.intersect1d(sides[0][1], sides[1][1], assume_unique=True, return_indices=True)
+    return sides[0][0][first], sides[1][0][second]

@@ -1,0 +1,233 @@
+"""What a selection returns: the training set, every candidate pair with its fate, and the depth of each prompt."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from bpo.data.candidates import Skipped
+from bpo.selection.page import write_selection_page
+from bpo.selection.saved import read_selection, write_selection
+from bpo.selection.tables import FATES, SELECTED
+
+if TYPE_CHECKING:
+    import datasets
+    import numpy.typing as npt
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Selection:
+    """The pairs to train on, and why.
+
+    Attributes:
+        dataset: ``datasets.Dataset`` for TRL's ``DPOTrainer``: ``prompt``, ``chosen``, ``rejected`` (text or messages,
+            as in the data), ``tools``, ``chat_template_kwargs``, weights and token weights where the data has them, and
+            the provenance in ``bpo_*`` columns.
+        pairs: ``pyarrow.Table``, one row a candidate pair: ``pair``, ``prompt``, ``row`` (of the data),
+            ``chosen`` and ``rejected`` (positions among the prompt's responses), ``score_chosen``, ``score_rejected``,
+            ``score_gap``, ``length_chosen`` and ``length_rejected`` (tokens), ``logp_chosen``, ``logp_rejected``,
+            ``ref_logp_chosen``, ``ref_logp_rejected``, ``informativeness``, ``cluster``, ``centrality``, ``distance``,
+            ``alignment``, ``usefulness`` (what the strategy ranked by, larger first), ``fate``, ``length_ratio`` (of
+            the preferred response to the other, in tokens, or in characters where there was no model) and
+            ``length_effect`` (the part of the score gap in the data that length explains, see
+            :func:`bpo.length_effect`). What a strategy does not use is null. With ``length_control="residual"`` scores
+            and gaps are without that part.
+        depth: (n,) int64, pairs kept of each prompt.
+        strategy: Its name.
+        budget: Pairs asked for, as a count.
+        seed: Of every random choice but the sketch.
+        config: The settings, as plain values.
+        skipped: What of the data could not be used: reason → places.
+        noted: What was used but is worth a look, such as gradients far longer than the others: reason → places.
+    """
+
+    dataset: datasets.Dataset
+    pairs: pa.Table
+    depth: npt.NDArray[np.int64]
+    strategy: str
+    budget: int
+    seed: int
+    config: dict[str, Any]
+    skipped: dict[str, list[str]]
+    noted: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __repr__(self) -> str:
+        return (
+            f"Selection({len(self)} of {self.pairs.num_rows} pairs, {int((self.depth > 0).sum())} of {len(self.depth)} "
+            f"prompts, strategy={self.strategy!r}, seed={self.seed})"
+        )
+
+    def with_ref_logps(self) -> datasets.Dataset:
+        """Returns ``dataset`` with log π_ref of both responses, as ``ref_chosen_logps`` and ``ref_rejected_logps``.
+
+        They are those that the selection used, so the reference need not run again. :class:`bpo.BPOTrainer` sees to
+        that by itself with ``precompute_ref_log_probs=True``. TRL's ``DPOTrainer`` would compute its own then and fail
+        on columns that are there already, which is why ``dataset`` is without; tell it once it is made::
+
+            trainer = DPOTrainer(model, args=DPOConfig(...), train_dataset=selection.with_ref_logps())
+            trainer.precompute_ref_logps = True
+
+        Raises:
+            ValueError: The strategy uses no gradients, so no log-probabilities were computed.
+        """
+        if not has_ref_logps(self.dataset):
+            raise ValueError(f"strategy={self.strategy!r} computes no log-probabilities; use strategy='bpo'.")
+        return add_ref_logps(self.dataset)
+
+    def fates(self) -> dict[str, int]:
+        """Returns how many candidate pairs met each fate."""
+        counted = {entry["values"]: entry["counts"] for entry in self.pairs["fate"].value_counts().to_pylist()}
+        return {fate: counted.get(fate, 0) for fate in FATES}
+
+    def lengths(self) -> dict[str, dict[str, float]] | None:
+        """Returns how preferences go with length, of the pairs ``"kept"`` and of ``"all"`` candidates.
+
+        Each with ``longer_share``, the share of pairs whose preferred response is the longer one (equal lengths count
+        one half), and, NaN without scores, the mean score gap with (``gap``) and without the length effect
+        (``controlled_gap``). None for a selection that was saved by an earlier version.
+        """
+        if "length_ratio" not in self.pairs.column_names:
+            return None
+        ratio, gap, effect = (
+            self.pairs[name].to_numpy().astype(np.float64) for name in ("length_ratio", "score_gap", "length_effect")
+        )
+        taken_out = self.config.get("length_control") == "residual"
+        gaps = (
+            {"gap": gap + effect, "controlled_gap": gap} if taken_out else {"gap": gap, "controlled_gap": gap - effect}
+        )
+        every = {"longer_share": (np.sign(ratio - 1) + 1) / 2, **gaps}
+        selected = pc.equal(self.pairs["fate"], SELECTED).to_numpy()
+        return {
+            "kept": {name: _mean(values[selected]) for name, values in every.items()},
+            "all": {name: _mean(values) for name, values in every.items()},
+        }
+
+    def summary(self) -> str:
+        """Returns a few lines: what was kept, how depth is spread, and what could not be used."""
+        kept = self.depth[self.depth > 0]
+        fates = self.fates()
+        lines = [
+            f"strategy {self.strategy}, budget {self.budget}, seed {self.seed}",
+            f"pairs    {fates[SELECTED]} kept of {self.pairs.num_rows}; not kept: {fates['depth']} by depth, "
+            f"{fates['breadth']} by breadth, {fates['unusable']} with an unusable gradient",
+            f"prompts  {len(kept)} kept of {len(self.depth)}",
+            f"depth    {kept.min()} to {kept.max()} pairs a prompt, mean {kept.mean():.2f}",
+        ]
+        selected = self.pairs.filter(pc.equal(self.pairs["fate"], SELECTED))
+        if self.pairs["cluster"].null_count < self.pairs.num_rows:
+            clusters = pc.count_distinct(self.pairs["cluster"]).as_py()
+            lines.append(
+                f"clusters {pc.count_distinct(selected['cluster']).as_py()} of {clusters} represented; mean centrality "
+                f"{pc.mean(selected['centrality']).as_py():.3f} kept, {pc.mean(self.pairs['centrality']).as_py():.3f} "
+                "all"
+            )
+        if selected["score_gap"].null_count < selected.num_rows:
+            lines.append(
+                f"gap      mean score gap {pc.mean(selected['score_gap']).as_py():.3f} kept, "
+                f"{pc.mean(self.pairs['score_gap']).as_py():.3f} all"
+            )
+        lengths = self.lengths()
+        if lengths is not None:
+            chosen, every = lengths["kept"], lengths["all"]
+            line = (
+                f"length   preferred response longer in {chosen['longer_share']:.1%} of pairs kept, "
+                f"{every['longer_share']:.1%} of all"
+            )
+            if np.isfinite(chosen["gap"]):
+                line += (
+                    f"; mean score gap with its effect {chosen['gap']:.3f} kept, {every['gap']:.3f} all, without "
+                    f"{chosen['controlled_gap']:.3f} and {every['controlled_gap']:.3f}"
+                )
+            lines.append(line)
+        lines.extend(f"unusable {line}" for line in Skipped(self.skipped).describe().splitlines())
+        lines.extend(f"noted    {line}" for line in Skipped(self.noted).describe().splitlines())
+        return "\n".join(lines)
+
+    def report(self, path: str | os.PathLike[str]) -> Path:
+        """Writes one self-contained HTML page of what was chosen; returns its path."""
+        return write_selection_page(
+            Path(path),
+            self.pairs,
+            self.dataset,
+            self.depth,
+            skipped=self.skipped,
+            noted=self.noted,
+            strategy=self.strategy,
+            seed=self.seed,
+            budget=self.budget,
+            fates=self.fates(),
+            lengths=self.lengths(),
+            length_control=self.config.get("length_control"),
+        )
+
+    def save(self, directory: str | os.PathLike[str]) -> Path:
+        """Saves the selection as Parquet and JSON.
+
+        ``DIRECTORY/dataset`` is what ``trl dpo --dataset_name`` takes. Everything is written, and on disk, before the
+        first file of an earlier selection is replaced; :meth:`load` finds the earlier selection or this one, whenever
+        the process or the machine dies. Other files of the directory stay.
+
+        Args:
+            directory: A new or empty directory, or one with an earlier selection.
+
+        Returns:
+            The directory.
+
+        Raises:
+            FileExistsError: The directory holds something else, or is a file.
+            OSError: A file cannot be written, for example because the disk is full; an earlier selection is kept.
+        """
+        values = {name: getattr(self, name) for name in ("strategy", "budget", "seed", "config", "skipped", "noted")}
+        return write_selection(directory, self.dataset, self.pairs, {**values, "depth": self.depth.tolist()})
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike[str]) -> Selection:
+        """Loads a saved selection and checks its files.
+
+        Nothing is unpickled, and no file is read before its checksum is compared.
+
+        Raises:
+            FileNotFoundError: No selection there.
+            SelectionError: An unknown version, or a file that changed since it was saved; the message names it.
+        """
+        import datasets
+
+        manifest, dataset, pairs = read_selection(directory)
+        return cls(
+            dataset=datasets.Dataset(dataset),
+            pairs=pairs,
+            depth=np.array(manifest["depth"], dtype=np.int64),
+            strategy=manifest["strategy"],
+            budget=manifest["budget"],
+            seed=manifest["seed"],
+            config=manifest["config"],
+            skipped=manifest["skipped"],
+            noted=manifest["noted"],
+        )
+
+
+def _mean(values: npt.NDArray[np.float64]) -> float:
+    """Mean of the numbers that are there, NaN where none is."""
+    there = values[np.isfinite(values)]
+    return float(there.mean()) if len(there) else float("nan")
+
+
+def has_ref_logps(dataset: Any) -> bool:
+    """Whether a selected data set has the log-probabilities of the reference among its provenance."""
+    return {"bpo_ref_logp_chosen", "bpo_ref_logp_rejected"} <= set(getattr(dataset, "column_names", None) or [])
+
+
+def add_ref_logps(dataset: datasets.Dataset) -> datasets.Dataset:
+    """Returns a selected data set with the log-probabilities of the reference under TRL's names, too."""
+    for side in ("chosen", "rejected"):
+        dataset = dataset.add_column(f"ref_{side}_logps", list(dataset[f"bpo_ref_logp_{side}"]))
+    return dataset

@@ -1,0 +1,133 @@
+"""The tables of a selection: every candidate pair, and the training set."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    import numpy.typing as npt
+
+    from bpo.config import SelectConfig
+    from bpo.data.candidates import Candidates
+    from bpo.data.values import Text
+    from bpo.pairs.clustering import PairClusters
+    from bpo.pairs.measured import MeasuredPairs
+    from bpo.selection.inputs import Inputs
+
+SELECTED = "selected"
+FATES = (SELECTED, "depth", "breadth", "unusable")
+"""Fates of a pair: selected, or what it fell to: the depth of its prompt, breadth compression, an unusable gradient."""
+
+
+def pair_table(
+    inputs: Inputs,
+    slope: float,
+    fate: npt.NDArray[np.object_],
+    pair_index: npt.NDArray[np.int64],
+    usefulness: npt.NDArray[np.float64],
+    clusters: PairClusters | None,
+    pairs: MeasuredPairs | None,
+) -> pa.Table:
+    """One row a candidate pair, with the length effect of a slope; what a strategy does not use is null."""
+    candidates, lengths = inputs.candidates, inputs.lengths
+    n = len(candidates.pairs)
+    chosen, rejected = candidates.pairs[:, 0], candidates.pairs[:, 1]
+    logps, ref_logps = (None, None) if pairs is None else (pairs.logps, pairs.ref_logps)
+    ratios = inputs.pair_lengths[:, 0] / inputs.pair_lengths[:, 1]
+    first_response = np.searchsorted(candidates.prompt_of_response, candidates.prompt_of_pair)
+
+    def scattered(values: npt.NDArray[Any] | None, kind: pa.DataType) -> pa.Array:
+        if values is None:
+            return pa.nulls(n, kind)
+        full = np.full(n, np.nan)
+        full[pair_index] = values
+        return pa.array(full, from_pandas=True).cast(kind)
+
+    def cluster_column(name: str) -> pa.Array:
+        return scattered(None if clusters is None else getattr(clusters, name), pa.float32())
+
+    labels = None if clusters is None else np.where(clusters.labels < 0, np.nan, clusters.labels)
+    columns = {
+        "pair": pa.array(np.arange(n)),
+        "prompt": pa.array(candidates.prompt_of_pair),
+        "row": pa.array(candidates.pair_rows),
+        "chosen": pa.array(chosen - first_response),
+        "rejected": pa.array(rejected - first_response),
+        "score_chosen": pa.array(candidates.pair_scores[:, 0], from_pandas=True),
+        "score_rejected": pa.array(candidates.pair_scores[:, 1], from_pandas=True),
+        "score_gap": pa.array(candidates.score_gaps, from_pandas=True),
+        "length_chosen": pa.nulls(n, pa.int64()) if lengths is None else pa.array(lengths[:, 0]),
+        "length_rejected": pa.nulls(n, pa.int64()) if lengths is None else pa.array(lengths[:, 1]),
+        "logp_chosen": scattered(None if logps is None else logps[:, 0], pa.float32()),
+        "logp_rejected": scattered(None if logps is None else logps[:, 1], pa.float32()),
+        "ref_logp_chosen": scattered(None if ref_logps is None else ref_logps[:, 0], pa.float32()),
+        "ref_logp_rejected": scattered(None if ref_logps is None else ref_logps[:, 1], pa.float32()),
+        "informativeness": cluster_column("informativeness"),
+        "cluster": scattered(labels, pa.int32()),
+        "centrality": cluster_column("centrality"),
+        "distance": cluster_column("distance"),
+        "alignment": cluster_column("alignment"),
+        "usefulness": scattered(usefulness, pa.float64()),
+        "fate": pa.array(fate.tolist(), pa.string()),
+        "length_ratio": pa.array(ratios),
+        "length_effect": pa.array(slope * np.log(ratios), from_pandas=True),
+    }
+    return pa.table(columns)
+
+
+def training_set(candidates: Candidates, table: pa.Table, index: npt.NDArray[np.int64], config: SelectConfig) -> Any:
+    """The selected pairs in TRL's format, with the provenance of each in ``bpo_*`` columns."""
+    import datasets
+
+    def texts(rows: npt.NDArray[np.int64]) -> list[Any]:
+        return [candidates.responses[row] for row in rows]
+
+    prompts = candidates.prompt_of_pair[index]
+    texts_of = {
+        "prompt": [candidates.prompts[prompt] for prompt in prompts],
+        "chosen": texts(candidates.pairs[index, 0]),
+        "rejected": texts(candidates.pairs[index, 1]),
+    }
+    columns: dict[str, list[Any]] = {}
+    settings = [dict(candidates.template_kwargs[prompt]) for prompt in prompts]
+    tools = [kwargs.pop("tools", None) for kwargs in settings]
+    if any(tool is not None for tool in tools):
+        # As JSON, which TRL takes: Arrow would fill every tool with the keys of all the others.
+        columns["tools"] = [None if tool is None else json.dumps(tool) for tool in tools]
+    if any(settings):
+        columns["chat_template_kwargs"] = settings
+    if candidates.token_weights:
+        for side, name in enumerate(("chosen", "rejected")):
+            weights = candidates.pair_weights[index, side]
+            columns[f"{config.token_weights}_{name}"] = [candidates.token_weights[i].tolist() for i in weights]
+    if candidates.weights is not None and config.weight_column is not None:
+        columns[config.weight_column] = candidates.weights[index].tolist()
+    selected = table.take(pa.array(index)).drop_columns(["chosen", "rejected", "fate"])
+    for name in selected.column_names:
+        # A column that the strategy does not use would be all null, which Parquet readers cannot give a type.
+        if selected[name].null_count < selected.num_rows:
+            columns[f"bpo_{name}"] = selected[name].to_pylist()
+    features = None
+    if _has_structured_messages(texts_of.values()):
+        # Arrow would fill the arguments of every tool call with those of all the others.
+        text_features = dict.fromkeys(texts_of, datasets.List(datasets.Json()))
+        features = datasets.Features({**text_features, **datasets.Dataset.from_dict(columns).features})
+    return datasets.Dataset.from_dict({**texts_of, **columns}, features=features)
+
+
+def _has_structured_messages(columns: Iterable[list[Text]]) -> bool:
+    """Whether a message holds more than text, such as tool calls."""
+    return any(
+        not isinstance(value, (str, type(None)))
+        for texts in columns
+        for text in texts
+        if isinstance(text, list)
+        for message in text
+        for value in message.values()
+    )

@@ -1,0 +1,1 @@
+"""The gradient store: a directory with one row a response that no crash ruins."""

@@ -1,0 +1,209 @@
+"""TRL's ``DPOConfig`` with what a selection needs, and the settings of the selection that follow from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from typing import Any
+
+from bpo.config import SelectConfig
+from bpo.data.rows import load_rows
+from bpo.training.rounds import RESAMPLING
+from bpo.training.weighting import LOSS_FIELDS, WeightedDPOConfig
+
+
+@dataclasses.dataclass
+class BPOConfig(WeightedDPOConfig):
+    """TRL's ``DPOConfig`` with what :func:`bpo.select` needs; its loss and its ``max_length`` serve both.
+
+    Attributes:
+        budget: Pairs to keep: a whole number, or a fraction of at most 1.0 of the candidates. Required.
+        breadth: Prompts to keep, likewise; None for all.
+        strategy: Name of the strategy.
+        store: Directory of the gradient store; None for a temporary one.
+        select_config: Fields of :class:`bpo.SelectConfig`, as a mapping or as an object, but for those that
+            ``DPOConfig`` has, too.
+        reselect_strategy: When to select again, with the policy as it has become: ``"no"``, ``"steps"`` (every
+            ``reselect_steps``) or ``"epoch"`` (every ``reselect_epochs``).
+        reselect_steps: Optimizer steps between two rounds; below 1 a fraction of all steps of the training.
+        reselect_epochs: Epochs between two rounds.
+        resample: Responses to each prompt that the policy gives anew in each round after the first, in place of those
+            of the data; :class:`BPOTrainer` then needs a ``scorer``. None keeps those of the data.
+        resample_config: Further arguments of :func:`bpo.sample_responses`, such as ``temperature`` or
+            ``max_new_tokens``; ``keep_existing`` keeps the responses of the data beside the new ones.
+
+    Example:
+        >>> import bpo
+        >>> args = bpo.BPOConfig(output_dir="out", budget=500, breadth=0.5, report_to="none", bf16=False)
+        >>> args.budget, args.strategy
+        (500, 'bpo')
+    """
+
+    budget: float | None = dataclasses.field(
+        default=None, metadata={"help": "Pairs to keep: a count above 1, or a fraction of at most 1.0."}
+    )
+    breadth: float | None = dataclasses.field(
+        default=None, metadata={"help": "Prompts to keep: a count above 1, or a fraction; all by default."}
+    )
+    strategy: str = dataclasses.field(default="bpo", metadata={"help": "Name of the strategy."})
+    store: str | None = dataclasses.field(default=None, metadata={"help": "Directory of the gradient store."})
+    select_config: dict[str, Any] | str | None = dataclasses.field(
+        default=None, metadata={"help": "Fields of bpo.SelectConfig."}
+    )
+
+    reselect_strategy: str = dataclasses.field(
+        default="no", metadata={"help": "When to select again with the current policy: no, steps or epoch."}
+    )
+    reselect_steps: float | None = dataclasses.field(
+        default=None, metadata={"help": "Steps between two rounds of selection, or a fraction of all steps."}
+    )
+    reselect_epochs: int = dataclasses.field(default=1, metadata={"help": "Epochs between two rounds of selection."})
+    resample: int | None = dataclasses.field(
+        default=None, metadata={"help": "Responses to each prompt that the policy gives anew in each later round."}
+    )
+    resample_config: dict[str, Any] | str | None = dataclasses.field(
+        default=None, metadata={"help": "Further arguments of bpo.sample_responses."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.reselect_strategy = getattr(self.reselect_strategy, "value", self.reselect_strategy)
+        if self.reselect_strategy not in ("no", "steps", "epoch"):
+            raise ValueError(f"reselect_strategy must be 'no', 'steps' or 'epoch', got {self.reselect_strategy!r}")
+        steps = self.reselect_steps
+        if self.reselect_strategy == "steps" and not (steps and steps > 0 and (steps < 1 or steps == int(steps))):
+            raise ValueError(
+                "reselect_strategy='steps' needs reselect_steps, a whole number of steps or a fraction below 1 of all "
+                f"of them, got {steps!r}"
+            )
+        if self.reselect_epochs < 1 or self.reselect_epochs != int(self.reselect_epochs):
+            raise ValueError(f"reselect_epochs must be a whole number of at least 1, got {self.reselect_epochs!r}")
+        for name in ("select_config", "resample_config"):
+            if isinstance(getattr(self, name), str):
+                try:
+                    setattr(self, name, json.loads(getattr(self, name)))
+                except ValueError as error:
+                    raise ValueError(f"{name} is not JSON: {error}") from None
+        if self.resample is not None and self.reselect_strategy == "no":
+            raise ValueError("resample needs rounds: set reselect_strategy, too.")
+        if self.resample is not None and self.resample < 1:
+            raise ValueError(f"resample must be at least 1, got {self.resample!r}")
+        unknown = set(self.resample_config or {}) - RESAMPLING
+        if unknown:
+            raise ValueError(
+                f"resample_config has {', '.join(sorted(unknown))}; it takes {', '.join(sorted(RESAMPLING))}."
+            )
+        for name in ("embedder", "prompt_embeddings"):
+            given = self.select_config
+            value = given.get(name) if isinstance(given, dict) else getattr(given, name, None)
+            if not isinstance(value, (str, os.PathLike, type(None))):
+                kind = "a path or hub id" if name == "embedder" else "the name of a column"
+                raise ValueError(
+                    f"select_config.{name} must be {kind} here, for the settings of a training are saved as JSON; got "
+                    f"{type(value).__name__}. Or select with bpo.select, and train with bpo.WeightedDPOTrainer."
+                )
+        if isinstance(self.select_config, SelectConfig):
+            # What was left at its default must not stand against the field of the same name here.
+            defaults = SelectConfig().to_dict()
+            fields = self.select_config.to_dict()
+            self.select_config = {name: value for name, value in fields.items() if value != defaults[name]}
+        if self.select_config is not None and not isinstance(self.select_config, dict):
+            raise ValueError(
+                f"select_config must be a mapping of bpo.SelectConfig's fields, got {self.select_config!r}"
+            )
+        elsewhere = {"ref_model", "trust_remote_code", "dtype", "device"} & set(self.select_config or {})
+        if elsewhere:
+            raise ValueError(
+                f"select_config has {', '.join(sorted(elsewhere))}, but the trainer decides how models are loaded: use "
+                "its ref_model, trust_remote_code or model_init_kwargs."
+            )
+
+
+SHARED = (*LOSS_FIELDS, "weight_column", "max_length", "truncation_mode")
+"""Fields of the trainer's configuration and of SelectConfig that must agree."""
+
+
+def check_rounds(args: BPOConfig, settings: SelectConfig) -> None:
+    """Checks what cannot be had together with rounds.
+
+    Raises:
+        ValueError: Such a setting.
+    """
+    sampling = getattr(args, "train_sampling_strategy", "random")
+    sharded = bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    plugin = args.deepspeed_plugin
+    refused = {
+        "checkpoints in select_config": (settings.checkpoints, "their gradients do not change with the policy"),
+        "preconditioner in select_config": (settings.preconditioner, "it belongs to one state of the adapter"),
+        "sync_ref_model": (args.sync_ref_model, "later rounds use log π_ref of the first"),
+        f"train_sampling_strategy={sampling!r}": (
+            sampling not in ("random", "sequential"),
+            "the lengths change with the rounds",
+        ),
+        "FSDP": (sharded, "no process holds the whole model"),
+        "ZeRO-3": (plugin is not None and plugin.zero_stage == 3, "no process holds the whole model"),
+    }
+    for name, (value, reason) in refused.items():
+        if value:
+            raise ValueError(f"reselect_strategy={args.reselect_strategy!r} does not go with {name}: {reason}.")
+
+
+def check_resampling(args: BPOConfig, scorer: Any, dataset: Any, *, fixed_reference: bool) -> None:
+    """Checks that new responses can be scored, weighted and compared with the reference.
+
+    Raises:
+        ValueError: They cannot.
+    """
+    if (scorer is None) != (args.resample is None):
+        raise ValueError(
+            "BPOTrainer needs a scorer for the responses that BPOConfig.resample samples anew."
+            if scorer is None
+            else "A scorer scores responses that are sampled anew: set BPOConfig.resample, too."
+        )
+    if args.resample is None:
+        return
+    if {"chosen", "rejected", args.weight_column} <= set(load_rows(dataset).column_names):
+        raise ValueError(
+            "Pairs of responses that are sampled anew have no weights of the data's pairs: set weight_column=None, or "
+            "give the data as prompts with scored responses, whose weights are those of the prompts."
+        )
+    if args.precompute_ref_log_probs and not fixed_reference:
+        raise ValueError(
+            "resample needs a reference that runs over new responses, but with precompute_ref_log_probs there is only "
+            "the model before its training. Pass ref_model, or turn precompute_ref_log_probs off."
+        )
+
+
+def select_settings(args: BPOConfig, ref_model: Any, peft_config: Any) -> SelectConfig:
+    """Brings together the settings of training and of selection, which must agree."""
+    if args.ld_alpha not in (None, 1.0):
+        raise ValueError(
+            f"BPOTrainer cannot select for ld_alpha={args.ld_alpha!r}: it weights the tokens of a response by the "
+            "length of the other one of its pair, so a response has no gradient of its own. Leave ld_alpha at None."
+        )
+    given: dict[str, Any] = dict(args.select_config or {})  # type: ignore[arg-type]
+    if given.get("token_weights") is not None:
+        raise ValueError(
+            "TRL's DPOTrainer does not weigh tokens, so BPOTrainer cannot train with select_config's token_weights. "
+            "Select with bpo.select and train with a trainer that does."
+        )
+    if isinstance(given.get("loss_type"), str):
+        given["loss_type"] = [given["loss_type"]]
+    shared = {name: getattr(args, name) for name in SHARED}
+    for name, value in shared.items():
+        if given.get(name, value) != value:
+            raise ValueError(
+                f"select_config has {name}={given[name]!r}, but BPOConfig has {value!r}; set it there only."
+            )
+    if hasattr(peft_config, "r"):
+        given.setdefault("lora_rank", peft_config.r)
+    given["trust_remote_code"] = args.trust_remote_code
+    return SelectConfig.from_dict({**given, **shared, "ref_model": ref_model})
+
+
+def count_or_fraction(value: float) -> int | float:
+    """A command line gives every number as a float: above 1 it is a count."""
+    if value > 1 and value != int(value):
+        raise ValueError(f"{value} is neither a whole number nor a fraction of at most 1.0.")
+    return int(value) if value > 1 or isinstance(value, int) else value

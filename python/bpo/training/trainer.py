@@ -1,0 +1,384 @@
+"""Training with TRL on the pairs that were selected for it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from transformers.trainer_utils import get_last_checkpoint
+
+from bpo.data.tokenizers import load_tokenizer
+from bpo.policy.models import window
+from bpo.policy.reference import Reference
+from bpo.selection.select import select, select_again, select_at_most
+from bpo.selection.selection import add_ref_logps, has_ref_logps
+from bpo.store.gradient_store import StoreMismatchError
+from bpo.training.config import BPOConfig, check_resampling, check_rounds, count_or_fraction, select_settings
+from bpo.training.load import load_to_train
+from bpo.training.rounds import (
+    RowNumbers,
+    SavedRounds,
+    collate_rows,
+    directory_of,
+    file_of,
+    kept_rows,
+    load_rounds,
+    resample,
+    save_round,
+    untouched_training,
+)
+from bpo.training.weighting import WeightedDPOTrainer
+
+if TYPE_CHECKING:
+    from bpo.config import SelectConfig
+    from bpo.selection.selection import Selection
+
+
+class BPOTrainer(WeightedDPOTrainer):
+    """A ``DPOTrainer`` that first selects its training pairs with :func:`bpo.select`.
+
+    All arguments but ``scorer`` and ``target`` are those of TRL's ``DPOTrainer``; ``train_dataset`` is any format that
+    :func:`bpo.select` takes, and ``args`` is a :class:`BPOConfig` with a budget. The gradients are those of a fresh
+    adapter on every linear layer, of the rank of ``peft_config`` where one is given, or of the adapter that the model
+    has. With several processes the first fills the store and the others read it, so a ``store`` on a shared disk is
+    required.
+
+    Selection is for the loss of ``args``. The auxiliary loss that TRL adds for mixtures of experts
+    (``router_aux_loss_coef``) belongs to a batch, not to a pair, and takes no part in it.
+
+    With ``precompute_ref_log_probs=True`` the reference does not run a second time: training uses the log-probabilities
+    that selection computed, in the precision of the model as it was loaded.
+
+    **Rounds.** The direction of optimization moves as the policy does. With ``reselect_strategy`` the trainer selects
+    again, from the same candidates and as many pairs, with the policy as it then is: its own gradients and log π(y|x),
+    against log π_ref of the reference as before. An adapter that has been trained gives the gradients of its A and B,
+    where a fresh one gives those of B alone, so the first round and later ones cluster different features; a model
+    without an adapter gives those of a fresh one each time. Breadth is decided once, in the first round *(ours)*.
+    Strategies that draw at random draw anew, with the seed plus the number of the round.
+
+    With ``resample=m`` each later round samples m responses to each prompt from the policy as it is
+    (:func:`bpo.sample_responses`), has the ``scorer`` score them (:func:`bpo.score_responses`) and selects among the
+    pairs that they form, as many as before if there are so many; the reference runs over the new responses. They are in
+    ``output_dir/_rounds``, too, where a training that was interrupted finds them.
+
+    Steps, learning rates, random states and callbacks stay as they would have been. A round of fewer pairs than the
+    first is gone through more than once in what was an epoch, evenly; a round within an epoch takes over the rest of
+    it. The selections are saved in ``output_dir/_rounds/round-001`` and so on, which checkpoints name with a checksum:
+    resuming goes on with the very pairs. Gradients are in ``store/round-001``, a store for each round. What changed is
+    logged as ``selection/round`` and ``selection/kept``, the part of the pairs that the round before had, too.
+
+    Args:
+        scorer: What :func:`bpo.score_responses` takes: a function, a :class:`bpo.RewardModel` or a :class:`bpo.Judge`.
+        target: As for :func:`bpo.select`: a few pairs that say where to go, which ``strategy="less"`` needs. In later
+            rounds the reference runs again, over its responses and the others.
+
+    Attributes:
+        selection: The :class:`bpo.Selection` that is trained on.
+        selections: Those of all rounds so far, the first one's before any training.
+
+    Raises:
+        ValueError: No budget, a setting of the loss that selection does not know, or whatever :func:`bpo.select`
+            refuses.
+        TypeError: A reference given by path.
+
+    Example:
+        .. code-block:: python
+
+            args = bpo.BPOConfig("out", budget=5000, reselect_strategy="epoch", resample=4)
+            judge = bpo.RewardModel("my-reward-model")
+            trainer = bpo.BPOTrainer("my-sft-model", args=args, train_dataset=data, scorer=judge)
+            trainer.train()
+            print([selection.summary() for selection in trainer.selections])
+    """
+
+    _tag_names = ("trl", "dpo", "bpo")
+    _name = "BPO"
+
+    def __init__(
+        self,
+        model: Any,
+        ref_model: Any = None,
+        args: BPOConfig | None = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        *,
+        scorer: Any = None,
+        target: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if not isinstance(args, BPOConfig) or args.budget is None:
+            raise ValueError("BPOTrainer needs args=bpo.BPOConfig(budget=...): how many pairs to keep.")
+        if isinstance(ref_model, (str, Path)):
+            raise TypeError("ref_model must be a model object, as in TRL's DPOTrainer.")
+        model = str(model) if isinstance(model, Path) else model
+        if (
+            not isinstance(model, str)
+            and not getattr(model.config, "_name_or_path", "")
+            and ref_model is None
+            and kwargs.get("peft_config") is None
+            and not hasattr(model, "peft_config")
+            and not args.precompute_ref_log_probs
+        ):
+            raise ValueError(
+                "TRL loads the reference from where the model came from, which this model object does not say. Pass "
+                "ref_model or a peft_config, or set precompute_ref_log_probs."
+            )
+        settings = select_settings(args, ref_model, kwargs.get("peft_config"))
+        self._reselects = args.reselect_strategy != "no"
+        if self._reselects:
+            check_rounds(args, settings)
+        adapter = kwargs.get("peft_config") is not None or hasattr(model, "peft_config")
+        fixed_reference = adapter or ref_model is not None
+        check_resampling(args, scorer, train_dataset, fixed_reference=fixed_reference)
+        if self._reselects and target is not None and args.precompute_ref_log_probs and not fixed_reference:
+            raise ValueError(
+                "A target needs a reference that runs over its responses in later rounds, too, but with "
+                "precompute_ref_log_probs there is only the model before its training. Pass ref_model, or turn "
+                "precompute_ref_log_probs off."
+            )
+        self._scorer, self._target = scorer, target
+        processing_class = load_tokenizer(model, processing_class, settings)
+        if isinstance(eval_dataset, dict):  # a DatasetDict is one, too
+            eval_dataset = {name: _all_pairs(part, settings) for name, part in eval_dataset.items()}
+        elif eval_dataset is not None:
+            eval_dataset = _all_pairs(eval_dataset, settings)
+        self._window = window(model, settings)
+        state = PartialState()
+        if state.num_processes > 1 and args.store is None:
+            raise ValueError(
+                "With several processes BPOTrainer needs BPOConfig.store, a directory that all of them see."
+            )
+        self._candidates, self._settings = train_dataset, settings
+        with state.main_process_first():
+            first = select(
+                load_to_train(model, args, kwargs.get("quantization_config")),
+                train_dataset,
+                budget=count_or_fraction(args.budget),
+                breadth=None if args.breadth is None else count_or_fraction(args.breadth),
+                processing_class=processing_class,
+                strategy=args.strategy,
+                target=target,
+                store=directory_of(0, args.store) if args.store and self._reselects else args.store,
+                config=settings,
+                seed=args.seed,
+                progress=not args.disable_tqdm and state.is_main_process,
+            )
+        self._rounds = [(0, first)]
+        super().__init__(
+            model,
+            ref_model,
+            args,
+            data_collator,
+            first.dataset,
+            eval_dataset,
+            processing_class,
+            **kwargs,
+        )
+        if self._reselects:
+            self.train_dataset: Any
+            self._rows_of_epoch = len(self.train_dataset)
+            self.add_callback(SavedRounds())
+
+    @property
+    def selections(self) -> list[Selection]:
+        """The selections of all rounds so far."""
+        return [selection for _, selection in self._rounds]
+
+    @property
+    def selection(self) -> Selection:
+        """The selection that is trained on."""
+        return self._rounds[-1][1]
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """As in TRL; resuming goes on with the pairs of the checkpoint's round."""
+        if self._reselects:
+            checkpoint = resume_from_checkpoint
+            if checkpoint is True:
+                checkpoint = get_last_checkpoint(self.args.output_dir)
+            self._restore_rounds(checkpoint)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def get_train_dataloader(self) -> Any:
+        """As in TRL; where rounds change the pairs, of row numbers, which become pairs when their step begins."""
+        if not self._reselects:
+            return super().get_train_dataloader()
+        dataset, collator = self.train_dataset, self.data_collator
+        self.train_dataset, self.data_collator = RowNumbers(self._rows_of_epoch), collate_rows
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.train_dataset, self.data_collator = dataset, collator
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
+        """As in TRL, after selecting again where it is time."""
+        if self._reselects:
+            self._select_again_if_due()
+        batches, n_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self._reselects:
+            batches = [self._pairs_of(batch["row"]) for batch in batches]
+        return batches, n_items
+
+    def _pairs_of(self, rows: Any) -> dict[str, Any]:
+        """Returns the batch of some row numbers of an epoch, over which a round of another size is spread evenly."""
+        indices = [row * len(self._round_rows) // self._rows_of_epoch for row in rows.tolist()]
+        batch: dict[str, Any] = self.data_collator([self._round_rows[index] for index in indices])
+        return batch
+
+    def _select_again_if_due(self) -> None:
+        args, state = self.args, self.state
+        if args.reselect_strategy == "epoch":
+            due = int(state.epoch or 0) // int(args.reselect_epochs)
+        else:
+            steps = args.reselect_steps
+            due = state.global_step // (math.ceil(state.max_steps * steps) if steps < 1 else int(steps))
+        if due < self._rounds[-1][0]:  # the loop started over, as it does to find a batch size
+            self._train_on([(number, selection) for number, selection in self._rounds if number <= due])
+        elif due > self._rounds[-1][0]:
+            self._select_again(due)
+
+    def _select_again(self, number: int) -> None:
+        """Selects with the policy as it is, and trains on that from now on."""
+        args, state = self.args, PartialState()
+        first = self._rounds[0][1]
+        reference = None if args.resample is None and self._target is None else self._reference()
+        settings: dict[str, Any] = {
+            "processing_class": self.processing_class,
+            "strategy": args.strategy,
+            "target": self._target,
+            "store": None if args.store is None else directory_of(number, args.store),
+            "config": self._settings,
+            "seed": args.seed + number,
+            "progress": not args.disable_tqdm and state.is_main_process,
+        }
+        with contextlib.ExitStack() as stack:
+            for model in (self.model, self.ref_model):
+                if model is not None:
+                    stack.enter_context(untouched_training(model, args.device))
+            rows = None if args.resample is None else self._resampled(number, settings["seed"], settings["progress"])
+
+            def select_now() -> Selection:
+                if rows is None or reference is None:
+                    return select_again(self.model, self._candidates, first, reference=reference, **settings)
+                return select_at_most(self.model, rows, first.budget, reference, **settings)
+
+            with state.main_process_first():
+                try:
+                    selection = select_now()
+                except StoreMismatchError:
+                    # Left by a training whose policy became another one. It is of no use to any other.
+                    shutil.rmtree(settings["store"])
+                    selection = select_now()
+        before = _contents(self.selection)
+        kept = [pair in before for pair in _contents(selection)]
+        self._train_on([*self._rounds, (number, selection)])
+        self._keep_round(number, selection)
+        self._metrics["train"]["selection/round"].append(number)
+        self._metrics["train"]["selection/kept"].append(sum(kept) / len(kept))
+
+    def _resampled(self, number: int, seed: int, progress: bool) -> list[dict[str, Any]]:
+        """Returns new responses to the prompts of the first round, with their scores; the first process makes them."""
+        rows: list[Any] = [None]
+        if PartialState().is_main_process:
+            rows[0] = resample(
+                self.model,
+                kept_rows(self._candidates, self._rounds[0][1]),
+                self._scorer,
+                n_responses=self.args.resample,
+                file=file_of(number, self.args.output_dir),
+                processing_class=self.processing_class,
+                seed=seed,
+                progress=progress,
+                **(self.args.resample_config or {}),
+            )
+        broadcast_object_list(rows)
+        scored: list[dict[str, Any]] = rows[0]
+        return scored
+
+    def _reference(self) -> Reference:
+        """Returns what TRL compares the policy with, as it is to run over new responses."""
+        if self.ref_model is not None:
+            return Reference.by(self.accelerator.unwrap_model(self.ref_model))
+        adapters = getattr(self.model, "peft_config", {})
+        return Reference.with_adapter(self.model, "ref" if "ref" in adapters else None)
+
+    def _restore_rounds(self, checkpoint: str | None) -> None:
+        """Goes back to the rounds of a checkpoint, or to the first one."""
+        loaded = load_rounds(checkpoint) if checkpoint else []
+        self._train_on([(number, selection) for number, selection, _ in loaded] or self._rounds[:1])
+        self._record.saved = [[number, checksum] for number, _, checksum in loaded]
+        if not loaded or Path(str(checkpoint)).resolve().parent != Path(self.args.output_dir).resolve():
+            for number, selection in self._rounds:
+                self._keep_round(number, selection)
+
+    def _train_on(self, rounds: list[tuple[int, Selection]]) -> None:
+        """Trains on the last of some rounds."""
+        if rounds[-1][1] is not self.selection:
+            with untouched_training(self.model, self.args.device):
+                dataset = self._prepare_dataset(rounds[-1][1].dataset, self.processing_class, self.args, "train")
+                if self.precompute_ref_logps:
+                    self.train_dataset = dataset  # which tells it from other data
+                    size = self.args.precompute_ref_batch_size or self.args.per_device_train_batch_size
+                    dataset = self._precompute_ref_logps(dataset, "train", size)
+            self.train_dataset = dataset
+        self._round_rows = self._remove_unused_columns(self.train_dataset, description="training")
+        self._rounds = rounds
+
+    def _keep_round(self, number: int, selection: Selection) -> None:
+        """Saves a round for whoever resumes."""
+        if self.args.should_save:
+            checksum = save_round(selection, number, self.args.output_dir)
+            earlier = [saved for saved in self._record.saved if saved[0] < number]
+            self._record.saved = [*earlier, [number, checksum]]
+
+    @property
+    def _record(self) -> SavedRounds:
+        """What checkpoints note of the rounds; Trainer may put another object in its place when it resumes."""
+        record: SavedRounds = next(
+            callback for callback in self.callback_handler.callbacks if isinstance(callback, SavedRounds)
+        )
+        return record
+
+    def _precompute_ref_logps(self, dataset: Any, *args: Any) -> Any:
+        """Adds log π_ref of the selected pairs, which selecting computed; TRL computes that of other data."""
+        if dataset is self.train_dataset and has_ref_logps(dataset) and self._cuts_as_selected(dataset):
+            return add_ref_logps(dataset)
+        frozen = self.ref_model is not None or hasattr(self.model, "peft_config")
+        if self._reselects and dataset is self.train_dataset and not frozen:
+            raise ValueError(
+                "precompute_ref_log_probs takes the model before its training for the reference, which rounds need "
+                f"later, too: strategy={self.args.strategy!r} computes no log-probabilities, or a sequence is longer "
+                f"than the {self._window} tokens of the model. Pass ref_model, or turn precompute_ref_log_probs off."
+            )
+        return super()._precompute_ref_logps(dataset, *args)
+
+    def _cuts_as_selected(self, dataset: Any) -> bool:
+        """Whether no sequence is longer than what the model was made for, where selection cuts and TRL does not."""
+        if self._window in (None, self.args.max_length):
+            return True
+        return all(
+            len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) <= self._window
+            for row in dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
+        )
+
+
+def _contents(selection: Selection) -> set[str]:
+    """What the pairs of a selection say."""
+    columns = (selection.dataset[name] for name in ("prompt", "chosen", "rejected"))
+    return {json.dumps(pair) for pair in zip(*columns, strict=True)}
+
+
+def _all_pairs(dataset: Any, settings: SelectConfig) -> Any:
+    """Returns preference rows as they are, and every pair of scored responses."""
+    if {"chosen", "rejected"} <= set(getattr(dataset, "column_names", None) or []):
+        return dataset
+    every = dataclasses.replace(settings, max_depth=None, length_control=None)  # which belong to training
+    return select(None, dataset, budget=1.0, strategy="random", config=every, progress=False).dataset

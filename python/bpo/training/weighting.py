@@ -1,0 +1,277 @@
+"""DPO whose pairs count by a weight that the data gives: TRL's trainer, with the gradient of each pair scaled."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import datasets
+import torch
+from trl import DPOConfig, DPOTrainer
+
+from bpo.config import REFUSED_LOSSES, SelectConfig
+from bpo.data.columns import WEIGHT_COLUMN, pair_weight
+from bpo.pairs.losses import batch_losses
+from bpo.policy.logprobs import score_tokens
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+
+# Fields of DPOConfig and of SelectConfig that say what the loss of a pair is.
+LOSS_FIELDS = (
+    "loss_type",
+    "loss_weights",
+    "beta",
+    "label_smoothing",
+    "f_divergence_type",
+    "f_alpha_divergence_coef",
+    "discopop_tau",
+    "use_weighting",
+)
+
+# Where a batch holds the weights.
+_BATCH_KEY = "pair_weight"
+
+
+@dataclasses.dataclass
+class WeightedDPOConfig(DPOConfig):  # type: ignore[misc]
+    """TRL's ``DPOConfig`` with the name of the column of weights.
+
+    Attributes:
+        weight_column: Column of the data with the weight of each pair; None trains as TRL does.
+
+    Example:
+        >>> import bpo
+        >>> bpo.WeightedDPOConfig(output_dir="out", report_to="none", bf16=False).weight_column
+        'weight'
+    """
+
+    weight_column: str | None = dataclasses.field(
+        default=WEIGHT_COLUMN, metadata={"help": "Column of the data with the weight of each pair."}
+    )
+
+
+class WeightedDPOTrainer(DPOTrainer):  # type: ignore[misc]
+    """TRL's ``DPOTrainer`` where the loss of each pair counts by a weight from the data.
+
+    The loss of a batch of n pairs is (1/n) Σ w_p ℓ_p. It is linear in the weights, so it does not depend on how a step
+    is cut into batches, accumulated or spread over devices any more than TRL's own does, a weight of 2 is the pair
+    twice, and weights of 1 give the steps of TRL's trainer bit for bit. Dividing by Σ w_p of a batch instead would have
+    a pair count by its neighbours: alone in its batch, it would have no weight at all. The price is that weights of
+    mean other than 1 scale the gradient, and with it the learning rate of optimizers that are not scale-free.
+
+    Data sets without the column train and evaluate as in TRL. Evaluation weighs the loss likewise; rewards, margins and
+    accuracies are those of the pairs, unweighted. The auxiliary loss of mixtures of experts belongs to no pair and is
+    not weighted; TRL averages the ``sft`` loss over the tokens of a batch, and so it is here.
+
+    All arguments are those of ``DPOTrainer``; ``args`` is a :class:`WeightedDPOConfig`, or a ``DPOConfig`` for the
+    column ``"weight"``.
+
+    Raises:
+        ValueError: A weight that is not a finite number of at least 0 (the message names the row), weights that are all
+            0, a named column that is not there, or a loss that mixes the pairs of a batch.
+
+    Example:
+        .. code-block:: python
+
+            rows = [{"prompt": "2+2?", "chosen": " 4", "rejected": " 5", "weight": 0.5}, ...]
+            args = bpo.WeightedDPOConfig("out")
+            bpo.WeightedDPOTrainer("my-sft-model", args=args, train_dataset=Dataset.from_list(rows)).train()
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        ref_model: Any = None,
+        args: DPOConfig | None = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        self._weight_column: str | None = getattr(args, "weight_column", WEIGHT_COLUMN)
+        if self._weight_column is not None:
+            splits = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
+            # Before TRL drops rows, so that the row named is the user's.
+            weighs = {
+                name: _check_weights(dataset, self._weight_column, name)
+                for name, dataset in {**splits, "train_dataset": train_dataset}.items()
+            }
+            if not weighs["train_dataset"] and self._weight_column != WEIGHT_COLUMN:
+                raise ValueError(
+                    f"weight_column={self._weight_column!r} is not a column of train_dataset, which has "
+                    f"{getattr(train_dataset, 'column_names', None)}."
+                )
+            losses = getattr(args, "loss_type", [])
+            for loss in [losses] if isinstance(losses, str) else losses:
+                if any(weighs.values()) and loss in REFUSED_LOSSES:
+                    raise ValueError(f"loss_type {loss!r} cannot be weighted: {REFUSED_LOSSES[loss]}.")
+        super().__init__(model, ref_model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
+        if self._weight_column is not None:
+            self.data_collator: Any = _WithWeights(self.data_collator, self._weight_column)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if self._weight_column is not None and self._weight_column not in self._signature_columns:
+            self._signature_columns.append(self._weight_column)
+
+    def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> Any:
+        """As in TRL; the reference takes no weights."""
+        return super().compute_ref_log_probs(model, {key: inputs[key] for key in inputs if key != _BATCH_KEY})
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """TRL's loss, with the gradient that reaches the model from each pair times its weight."""
+        weights = inputs.get(_BATCH_KEY)
+        if weights is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        inputs = {key: value for key, value in inputs.items() if key != _BATCH_KEY}
+        with self._weighing(model, weights) as seen:
+            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        # The value follows the gradient: Σ (w_p − 1) ℓ_p is what TRL's mean lacks, and exactly 0 for weights of 1.
+        lacking = ((weights.double() - 1) * self._losses(seen, inputs)).mean()
+        loss = result[0] if return_outputs else result
+        loss = loss + lacking.to(loss.dtype)
+        return (loss, result[1]) if return_outputs else loss
+
+    @contextlib.contextmanager
+    def _weighing(self, model: Any, weights: torch.Tensor) -> Iterator[_Seen]:
+        """Scales the gradients of what the policy gives to the loss, and keeps what policy and reference give."""
+        seen = _Seen()
+        reference = self.ref_model if self.ref_model is not None else self.model
+
+        def on_policy(_: Any, __: Any, outputs: Any) -> None:
+            if seen.policy is None:
+                name, values = _scores(outputs)
+                seen.policy = outputs
+                if values.requires_grad:
+                    # The first half of the batch is chosen, the second rejected.
+                    factors = weights.repeat(2).reshape(-1, *[1] * (values.dim() - 1))
+                    values.register_hook(  # type: ignore[no-untyped-call]
+                        lambda gradient: gradient * factors.to(gradient.device, gradient.dtype)
+                    )
+                elif torch.is_grad_enabled():
+                    raise RuntimeError(f"The {name} of {type(model).__name__} have no gradient to be weighted.")
+
+        def on_reference(_: Any, __: Any, outputs: Any) -> None:
+            # TRL may run the policy once more for its logits, after the reference.
+            if seen.policy is None or _scores(outputs)[0] == _scores(seen.policy)[0]:
+                seen.reference = outputs
+
+        handles = [model.register_forward_hook(on_policy), reference.register_forward_hook(on_reference)]
+        try:
+            yield seen
+        finally:
+            for handle in handles:
+                handle.remove()
+        if seen.policy is None:
+            raise RuntimeError("This version of TRL does not run the model itself with use_liger_kernel; turn it off.")
+
+    def _losses(self, seen: _Seen, inputs: dict[str, Any]) -> torch.Tensor:
+        """(n,) loss of each pair, without gradient."""
+        mask = inputs["completion_mask"]
+        policy, log_weights = _token_logps(seen.policy, inputs["input_ids"], mask)
+        summed = self._summing(mask)
+        if self.precompute_ref_logps:
+            ref_logps = torch.stack([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]], dim=1)
+        else:
+            ref_logps = summed(_token_logps(seen.reference, inputs["input_ids"], mask)[0])
+        predicted = mask[:, 1:].sum(dim=1)
+        return batch_losses(
+            summed(policy),
+            ref_logps,
+            lengths=_columns(mask.sum(dim=1).clamp(min=1)),
+            predicted=_columns(predicted),
+            log_weights=_columns(log_weights.sum(dim=1) / predicted.clamp(min=1)),
+            sft_logps=_columns(policy.sum(dim=1)),
+            config=SelectConfig(**{name: getattr(self.args, name) for name in LOSS_FIELDS}),
+        )
+
+    def _summing(self, mask: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Returns what sums log-probabilities of tokens to (n, 2).
+
+        TRL's ``ld_alpha`` (arXiv 2409.06411) weighs the tokens by which a response is longer than its partner.
+        """
+        if self.ld_alpha is None:
+            return lambda logps: _columns(logps.sum(dim=1))
+        position = mask[:, 1:].cumsum(dim=1)
+        shared = _columns(mask[:, 1:].sum(dim=1)).amin(dim=1).repeat(2)
+        factors = torch.where(position <= shared[:, None], 1.0, self.ld_alpha)
+        return lambda logps: _columns((logps * factors).sum(dim=1))
+
+
+@dataclasses.dataclass
+class _Seen:
+    """What the models of a step returned."""
+
+    policy: Any = None
+    reference: Any = None
+
+
+@dataclasses.dataclass
+class _WithWeights:
+    """A collator that adds the weights of the examples, where all have one."""
+
+    collator: Callable[[list[dict[str, Any]]], dict[str, Any]]
+    column: str
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = self.collator(examples)
+        if all(self.column in example for example in examples):
+            # Streamed data sets are not checked before.
+            weights = [pair_weight(example[self.column], "A row of the data", self.column) for example in examples]
+            batch[_BATCH_KEY] = torch.tensor(weights, dtype=torch.float32)
+        return batch
+
+
+def _check_weights(dataset: Any, column: str, name: str) -> bool:
+    """Checks the weights of a data set; returns whether it has any.
+
+    Raises:
+        ValueError: One is not a finite number of at least 0, or all are 0.
+    """
+    if column not in (getattr(dataset, "column_names", None) or []):
+        return False
+    if isinstance(dataset, datasets.Dataset):
+        weights = [
+            pair_weight(value, f"{name}, row {row}", column)
+            for row, value in enumerate(dataset.with_format(None)[column])
+        ]
+        if not any(weights):
+            raise ValueError(f"{name}, column '{column}': all weights are 0, so there is nothing to train on.")
+    return True
+
+
+def _scores(outputs: Any) -> tuple[str, torch.Tensor]:
+    """Returns from what of a model's output TRL computes the loss: log-probabilities, or in older versions logits."""
+    name = "log_probs" if getattr(outputs, "log_probs", None) is not None else "logits"
+    return name, getattr(outputs, name)
+
+
+def _token_logps(
+    outputs: Any, input_ids: torch.Tensor, completion_mask: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns log π and log π − log Σ_v π_v² of the tokens of the responses, (2n, t − 1) each, 0 elsewhere.
+
+    The second is 0 everywhere where TRL has not computed it, as without ``use_weighting``.
+    """
+    name, values = _scores(outputs)
+    mask = completion_mask[:, 1:].bool()
+    values = values.detach()
+    if name == "log_probs":
+        logps = values[:, -mask.shape[1] :]  # behind the virtual tokens of prompt learning
+        squares = outputs.log_sum_sq_probs
+        weights = torch.zeros_like(logps) if squares is None else logps - squares[:, -mask.shape[1] :].detach()
+        return logps * mask, weights * mask
+    scores = score_tokens(values[:, -mask.shape[1] - 1 : -1][mask], input_ids[:, 1:][mask])
+    zeros = torch.zeros(mask.shape, device=mask.device)
+    return zeros.masked_scatter(mask, scores[0]), zeros.masked_scatter(mask, scores[1])
+
+
+def _columns(values: torch.Tensor) -> torch.Tensor:
+    """(2n,) of a batch to (n, 2), chosen and rejected."""
+    return values.reshape(2, -1).T

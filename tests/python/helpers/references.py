@@ -1,0 +1,39 @@
+"""Plain versions of what the core does fast."""
+
+import numpy as np
+from scipy.optimize import nnls
+
+
+def pursuit(vectors, quota):
+    """Picks and weights of one cluster."""
+    vectors = vectors.astype(np.float64)
+    mean = vectors.mean(axis=0)
+    picks, weights = [], np.zeros(0)
+    while len(picks) < quota:
+        products = vectors @ (mean - weights @ vectors[picks])
+        products[picks] = -np.inf
+        if products.max() <= 1e-10 * np.linalg.norm(mean):
+            break
+        picks.append(int(products.argmax()))
+        weights, _ = nnls(vectors[picks].T, mean)
+    rest = np.setdiff1d(np.arange(len(vectors)), picks)
+    rest = rest[np.argsort(-(vectors[rest] @ mean), kind="stable")][: quota - len(picks)]
+    return np.concatenate([picks, rest]).astype(int), np.concatenate([weights, np.zeros(len(rest))])
+
+
+def greedy_design(vectors, budget, regularization, prompts, max_depth, eligible):
+    """Every determinant of every step, from scratch."""
+    vectors = vectors.astype(np.float64)
+    matrix = regularization * np.eye(vectors.shape[1])
+    picks, gains = [], []
+    while len(picks) < budget:
+        full = [p for p in set(prompts) if sum(prompts[q] == p for q in picks) >= max_depth]
+        allowed = [p for p in np.flatnonzero(eligible) if p not in picks and prompts[p] not in full]
+        if not allowed:
+            break
+        base = np.linalg.slogdet(matrix)[1]
+        growth = [np.linalg.slogdet(matrix + np.outer(vectors[p], vectors[p]))[1] - base for p in allowed]
+        picks.append(allowed[int(np.argmax(growth))])
+        gains.append(max(growth))
+        matrix += np.outer(vectors[picks[-1]], vectors[picks[-1]])
+    return picks, gains

@@ -1,0 +1,170 @@
+"""Writers that are killed at any moment, by SIGKILL and by loss of power, and go on to the same bytes.
+
+A few times on every run; ``make torture`` sets BPO_TORTURE for hundreds.
+"""
+
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bpo import GradientStore
+from disks import image, run
+from store_writer import check, contents, write
+from tiny import scored_rows
+
+TORTURE = int(os.environ.get("BPO_TORTURE", "0"))
+WRITER = [sys.executable, str(Path(__file__).parents[1] / "helpers" / "store_writer.py")]
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
+
+
+def start(path, total, dtype, pause=0.0):
+    process = subprocess.Popen(
+        [*WRITER, str(path), str(total), dtype, str(pause)], stdout=subprocess.PIPE, text=True, bufsize=1
+    )
+    assert process.stdout.readline() == "open\n"
+    return process
+
+
+def last_reported(process):
+    """The last number of rows that the process said were committed."""
+    said = process.stdout.read().split()
+    return int(said[-1]) if said else 0
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_a_killed_writer_loses_nothing_and_ends_with_the_same_bytes(tmp_path, dtype):
+    total = 4000
+    write(tmp_path / "whole", total, dtype)
+    whole = contents(tmp_path / "whole")
+    kills = stores = 0
+    generator = np.random.default_rng(0)
+    while kills < (TORTURE or 16):
+        path = tmp_path / f"store-{stores}"
+        reported, finished = 0, False
+        while not finished:
+            process = start(path, total, dtype)
+            time.sleep(generator.exponential(0.15))
+            process.kill()
+            finished = process.wait() == 0
+            kills += not finished
+            reported = max(reported, last_reported(process))
+            assert check(path, total, reported) == total or not finished
+        assert contents(path) == whole
+        shutil.rmtree(path)
+        stores += 1
+    print(f"{kills} kills of {stores} stores")
+
+
+def test_a_creation_that_is_killed_can_be_repeated(tmp_path):
+    """The store is there whole or not at all."""
+    write(tmp_path / "whole", 3)
+    generator = np.random.default_rng(1)
+    for attempt in range((TORTURE or 16) // 4):
+        path = tmp_path / f"store-{attempt}"
+        process = subprocess.Popen([*WRITER, str(path), "3", "float16", "0"], stdout=subprocess.DEVNULL)
+        while process.poll() is None and not path.exists():
+            time.sleep(0.0005)
+        time.sleep(generator.exponential(0.001))
+        process.kill()
+        process.wait()
+        write(path, 3)
+        assert contents(path) == contents(tmp_path / "whole")
+
+
+def extract(path, rows):
+    """Extraction of real gradients, with a commit after every batch."""
+    import bpo
+    import bpo.store.writer
+    from tiny import build_tokenizer, tiny_llama
+
+    bpo.store.writer._COMMIT_SECONDS = 0
+    tokenizer = build_tokenizer()
+    bpo.collect_gradients(
+        tiny_llama(tokenizer),
+        rows,
+        processing_class=tokenizer,
+        store=path,
+        config=bpo.SelectConfig(sketch_dim=64, tokens_per_batch=40, threads=1),
+        progress=False,
+    )
+
+
+def test_a_killed_extraction_ends_with_the_same_bytes(tmp_path):
+    rows = scored_rows(25, 6)
+    # A server that has imported everything, so that a run starts at once.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "transformers", "trl", "peft", "bpo.gradients", "conftest"])
+    process = context.Process(target=extract, args=(tmp_path / "whole", rows))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    began = time.perf_counter()
+    process = context.Process(target=extract, args=(tmp_path / "again", rows))
+    process.start()
+    process.join()
+    seconds = time.perf_counter() - began
+    assert contents(tmp_path / "again") == contents(tmp_path / "whole")
+    generator = np.random.default_rng(2)
+    kills = stores = 0
+    counts = set()
+    while kills < (TORTURE // 2 or 4):
+        path = tmp_path / f"store-{stores}"
+        finished = False
+        while not finished:
+            process = context.Process(target=extract, args=(path, rows))
+            process.start()
+            process.join(generator.uniform(0.2, 1.2) * seconds)
+            process.kill()
+            process.join()
+            finished = process.exitcode == 0
+            kills += not finished
+            if (path / "manifest.json").exists():
+                store = GradientStore.open(path)
+                assert len(store.verify()) == 0
+                counts.add(len(store))
+        assert contents(path) == contents(tmp_path / "whole")
+        stores += 1
+    print(f"{kills} kills of {stores} extractions, which left {len(counts)} different numbers of rows")
+
+
+def test_power_is_lost_on_a_real_file_system(tmp_path, mount):
+    """The disk as it is at a moment, without what the system still had in memory, is mounted anew, as after a crash."""
+    empty, total = image(tmp_path / "disk", 16 << 20, ["mkfs.ext4", "-q"]), 1500
+    write(tmp_path / "whole", total, "int8")
+    whole = contents(tmp_path / "whole")
+    generator = np.random.default_rng(3)
+    losses = stores = 0
+    while losses < (TORTURE // 4 or 5):
+        disk, reported, finished = tmp_path / f"disk-{losses}", 0, False
+        shutil.copy(empty, disk)
+        while not finished:
+            directory = mount("-o", "loop", disk)
+            process = start(directory / "store", total, "int8")
+            time.sleep(generator.exponential(0.4))
+            process.send_signal(signal.SIGSTOP)
+            after = tmp_path / f"disk-{losses}-after"
+            shutil.copy(disk, after)  # what is on the disk at this moment
+            process.kill()
+            finished = process.wait() == 0
+            reported = max(reported, last_reported(process))
+            run("umount", directory)
+            if not finished:
+                losses += 1
+                disk.unlink()
+                disk = after
+                directory = mount("-o", "loop", disk)
+                check(directory / "store", total, reported)
+                run("umount", directory)
+        directory = mount("-o", "loop", disk)
+        assert contents(directory / "store") == whole
+        run("umount", directory)
+        stores += 1
+    print(f"{losses} losses of power of {stores} stores")

@@ -1,0 +1,210 @@
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import datasets
+import pytest
+
+import bpo
+from tiny import scored_rows, tiny_llama
+
+SETTINGS = {
+    "report_to": "none",
+    "bf16": False,
+    "use_cpu": True,
+    "max_steps": 2,
+    "per_device_train_batch_size": 2,
+    "save_strategy": "no",
+    "disable_tqdm": True,
+}
+
+
+@pytest.fixture(params=[False, True], ids=["standard", "conversational"])
+def rows(request):
+    return scored_rows(6, 4, conversational=request.param)
+
+
+def test_bpo_trainer_selects_then_trains(model_path, rows, tmp_path):
+    args = bpo.BPOConfig(
+        output_dir=str(tmp_path),
+        budget=12,
+        breadth=0.5,
+        store=str(tmp_path / "store"),
+        select_config=bpo.SelectConfig(sketch_dim=64),
+        **SETTINGS,
+    )
+    trainer = bpo.BPOTrainer(model_path, args=args, train_dataset=rows)
+    assert len(trainer.selection) == 12 == len(trainer.train_dataset)
+    result = trainer.train()
+    assert result.global_step == 2 and result.training_loss > 0
+
+
+def test_bpo_trainer_takes_a_peft_config_and_a_model_object(tokenizer, rows, tmp_path):
+    from peft import LoraConfig
+
+    args = bpo.BPOConfig(output_dir=str(tmp_path), budget=8, strategy="uniform", **SETTINGS)
+    trainer = bpo.BPOTrainer(
+        tiny_llama(tokenizer),
+        args=args,
+        train_dataset=rows,
+        processing_class=tokenizer,
+        peft_config=LoraConfig(r=2, target_modules="all-linear"),
+    )
+    trainer.train()
+    assert len(trainer.selection) == 8
+
+
+def test_bpo_trainer_says_what_is_missing(model_path, rows, tmp_path):
+    with pytest.raises(ValueError, match="budget"):
+        bpo.BPOTrainer(model_path, args=bpo.BPOConfig(output_dir=str(tmp_path), **SETTINGS), train_dataset=rows)
+    args = bpo.BPOConfig(output_dir=str(tmp_path), budget=10, loss_type=["aot"], **SETTINGS)
+    with pytest.raises(ValueError, match="'aot' cannot be selected for"):
+        bpo.BPOTrainer(model_path, args=args, train_dataset=rows)
+
+
+@pytest.mark.parametrize("kind", [dict, lambda **fields: bpo.SelectConfig(**fields)])
+def test_settings_that_cannot_be_saved_are_refused(kind, tmp_path):
+    for given, expected in (
+        ({"prompt_embeddings": [[0.0], [1.0]]}, "the name of a column"),
+        ({"embedder": Encoder()}, "a path"),
+    ):
+        with pytest.raises(ValueError, match=f"{next(iter(given))} must be {expected}.*saved as JSON"):
+            bpo.BPOConfig(output_dir=str(tmp_path), budget=10, select_config=kind(**given), **SETTINGS)
+
+
+class Encoder:
+    """Stands for a loaded sentence encoder."""
+
+    def encode(self, texts):
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ({"ld_alpha": 0.5}, "ld_alpha=0.5: it weights the tokens of a response by the length of the other"),
+        ({"loss_type": ["robust"], "label_smoothing": 0.5}, "label_smoothing must be below 0.5"),
+        ({"select_config": {"beta": 0.7}}, "select_config has beta=0.7, but BPOConfig has 0.1"),
+        ({"select_config": {"loss_type": "ipo"}}, r"select_config has loss_type=\['ipo'\], but BPOConfig has"),
+    ],
+)
+def test_bpo_trainer_refuses_losses_that_it_does_not_select_for(model_path, tmp_path, setting, expected):
+    args = bpo.BPOConfig(output_dir=str(tmp_path), budget=10, **setting, **SETTINGS)
+    with pytest.raises(ValueError, match=expected):
+        bpo.BPOTrainer(model_path, args=args, train_dataset=scored_rows(4, 3))
+
+
+def test_bpo_trainer_selects_for_the_loss_that_it_trains(model_path, tmp_path):
+    loss = {
+        "loss_type": ["robust", "discopop", "sft"],
+        "loss_weights": [0.8, 0.2, 1.0],
+        "beta": 0.3,
+        "label_smoothing": 0.1,
+        "f_divergence_type": "alpha_divergence",
+        "f_alpha_divergence_coef": 0.3,
+        "discopop_tau": 0.1,
+        "use_weighting": True,
+        "ld_alpha": 1.0,  # weights of one: none
+    }
+    # TRL itself cannot weight the sft loss of more than one pair at a time.
+    settings = {**SETTINGS, "per_device_train_batch_size": 1}
+    args = bpo.BPOConfig(output_dir=str(tmp_path), budget=8, select_config={"sketch_dim": 64}, **loss, **settings)
+    trainer = bpo.BPOTrainer(model_path, args=args, train_dataset=scored_rows(4, 3))
+    assert {**trainer.selection.config, "ld_alpha": 1.0}.items() >= loss.items()
+    trainer.train()
+
+
+def test_bpo_trainer_evaluates_scored_responses_and_loads_as_trl_does(model_path, tmp_path):
+    args = bpo.BPOConfig(
+        output_dir=str(tmp_path),
+        budget=8,
+        store=str(tmp_path / "store"),
+        model_init_kwargs={"dtype": "bfloat16"},
+        **SETTINGS,
+    )
+    trainer = bpo.BPOTrainer(
+        model_path, args=args, train_dataset=scored_rows(4, 3), eval_dataset=scored_rows(2, 3, seed=1)
+    )
+    assert len(trainer.eval_dataset) == 6
+    assert bpo.GradientStore.open(tmp_path / "store").fingerprint["dtype"] == "bfloat16"
+    with pytest.raises(TypeError, match="ref_model must be a model object"):
+        bpo.BPOTrainer(model_path, "reference", args=args, train_dataset=scored_rows(4, 3))
+
+
+def test_selected_dataset_trains_through_the_trl_command(model_path, rows, tmp_path):
+    selection = bpo.select(model_path, rows, budget=8, config=bpo.SelectConfig(sketch_dim=64), progress=False)
+    selection.save(tmp_path / "selection")
+    command = [
+        str(Path(sys.executable).with_name("trl")),
+        "dpo",
+        *("--dataset_name", str(tmp_path / "selection" / "dataset")),
+        *("--model_name_or_path", model_path),
+        *("--output_dir", str(tmp_path / "out")),
+        *("--max_steps", "1", "--report_to", "none", "--bf16", "False", "--use_cpu", "True"),
+        *("--per_device_train_batch_size", "2", "--save_strategy", "no"),
+    ]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("truncation", [{"max_length": None}, {"max_length": 8, "truncation_mode": "keep_end"}])
+def test_bpo_trainer_cuts_where_it_selected(model_path, tmp_path, truncation):
+    rows = scored_rows(4, 3)
+    args = bpo.BPOConfig(output_dir=str(tmp_path), budget=8, **truncation, **SETTINGS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        trainer = bpo.BPOTrainer(model_path, args=args, train_dataset=rows)
+    longest = max(trainer.selection.pairs["length_chosen"].to_pylist())
+    batch = trainer.data_collator(list(trainer.train_dataset))
+    kept = batch["completion_mask"][: len(batch["completion_mask"]) // 2].sum(dim=1).tolist()
+    assert kept == trainer.selection.dataset["bpo_length_chosen"][:]
+    assert longest == 8 if truncation["max_length"] else longest > 8
+    assert trainer.train().training_loss > 0
+
+
+def test_evaluation_measures_what_trl_measures(tokenizer, tmp_path):
+    """Margin and accuracy of TRL's own evaluation, also where a response starts elsewhere in another pair."""
+    from trl import DPOConfig, DPOTrainer
+
+    model, reference = tiny_llama(tokenizer), tiny_llama(tokenizer, initializer_range=0.25)
+    merging = [
+        {"prompt": "one re", "chosen": "d green", "rejected": " two"},
+        {"prompt": "one re", "chosen": " blue", "rejected": " two"},
+    ]
+    stated = bpo.select(None, scored_rows(3, 3), budget=1.0, strategy="random", progress=False).dataset
+    rows = datasets.Dataset.from_list(merging + stated.select_columns(["prompt", "chosen", "rejected"]).to_list())
+    args = DPOConfig(output_dir=str(tmp_path), per_device_eval_batch_size=1, **SETTINGS)
+    trainer = DPOTrainer(
+        model, ref_model=reference, args=args, train_dataset=rows, eval_dataset=rows, processing_class=tokenizer
+    )
+    measured = trainer.evaluate()
+    with pytest.warns(UserWarning, match="not a prefix"):
+        before = bpo.evaluate_preferences(reference, rows, processing_class=tokenizer, progress=False)
+        after = bpo.evaluate_preferences(model, rows, reference=before, processing_class=tokenizer, progress=False)
+    assert after.n_pairs == len(rows) == 11
+    assert after.margin == pytest.approx(measured["eval_rewards/margins"], abs=1e-6)
+    assert after.accuracy == pytest.approx(measured["eval_rewards/accuracies"])
+
+
+def test_evaluation_rewards_what_training_taught(tokenizer, tmp_path):
+    from trl import DPOConfig, DPOTrainer
+
+    model, rows = tiny_llama(tokenizer), scored_rows(6, 4)
+    before = bpo.evaluate_preferences(model, rows, processing_class=tokenizer, progress=False)
+    assert before.accuracy == 0.5 and before.margin == 0 and before.n_pairs == 36
+    selection = bpo.select(None, rows, budget=1.0, strategy="random", progress=False)
+    args = DPOConfig(output_dir=str(tmp_path), learning_rate=3e-3, **{**SETTINGS, "max_steps": 40})
+    DPOTrainer(
+        model,
+        ref_model=tiny_llama(tokenizer),
+        args=args,
+        train_dataset=selection.dataset,
+        processing_class=tokenizer,
+    ).train()
+    after = bpo.evaluate_preferences(model, rows, reference=before, processing_class=tokenizer, progress=False)
+    assert after.accuracy > 0.8 and after.margin > 0
+    assert 0 < after.standard_error < 0.2
+    with pytest.raises(ValueError, match="evaluate both on the same data"):
+        bpo.evaluate_preferences(model, rows[::-1], reference=before, processing_class=tokenizer, progress=False)
