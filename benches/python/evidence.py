@@ -20,7 +20,7 @@ import numpy as np
 
 import bpo
 from bpo._core import Sketcher, StoreWriter
-from bpo.evidence.preview_results import ALL
+from bpo.evidence.preview.results import ALL
 from bpo.store.gradient_store import RECORD
 
 BUDGETS = [60, 120]

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from bpo.evidence.compare_config import CompareConfig as CompareConfig
     from bpo.evidence.evaluate import PreferenceEvaluation as PreferenceEvaluation
     from bpo.evidence.evaluate import evaluate_preferences as evaluate_preferences
-    from bpo.evidence.preview import preview as preview
-    from bpo.evidence.preview_results import Preview as Preview
+    from bpo.evidence.preview.preview import preview as preview
+    from bpo.evidence.preview.results import Preview as Preview
     from bpo.gradients.collect import collect_gradients as collect_gradients
     from bpo.gradients.doctor import Diagnosis as Diagnosis
     from bpo.gradients.doctor import doctor as doctor
@@ -93,8 +93,8 @@ _LAZY = {
     "repair_store": "bpo.store.maintenance",
     "verify_store": "bpo.store.maintenance",
     "select": "bpo.selection.select",
-    "Preview": "bpo.evidence.preview_results",
-    "preview": "bpo.evidence.preview",
+    "Preview": "bpo.evidence.preview.results",
+    "preview": "bpo.evidence.preview.preview",
     "ResponseSummary": "bpo.responses.summary",
     "describe_responses": "bpo.responses.summary",
     "RewardModel": "bpo.responses.reward",

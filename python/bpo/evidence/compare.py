@@ -38,7 +38,7 @@ from bpo.pairs.measured import measured
 from bpo.policy.logprobs import response_logps
 from bpo.policy.models import inference_state, load_policy, model_fingerprint, window
 from bpo.report.comparison_page import write_report
-from bpo.selection.budgets import count_of
+from bpo.selection.request import count_of
 from bpo.selection.select import select
 from bpo.selection.strategies import STRATEGIES, registered
 from bpo.store.gradient_store import GradientStore, StoreMismatchError, with_settings_of

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -61,9 +61,7 @@ def linearised_correct(
     """
     norms = pair_norms(training, None)
     usable = np.flatnonzero(np.isfinite(norms) & (norms > 0))
-    weights = fit_direction(
-        pulls(training.take(usable), norms[usable]), regularization, import_scipy("optimize").minimize
-    )
+    weights = fit_direction(pulls(training.take(usable), norms[usable]), regularization)
     margins = np.nan_to_num(linear_margins(weights[None], heldout)[0])
     correct: npt.NDArray[np.float64] = (np.sign(margins).astype(np.float64) + 1) / 2
     return correct
@@ -72,7 +70,6 @@ def linearised_correct(
 def fit_direction(
     features: npt.NDArray[np.float32],
     regularization: float,
-    minimize: Any,
     pair_weights: npt.NDArray[np.float64] | None = None,
 ) -> npt.NDArray[np.float64]:
     """Fits Σ v log(1 + exp(−⟨w, x⟩)) + λ/2 ‖w‖² over the rows x with weights v; returns w, (d,)."""
@@ -86,6 +83,7 @@ def fit_direction(
         return loss + 0.5 * regularization * float(weights @ weights), gradient
 
     # ‖w‖ is at most √n/λ-ish and accuracies depend on its direction, so a loose tolerance is enough.
+    minimize = import_scipy("optimize").minimize
     result = minimize(objective, np.zeros(features.shape[1]), jac=True, method="L-BFGS-B", options={"maxiter": 200})
     weights: npt.NDArray[np.float64] = result.x
     return weights

@@ -39,6 +39,15 @@ class MeasuredPairs:
     ref_logps: npt.NDArray[np.float32]
     differences: PairGradients | None
 
+    def take(self, index: npt.NDArray[np.int64]) -> MeasuredPairs:
+        """Some of the pairs, over the same rows."""
+        return MeasuredPairs(
+            [gradients.take(index) for gradients in self.gradients],
+            None if self.logps is None else self.logps[index],
+            self.ref_logps[index],
+            None if self.differences is None else self.differences.take(index),
+        )
+
     def margins(self, config: SelectConfig) -> npt.NDArray[np.float64] | None:
         """Returns Δ = β(log π(y_w)/π_ref(y_w) − log π(y_l)/π_ref(y_l)), (P,) float64; None with several checkpoints."""
         if self.logps is None:

@@ -9,8 +9,6 @@ import numpy as np
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from bpo.data.candidates import Candidates
-
 
 def ranks_in_prompts(prompts: npt.NDArray[np.int64], order_by: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
     """Returns which place each pair has among those of its prompt.
@@ -33,6 +31,8 @@ def ranks_in_prompts(prompts: npt.NDArray[np.int64], order_by: npt.NDArray[Any])
     return ranks
 
 
-def largest_gaps(candidates: Candidates, most: int) -> npt.NDArray[np.bool_]:
+def largest_gaps(
+    prompts: npt.NDArray[np.int64], score_gaps: npt.NDArray[np.float64], most: int
+) -> npt.NDArray[np.bool_]:
     """Which pairs are among the ``most`` of their prompt with the largest score gap, ties in order; (P,) bool."""
-    return ranks_in_prompts(candidates.prompt_of_pair, -candidates.score_gaps) < most
+    return ranks_in_prompts(prompts, -score_gaps) < most

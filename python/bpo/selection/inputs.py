@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from bpo.data.length import character_lengths, take_out_length, turn
-from bpo.data.tokens import tokenize_configured
-from bpo.pairs.measured import in_store, measured
-from bpo.pairs.ranks import largest_gaps
+from bpo.data.length import character_lengths, fit_length_effect, take_out_length, turn
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from bpo.config import SelectConfig
     from bpo.data.candidates import Candidates, Skipped
+    from bpo.data.length import LengthEffect
     from bpo.data.tokens import TokenizedResponses
-    from bpo.pairs.measured import MeasuredPairs
-    from bpo.selection.strategies import Need
-    from bpo.store.gradient_store import GradientStore
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,26 +33,6 @@ class Inputs:
     stored: npt.NDArray[np.int64] | None = None
     lengths: npt.NDArray[np.int64] | None = None
 
-    @classmethod
-    def of(
-        cls,
-        candidates: Candidates,
-        *,
-        present: GradientStore | None,
-        tokenizer: Any,
-        longest: int | None,
-        config: SelectConfig,
-    ) -> Inputs:
-        """Finds the pairs in a store, or tokenizes them, or neither."""
-        if present is not None:
-            candidates, stored = in_store(candidates, present, config)
-            lengths = present.records["length"][stored].astype(np.int64)[candidates.pairs]
-            return cls(candidates, stored=stored, lengths=lengths)
-        if tokenizer is not None:
-            candidates, tokenized = tokenize_configured(candidates, tokenizer, longest, config)
-            return cls(candidates, tokenized, lengths=tokenized.response_lengths[tokenized.pairs])
-        return cls(candidates)
-
     @property
     def length_unit(self) -> Literal["tokens", "characters"]:
         """Unit of ``pair_lengths``."""
@@ -68,6 +42,10 @@ class Inputs:
     def pair_lengths(self) -> npt.NDArray[np.int64]:
         """(P, 2), at least 1: tokens, or characters where there are none."""
         return character_lengths(self.candidates) if self.lengths is None else np.maximum(self.lengths, 1)
+
+    def length_effect(self) -> LengthEffect:
+        """Measures how scores go with length."""
+        return fit_length_effect(self.candidates, self.pair_lengths, self.length_unit)
 
     def keep_pairs(self, kept: npt.NDArray[np.bool_]) -> tuple[Inputs, npt.NDArray[np.int64]]:
         """Restricts the pairs ((P,) bool); returns also the index of each."""
@@ -82,55 +60,46 @@ class Inputs:
             pair_index,
         )
 
-    def measured_in(self, present: GradientStore, config: SelectConfig, progress: bool) -> MeasuredPairs:
-        """Reads the gradients of pairs that were found in a store."""
-        assert self.stored is not None
-        rows = self.stored[self.candidates.pairs]
-        return measured([present], [rows], config, weights=self.candidates.weights, progress=progress)
-
-    def without_length(self, slope: float, config: SelectConfig, noted: Skipped) -> Inputs:
-        """Takes the length effect out of the scores, names the pairs that turn, and caps the pairs by their gaps."""
+    def without_length(self, slope: float) -> tuple[Inputs, npt.NDArray[np.bool_]]:
+        """Takes the length effect out of the scores; returns also which pairs turn round by that ((P,) bool)."""
         candidates, turned = take_out_length(self.candidates, self.pair_lengths, slope)
-        for row in candidates.pair_rows[turned]:
-            noted.add("pair turned round, since it was length that made the other response preferred", f"row {row}")
         tokenized = self.tokenized
-        inputs = dataclasses.replace(
-            self,
-            candidates=candidates,
-            tokenized=None
-            if tokenized is None
-            else dataclasses.replace(tokenized, pairs=turn(tokenized.pairs, turned)),
-            lengths=None if self.lengths is None else turn(self.lengths, turned),
-        )
-        if config.max_pairs_per_prompt is None:
-            return inputs
-        return inputs.keep_pairs(largest_gaps(candidates, config.max_pairs_per_prompt))[0]
+        if tokenized is not None:
+            tokenized = dataclasses.replace(tokenized, pairs=turn(tokenized.pairs, turned))
+        lengths = None if self.lengths is None else turn(self.lengths, turned)
+        return dataclasses.replace(self, candidates=candidates, tokenized=tokenized, lengths=lengths), turned
 
 
-def reading_settings(config: SelectConfig, needs_gradients: bool, present: GradientStore | None) -> SelectConfig:
-    """The settings to read data with: what only gradients depend on need not be in the data otherwise."""
-    reading = config
-    if not needs_gradients or present is not None:
-        named = config.token_weights if present is not None and isinstance(config.token_weights, str) else None
-        reading = dataclasses.replace(config, token_weights=named, ref_model=None)
-    if config.length_control == "residual":
-        reading = dataclasses.replace(reading, max_pairs_per_prompt=None)  # which gaps are largest is not known yet
-    return reading
+@dataclasses.dataclass(frozen=True)
+class Goal:
+    """The pairs of a target.
+
+    Attributes:
+        inputs: T pairs.
+        subtask_of_pair: (T,) int64, from 0.
+    """
+
+    inputs: Inputs
+    subtask_of_pair: npt.NDArray[np.int64]
 
 
-def check_scores(candidates: Candidates, strategy: str, needs: frozenset[Need], config: SelectConfig) -> None:
-    """Checks that pairs have scores where something needs them."""
-    unscored = np.flatnonzero(np.isnan(candidates.score_gaps))
-    if len(unscored) == 0:
-        return
-    if "scores" in needs:
-        raise ValueError(
-            f"strategy={strategy!r} needs scores, but {len(unscored)} of {len(candidates.pairs)} pairs have none. "
-            "Give the columns score_chosen and score_rejected, or scored responses."
-        )
-    if config.length_control == "residual":
-        raise ValueError(
-            f"length_control='residual' needs scores, but {len(unscored)} of {len(candidates.pairs)} pairs have none, "
-            f"such as that of row {candidates.pair_rows[unscored[0]]}. Give score_chosen and score_rejected, or use "
-            "length_control='balance', which needs no scores."
-        )
+@dataclasses.dataclass(frozen=True)
+class Pool:
+    """What a selection chooses from.
+
+    Attributes:
+        inputs: Candidate pairs.
+        goal: The pairs of the target, where gradients are compared with one.
+        effect: How scores go with length in the data.
+        noted: What of the data was used but is worth a look.
+    """
+
+    inputs: Inputs
+    goal: Goal | None
+    effect: LengthEffect
+    noted: Skipped
+
+    @property
+    def candidates(self) -> Candidates:
+        """The candidate pairs and their prompts."""
+        return self.inputs.candidates

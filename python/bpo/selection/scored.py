@@ -1,41 +1,136 @@
-"""Measured pairs to clusters, scores and features: steps 6 and 7 of the method."""
+"""The fourth stage: measured pairs to clusters, scores and features, and what of them is worth a look."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from bpo.data.candidates import Skipped, report_skipped
 from bpo.pairs.checkpoints import cluster_checkpoints
-from bpo.pairs.clustering import PairClusters, cluster_pairs
-from bpo.pairs.pair_gradients import PairGradients, unit_features
+from bpo.pairs.clustering import cluster_pairs
+from bpo.pairs.direction import influence, prompts_agree
+from bpo.pairs.pair_gradients import unit_features
 from bpo.system.progress import core_progress
 
 if TYPE_CHECKING:
-    import os
+    import numpy.typing as npt
 
     from bpo.config import SelectConfig
+    from bpo.data.candidates import Candidates
+    from bpo.pairs.clustering import PairClusters
     from bpo.pairs.measured import MeasuredPairs
+    from bpo.pairs.pair_gradients import PairGradients
+    from bpo.selection.inputs import Goal
+    from bpo.selection.request import Request
+
+# A p-value above which gradients are said to have no direction in common.
+_DISAGREEING = 0.05
 
 
-def clustered(
-    pairs: MeasuredPairs,
-    config: SelectConfig,
-    *,
-    seed: int = 0,
-    store: str | os.PathLike[str] | None = None,
-    progress: bool = False,
-) -> tuple[PairClusters, PairGradients]:
-    """Clusters and scores pairs; returns their features, too: the gradients at unit length (NaN where unusable).
+@dataclasses.dataclass(frozen=True)
+class ScoredPairs:
+    """P candidate pairs with what strategies read of them.
 
-    Args:
-        pairs: The pairs.
-        config: As for :func:`bpo.cluster_pairs`.
-        seed: Of the k-means++ seeding.
-        store: Directory in which the features of several checkpoints are kept for as long.
-        progress: Whether to show a progress bar.
+    Attributes:
+        prompt_of_pair: (P,) int64.
+        score_gaps: (P,) float64, NaN where the data gives no scores.
+        lengths: (P, 2) int64, of the preferred and of the other response.
+        eligible: (P,) bool, false where a gradient is needed and cannot be used.
+        measured: Gradients and log-probabilities; None where no gradients are needed, and so are the next two.
+        clusters: Clusters and scores.
+        features: Gradients at unit length (NaN where unusable).
     """
-    with core_progress("Clusters", progress) as report:
+
+    prompt_of_pair: npt.NDArray[np.int64]
+    score_gaps: npt.NDArray[np.float64]
+    lengths: npt.NDArray[np.int64]
+    eligible: npt.NDArray[np.bool_]
+    measured: MeasuredPairs | None = None
+    clusters: PairClusters | None = None
+    features: PairGradients | None = None
+
+
+def score(
+    prompt_of_pair: npt.NDArray[np.int64],
+    score_gaps: npt.NDArray[np.float64],
+    lengths: npt.NDArray[np.int64],
+    measured: MeasuredPairs | None,
+    request: Request,
+) -> ScoredPairs:
+    """Clusters and scores pairs that were measured: steps 6 and 7 of the method; leaves others as they are."""
+    if measured is None:
+        return ScoredPairs(prompt_of_pair, score_gaps, lengths, np.ones(len(prompt_of_pair), dtype=bool))
+    clusters, features = _clustered(measured, request)
+    return ScoredPairs(prompt_of_pair, score_gaps, lengths, clusters.usable, measured, clusters, features)
+
+
+def _clustered(pairs: MeasuredPairs, request: Request) -> tuple[PairClusters, PairGradients]:
+    """Clusters, scores and features of pairs, at one model or over several checkpoints."""
+    config, seed = request.clustering, request.seed
+    with core_progress("Clusters", request.progress) as report:
         if config.checkpoints is not None:
-            rates = list(config.checkpoints.values())
+            rates, store = list(config.checkpoints.values()), request.store
             return cluster_checkpoints(pairs.gradients, rates, config=config, store=store, seed=seed, progress=report)
         clusters = cluster_pairs(*pairs.gradients[0], config=config, seed=seed, progress=report)
     return clusters, unit_features(pairs.gradients[0], clusters.informativeness, clusters.usable)
+
+
+def toward(scored: ScoredPairs, goal: Goal | None, target: MeasuredPairs | None, config: SelectConfig) -> ScoredPairs:
+    """Puts the influence on the target in the place of ``alignment``, where there is a target."""
+    if goal is None or target is None:
+        return scored
+    assert scored.clusters is not None and scored.features is not None
+    influences = influence(scored.features, scored.eligible, target, goal.subtask_of_pair, config)
+    return dataclasses.replace(scored, clusters=dataclasses.replace(scored.clusters, alignment=influences))
+
+
+def look_at(scored: ScoredPairs, kept: Candidates, request: Request) -> Skipped:
+    """Reports pairs without a usable gradient; returns what of the others is worth a look."""
+    noted = Skipped()
+    if scored.clusters is not None and scored.features is not None:
+        _report_unusable(kept, scored.clusters, request.config)
+        noted.merge(_outliers(kept, scored.clusters))
+        noted.merge(_disagreement(kept, scored.features, scored.eligible, request.seed))
+    return noted
+
+
+def _report_unusable(kept: Candidates, clusters: PairClusters, config: SelectConfig) -> None:
+    """Names the pairs whose gradient is zero or not finite."""
+    skipped = Skipped()
+    for pair in np.flatnonzero(~clusters.usable):
+        zero = clusters.informativeness[pair] == 0
+        reason = "pair whose gradient is zero" if zero else "pair whose gradient is NaN or infinite"
+        skipped.add(reason, f"row {kept.pair_rows[pair]}")
+    report_skipped(skipped, config.on_invalid)
+    kept.skipped.merge(skipped)
+
+
+def _disagreement(kept: Candidates, features: PairGradients, eligible: npt.NDArray[np.bool_], seed: int) -> Skipped:
+    """Says where the gradients of different prompts have no direction in common."""
+    noted = Skipped()
+    agree = prompts_agree(features, eligible, kept.prompt_of_pair, seed)
+    if agree > _DISAGREEING:
+        noted.add(
+            f"selection by gradients that may be no better than a random one: those of different prompts have no "
+            f"direction in common (p = {agree:.2f})",
+            f"all {len(kept.prompts)} prompts",
+        )
+    return noted
+
+
+def _outliers(kept: Candidates, clusters: PairClusters) -> Skipped:
+    """Names the pairs whose gradient is far longer than those of the others; they are kept *(ours)*.
+
+    Far is six robust standard deviations (1.4826 times the median absolute deviation) of the logarithm of the norm.
+    """
+    noted = Skipped()
+    index = np.flatnonzero(clusters.usable)
+    logs = np.log(clusters.informativeness[index].astype(np.float64))
+    distance = logs - np.median(logs)
+    spread = 1.4826 * np.median(np.abs(distance))
+    for pair, far in zip(index, distance, strict=True):
+        if far > 6 * max(spread, 0.1):
+            noted.add("pair whose gradient is far longer than the others", f"row {kept.pair_rows[pair]}")
+    return noted

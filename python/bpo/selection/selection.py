@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bpo.data.candidates import Skipped
-from bpo.selection.page import write_selection_page
+from bpo.report.selection_page import write_selection_page
 from bpo.selection.saved import read_selection, write_selection
 from bpo.selection.tables import FATES, SELECTED
 
@@ -158,6 +158,7 @@ class Selection:
             Path(path),
             self.pairs,
             self.dataset,
+            pc.equal(self.pairs["fate"], SELECTED).to_numpy(),
             self.depth,
             skipped=self.skipped,
             noted=self.noted,

@@ -316,7 +316,7 @@ def registered(names: Iterable[str]) -> dict[str, Strategy]:
     return {name: STRATEGIES[name] for name in names if name not in _OURS}
 
 
-def choose(name: str, candidacy: Candidacy) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.float64]]:
+def run_strategy(name: str, candidacy: Candidacy) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.float64]]:
     """Runs a strategy and checks what it returns.
 
     Raises:

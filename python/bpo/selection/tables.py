@@ -16,9 +16,8 @@ if TYPE_CHECKING:
     from bpo.config import SelectConfig
     from bpo.data.candidates import Candidates
     from bpo.data.values import Text
-    from bpo.pairs.clustering import PairClusters
-    from bpo.pairs.measured import MeasuredPairs
-    from bpo.selection.inputs import Inputs
+    from bpo.selection.inputs import Pool
+    from bpo.selection.scored import ScoredPairs
 
 SELECTED = "selected"
 FATES = (SELECTED, "depth", "breadth", "unusable")
@@ -26,15 +25,25 @@ FATES = (SELECTED, "depth", "breadth", "unusable")
 
 
 def pair_table(
-    inputs: Inputs,
-    slope: float,
+    pool: Pool,
     fate: npt.NDArray[np.object_],
     pair_index: npt.NDArray[np.int64],
     usefulness: npt.NDArray[np.float64],
-    clusters: PairClusters | None,
-    pairs: MeasuredPairs | None,
+    scored: ScoredPairs,
+    *,
+    with_labels: bool,
 ) -> pa.Table:
-    """One row a candidate pair, with the length effect of a slope; what a strategy does not use is null."""
+    """One row a candidate pair; what a strategy does not use is null.
+
+    Args:
+        pool: All P candidate pairs.
+        fate: (P,) one of :data:`FATES`.
+        pair_index: (P',) int64, which of them ``scored`` and ``usefulness`` are of.
+        usefulness: (P',) float64, what the strategy ranked by.
+        scored: The pairs of the kept prompts.
+        with_labels: Whether the strategy reads clusters.
+    """
+    inputs, pairs, clusters = pool.inputs, scored.measured, scored.clusters
     candidates, lengths = inputs.candidates, inputs.lengths
     n = len(candidates.pairs)
     chosen, rejected = candidates.pairs[:, 0], candidates.pairs[:, 1]
@@ -52,7 +61,7 @@ def pair_table(
     def cluster_column(name: str) -> pa.Array:
         return scattered(None if clusters is None else getattr(clusters, name), pa.float32())
 
-    labels = None if clusters is None else np.where(clusters.labels < 0, np.nan, clusters.labels)
+    labels = np.where(clusters.labels < 0, np.nan, clusters.labels) if clusters is not None and with_labels else None
     columns = {
         "pair": pa.array(np.arange(n)),
         "prompt": pa.array(candidates.prompt_of_pair),
@@ -76,7 +85,7 @@ def pair_table(
         "usefulness": scattered(usefulness, pa.float64()),
         "fate": pa.array(fate.tolist(), pa.string()),
         "length_ratio": pa.array(ratios),
-        "length_effect": pa.array(slope * np.log(ratios), from_pandas=True),
+        "length_effect": pa.array(pool.effect.slope * np.log(ratios), from_pandas=True),
     }
     return pa.table(columns)
 

@@ -10,7 +10,7 @@ from sklearn.linear_model import LinearRegression
 import bpo
 from bpo import SelectConfig, Selection, length_effect, read_candidates
 from bpo.pairs.ranks import largest_gaps
-from bpo.selection.balance import balance_lengths
+from bpo.selection.choice import balance_lengths
 from tiny import WORDS, scored_rows
 
 
@@ -154,7 +154,10 @@ def test_the_largest_gaps_are_those_left_after_control():
     np.testing.assert_allclose(np.sort(found, axis=1), expected)
     candidates = read_candidates(rows)
     capped_first = read_candidates(rows, max_pairs_per_prompt=3)
-    assert candidates.score_gaps[largest_gaps(candidates, 3)].tolist() == capped_first.score_gaps.tolist()
+    assert (
+        candidates.score_gaps[largest_gaps(candidates.prompt_of_pair, candidates.score_gaps, 3)].tolist()
+        == capped_first.score_gaps.tolist()
+    )
 
 
 def test_residuals_need_scores():

@@ -8,7 +8,7 @@ from sklearn.linear_model import LogisticRegression
 
 import bpo
 from bpo.cli.main import main
-from bpo.evidence.preview_results import ALL
+from bpo.evidence.preview.results import ALL
 from tiny import scored_rows
 
 ROWS = scored_rows(24, 4)

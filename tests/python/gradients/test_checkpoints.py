@@ -153,7 +153,7 @@ def test_one_model_is_in_memory_at_a_time(select, warmed, monkeypatch):
         alive.append(weakref.ref(policy))
         return policy
 
-    monkeypatch.setattr("bpo.selection.select.load_policy", load)
+    monkeypatch.setattr("bpo.selection.sources.load_policy", load)
     monkeypatch.setattr(checkpoints, "load_policy", load)
     select(checkpoints=warmed)
     assert len(alive) == 3

@@ -5,14 +5,13 @@
 
 import numpy as np
 import pytest
-from scipy.optimize import minimize
 
 from bpo import SelectConfig
 from bpo.pairs.clustering import cluster_pairs
 from bpo.pairs.direction import prompts_agree
 from bpo.pairs.linear import fit_direction
 from bpo.pairs.pair_gradients import PairGradients, unit_features
-from bpo.selection.strategies import Candidacy, choose
+from bpo.selection.strategies import Candidacy, run_strategy
 
 DIM, TOPICS, PROMPTS, PAIRS_OF_A_PROMPT, BUDGET = 256, 12, 360, 6, 120
 WORLDS = {
@@ -92,9 +91,9 @@ def measure(world, seed=0, arms=ARMS):
             differences=gradients,
             margins=np.zeros(len(x)),
         )
-        chosen = choose(strategy, candidacy)[0]
+        chosen = run_strategy(strategy, candidacy)[0]
         assert chosen.sum() == BUDGET
-        weights = fit_direction(x[chosen] / np.linalg.norm(x[chosen], axis=1, keepdims=True), 1.0, minimize)
+        weights = fit_direction(x[chosen] / np.linalg.norm(x[chosen], axis=1, keepdims=True), 1.0)
         found[name] = {
             "accuracy": (world.unseen @ weights > 0).mean(),
             "noise": world.is_noise[chosen].mean(),

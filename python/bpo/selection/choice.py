@@ -1,4 +1,4 @@
-"""Chosen pairs exchanged until as many prefer the longer response as the shorter one."""
+"""The fifth stage: a strategy chooses pairs, and where that is asked for they are exchanged to balance length."""
 
 from __future__ import annotations
 
@@ -7,10 +7,59 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bpo.pairs.ranks import ranks_in_prompts
+from bpo.selection.strategies import Candidacy, run_strategy
 from bpo.system.warn import warn
 
 if TYPE_CHECKING:
     import numpy.typing as npt
+
+    from bpo.selection.request import Request
+    from bpo.selection.scored import ScoredPairs
+
+
+def choose(
+    scored: ScoredPairs, n_pairs: int, request: Request
+) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.float64]]:
+    """Chooses so many pairs: step 8 of the method, which gives every prompt its depth.
+
+    Returns:
+        Which pairs are chosen, (P,) bool, and what they were ranked by, (P,) float64.
+    """
+    config, measured = request.config, scored.measured
+    candidacy = Candidacy(
+        prompt_of_pair=scored.prompt_of_pair,
+        score_gaps=scored.score_gaps,
+        eligible=scored.eligible,
+        budget=min(n_pairs, int(scored.eligible.sum())),
+        config=config,
+        seed=request.seed,
+        clusters=scored.clusters,
+        features=scored.features,
+        differences=None if measured is None else measured.differences,
+        margins=None if measured is None else measured.margins(config),
+    )
+    chosen, usefulness = run_strategy(request.strategy, candidacy)
+    if config.length_control == "balance":
+        chosen = balance_lengths(
+            chosen,
+            usefulness,
+            scored.eligible,
+            scored.prompt_of_pair,
+            scored.lengths[:, 0] - scored.lengths[:, 1],
+            max_depth=config.max_depth,
+        )
+    return chosen, usefulness
+
+
+def warn_of_fewer(chosen: npt.NDArray[np.bool_], scored: ScoredPairs, n_pairs: int, request: Request) -> None:
+    """Says why fewer pairs are chosen than were asked for."""
+    if chosen.sum() >= n_pairs:
+        return
+    most, eligible = request.config.max_depth, scored.eligible
+    limits = [] if most is None else [f"max_depth={most}"]
+    limits += [] if eligible.all() else [f"{int((~eligible).sum())} pairs without a usable gradient"]
+    because = " and ".join(limits) or f"strategy={request.strategy!r}, which chooses no more"
+    warn(f"{int(chosen.sum())} pairs are kept of the {n_pairs} asked for, because of {because}.")
 
 
 def balance_lengths(

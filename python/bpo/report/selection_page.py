@@ -1,4 +1,4 @@
-"""What a person looks at: the values of one self-contained page of what was chosen."""
+"""The page of a selection: what was chosen, to look at and to read."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import numpy as np
 
 from bpo.data.values import prompt_text
 from bpo.report.page import write_page
-from bpo.selection.tables import SELECTED
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -27,6 +26,7 @@ def write_selection_page(
     path: Path,
     pairs: pa.Table,
     dataset: Iterable[Mapping[str, Any]],
+    selected: npt.NDArray[np.bool_],
     depth: npt.NDArray[np.int64],
     *,
     skipped: Mapping[str, list[str]],
@@ -39,6 +39,7 @@ def write_selection_page(
         path: File to write; replaced whole or not at all.
         pairs: One row a candidate pair, as :attr:`bpo.Selection.pairs`.
         dataset: The training set, as :attr:`bpo.Selection.dataset`.
+        selected: (P,) bool, which of them are kept.
         depth: (n,) int64, pairs kept of each prompt.
         skipped: What of the data could not be used: reason → places.
         noted: What is worth a look, likewise.
@@ -54,8 +55,8 @@ def write_selection_page(
         n_prompts=len(depth),
         kept_prompts=int((depth > 0).sum()),
         depths=_depths(depth),
-        clusters=_clusters(pairs),
-        scatter=_scatter(pairs),
+        clusters=_clusters(pairs, selected),
+        scatter=_scatter(pairs, selected),
         prompts=_prompts(pairs, dataset),
         skipped=_named(skipped),
         noted=_named(noted),
@@ -77,11 +78,11 @@ def _depths(depth: npt.NDArray[np.int64]) -> list[dict[str, float]]:
     ]
 
 
-def _clusters(pairs: pa.Table) -> list[dict[str, Any]]:
+def _clusters(pairs: pa.Table, selected: npt.NDArray[np.bool_]) -> list[dict[str, Any]]:
     """Candidates and selected pairs of each cluster, largest first."""
     labels = pairs["cluster"].to_pylist()
     candidates = Counter(label for label in labels if label is not None)
-    chosen = Counter(label for label, fate in zip(labels, pairs["fate"].to_pylist(), strict=True) if fate == SELECTED)
+    chosen = Counter(label for label, kept in zip(labels, selected, strict=True) if kept)
     most = max(candidates.values(), default=1)
     return [
         {
@@ -95,11 +96,10 @@ def _clusters(pairs: pa.Table) -> list[dict[str, Any]]:
     ]
 
 
-def _scatter(pairs: pa.Table) -> dict[str, Any] | None:
+def _scatter(pairs: pa.Table, selected: npt.NDArray[np.bool_]) -> dict[str, Any] | None:
     """Centrality against score gap of every pair, in the unit square, thinned evenly where there are many."""
     centrality = pairs["centrality"].to_numpy().astype(np.float64)
     gap = pairs["score_gap"].to_numpy().astype(np.float64)
-    selected = np.array(pairs["fate"].to_pylist()) == SELECTED
     shown = np.flatnonzero(np.isfinite(centrality) & np.isfinite(gap))
     if len(shown) == 0:
         return None

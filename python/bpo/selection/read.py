@@ -1,0 +1,87 @@
+"""The first stage: the data, and the target where there is one, to the pool that is chosen from."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from bpo.data.candidates import Skipped
+from bpo.data.read import read_configured
+from bpo.data.rows import load_rows
+from bpo.pairs.ranks import largest_gaps
+from bpo.selection.inputs import Goal, Pool
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from bpo.config import SelectConfig
+    from bpo.data.candidates import Candidates
+    from bpo.selection.inputs import Inputs
+    from bpo.selection.request import Request
+    from bpo.selection.sources import Source
+
+
+def read(dataset: Any, target: Any, source: Source, request: Request) -> Pool:
+    """Reads the data, and the target where there is one: steps 1 to 4 of the method are what the data has already.
+
+    Raises:
+        ValueError: Unusable data, or pairs without scores where something needs them.
+    """
+    residual = request.config.length_control == "residual"
+    # Which gaps are largest is not known before the length effect.
+    reading = dataclasses.replace(source.reading, max_pairs_per_prompt=None) if residual else source.reading
+    candidates = read_configured(dataset, reading)
+    _check_scores(candidates, request)
+    wanted = None
+    if target is not None and "gradients" in request.needs:
+        target = load_rows(target)
+        wanted = read_configured(target, reading)
+    inputs, noted = source.find(candidates), Skipped()
+    effect = inputs.length_effect()
+    if residual:
+        inputs = _without_length(inputs, effect.slope, request.config, noted)
+    goal = None
+    if wanted is not None:
+        found = source.find(wanted)
+        goal = Goal(found, _subtasks(target, found.candidates))
+    return Pool(inputs, goal, effect, noted)
+
+
+def _without_length(inputs: Inputs, slope: float, config: SelectConfig, noted: Skipped) -> Inputs:
+    """Takes the length effect out of the scores, names the pairs that turn, and caps the pairs by their gaps."""
+    inputs, turned = inputs.without_length(slope)
+    for row in inputs.candidates.pair_rows[turned]:
+        noted.add("pair turned round, since it was length that made the other response preferred", f"row {row}")
+    if config.max_pairs_per_prompt is None:
+        return inputs
+    candidates, most = inputs.candidates, config.max_pairs_per_prompt
+    return inputs.keep_pairs(largest_gaps(candidates.prompt_of_pair, candidates.score_gaps, most))[0]
+
+
+def _subtasks(target: Any, candidates: Candidates) -> npt.NDArray[np.int64]:
+    """The subtask of each pair of the target, (T,) int64: the value of the column ``subtask``, numbered from 0."""
+    if "subtask" not in target.column_names:
+        return np.zeros(len(candidates.pairs), dtype=np.int64)
+    names = [json.dumps(row["subtask"], sort_keys=True, default=str) for row in target]
+    return np.unique([names[row] for row in candidates.pair_rows], return_inverse=True)[1]
+
+
+def _check_scores(candidates: Candidates, request: Request) -> None:
+    """Checks that pairs have scores where something needs them."""
+    unscored = np.flatnonzero(np.isnan(candidates.score_gaps))
+    if len(unscored) == 0:
+        return
+    if "scores" in request.needs:
+        raise ValueError(
+            f"strategy={request.strategy!r} needs scores, but {len(unscored)} of {len(candidates.pairs)} pairs have "
+            "none. Give the columns score_chosen and score_rejected, or scored responses."
+        )
+    if request.config.length_control == "residual":
+        raise ValueError(
+            f"length_control='residual' needs scores, but {len(unscored)} of {len(candidates.pairs)} pairs have none, "
+            f"such as that of row {candidates.pair_rows[unscored[0]]}. Give score_chosen and score_rejected, or use "
+            "length_control='balance', which needs no scores."
+        )
