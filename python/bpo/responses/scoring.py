@@ -59,7 +59,7 @@ class Scorer(abc.ABC):
 
     Example:
         >>> import bpo
-        >>> from bpo.scoring import Score
+        >>> from bpo.responses.scoring import Score
         >>> class Shortest(bpo.Scorer):
         ...     def describe(self):
         ...         return {"scorer": "shortest"}

@@ -18,14 +18,17 @@ def reference(prompts, clusters, usefulness, budget, min_depth, max_depth, weigh
     for prompt in set(prompts) if min_depth else ():
         kept.add(min((p for p in pairs if prompts[p] == prompt), key=lambda p: (-usefulness[p], p)))
     target = min(budget, sum(min(cap, list(prompts).count(prompt)) for prompt in set(prompts)))
-    exhausted = set()
+    queues: dict[int, list[int]] = {cluster: [] for cluster in sorted(set(clusters))}
+    for p in sorted(set(pairs) - kept, key=lambda p: (-usefulness[p], p)):
+        queues[clusters[p]].append(p)
     while len(kept) < target:
         left = target - len(kept)
+        # A cluster counts with all pairs that are not kept until its last one was offered.
         sizes = {
             cluster: sum(1 for p in pairs if clusters[p] == cluster and p not in kept)
-            for cluster in sorted(set(clusters) - exhausted)
+            for cluster, queue in queues.items()
+            if queue
         }
-        sizes = {cluster: size for cluster, size in sizes.items() if size}
         masses = {cluster: size * weights[cluster] for cluster, size in sizes.items()}
         if not any(masses.values()):
             masses = sizes
@@ -35,18 +38,11 @@ def reference(prompts, clusters, usefulness, budget, min_depth, max_depth, weigh
         for cluster in by_fraction[: left - sum(quotas.values())]:
             quotas[cluster] += 1
         for cluster, quota in quotas.items():
-            for p in sorted((p for p in pairs if clusters[p] == cluster), key=lambda p: (-usefulness[p], p)):
-                depth = sum(1 for q in kept if prompts[q] == prompts[p])
-                if quota and p not in kept and depth < cap:
+            while quota and queues[cluster]:
+                p = queues[cluster].pop(0)
+                if sum(1 for q in kept if prompts[q] == prompts[p]) < cap:
                     kept.add(p)
                     quota -= 1
-            eligible = [
-                p
-                for p in pairs
-                if clusters[p] == cluster and p not in kept and sum(1 for q in kept if prompts[q] == prompts[p]) < cap
-            ]
-            if quota or not eligible:
-                exhausted.add(cluster)
     return np.isin(np.arange(len(prompts)), list(kept))
 
 

@@ -461,7 +461,7 @@ def test_known_reference_trains_as_trl_does(settings, tokenizer, tmp_path):
     trainer.train()
     theirs = dict(trainer.model.named_parameters())
     for name, parameter in ours.named_parameters():
-        np.testing.assert_allclose(parameter.detach(), theirs[name].detach(), rtol=1e-4, atol=1e-6, err_msg=name)
+        np.testing.assert_allclose(parameter.detach(), theirs[name].detach(), rtol=1e-4, atol=1e-5, err_msg=name)
 
 
 def test_trained_policy_is_free_of_its_trainer(settings, tokenizer, tmp_path):

@@ -54,7 +54,7 @@ def test_gradients_are_exact(policy):
     for index in range(2):
         logp = completion_logps(wrapped, tokenized, batch[index : index + 1], padding_id(tokenizer)).logps
         exact = torch.cat([g.flatten() for g in torch.autograd.grad(logp.sum(), parameters)])
-        assert float((gradients[index] - exact).norm() / exact.norm()) < 1e-5
+        assert float((gradients[index] - exact).norm() / exact.norm()) < 3e-5
 
 
 def test_sketch_error_on_real_pair_gradients(policy):

@@ -415,7 +415,7 @@ def test_several_processes_train_the_same_rounds_as_one(tokenizer, tmp_path, mon
     settings = {"reselect_strategy": "steps", "reselect_steps": 1, "num_train_epochs": 1}
     alone = trained(trainer_of(tokenizer, tmp_path / "alone", rows=rows, **settings))
     (tmp_path / "several.py").write_text(_SEVERAL)
-    here = os.pathsep.join(str(Path(__file__).parents[1] / room) for room in ("training", "helpers"))
+    here = str(Path(__file__).parent)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])]))
     run(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", tmp_path / "several.py", tmp_path)
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
