@@ -14,9 +14,10 @@ FUZZ_FLAGS := --cfg fuzzing -Cpasses=sancov-module \
 FUZZ_HOST = $(shell rustc --print host-tuple)
 FUZZ_TARGET := target/fuzz
 SECONDS := 60
+SAME := target/same
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-rust test-python lint bench count fuzz torture docs wheel clean
+.PHONY: help setup demo test test-rust test-python same lint bench count fuzz torture docs wheel clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -33,6 +34,15 @@ test-rust:
 
 test-python: $(VENV)/.installed
 	$(BIN)/python -m pytest $(if $(ROOM),tests/python/$(ROOM) --pyargs bpo.$(ROOM),tests/python --pyargs bpo)
+
+# Only dist/ and the dependencies of the working tree are used; the commit is built with a cargo directory of its own.
+same: $(VENV)/.installed ## Whether the working tree behaves as a commit does, byte for byte: make same BASE=COMMIT
+	@git rev-parse --quiet --verify '$(BASE)^{commit}' > /dev/null || { echo 'Name a commit to compare with: make same BASE=COMMIT'; exit 1; }
+	rm -rf $(SAME)/source $(SAME)/dist
+	mkdir -p $(SAME)/source
+	git archive '$(BASE)' | tar -x -C $(SAME)/source
+	cd $(SAME)/source && CARGO_TARGET_DIR='$(CURDIR)/$(SAME)/cargo' '$(CURDIR)/$(BIN)/maturin' build --quiet --release --out ../dist
+	$(BIN)/python tests/same $(SAME)/dist/*.whl dist/*.whl $(ARGS)
 
 lint: $(VENV)/.installed ## Formatting, clippy, ruff, mypy, stubtest
 	cargo fmt --check
