@@ -197,7 +197,7 @@ class FromPolicy(_Tokenizing):
             )
             for candidates, tokenized in _of_one_store(parts)
         ]
-        return [_in_order([store], part, self.config, progress) for store, part in zip(stores, parts, strict=True)]
+        return [_read_pairs([store], part, self.config, progress) for store, part in zip(stores, parts, strict=True)]
 
     def _reference_of(self, tokenized: TokenizedResponses) -> Reference | None:
         """What the policy is compared with; None where the settings say it."""
@@ -239,7 +239,7 @@ class FromCheckpoints(_Tokenizing):
             for reference, text in zip(references, texts, strict=True)
         ]
         return [
-            _in_order(of_part, part, self.config, progress, reference.known)
+            _read_pairs(of_part, part, self.config, progress, reference.known)
             for of_part, part, reference in zip(stores, parts, references, strict=True)
         ]
 
@@ -316,7 +316,7 @@ def _of_one_store(parts: Sequence[Inputs]) -> list[tuple[Candidates, TokenizedRe
     ]
 
 
-def _in_order(
+def _read_pairs(
     stores: Sequence[GradientStore],
     part: Inputs,
     config: SelectConfig,
