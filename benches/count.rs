@@ -3,17 +3,21 @@
 //! Counts do not move with the load of the machine, so they show what a change of a few per cent did. They know nothing of
 //! memory, and valgrind has no AVX-512, so they are those of the AVX2 kernels.
 
+use bpo::coreset::coreset;
+use bpo::d_optimal::d_optimal;
 use bpo::depth::{Candidates, allocate_depth};
 use bpo::kmeans::{Init, Params, fit, fit_rows};
 use bpo::matrix::{Rows, Values};
 use bpo::points::Points;
 use bpo::progress::Progress;
+use bpo::prompts::Limits;
 use bpo::rng::{Purpose, Stream};
 use bpo::sketch::{Kind, Sketcher};
 use bpo::usefulness::score_pairs;
 
 /// The first does nothing: what it counts is the making of the data, to be taken off the others.
-const KERNELS: [&str; 7] = ["none", "sparse", "rademacher", "kmeans", "pair_kmeans", "scores", "depth"];
+const KERNELS: [&str; 9] =
+    ["none", "sparse", "rademacher", "kmeans", "pair_kmeans", "scores", "depth", "coreset", "d_optimal"];
 const DIM: usize = 512;
 const CLUSTERS: usize = 64;
 const RESPONSES: usize = 8;
@@ -27,7 +31,7 @@ fn main() {
     let values: Vec<f32> =
         (0..PROMPTS * RESPONSES * DIM).map(|index| stream.uniform(index as u64) as f32 - 0.5).collect();
     let rows = Rows::new(Values::F32(&values), PROMPTS * RESPONSES, DIM).unwrap();
-    let wide = Rows::new(Values::F32(&values), 16, values.len() / 16).unwrap();
+    let long = Rows::new(Values::F32(&values), 16, values.len() / 16).unwrap();
     let mut pairs = Vec::new();
     for prompt in 0..PROMPTS {
         for first in 0..RESPONSES {
@@ -52,7 +56,7 @@ fn main() {
         "sparse" | "rademacher" => {
             let kind = if kernel == "sparse" { Kind::Sparse } else { Kind::Rademacher };
             let mut out = vec![0.0; 16 * DIM];
-            Sketcher::new(DIM, 0, kind, 1).unwrap().sketch(wide, 0, &mut out, &progress).unwrap();
+            Sketcher::new(DIM, 0, kind, 1).unwrap().sketch(long, 0, &mut out, &progress).unwrap();
         }
         "kmeans" => drop(fit_rows(rows, None, &params, &progress).unwrap()),
         "pair_kmeans" => drop(fit(points, &params, &progress).unwrap()),
@@ -63,6 +67,8 @@ fn main() {
             let candidates = Candidates { prompts: &prompts, clusters: &labels, usefulness: &usefulness };
             drop(allocate_depth(candidates, 2 * PROMPTS, true, Some(4), None, &progress).unwrap());
         }
+        "coreset" => drop(coreset(&points, &labels, PROMPTS, Limits::default(), &progress).unwrap()),
+        "d_optimal" => drop(d_optimal(&points, PROMPTS / 5, 1.0, Limits::default(), &progress).unwrap()),
         other => panic!("unknown kernel {other}; choose one of {KERNELS:?}"),
     });
 }
