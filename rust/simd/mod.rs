@@ -6,6 +6,7 @@
 pub mod dots;
 mod element;
 pub mod integer_tile;
+mod register;
 mod signs;
 pub mod tile;
 mod vector;

@@ -4,24 +4,10 @@
 //! fuses a multiplication with an addition.
 
 use super::dispatch;
+use super::register::fold_lanes;
 
 /// Independent accumulators of a reduction: two AVX-512 registers, enough to hide the latency of an addition.
 const LANES: usize = 32;
-
-/// Adds the lanes up as a tree, always the same one.
-///
-/// Not inlined: the optimizer would arrange the lanes of the sums for the tree, at 2.4 times the cost of a product.
-#[inline(never)]
-fn fold_lanes(mut lanes: [f32; LANES]) -> f32 {
-    let mut width = LANES / 2;
-    while width > 0 {
-        for lane in 0..width {
-            lanes[lane] += lanes[lane + width];
-        }
-        width /= 2;
-    }
-    lanes[0]
-}
 
 dispatch! {
     /// The inner product of two vectors of one length.
