@@ -7,7 +7,7 @@ use rayon::prelude::*;
 
 use crate::error::{Error, Result};
 use crate::progress::Progress;
-use crate::simd::add_scaled_double;
+use crate::simd::add_scaled_float64;
 use crate::simd::dots::{Grid, add_products};
 
 /// Columns that are eliminated at once.
@@ -104,7 +104,7 @@ fn eliminate(rows: &mut [f64], pivots: &[f64], dim: usize, first: usize, end: us
         let (solved, rest) = columns.split_at_mut(column * count);
         let pivots = &pivots[column * dim + first..];
         for (other, solved) in solved.chunks_exact(count).enumerate() {
-            add_scaled_double(&mut rest[..count], -pivots[other], solved);
+            add_scaled_float64(&mut rest[..count], -pivots[other], solved);
         }
         rest[..count].iter_mut().for_each(|value| *value /= pivots[column]);
     }

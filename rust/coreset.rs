@@ -21,7 +21,7 @@ use crate::progress::Progress;
 use crate::prompts::{Depths, Limits, Prompts};
 use crate::shares::largest_remainder;
 use crate::simd::dots::dots;
-use crate::simd::{self, add_scaled_double, dispatch};
+use crate::simd::{self, add_scaled_float64, dispatch};
 
 /// Pairs of one piece of work.
 const CHUNK: usize = 512;
@@ -196,14 +196,14 @@ impl Pursuit {
             }
             pursuit.picks.push(pair);
             let mut atom = vec![0.0; dim];
-            write_wide(points, pair, &mut values, &mut atom);
+            write_float64(points, pair, &mut values, &mut atom);
             let mut products: Vec<f64> = atoms.iter().map(|other| dots(&atom, [other])[0]).collect();
             products.push(dots(&atom, [&atom])[0]);
             fit.add(products, dots(&atom, [&pursuit.mean])[0], smallest);
             atoms.push(atom);
             residual.copy_from_slice(&pursuit.mean);
             for (&index, &weight) in fit.active.iter().zip(&fit.weights) {
-                add_scaled_double(&mut residual, -weight, &atoms[index]);
+                add_scaled_float64(&mut residual, -weight, &atoms[index]);
             }
             progress.advance(1)?;
         }
@@ -235,10 +235,10 @@ impl Pursuit {
             .par_chunks(CHUNK)
             .map(|pairs| {
                 progress.check()?;
-                let (mut values, mut wide) = (vec![0.0; points.dim()], vec![0.0; points.dim()]);
+                let (mut values, mut doubles) = (vec![0.0; points.dim()], vec![0.0; points.dim()]);
                 let product = |&pair: &usize| {
-                    write_wide(points, pair, &mut values, &mut wide);
-                    (dots(&wide, [&self.mean])[0], pair)
+                    write_float64(points, pair, &mut values, &mut doubles);
+                    (dots(&doubles, [&self.mean])[0], pair)
                 };
                 Ok(pairs.iter().map(product).collect())
             })
@@ -263,9 +263,9 @@ impl Pursuit {
     }
 }
 
-fn write_wide(points: &Points<2>, pair: usize, values: &mut [f32], wide: &mut [f64]) {
+fn write_float64(points: &Points<2>, pair: usize, values: &mut [f32], out: &mut [f64]) {
     points.write_alone(pair, values);
-    simd::widen(values, wide);
+    simd::to_float64(values, out);
 }
 
 /// Room for the codes and the steps of some pairs.
@@ -290,14 +290,14 @@ impl Copies {
         let copy = |((codes, steps), pairs): (Chunk, &[usize])| -> Result<Vec<f64>> {
             progress.check()?;
             let mut sum = vec![0.0; dim];
-            let (mut values, mut wide, mut rounded) = (vec![0.0; dim], vec![0.0; dim], vec![0.0; dim]);
+            let (mut values, mut doubles, mut rounded) = (vec![0.0; dim], vec![0.0; dim], vec![0.0; dim]);
             for ((codes, steps), &pair) in codes.chunks_exact_mut(dim).zip(steps).zip(pairs) {
-                write_wide(points, pair, &mut values, &mut wide);
-                let [square] = dots(&wide, [&wide]);
+                write_float64(points, pair, &mut values, &mut doubles);
+                let [square] = dots(&doubles, [&doubles]);
                 if !square.is_finite() {
                     return Err(points.not_finite(pair));
                 }
-                add_scaled_double(&mut sum, 1.0, &wide);
+                add_scaled_float64(&mut sum, 1.0, &doubles);
                 // In units of the step, so that no square overflows or vanishes.
                 let largest = simd::largest_magnitude(&values);
                 let inverse = f32::from(i8::MAX) / largest;
@@ -373,12 +373,12 @@ impl Copies {
             (0..count).map(of_chunk).collect::<Result<_>>()?
         };
         let lowest = chunks.iter().fold(f64::NEG_INFINITY, |lowest, (lower, _)| lowest.max(*lower));
-        let (mut values, mut wide) = (vec![0.0; self.dim], vec![0.0; self.dim]);
+        let (mut values, mut doubles) = (vec![0.0; self.dim], vec![0.0; self.dim]);
         let mut best: Option<(usize, f64)> = None;
         for &(index, upper) in chunks.iter().flat_map(|(_, uppers)| uppers) {
             if upper >= best.map_or(lowest, |(_, product)| product.max(lowest)) {
-                write_wide(points, members[index], &mut values, &mut wide);
-                let [product] = dots(&wide, [residual]);
+                write_float64(points, members[index], &mut values, &mut doubles);
+                let [product] = dots(&doubles, [residual]);
                 if best.is_none_or(|(_, best)| product > best) {
                     best = Some((index, product));
                 }
@@ -479,7 +479,7 @@ impl Fit {
         for (rank, row) in self.factor.iter().enumerate().rev() {
             weights[rank] /= row[rank];
             let (before, weight) = weights.split_at_mut(rank);
-            add_scaled_double(before, -weight[0], row);
+            add_scaled_float64(before, -weight[0], row);
         }
         weights
     }

@@ -26,7 +26,7 @@ use crate::points::Points;
 use crate::progress::Progress;
 use crate::prompts::{Depths, Limits};
 use crate::simd::dots::{Grid, add_products, dots};
-use crate::simd::{add_scaled_double, widen};
+use crate::simd::{add_scaled_float64, to_float64};
 
 /// Dimensions at most: the two matrices then take a gibibyte.
 pub const MAX_DIM: usize = 8192;
@@ -128,11 +128,11 @@ impl Pool {
         let dim = points.dim();
         let start = || (Vec::new(), vec![0.0; dim], vec![0.0; dim]);
         let blocks =
-            points.fold_blocks(BLOCKS, &Progress::default(), start, |(squares, values, wide), tile, gathered| {
+            points.fold_blocks(BLOCKS, &Progress::default(), start, |(squares, values, doubles), tile, gathered| {
                 for pair in tile.points.clone() {
                     points.write(pair, gathered, values);
-                    widen(values, wide);
-                    squares.push(dots(wide, [wide])[0]);
+                    to_float64(values, doubles);
+                    squares.push(dots(doubles, [doubles])[0]);
                 }
             })?;
         progress.check()?;
@@ -236,7 +236,7 @@ impl Pool {
             design.gains.push(gains[best].ln_1p());
             let mut column = gram[best * count..(best + 1) * count].to_vec();
             for earlier in &columns {
-                add_scaled_double(&mut column, -earlier[best], earlier);
+                add_scaled_float64(&mut column, -earlier[best], earlier);
             }
             let scale = (1.0 + gains[best]).sqrt().recip();
             for (gain, value) in gains.iter_mut().zip(&mut column) {
@@ -270,7 +270,7 @@ fn solutions_of_chunk(points: &Points<2>, factor: &[f64], pairs: &[usize]) -> Ve
     let mut values = vec![0.0; dim];
     for (&pair, row) in pairs.iter().zip(rows.chunks_exact_mut(dim)) {
         points.write_alone(pair, &mut values);
-        widen(&values, row);
+        to_float64(&values, row);
     }
     cholesky::solve(factor, dim, &mut rows);
     rows

@@ -5,7 +5,7 @@
 
 use std::ops::Range;
 
-use crate::simd::integer_tile::{self as tile, NARROW_ROWS, PAIR_STEP, PANEL, Sums, VNNI_STEP, WIDE_ROWS};
+use crate::simd::integer_tile::{self as tile, AVX2_ROWS, AVX512_ROWS, PAIR_STEP, PANEL, Sums, VNNI_STEP};
 use crate::simd::{self, Level};
 
 /// Depth at most: below it no sum of products of a byte with 127 overflows 32 bits.
@@ -129,9 +129,9 @@ pub fn multiply(rows: &[i8], scales: &[Scale], packed: &Packed8, buffers: &mut B
             while first < scales.len() {
                 let left = scales.len() - first;
                 let group = match (&packed.panels, simd::level()) {
-                    (Panels::Pairs(_), Level::Plain | Level::Avx2) if left >= NARROW_ROWS => group::<NARROW_ROWS>,
+                    (Panels::Pairs(_), Level::Plain | Level::Avx2) if left >= AVX2_ROWS => group::<AVX2_ROWS>,
                     (Panels::Pairs(_), Level::Plain | Level::Avx2) => group::<1>,
-                    _ if left >= WIDE_ROWS => group::<WIDE_ROWS>,
+                    _ if left >= AVX512_ROWS => group::<AVX512_ROWS>,
                     _ if left >= 4 => group::<4>,
                     _ => group::<1>,
                 };
@@ -145,7 +145,7 @@ pub fn multiply(rows: &[i8], scales: &[Scale], packed: &Packed8, buffers: &mut B
 #[derive(Debug, Default)]
 pub struct Buffers {
     /// Rows of a group in 16 bits.
-    wide: Vec<i16>,
+    sixteen_bits: Vec<i16>,
     /// Sums of all rows, panel after panel.
     sums: Vec<[i32; PANEL]>,
 }
@@ -165,10 +165,10 @@ fn group<const ROWS: usize>(
     let stride = packed.stride;
     let count = depths.len();
     let rows: [&[i8]; ROWS] = parts(&rows[first * stride + depths.start..], stride, count);
-    let Buffers { wide, sums } = buffers;
+    let Buffers { sixteen_bits, sums } = buffers;
     if matches!(packed.panels, Panels::Pairs(_)) {
-        wide.clear();
-        rows.iter().for_each(|row| wide.extend(row.iter().map(|&value| i16::from(value))));
+        sixteen_bits.clear();
+        rows.iter().for_each(|row| sixteen_bits.extend(row.iter().map(|&value| i16::from(value))));
     }
     for panel in panels.clone() {
         let values = (panel * stride + depths.start) * PANEL..(panel * stride + depths.end) * PANEL;
@@ -180,7 +180,7 @@ fn group<const ROWS: usize>(
                 true
             }
             Panels::Pairs(packed) => {
-                pairs(parts(wide, count, count), &packed[values], sums);
+                pairs(parts(sixteen_bits, count, count), &packed[values], sums);
                 false
             }
         };

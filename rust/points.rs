@@ -12,7 +12,7 @@ use crate::matrix::Rows;
 use crate::progress::Progress;
 use crate::simd;
 
-/// Distinct rows of a tile: 18 times the 14 rows that the widest matrix kernel takes at once. It fills the registers and
+/// Distinct rows of a tile: 18 times the 14 rows that the largest matrix kernel takes at once. It fills the registers and
 /// caches of a product; more gained nothing.
 const TILE_ROWS: usize = 252;
 

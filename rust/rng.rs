@@ -67,7 +67,7 @@ impl Stream {
     /// Two such numbers, of which the first is [`Stream::uniform`].
     pub fn uniforms(&self, position: u64) -> [f64; 2] {
         let words = self.words(position);
-        [wide(words[0], words[1]), wide(words[2], words[3])].map(|word| (word >> 11) as f64 / (1u64 << 53) as f64)
+        [join(words[0], words[1]), join(words[2], words[3])].map(|word| (word >> 11) as f64 / (1u64 << 53) as f64)
     }
 
     /// An integer in `[0, bound)`; see [`below`].
@@ -79,18 +79,18 @@ impl Stream {
 /// An integer in `[0, bound)` from the words of a position: the upper half of a 64-bit word times `bound`, so that no
 /// value is likelier than another by more than a factor of `1 + bound / 2^64`.
 pub fn below(words: [u32; 4], bound: usize) -> usize {
-    ((u128::from(wide(words[0], words[1])) * bound as u128) >> 64) as usize
+    ((u128::from(join(words[0], words[1])) * bound as u128) >> 64) as usize
 }
 
-fn wide(low: u32, high: u32) -> u64 {
+fn join(low: u32, high: u32) -> u64 {
     u64::from(low) | u64::from(high) << 32
 }
 
 /// Four uniform words of one counter.
 #[inline(always)]
 pub fn philox(counter: [u32; 4], key: [u32; 2]) -> [u32; 4] {
-    // Only the lower half of each word counts. As wide as the products, the words of several counters need no shuffling
-    // between the rounds where the compiler works on them side by side.
+    // Only the lower half of each word counts. In as many bits as the products, the words of several counters need no
+    // shuffling between the rounds where the compiler works on them side by side.
     let mut counter = counter.map(u64::from);
     let mut key = key;
     for _ in 0..ROUNDS {

@@ -313,10 +313,10 @@ impl Products {
         let combine = |[chosen, rejected]: [f32; 2]| a * f64::from(chosen) + b * f64::from(rejected);
         let [_, chosen, rejected] = self.pairs[index];
         let product = combine([chosen, rejected]);
-        let centroid_square_wide = f64::from(centroid_square);
+        let centroid_square_term = f64::from(centroid_square);
         let distance = Expanded {
-            square: length.square - 2.0 * product + centroid_square_wide,
-            terms: length.terms + centroid_square_wide,
+            square: length.square - 2.0 * product + centroid_square_term,
+            terms: length.terms + centroid_square_term,
             regular: length.regular && TRUSTED_SQUARES.contains(&centroid_square),
         };
         let trusted = length.trusted() && distance.trusted();
@@ -400,7 +400,7 @@ fn sum(points: &Points<2>, progress: &Progress) -> Result<Vec<f64>> {
             }
         }
         for (factor, row) in factors.iter().zip(gathered.chunks_exact(dim)) {
-            simd::add_scaled_wide(sum, *factor, row);
+            simd::add_scaled_to_float64(sum, *factor, row);
         }
     })?;
     Ok((0..dim).map(|index| blocks.iter().map(|(sum, _)| sum[index]).sum()).collect())
@@ -451,7 +451,7 @@ pub fn ranking_keys(scores: &[f64], ranking: Ranking, seed: u64, progress: &Prog
                 return Err(Error::argument("temperature", "finite and above 0", temperature));
             }
             let stream = Stream::new(seed, Purpose::Gumbel, 0);
-            // The middle of the 2^-53 wide cell that was drawn keeps both logarithms finite.
+            // The middle of the cell of 2^-53 that was drawn keeps both logarithms finite.
             let gumbel = |pair: usize| -(-(stream.uniform(pair as u64) + f64::EPSILON / 4.0).ln()).ln();
             map_scores(scores, progress, |pair, score| score / temperature + gumbel(pair))
         }

@@ -47,8 +47,8 @@ pub struct Approximation {
     pub bounds: Vec<Bound>,
     /// Of each tile; empty where they are not kept.
     stored: Vec<TileBytes>,
-    /// Tiles that 8 bits cannot decide.
-    wide: Vec<AtomicBool>,
+    /// Of each tile, whether 8 bits were seen not to decide it.
+    needs_float32: Vec<AtomicBool>,
     /// Whether products in 8 bits are worth a try.
     pub eight_bits: bool,
 }
@@ -86,7 +86,7 @@ impl Approximation {
             if eight_bits {
                 bytes.round(rows, dim);
             }
-            let squares: Vec<f64> = rows.chunks_exact(dim).map(simd::squared_norm_wide).collect();
+            let squares: Vec<f64> = rows.chunks_exact(dim).map(simd::squared_norm_float64).collect();
             for (point, bound) in tile.points.clone().zip(bounds.iter_mut()) {
                 let (slots, coefficients) = (points.slots(point), points.coefficients(point));
                 let terms = slots.into_iter().zip(coefficients);
@@ -96,7 +96,7 @@ impl Approximation {
                     f64::from(coefficients[0]).powi(2) * squares[slots[0]]
                 } else {
                     points.write(point, rows, values);
-                    simd::squared_norm_wide(values)
+                    simd::squared_norm_float64(values)
                 };
                 if eight_bits && TERMS == 1 {
                     let error = bytes.squared_error(slots[0], &rows[slots[0] * dim..(slots[0] + 1) * dim]).sqrt();
@@ -107,7 +107,7 @@ impl Approximation {
                 bytes.leave_errors(gathered, dim);
                 for (point, bound) in tile.points.clone().zip(bounds) {
                     points.write(point, gathered, values);
-                    bound.error = INFLATION * simd::squared_norm_wide(values).sqrt() as f32;
+                    bound.error = INFLATION * simd::squared_norm_float64(values).sqrt() as f32;
                 }
             }
             progress.advance(1)?;
@@ -116,9 +116,9 @@ impl Approximation {
         if let Some(point) = bounds.iter().position(|bound| !bound.squared_norm.is_finite()) {
             return Err(points.not_finite(point));
         }
-        let wide = points.tiles().iter().map(|_| AtomicBool::new(false)).collect();
+        let needs_float32 = points.tiles().iter().map(|_| AtomicBool::new(false)).collect();
         let stored = if store { stored } else { Vec::new() };
-        Ok(Self { origin, bounds, stored, wide, eight_bits })
+        Ok(Self { origin, bounds, stored, needs_float32, eight_bits })
     }
 
     /// The origin, or zeros.
@@ -136,13 +136,13 @@ impl Approximation {
     }
 
     /// Whether 8 bits were seen not to decide a tile.
-    pub fn is_wide(&self, tile: usize) -> bool {
-        self.wide[tile].load(Ordering::Relaxed)
+    pub fn needs_float32(&self, tile: usize) -> bool {
+        self.needs_float32[tile].load(Ordering::Relaxed)
     }
 
     /// From now on the tile goes without 8 bits. One thread at a time visits a tile, and passes follow one another.
-    pub fn set_wide(&self, tile: usize) {
-        self.wide[tile].store(true, Ordering::Relaxed);
+    pub fn set_needs_float32(&self, tile: usize) {
+        self.needs_float32[tile].store(true, Ordering::Relaxed);
     }
 
     /// The rows of a tile in 8 bits; `scratch` is for those that are not kept.
@@ -197,12 +197,12 @@ fn origin<const TERMS: usize>(points: &Points<TERMS>) -> Option<Vec<f32>> {
     for index in 0..sampled {
         points.gather(&tiles[index * tiles.len() / sampled], &mut gathered);
         for row in gathered.chunks_exact(dim) {
-            simd::add_scaled_wide(&mut sum, 1.0, row);
-            squares += simd::squared_norm_wide(row);
+            simd::add_scaled_to_float64(&mut sum, 1.0, row);
+            squares += simd::squared_norm_float64(row);
             count += 1.0;
         }
     }
     let mean: Vec<f32> = sum.iter().map(|value| (value / count) as f32).collect();
-    let worthwhile = simd::squared_norm_wide(&mean) > 0.05 * squares / count;
+    let worthwhile = simd::squared_norm_float64(&mean) > 0.05 * squares / count;
     (worthwhile && mean.iter().all(|value| value.is_finite())).then_some(mean)
 }

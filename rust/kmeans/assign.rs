@@ -39,7 +39,7 @@ pub struct Centroids {
     squares: Vec<f32>,
     /// None where the points go without.
     eight_bits: Option<Packed8>,
-    wide: OnceLock<Packed>,
+    float32: OnceLock<Packed>,
 }
 
 impl Centroids {
@@ -53,14 +53,14 @@ impl Centroids {
         let mut half_norms = vec![f32::INFINITY; padded];
         let (mut norms, mut squares) = (vec![0.0; padded], vec![0.0; padded]);
         for (index, centroid) in centred.chunks_exact(dim).enumerate() {
-            let squared = simd::squared_norm_wide(centroid);
+            let squared = simd::squared_norm_float64(centroid);
             half_norms[index] = (squared / 2.0) as f32;
             squares[index] = squared as f32;
             norms[index] = INFLATION * squared.sqrt() as f32;
         }
         let mut errors = vec![0.0; padded];
         let eight_bits = approximation.eight_bits.then(|| round(&centred, dim, &mut errors));
-        Self { values, dim, centred, half_norms, norms, errors, squares, eight_bits, wide: OnceLock::new() }
+        Self { values, dim, centred, half_norms, norms, errors, squares, eight_bits, float32: OnceLock::new() }
     }
 
     pub fn count(&self) -> usize {
@@ -71,8 +71,8 @@ impl Centroids {
         &self.values[cluster * self.dim..(cluster + 1) * self.dim]
     }
 
-    fn wide(&self) -> &Packed {
-        self.wide.get_or_init(|| Packed::from_columns(&self.centred, self.dim))
+    fn float32(&self) -> &Packed {
+        self.float32.get_or_init(|| Packed::from_columns(&self.centred, self.dim))
     }
 }
 
@@ -150,20 +150,20 @@ impl<const TERMS: usize> Search<'_, '_, TERMS> {
         scratch.values.resize(dim, 0.0);
         let mut next = tile.points.start;
         if let Some(packed) = &centroids.eight_bits
-            && !approximation.is_wide(index)
+            && !approximation.needs_float32(index)
         {
             let Scratch { gathered, bytes, buffers, products, .. } = scratch;
             let bytes = approximation.bytes(points, index, tile, gathered, bytes);
             gemm8::multiply(&bytes.bytes, &bytes.scales, packed, buffers, products);
             next = self.decide(scratch, tile, next, Precision::EightBits, &limit, &mut found);
             if next < tile.points.end {
-                approximation.set_wide(index);
+                approximation.set_needs_float32(index);
             }
         }
         if next < tile.points.end {
             let Scratch { gathered, products, .. } = scratch;
             let rows = points.gather_or_borrow(tile, approximation.origin.as_deref(), gathered);
-            gemm::multiply(rows, centroids.wide(), products);
+            gemm::multiply(rows, centroids.float32(), products);
             self.decide(scratch, tile, next, Precision::Float32, &limit, &mut found);
         }
     }

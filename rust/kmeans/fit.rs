@@ -194,7 +194,7 @@ fn prepare<const TERMS: usize>(
 
 fn normalize_rows(array: &'static str, centroids: &mut [f32], dim: usize) -> Result<()> {
     for (row, centroid) in centroids.chunks_exact_mut(dim).enumerate() {
-        let norm = simd::squared_norm_wide(centroid).sqrt() as f32;
+        let norm = simd::squared_norm_float64(centroid).sqrt() as f32;
         if norm.is_nan() || norm <= 0.0 {
             return Err(Error::argument(
                 array,

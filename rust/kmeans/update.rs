@@ -143,7 +143,7 @@ impl Sums {
                         {
                             rows.prefetch(*ahead);
                         }
-                        simd::add_scaled_wide(sum, share, rows.part(row, part * width, sum.len(), scratch));
+                        simd::add_scaled_to_float64(sum, share, rows.part(row, part * width, sum.len(), scratch));
                     }
                 },
             );

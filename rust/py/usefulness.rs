@@ -153,11 +153,11 @@ pub fn ranking_keys<'py>(
             )));
         }
     };
-    let (widened, borrowed);
+    let (converted, borrowed);
     let scores: &[f64] = if scores.cast::<PyArray1<f32>>().is_ok() {
-        widened =
+        converted =
             Vector::<f32>::new("scores", scores)?.slice().iter().map(|&score| f64::from(score)).collect::<Vec<_>>();
-        &widened
+        &converted
     } else {
         borrowed = Vector::<f64>::new("scores", scores)?;
         borrowed.slice()

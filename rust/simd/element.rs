@@ -260,7 +260,7 @@ macro_rules! element {
 
             #[target_feature(enable = "avx2,fma,f16c")]
             pub fn add_signed(sum: &mut [f32], scale: f32, values: &[$element], signs: &[u32], mut first: usize) {
-                let wide_scale = _mm256_set1_ps(scale);
+                let scales = _mm256_set1_ps(scale);
                 let sign = _mm256_set1_epi32(i32::MIN);
                 let (sums, sums_tail) = sum.as_chunks_mut::<WORD>();
                 let (values, values_tail) = values.as_chunks::<WORD>();
@@ -270,7 +270,7 @@ macro_rules! element {
                     let mut shifts = _mm256_setr_epi32(31, 30, 29, 28, 27, 26, 25, 24);
                     for (sum, values) in sum.as_chunks_mut::<LANES>().0.iter_mut().zip(values.as_chunks::<LANES>().0) {
                         let signs = _mm256_and_si256(_mm256_sllv_epi32(word, shifts), sign);
-                        let term = _mm256_xor_ps(_mm256_mul_ps(wide_scale, load(values)), _mm256_castsi256_ps(signs));
+                        let term = _mm256_xor_ps(_mm256_mul_ps(scales, load(values)), _mm256_castsi256_ps(signs));
                         // SAFETY: there are eight sums.
                         unsafe {
                             let before = _mm256_loadu_ps(sum.as_ptr());

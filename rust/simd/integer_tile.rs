@@ -12,9 +12,9 @@ pub const VNNI_STEP: usize = 4;
 pub const PAIR_STEP: usize = 2;
 
 /// Rows of a full tile: 14 × 2 sums, two registers of columns and one broadcast fill the 32 registers of AVX-512.
-pub const WIDE_ROWS: usize = 14;
+pub const AVX512_ROWS: usize = 14;
 /// 6 × 2 sums of half a panel, and the rest as above, fill the 16 registers of AVX2.
-pub const NARROW_ROWS: usize = 6;
+pub const AVX2_ROWS: usize = 6;
 
 /// Sums of `ROWS` rows with a panel.
 pub type Sums<const ROWS: usize> = [[i32; PANEL]; ROWS];

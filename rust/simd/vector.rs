@@ -58,7 +58,7 @@ dispatch! {
 
 dispatch! {
     /// `sum += scale * values`, where the sum is carried in float64.
-    pub fn add_scaled_wide(sum: &mut [f64], scale: f64, values: &[f32]) {
+    pub fn add_scaled_to_float64(sum: &mut [f64], scale: f64, values: &[f32]) {
         for (sum, value) in sum.iter_mut().zip(values) {
             *sum += scale * f64::from(*value);
         }
@@ -67,9 +67,9 @@ dispatch! {
 
 dispatch! {
     /// Writes `values` in float64.
-    pub fn widen(values: &[f32], wide: &mut [f64]) {
-        for (wide, value) in wide.iter_mut().zip(values) {
-            *wide = f64::from(*value);
+    pub fn to_float64(values: &[f32], out: &mut [f64]) {
+        for (out, value) in out.iter_mut().zip(values) {
+            *out = f64::from(*value);
         }
     }
 }
@@ -148,7 +148,7 @@ dispatch! {
 
 dispatch! {
     /// The squared Euclidean norm in float64.
-    pub fn squared_norm_wide(values: &[f32]) -> f64 {
+    pub fn squared_norm_float64(values: &[f32]) -> f64 {
         const WIDTH: usize = 16;
         let (chunks, rest) = values.as_chunks::<WIDTH>();
         let mut lanes = [0.0f64; WIDTH];
@@ -243,7 +243,7 @@ pub fn prefetch<T>(values: &[T]) {
 
 dispatch! {
     /// `sum += scale * values` in float64, over the length of the sum.
-    pub fn add_scaled_double(sum: &mut [f64], scale: f64, values: &[f64]) {
+    pub fn add_scaled_float64(sum: &mut [f64], scale: f64, values: &[f64]) {
         for (sum, value) in sum.iter_mut().zip(values) {
             *sum += scale * value;
         }

@@ -16,7 +16,8 @@ fn values(count: usize, seed: u64) -> Vec<f32> {
 fn all_kernels(size: usize, seed: u64, first: usize) -> Vec<u64> {
     let (left, right, offsets) = (values(size, seed), values(size, seed + 1), values(size, seed + 2));
     let signs: Vec<u32> = (0..(first + size).div_ceil(32) as u32).map(|i| philox([i, 0, 0, 0], [0, 0])[0]).collect();
-    let mut bits = vec![u64::from(simd::largest_magnitude(&left).to_bits()), simd::squared_norm_wide(&left).to_bits()];
+    let mut bits =
+        vec![u64::from(simd::largest_magnitude(&left).to_bits()), simd::squared_norm_float64(&left).to_bits()];
     let mut lower = vec![0.0; size];
     let terms: [&[f32]; 2] = [&left, &right];
     let highest =
@@ -47,9 +48,9 @@ fn all_kernels(size: usize, seed: u64, first: usize) -> Vec<u64> {
     simd::subtract(&mut narrow, &right);
     let mut combined = vec![0.0; size];
     simd::combine(&mut combined, [0.3, -0.7], [&left, &right]);
-    let mut wide = vec![0.0f64; size];
-    simd::add_scaled_wide(&mut wide, 0.1, &combined);
-    let mut wide_products = [0.25f64; 25];
+    let mut float64_sums = vec![0.0f64; size];
+    simd::add_scaled_to_float64(&mut float64_sums, 0.1, &combined);
+    let mut products = [0.25f64; 25];
     let mut words = vec![[0; 4]; size];
     Stream::new(seed, Purpose::Gumbel, 3).fill(u64::from(u32::MAX) - 3, &mut words);
     bits.extend(narrow.iter().chain(&combined).map(|value| u64::from(value.to_bits())));
@@ -57,9 +58,9 @@ fn all_kernels(size: usize, seed: u64, first: usize) -> Vec<u64> {
     bits.extend(dots(&right, vectors).map(|product| u64::from(product.to_bits())));
     let stacked: Vec<f64> = vectors.concat().into_iter().map(f64::from).collect();
     let grid = Grid::new(&stacked, 5, size);
-    add_products(-1.0, grid, grid, size, &mut wide_products, 5);
-    bits.extend(wide_products.map(f64::to_bits));
-    bits.extend(wide.iter().map(|value| value.to_bits()));
+    add_products(-1.0, grid, grid, size, &mut products, 5);
+    bits.extend(products.map(f64::to_bits));
+    bits.extend(float64_sums.iter().map(|value| value.to_bits()));
     bits.extend(words.as_flattened().iter().map(|&word| u64::from(word)));
     bits
 }
@@ -162,8 +163,8 @@ proptest! {
         let signs: Vec<u32> = (0..10).map(|index| stream.words(index)[1]).collect();
         for level in LEVELS {
             simd::set_level(level);
-            prop_assert_eq!(sums(&halves, &signs, first, shift), wide_sums(&halves, &signs, first, shift));
-            prop_assert_eq!(sums(&brains, &signs, first, shift), wide_sums(&brains, &signs, first, shift));
+            prop_assert_eq!(sums(&halves, &signs, first, shift), widened_sums(&halves, &signs, first, shift));
+            prop_assert_eq!(sums(&brains, &signs, first, shift), widened_sums(&brains, &signs, first, shift));
         }
     }
 }
@@ -177,9 +178,9 @@ fn sums<T: Element>(values: &[T], signs: &[u32], first: usize, shift: usize) -> 
     sums
 }
 
-fn wide_sums<T: Element>(values: &[T], signs: &[u32], first: usize, shift: usize) -> Vec<f32> {
-    let wide: Vec<f32> = values.iter().map(|value| value.to_f32()).collect();
-    sums(&wide, signs, first, shift)
+fn widened_sums<T: Element>(values: &[T], signs: &[u32], first: usize, shift: usize) -> Vec<f32> {
+    let widened: Vec<f32> = values.iter().map(|value| value.to_f32()).collect();
+    sums(&widened, signs, first, shift)
 }
 
 #[test]
@@ -191,12 +192,12 @@ fn every_half_widens_exactly() {
         simd::set_level(level);
         // An odd length, so that the rest of a vector counts too.
         f16::widen(&halves[1..], &mut out);
-        for (half, wide) in halves[1..].iter().zip(&out) {
-            assert!(wide.to_bits() == f32::from(*half).to_bits() || half.is_nan() && wide.is_nan());
+        for (half, widened) in halves[1..].iter().zip(&out) {
+            assert!(widened.to_bits() == f32::from(*half).to_bits() || half.is_nan() && widened.is_nan());
         }
         bf16::widen(&brains[1..], &mut out);
-        for (brain, wide) in brains[1..].iter().zip(&out) {
-            assert!(wide.to_bits() == f32::from(*brain).to_bits() || brain.is_nan() && wide.is_nan());
+        for (brain, widened) in brains[1..].iter().zip(&out) {
+            assert!(widened.to_bits() == f32::from(*brain).to_bits() || brain.is_nan() && widened.is_nan());
         }
     }
 }
