@@ -18,6 +18,7 @@ pub mod gemm8;
 pub mod kmeans;
 pub mod matrix;
 pub mod order;
+mod pages;
 pub mod points;
 pub mod progress;
 pub mod prompts;

@@ -1,10 +1,11 @@
-//! Checked row-major views over borrowed float32, float16 or bfloat16 values.
+//! Checked row-major views over borrowed float32, float16, bfloat16 or int8 values.
 
 use std::ops::Range;
 
 use half::{bf16, f16};
 
 use crate::error::{Error, Result};
+use crate::pages::forget_pages;
 use crate::simd;
 pub use crate::simd::Element;
 
@@ -127,11 +128,14 @@ impl<'a> Rows<'a> {
             return;
         }
         let range = rows.start * self.dim..rows.end * self.dim;
-        match self.values {
-            Values::F32(values) => forget_pages(&values[range]),
-            Values::F16(values) => forget_pages(&values[range]),
-            Values::Bf16(values) => forget_pages(&values[range]),
-            Values::I8(values, _) => forget_pages(&values[range]),
+        // SAFETY: whoever called `set_mapped` vouched for the pages.
+        unsafe {
+            match self.values {
+                Values::F32(values) => forget_pages(&values[range]),
+                Values::F16(values) => forget_pages(&values[range]),
+                Values::Bf16(values) => forget_pages(&values[range]),
+                Values::I8(values, _) => forget_pages(&values[range]),
+            }
         }
     }
 
@@ -155,17 +159,3 @@ impl<'a> Rows<'a> {
         }
     }
 }
-
-#[cfg(target_os = "linux")]
-fn forget_pages<T>(values: &[T]) {
-    // SAFETY: asks for a constant of the system.
-    let page = unsafe { libc::sysconf(libc::_SC_PAGESIZE) } as usize;
-    let first = values.as_ptr().addr() / page * page;
-    let end = (values.as_ptr().addr() + size_of_val(values)).next_multiple_of(page);
-    // SAFETY: all these pages hold a part of `values`, so they belong to its map, which `set_mapped` vouches for. That
-    // advice may be refused is of no consequence.
-    unsafe { libc::madvise(values.as_ptr().with_addr(first).cast_mut().cast(), end - first, libc::MADV_DONTNEED) };
-}
-
-#[cfg(not(target_os = "linux"))]
-fn forget_pages<T>(_values: &[T]) {}

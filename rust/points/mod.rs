@@ -3,6 +3,8 @@
 //! A dense point is one row; a preference pair is two, `a * h_chosen + b * h_rejected`. Pairs are never stored as
 //! vectors: the 28 pairs of a prompt with 8 responses need 8 rows, which a tile gathers once.
 
+mod residency;
+
 use std::ops::Range;
 
 use rayon::prelude::*;
@@ -18,12 +20,6 @@ const TILE_ROWS: usize = 252;
 
 /// Points of a tile: bounds the work between two looks at the cancel token.
 const TILE_POINTS: usize = 4096;
-
-/// Bytes of a mapped file that are held before they are forgotten.
-const WINDOW_BYTES: usize = 64 << 20;
-
-/// Tiles for each thread that are worked on at least before that.
-const WINDOW_TILES: usize = 4;
 
 /// Consecutive points, and where the distinct rows that they need are listed.
 #[derive(Debug)]
@@ -261,38 +257,6 @@ impl<'a, const TERMS: usize> Points<'a, TERMS> {
     pub fn prefetch(&self, tile: &Tile, point: usize) {
         let rows = self.rows_of(tile);
         self.slots(point).into_iter().for_each(|slot| self.rows.prefetch(rows[slot]));
-    }
-
-    /// Lets rows of a mapped file that belong to some tiles leave the memory of this process, with those between them.
-    pub fn forget(&self, tiles: Range<usize>) {
-        if self.rows.mapped() {
-            self.rows.forget(self.span(tiles));
-        }
-    }
-
-    /// From the least to the greatest row of some tiles.
-    fn span(&self, tiles: Range<usize>) -> Range<usize> {
-        let rows = self.tiles[tiles].iter().flat_map(|tile| self.rows_of(tile));
-        let (least, most) = rows.fold((usize::MAX, 0), |(least, most), &row| (least.min(row), most.max(row + 1)));
-        least..most
-    }
-
-    /// How many tiles from `first` on can be worked on before their rows are forgotten: `most`, but of a mapped file no
-    /// more than lie within some megabytes, and at least a few for each thread.
-    pub fn window(&self, first: usize, most: usize) -> usize {
-        let most = most.min(self.tiles.len() - first);
-        if !self.rows.mapped() {
-            return most;
-        }
-        let least = (WINDOW_TILES * rayon::current_num_threads()).min(most);
-        let mut window = self.span(first..first + least);
-        (least..most)
-            .find(|&count| {
-                let tile = self.span(first + count..first + count + 1);
-                window = window.start.min(tile.start)..window.end.max(tile.end);
-                window.len() * self.rows.row_bytes() > WINDOW_BYTES
-            })
-            .unwrap_or(most)
     }
 
     /// What a caller knows a point by: its row where it is one, else its place among the pairs.

@@ -1,0 +1,45 @@
+//! How much of a mapped file stays in memory while its rows are worked on.
+
+use std::ops::Range;
+
+use super::Points;
+
+/// Bytes of a mapped file that are held before they are forgotten.
+const WINDOW_BYTES: usize = 64 << 20;
+
+/// Tiles for each thread that are worked on at least before that.
+const WINDOW_TILES: usize = 4;
+
+impl<const TERMS: usize> Points<'_, TERMS> {
+    /// Lets rows of a mapped file that belong to some tiles leave the memory of this process, with those between them.
+    pub fn forget(&self, tiles: Range<usize>) {
+        if self.rows.mapped() {
+            self.rows.forget(self.span(tiles));
+        }
+    }
+
+    /// From the least to the greatest row of some tiles.
+    fn span(&self, tiles: Range<usize>) -> Range<usize> {
+        let rows = self.tiles[tiles].iter().flat_map(|tile| self.rows_of(tile));
+        let (least, most) = rows.fold((usize::MAX, 0), |(least, most), &row| (least.min(row), most.max(row + 1)));
+        least..most
+    }
+
+    /// How many tiles from `first` on can be worked on before their rows are forgotten: `most`, but of a mapped file no
+    /// more than lie within some megabytes, and at least a few for each thread.
+    pub fn window(&self, first: usize, most: usize) -> usize {
+        let most = most.min(self.tiles.len() - first);
+        if !self.rows.mapped() {
+            return most;
+        }
+        let least = (WINDOW_TILES * rayon::current_num_threads()).min(most);
+        let mut window = self.span(first..first + least);
+        (least..most)
+            .find(|&count| {
+                let tile = self.span(first + count..first + count + 1);
+                window = window.start.min(tile.start)..window.end.max(tile.end);
+                window.len() * self.rows.row_bytes() > WINDOW_BYTES
+            })
+            .unwrap_or(most)
+    }
+}
