@@ -269,8 +269,7 @@ fn solutions_of_chunk(points: &Points<2>, factor: &[f64], pairs: &[usize]) -> Ve
     let mut rows = vec![0.0; pairs.len() * dim];
     let mut values = vec![0.0; dim];
     for (&pair, row) in pairs.iter().zip(rows.chunks_exact_mut(dim)) {
-        points.write_alone(pair, &mut values);
-        to_float64(&values, row);
+        points.write_float64(pair, &mut values, row);
     }
     cholesky::solve(factor, dim, &mut rows);
     rows

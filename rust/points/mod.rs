@@ -275,6 +275,12 @@ impl<'a, const TERMS: usize> Points<'a, TERMS> {
         out.copy_from_slice(self.read(self.tile_of(point), point, &mut scratch, &mut values));
     }
 
+    /// Writes any one point in float64; `values` is where it is added up, in float32.
+    pub fn write_float64(&self, point: usize, values: &mut [f32], out: &mut [f64]) {
+        self.write_alone(point, values);
+        simd::to_float64(values, out);
+    }
+
     /// Shows `visit` every tile of a range with the entries of `data` that belong to its points, in parallel; the
     /// results come in the order of the tiles. `data` begins with the first point of the range.
     pub fn visit<State, Entry: Send, Output: Send>(

@@ -1,0 +1,62 @@
+//! The pairs that each cluster may use, how many of them it gets, and what a cap on prompts kept others from using.
+
+use super::pursuit::Pursuit;
+use crate::error::Result;
+use crate::points::Points;
+use crate::progress::Progress;
+use crate::prompts::{Depths, Limits, Prompts};
+use crate::shares::largest_remainder;
+
+/// The pairs of each cluster that may be picked, in ascending order of the clusters; those that have none are left out.
+///
+/// # Errors
+/// If the computation was cancelled.
+pub fn members(clusters: &[i32], limits: Limits, progress: &Progress) -> Result<Vec<Vec<usize>>> {
+    let names: Vec<i64> = clusters.iter().map(|&cluster| i64::from(cluster)).collect();
+    let numbered = Prompts::number(&names, progress)?;
+    let mut members = vec![Vec::new(); numbered.count()];
+    for (pair, &cluster) in numbered.numbers.iter().enumerate() {
+        if limits.eligible.is_none_or(|eligible| eligible[pair]) {
+            members[cluster as usize].push(pair);
+        }
+    }
+    members.retain(|members| !members.is_empty());
+    Ok(members)
+}
+
+/// The share of each cluster in the budget, in proportion to its pairs, of which there are some.
+pub fn quotas(members: &[Vec<usize>], budget: usize) -> Vec<usize> {
+    let sizes: Vec<f64> = members.iter().map(|members| members.len() as f64).collect();
+    largest_remainder(&sizes, budget)
+}
+
+/// Shares among the clusters, in proportion to the pairs that they may still use, what the cap kept others from using.
+///
+/// # Errors
+/// If the computation was cancelled.
+pub fn share_rest(
+    points: &Points<2>,
+    members: &[Vec<usize>],
+    budget: usize,
+    pursuits: &mut [Pursuit],
+    cap: &mut Depths,
+    progress: &Progress,
+) -> Result<()> {
+    let mut picked = vec![false; points.count()];
+    pursuits.iter().flat_map(|pursuit| &pursuit.picks).for_each(|&pair| picked[pair] = true);
+    loop {
+        let left = budget - pursuits.iter().map(|pursuit| pursuit.picks.len()).sum::<usize>();
+        let usable = |members: &Vec<usize>| -> Vec<usize> {
+            members.iter().copied().filter(|&pair| !picked[pair] && !cap.full(pair)).collect()
+        };
+        let usable: Vec<Vec<usize>> = members.iter().map(usable).collect();
+        if left == 0 || usable.iter().all(Vec::is_empty) {
+            return Ok(());
+        }
+        for ((pursuit, pairs), quota) in pursuits.iter_mut().zip(&usable).zip(quotas(&usable, left)) {
+            let before = pursuit.picks.len();
+            pursuit.fill(points, pairs, quota, Some(cap), progress)?;
+            pursuit.picks[before..].iter().for_each(|&pair| picked[pair] = true);
+        }
+    }
+}

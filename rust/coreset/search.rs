@@ -1,0 +1,211 @@
+//! The pair with the largest inner product with a vector: copies rounded to bytes bound the products, and those alone that
+//! may be the largest are computed.
+
+use std::ops::Range;
+
+use rayon::prelude::*;
+
+use crate::error::Result;
+use crate::points::Points;
+use crate::progress::Progress;
+use crate::simd::dots::dots;
+use crate::simd::{self, add_scaled_float64, dispatch};
+
+/// Pairs of one piece of work.
+pub const CHUNK: usize = 512;
+
+/// What rounding in float32 may take from a length, relative to it.
+const FLOAT32: f64 = 1e-5;
+
+/// How a pair was rounded.
+#[derive(Clone, Copy, Default)]
+struct Rounding {
+    /// What the copy is a multiple of.
+    step: f64,
+    /// The length of the copy.
+    length: f64,
+    /// The length of what rounding took.
+    lost: f64,
+}
+
+/// Room for the codes of some pairs, and how they were rounded.
+type Chunk<'a> = (&'a mut [i8], &'a mut [Rounding]);
+
+/// The pairs of a cluster, rounded to multiples of a step of their own.
+pub struct Copies {
+    codes: Vec<i8>,
+    dim: usize,
+    /// Of each pair.
+    roundings: Vec<Rounding>,
+    /// Whether a pair was not picked yet.
+    pub open: Vec<bool>,
+}
+
+impl Copies {
+    /// The copies, and the mean of the pairs.
+    ///
+    /// # Errors
+    /// If a pair is not finite or the computation was cancelled.
+    pub fn new(points: &Points<2>, members: &[usize], parallel: bool, progress: &Progress) -> Result<(Self, Vec<f64>)> {
+        let dim = points.dim();
+        let mut codes = vec![0; members.len() * dim];
+        let mut roundings = vec![Rounding::default(); members.len()];
+        let copy = |(room, pairs): (Chunk, &[usize])| copy_pairs(points, pairs, room, progress);
+        let sums: Vec<Vec<f64>> = if parallel {
+            let chunks = codes.par_chunks_mut(CHUNK * dim).zip(roundings.par_chunks_mut(CHUNK));
+            chunks.zip(members.par_chunks(CHUNK)).map(copy).collect::<Result<_>>()?
+        } else {
+            let chunks = codes.chunks_mut(CHUNK * dim).zip(roundings.chunks_mut(CHUNK));
+            chunks.zip(members.chunks(CHUNK)).map(copy).collect::<Result<_>>()?
+        };
+        let mean = |index: usize| sums.iter().map(|sum| sum[index]).sum::<f64>() / members.len() as f64;
+        let mean = (0..dim).map(mean).collect();
+        Ok((Self { codes, dim, roundings, open: vec![true; members.len()] }, mean))
+    }
+
+    /// The open pair with the largest inner product with the residual (ties: the lower pair), and that product.
+    ///
+    /// # Errors
+    /// If the computation was cancelled.
+    pub fn best(
+        &self,
+        points: &Points<2>,
+        members: &[usize],
+        residual: &[f64],
+        full: impl Fn(usize) -> bool + Sync,
+        parallel: bool,
+        progress: &Progress,
+    ) -> Result<Option<(usize, f64)>> {
+        let rounded = RoundedResidual::new(residual);
+        let of_chunk = |chunk: usize| {
+            let possible = self.possible(chunk * CHUNK..members.len().min((chunk + 1) * CHUNK), &rounded, &full);
+            progress.check().map(|()| possible)
+        };
+        let count = members.len().div_ceil(CHUNK);
+        let chunks: Vec<Possible> = if parallel {
+            (0..count).into_par_iter().map(of_chunk).collect::<Result<_>>()?
+        } else {
+            (0..count).map(of_chunk).collect::<Result<_>>()?
+        };
+        let lowest = chunks.iter().fold(f64::NEG_INFINITY, |lowest, chunk| lowest.max(chunk.lowest));
+        let (mut values, mut doubles) = (vec![0.0; self.dim], vec![0.0; self.dim]);
+        let mut best: Option<(usize, f64)> = None;
+        for &(index, upper) in chunks.iter().flat_map(|chunk| &chunk.uppers) {
+            if upper >= best.map_or(lowest, |(_, product)| product.max(lowest)) {
+                points.write_float64(members[index], &mut values, &mut doubles);
+                let [product] = dots(&doubles, [residual]);
+                if best.is_none_or(|(_, best)| product > best) {
+                    best = Some((index, product));
+                }
+            }
+        }
+        Ok(best)
+    }
+
+    /// The open pairs of a range that may have the largest product as far as the others of the range tell.
+    fn possible(&self, range: Range<usize>, residual: &RoundedResidual, full: impl Fn(usize) -> bool) -> Possible {
+        let mut possible = Possible { lowest: f64::NEG_INFINITY, uppers: Vec::new() };
+        for index in range.filter(|&index| self.open[index] && !full(index)) {
+            let (lower, upper) = self.bounds(index, residual);
+            possible.lowest = possible.lowest.max(lower);
+            if upper >= possible.lowest {
+                possible.uppers.push((index, upper));
+            }
+        }
+        possible
+    }
+
+    /// What the product of a pair with the residual is at least and at most (Cauchy and Schwarz). The last terms of the
+    /// error cover the rounding of the bounds themselves.
+    fn bounds(&self, index: usize, residual: &RoundedResidual) -> (f64, f64) {
+        let own = &self.roundings[index];
+        let product = multiply_codes(&self.codes[index * self.dim..(index + 1) * self.dim], &residual.codes);
+        let middle = own.step * residual.step * f64::from(product);
+        let error = (own.lost * residual.length + own.length * residual.lost) * (1.0 + 1e-9)
+            + 1e-13 * own.length * residual.length;
+        (middle - error, middle + error)
+    }
+}
+
+/// What is left of the search in one piece of work.
+struct Possible {
+    /// What the largest product is at least.
+    lowest: f64,
+    /// Pairs by their place in the cluster, and what their products are at most.
+    uppers: Vec<(usize, f64)>,
+}
+
+/// A residual, rounded to numbers whose inner product with a copy fits into 32 bits.
+struct RoundedResidual {
+    codes: Vec<i16>,
+    step: f64,
+    /// The length of the residual itself.
+    length: f64,
+    /// The length of what rounding took.
+    lost: f64,
+}
+
+impl RoundedResidual {
+    fn new(residual: &[f64]) -> Self {
+        let largest = residual.iter().fold(0.0f64, |largest, value| largest.max(value.abs()));
+        let limit = i32::MAX as usize / (i8::MAX as usize * residual.len());
+        let limit = limit.clamp(1, i16::MAX as usize) as f64;
+        let step = if largest > 0.0 { largest / limit } else { 1.0 };
+        let codes: Vec<i16> = residual.iter().map(|value| (value / step).round_ties_even() as i16).collect();
+        let lost: f64 =
+            residual.iter().zip(&codes).map(|(value, &code)| (value - step * f64::from(code)).powi(2)).sum();
+        Self { codes, step, length: dots(residual, [residual])[0].sqrt(), lost: lost.sqrt() }
+    }
+}
+
+/// Copies some pairs; returns their sum.
+fn copy_pairs(points: &Points<2>, pairs: &[usize], room: Chunk, progress: &Progress) -> Result<Vec<f64>> {
+    progress.check()?;
+    let dim = points.dim();
+    let (codes, roundings) = room;
+    let mut sum = vec![0.0; dim];
+    let (mut values, mut doubles, mut rounded) = (vec![0.0; dim], vec![0.0; dim], vec![0.0; dim]);
+    for ((codes, rounding), &pair) in codes.chunks_exact_mut(dim).zip(roundings).zip(pairs) {
+        points.write_float64(pair, &mut values, &mut doubles);
+        let [square] = dots(&doubles, [&doubles]);
+        if !square.is_finite() {
+            return Err(points.not_finite(pair));
+        }
+        add_scaled_float64(&mut sum, 1.0, &doubles);
+        // In units of the step, so that no square overflows or vanishes.
+        let largest = simd::largest_magnitude(&values);
+        let inverse = f32::from(i8::MAX) / largest;
+        *rounding = if inverse.is_finite() {
+            round(&mut values, inverse, codes, &mut rounded);
+            let [copy] = dots(&rounded, [&rounded]).map(|square| f64::from(square).sqrt());
+            let [lost] = dots(&values, [&values]).map(|square| f64::from(square).sqrt());
+            let step = f64::from(largest) / f64::from(i8::MAX);
+            Rounding { step, length: step * copy * (1.0 + FLOAT32), lost: step * (lost + FLOAT32 * copy) }
+        } else {
+            Rounding { step: 0.0, length: 0.0, lost: square.sqrt() }
+        };
+    }
+    Ok(sum)
+}
+
+dispatch! {
+    /// The inner product of whole numbers, whose order of addition never shows.
+    fn multiply_codes(left: &[i8], right: &[i16]) -> i32 {
+        let products = left.iter().zip(right).map(|(&left, &right)| i32::from(left) * i32::from(right));
+        products.sum()
+    }
+}
+
+dispatch! {
+    /// Multiplies the values by `scale` and rounds them, to codes and to the same as numbers; what rounding took stays.
+    fn round(values: &mut [f32], scale: f32, codes: &mut [i8], rounded: &mut [f32]) {
+        /// Adding it leaves no room for a fraction, which rounds small numbers on every machine alike.
+        const SHIFT: f32 = 12_582_912.0;
+        for ((value, code), rounded) in values.iter_mut().zip(codes).zip(rounded) {
+            let scaled = *value * scale;
+            *rounded = (scaled + SHIFT) - SHIFT;
+            *code = *rounded as i8;
+            *value = scaled - *rounded;
+        }
+    }
+}
