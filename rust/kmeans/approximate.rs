@@ -6,6 +6,7 @@
 use std::borrow::Cow;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use super::error_model::INFLATION;
 use crate::error::Result;
 use crate::gemm8::{self, Scale, quantize, stride};
 use crate::points::{Points, Tile};
@@ -17,9 +18,6 @@ const MIN_DIM: usize = 48;
 
 /// Tiles whose mean is the origin.
 const SAMPLED_TILES: usize = 16;
-
-/// Norms are rounded; what they bound is not.
-pub const INFLATION: f32 = 1.001;
 
 /// What is known of one point x and what it was rounded to, x̂, both measured from the origin.
 #[derive(Clone, Copy, Debug)]

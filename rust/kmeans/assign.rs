@@ -4,90 +4,22 @@
 //! lowest ‖x − c‖², added up in one order from the differences, and the lower one of two alike. So a label depends
 //! neither on how the products were computed nor on the machine, the threads or the tile, and nothing cancels.
 //!
-//! With s(c) = ‖c‖²/2 − ⟨x, c⟩, half the squared distance less ‖x‖²/2, and a product of x̂ with ĉ in place of ⟨x, c⟩,
-//! s is wrong by at most ‖x − x̂‖ ‖c‖ + ‖x̂‖ ‖c − ĉ‖ (Cauchy and Schwarz) and by roundings. Centroids whose s must lie
-//! above the highest that the lowest can be are out. On weak clusters (20,000 × 512, k = 256) products in 8 bits leave
-//! 4.2 centroids of a point in the first pass and 1.4 in the eighth; bounds that carry over from pass to pass (Hamerly,
-//! Elkan, groups of 16) spared 0 to 3 %, 7 to 70 % and 0 to 8 % of the distances there, and were left out.
+//! With s(c) = ‖c‖²/2 − ⟨x, c⟩, half the squared distance less ‖x‖²/2, and a product in place of ⟨x, c⟩, centroids whose
+//! s must lie above the highest that the lowest can be are out. How wrong s can be says [`super::error_model`], which
+//! holds above underflow only. On weak clusters (20,000 × 512, k = 256) products in 8 bits leave 4.2 centroids of a point
+//! in the first pass and 1.4 in the eighth; bounds that carry over from pass to pass (Hamerly, Elkan, groups of 16) spared
+//! 0 to 3 %, 7 to 70 % and 0 to 8 % of the distances there, and were left out.
 
 use std::ops::Range;
-use std::sync::OnceLock;
 
-use super::approximate::{Approximation, INFLATION, TileBytes};
-use crate::gemm::{self, Packed};
-use crate::gemm8::{self, Packed8, quantize, stride};
+use super::approximate::{Approximation, TileBytes};
+use super::centroids::Centroids;
+use super::error_model::{ErrorModel, Precision};
+use crate::gemm;
+use crate::gemm8;
 use crate::points::{Points, Tile};
 use crate::simd;
 use crate::simd::dots::each_squared_distance;
-
-/// Half of the distance between 1 and the next float32.
-const ROUNDING: f32 = f32::EPSILON / 2.0;
-
-/// Centroids, row-major, and what the bounds need of them.
-#[derive(Debug)]
-pub struct Centroids {
-    pub values: Vec<f32>,
-    dim: usize,
-    /// Measured from the origin of the points.
-    centred: Vec<f32>,
-    /// ‖c‖²/2, infinite for the columns that fill the last panel.
-    half_norms: Vec<f32>,
-    /// ‖c‖, and ‖c − ĉ‖ at most.
-    norms: Vec<f32>,
-    errors: Vec<f32>,
-    /// ‖c‖².
-    squares: Vec<f32>,
-    /// None where the points go without.
-    eight_bits: Option<Packed8>,
-    float32: OnceLock<Packed>,
-}
-
-impl Centroids {
-    pub fn new(values: Vec<f32>, dim: usize, approximation: &Approximation) -> Self {
-        let mut centred = values.clone();
-        if let Some(origin) = &approximation.origin {
-            centred.chunks_exact_mut(dim).for_each(|centroid| simd::subtract(centroid, origin));
-        }
-        let count = values.len() / dim;
-        let padded = count.next_multiple_of(gemm::PANEL);
-        let mut half_norms = vec![f32::INFINITY; padded];
-        let (mut norms, mut squares) = (vec![0.0; padded], vec![0.0; padded]);
-        for (index, centroid) in centred.chunks_exact(dim).enumerate() {
-            let squared = simd::squared_norm_float64(centroid);
-            half_norms[index] = (squared / 2.0) as f32;
-            squares[index] = squared as f32;
-            norms[index] = INFLATION * squared.sqrt() as f32;
-        }
-        let mut errors = vec![0.0; padded];
-        let eight_bits = approximation.eight_bits.then(|| round(&centred, dim, &mut errors));
-        Self { values, dim, centred, half_norms, norms, errors, squares, eight_bits, float32: OnceLock::new() }
-    }
-
-    pub fn count(&self) -> usize {
-        self.values.len() / self.dim
-    }
-
-    pub fn row(&self, cluster: usize) -> &[f32] {
-        &self.values[cluster * self.dim..(cluster + 1) * self.dim]
-    }
-
-    fn float32(&self) -> &Packed {
-        self.float32.get_or_init(|| Packed::from_columns(&self.centred, self.dim))
-    }
-}
-
-/// Packs centroids in 8 bits, and writes how far each is from what it stands for.
-fn round(centred: &[f32], dim: usize, errors: &mut [f32]) -> Packed8 {
-    let stride = stride(dim);
-    let mut bytes = vec![0; centred.len() / dim * stride];
-    let mut factors = Vec::with_capacity(centred.len() / dim);
-    for ((values, bytes), error) in centred.chunks_exact(dim).zip(bytes.chunks_exact_mut(stride)).zip(errors) {
-        let factor = quantize(values, bytes).factor;
-        factors.push(factor);
-        *error = INFLATION * simd::squared_rest(values, factor, bytes).sqrt() as f32;
-    }
-    Packed8::new(&bytes, &factors, stride)
-}
 
 /// The nearest centroid of a point.
 #[derive(Clone, Copy, Debug)]
@@ -121,13 +53,6 @@ pub struct Search<'s, 'a, const TERMS: usize> {
     pub points: &'s Points<'a, TERMS>,
     pub approximation: &'s Approximation,
     pub centroids: &'s Centroids,
-}
-
-/// How well products are known: the error of one is at most `rows · ‖c‖` for each point, and `columns · ‖c − ĉ‖`.
-#[derive(Clone, Copy)]
-enum Precision {
-    EightBits,
-    Float32,
 }
 
 impl<const TERMS: usize> Search<'_, '_, TERMS> {
@@ -179,66 +104,80 @@ impl<const TERMS: usize> Search<'_, '_, TERMS> {
         limit: &impl Fn(usize) -> f32,
         found: &mut impl FnMut(usize, Nearest),
     ) -> usize {
-        let Self { points, approximation, centroids } = *self;
-        let padded = centroids.half_norms.len();
-        let dim = points.dim() as f32;
-        // Measuring one centroid costs about as much as its product with ten rows in 8 bits, so beyond an eighth of the
-        // centroids the products in float32 are cheaper.
-        let affordable = (centroids.count() / 8).max(8);
+        let model = ErrorModel::new(self.points.dim());
         scratch.candidates.clear();
         scratch.open.clear();
         let mut end = tile.points.end;
         for point in first..tile.points.end {
-            let terms = points.slots(point).map(|slot| &scratch.products[slot * padded..(slot + 1) * padded]);
-            let bound = approximation.bounds[point];
-            // Whatever else is rounded, the norms, s itself and the measured distance in 32 lanes, is in proportion to
-            // (Σ |aₜ| ‖hₜ‖ + ‖c‖)². A bound for each centroid, as one far away must not blur the others.
-            let rounding = (dim / 32.0 + 32.0) * ROUNDING;
-            let blur = 2.0 * rounding * bound.spread;
-            let factors = match precision {
-                Precision::EightBits => {
-                    let norm = INFLATION * bound.squared_norm.sqrt() as f32;
-                    [bound.error + blur, norm + bound.error, rounding]
-                }
-                // A chain of d additions is wrong by at most d roundings of the sum of the magnitudes.
-                Precision::Float32 => [1.01 * (dim + 8.0) * ROUNDING * bound.spread + blur, 0.0, rounding],
-            };
-            let slack = rounding * bound.spread * bound.spread;
             let limit = limit(point);
-            let highest = simd::lower_bounds(
-                &centroids.half_norms,
-                points.coefficients(point),
-                terms,
-                [&centroids.norms, &centroids.errors, &centroids.squares],
-                factors,
-                &mut scratch.lower,
-            );
-            let highest = highest.min(((f64::from(limit) - bound.squared_norm) / 2.0) as f32);
-            let start = scratch.candidates.len();
-            // Finite, so that the columns that fill the last panel are never found.
-            let highest = (highest + 2.0 * slack).min(f32::MAX);
-            simd::at_most(&scratch.lower, highest, &mut scratch.candidates);
-            match &scratch.candidates[start..] {
+            let candidates = self.rule_out(scratch, point, limit, model, precision);
+            match &scratch.candidates[candidates.clone()] {
                 [] => found(point, Nearest::None),
                 &[only] if limit == f32::INFINITY => {
-                    scratch.candidates.truncate(start);
+                    scratch.candidates.truncate(candidates.start);
                     found(point, Nearest::Only(only));
                 }
-                _ => scratch.open.push((point, limit, start..scratch.candidates.len())),
+                _ => scratch.open.push((point, limit, candidates)),
             }
-            let decided = point + 1 - first;
-            if matches!(precision, Precision::EightBits) && scratch.candidates.len() > affordable * (decided + 8) {
+            if precision == Precision::EightBits && self.is_too_open(scratch.candidates.len(), point + 1 - first) {
                 end = point + 1;
                 break;
             }
         }
-        for (index, (point, limit, candidates)) in scratch.open.iter().enumerate() {
-            if let Some((ahead, ..)) = scratch.open.get(index + 1) {
+        self.measure(scratch, tile, found);
+        end
+    }
+
+    /// Lists the centroids that can be the nearest of a point, nearer than the square root of the limit: those whose s
+    /// need not lie above the highest that the lowest can be.
+    fn rule_out(
+        &self,
+        scratch: &mut Scratch,
+        point: usize,
+        limit: f32,
+        model: ErrorModel,
+        precision: Precision,
+    ) -> Range<usize> {
+        let Self { points, approximation, centroids } = *self;
+        let Scratch { products, lower, candidates, .. } = scratch;
+        let padded = centroids.half_norms.len();
+        let bound = &approximation.bounds[point];
+        let margin = model.margin(bound, precision);
+        let highest = simd::lower_bounds(
+            &centroids.half_norms,
+            points.coefficients(point),
+            points.slots(point).map(|slot| &products[slot * padded..(slot + 1) * padded]),
+            [&centroids.norms, &centroids.errors, &centroids.squares],
+            margin.factors,
+            lower,
+        );
+        let highest = highest.min(((f64::from(limit) - bound.squared_norm) / 2.0) as f32);
+        // Finite, so that the columns that fill the last panel are never found.
+        let highest = (highest + 2.0 * margin.slack).min(f32::MAX);
+        let start = candidates.len();
+        simd::at_most(lower, highest, candidates);
+        start..candidates.len()
+    }
+
+    /// Whether so many candidates of so many points are more than products in 8 bits are worth: measuring one centroid
+    /// costs about as much as its product with ten rows in 8 bits, so beyond an eighth of the centroids the products in
+    /// float32 are cheaper.
+    fn is_too_open(&self, candidates: usize, points: usize) -> bool {
+        let affordable = (self.centroids.count() / 8).max(8);
+        candidates > affordable * (points + 8)
+    }
+
+    /// Measures the candidates of the open points.
+    fn measure(&self, scratch: &mut Scratch, tile: &Tile, found: &mut impl FnMut(usize, Nearest)) {
+        let Self { points, centroids, .. } = *self;
+        let Scratch { candidates, open, row, values, .. } = scratch;
+        for (index, (point, limit, range)) in open.iter().enumerate() {
+            if let Some((ahead, ..)) = open.get(index + 1) {
                 points.prefetch(tile, *ahead);
             }
-            let values = points.read(tile, *point, &mut scratch.row, &mut scratch.values);
+            let values = points.read(tile, *point, row, values);
             let mut nearest = (u32::MAX, *limit);
-            let candidates = &scratch.candidates[candidates.clone()];
+            let candidates = &candidates[range.clone()];
             let centroid = |index: usize| centroids.row(candidates[index] as usize);
             each_squared_distance(values, candidates.len(), centroid, |index, distance| {
                 if distance < nearest.1 {
@@ -247,6 +186,5 @@ impl<const TERMS: usize> Search<'_, '_, TERMS> {
             });
             found(*point, if nearest.0 == u32::MAX { Nearest::None } else { Nearest::Measured(nearest.0, nearest.1) });
         }
-        end
     }
 }

@@ -3,7 +3,8 @@
 use std::ops::Range;
 
 use super::approximate::Approximation;
-use super::assign::{Centroids, Nearest, Scratch, Search};
+use super::assign::{Nearest, Scratch, Search};
+use super::centroids::Centroids;
 use super::init::seed;
 use super::params::{CACHE_BYTES, Init, Metric, Params};
 use super::update::{Changes, Move, Sums, UNASSIGNED};

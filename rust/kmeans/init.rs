@@ -9,7 +9,8 @@
 use rayon::prelude::*;
 
 use super::approximate::Approximation;
-use super::assign::{Centroids, Nearest, Scratch, Search};
+use super::assign::{Nearest, Scratch, Search};
+use super::centroids::Centroids;
 use super::params::Params;
 use crate::error::Result;
 use crate::points::Points;

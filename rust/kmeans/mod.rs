@@ -6,6 +6,8 @@
 
 mod approximate;
 mod assign;
+mod centroids;
+mod error_model;
 mod fit;
 mod init;
 mod params;

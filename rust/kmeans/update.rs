@@ -3,7 +3,7 @@
 use rayon::prelude::*;
 
 use super::approximate::Approximation;
-use super::assign::Centroids;
+use super::centroids::Centroids;
 use super::params::Metric;
 use crate::points::{Points, Tile};
 use crate::simd;
