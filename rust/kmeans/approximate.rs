@@ -73,41 +73,7 @@ impl Approximation {
         let start = || (Vec::new(), vec![0.0; dim]);
         let tiles = 0..points.tiles().len();
         let stored = points.visit(tiles, &mut bounds, start, |(gathered, values), _, tile, bounds| {
-            let rows = if TERMS == 1 {
-                points.gather_or_borrow(tile, origin.as_deref(), gathered)
-            } else {
-                // Gathered anyhow: what rounding leaves of the rows is written over them.
-                points.gather(tile, gathered);
-                &*gathered
-            };
-            let mut bytes = TileBytes::default();
-            if eight_bits {
-                bytes.round(rows, dim);
-            }
-            let squares: Vec<f64> = rows.chunks_exact(dim).map(simd::squared_norm_float64).collect();
-            for (point, bound) in tile.points.clone().zip(bounds.iter_mut()) {
-                let (slots, coefficients) = (points.slots(point), points.coefficients(point));
-                let terms = slots.into_iter().zip(coefficients);
-                bound.spread =
-                    terms.map(|(slot, factor)| f64::from(factor.abs()) * squares[slot].sqrt()).sum::<f64>() as f32;
-                bound.squared_norm = if TERMS == 1 {
-                    f64::from(coefficients[0]).powi(2) * squares[slots[0]]
-                } else {
-                    points.write(point, rows, values);
-                    simd::squared_norm_float64(values)
-                };
-                if eight_bits && TERMS == 1 {
-                    let error = bytes.squared_error(slots[0], &rows[slots[0] * dim..(slots[0] + 1) * dim]).sqrt();
-                    bound.error = INFLATION * coefficients[0].abs() * error as f32;
-                }
-            }
-            if eight_bits && TERMS > 1 {
-                bytes.leave_errors(gathered, dim);
-                for (point, bound) in tile.points.clone().zip(bounds) {
-                    points.write(point, gathered, values);
-                    bound.error = INFLATION * simd::squared_norm_float64(values).sqrt() as f32;
-                }
-            }
+            let bytes = bound_points(points, tile, origin.as_deref(), eight_bits, (gathered, values), bounds);
             progress.advance(1)?;
             Ok(if store { bytes } else { TileBytes::default() })
         })?;
@@ -158,6 +124,54 @@ impl Approximation {
         scratch.round(points.gather_or_borrow(tile, self.origin.as_deref(), gathered), points.dim());
         scratch
     }
+}
+
+/// Looks at the points of a tile, and rounds its rows if they are wanted in `eight_bits`. The buffers are reused from tile
+/// to tile.
+fn bound_points<const TERMS: usize>(
+    points: &Points<TERMS>,
+    tile: &Tile,
+    origin: Option<&[f32]>,
+    eight_bits: bool,
+    (gathered, values): (&mut Vec<f32>, &mut [f32]),
+    bounds: &mut [Bound],
+) -> TileBytes {
+    let dim = points.dim();
+    let rows = if TERMS == 1 {
+        points.gather_or_borrow(tile, origin, gathered)
+    } else {
+        // Gathered anyhow: what rounding leaves of the rows is written over them.
+        points.gather(tile, gathered);
+        &*gathered
+    };
+    let mut bytes = TileBytes::default();
+    if eight_bits {
+        bytes.round(rows, dim);
+    }
+    let squares: Vec<f64> = rows.chunks_exact(dim).map(simd::squared_norm_float64).collect();
+    for (point, bound) in tile.points.clone().zip(bounds.iter_mut()) {
+        let (slots, coefficients) = (points.slots(point), points.coefficients(point));
+        let terms = slots.into_iter().zip(coefficients);
+        bound.spread = terms.map(|(slot, factor)| f64::from(factor.abs()) * squares[slot].sqrt()).sum::<f64>() as f32;
+        bound.squared_norm = if TERMS == 1 {
+            f64::from(coefficients[0]).powi(2) * squares[slots[0]]
+        } else {
+            points.write(point, rows, values);
+            simd::squared_norm_float64(values)
+        };
+        if eight_bits && TERMS == 1 {
+            let error = bytes.squared_error(slots[0], &rows[slots[0] * dim..(slots[0] + 1) * dim]).sqrt();
+            bound.error = INFLATION * coefficients[0].abs() * error as f32;
+        }
+    }
+    if eight_bits && TERMS > 1 {
+        bytes.leave_errors(gathered, dim);
+        for (point, bound) in tile.points.clone().zip(bounds) {
+            points.write(point, gathered, values);
+            bound.error = INFLATION * simd::squared_norm_float64(values).sqrt() as f32;
+        }
+    }
+    bytes
 }
 
 impl TileBytes {
