@@ -1,9 +1,9 @@
 //! The core of Balanced Preference Optimization.
 //!
 //! The data goes one way: gradients are [`sketch`]ed while they are hot, the sketches go to the [`store`], rows of the
-//! store are clustered as preference pairs by [`kmeans`], the pairs are scored by [`usefulness`], and [`depth`] gives
-//! each prompt its share of the budget; [`coreset`] and [`d_optimal`] choose pairs by other rules. `py` exposes exactly
-//! this to Python.
+//! store are clustered as preference pairs by [`kmeans`], the pairs are scored by [`usefulness`] and put in order by
+//! [`ranking`], and [`depth`] gives each prompt its share of the budget; [`coreset`] and [`d_optimal`] choose pairs by
+//! other rules. `py` exposes exactly this to Python.
 //!
 //! Results never depend on the number of threads: work is cut into pieces of a size fixed by the data alone, and the
 //! partial results are folded in the order of the pieces.
@@ -22,6 +22,7 @@ mod pages;
 pub mod points;
 pub mod progress;
 pub mod prompts;
+pub mod ranking;
 pub mod rng;
 pub mod shares;
 pub mod simd;

@@ -8,6 +8,7 @@ mod depth;
 mod errors;
 mod kmeans;
 mod limits;
+mod ranking;
 mod run;
 mod sketch;
 mod store;
@@ -27,11 +28,13 @@ mod _core {
     #[pymodule_export]
     use super::kmeans::{KMeansResult, assign, kmeans, pair_kmeans};
     #[pymodule_export]
+    use super::ranking::ranking_keys;
+    #[pymodule_export]
     use super::sketch::Sketcher;
     #[pymodule_export]
     use super::store::{StoreReader, StoreRepair, StoreWriter, repair_store};
     #[pymodule_export]
-    use super::usefulness::{PairScores, pair_norms, ranking_keys, score_pairs};
+    use super::usefulness::{PairScores, pair_norms, score_pairs};
 
     #[pymodule_export]
     #[expect(non_upper_case_globals, reason = "the name that Python expects")]

@@ -3,8 +3,9 @@
 use bpo::matrix::{Rows, Values};
 use bpo::points::Points;
 use bpo::progress::Progress;
+use bpo::ranking::{Ranking, ranking_keys};
 use bpo::rng::{Purpose, Stream};
-use bpo::usefulness::{Ranking, pair_norms, ranking_keys, score_pairs};
+use bpo::usefulness::{pair_norms, score_pairs};
 use proptest::prelude::*;
 
 fn values(count: usize, seed: u64) -> Vec<f32> {

@@ -1,0 +1,191 @@
+//! Scores of each pair, from which its usefulness is taken.
+
+mod products;
+
+use rayon::prelude::*;
+
+use crate::error::{Error, Result};
+use crate::points::Points;
+use crate::progress::Progress;
+use crate::simd;
+use crate::simd::dots::dots;
+use products::{Centroids, Products, Target};
+
+/// Blocks of tiles: fixed, so that sums fold alike on any number of threads.
+const BLOCKS: usize = 64;
+
+/// ‖z_p‖ of each pair.
+///
+/// ‖a h_w + b h_l‖² = a²‖h_w‖² + 2ab⟨h_w, h_l⟩ + b²‖h_l‖², so a row is read once for all its pairs. Where the sum
+/// cancels, the pair is formed and measured instead.
+///
+/// # Errors
+/// If a row is not finite or the computation was cancelled.
+pub fn pair_norms(points: &Points<2>, progress: &Progress) -> Result<Vec<f32>> {
+    progress.start(points.tiles().len());
+    let start = || (Vec::new(), Products::new(0), vec![0.0; points.dim()]);
+    let blocks = points.fold_blocks(BLOCKS, progress, start, |(norms, products, values), tile, gathered| {
+        products.compute(points, tile, gathered, None);
+        for (index, pair) in tile.points.clone().enumerate() {
+            let expanded = products.expand(points, pair, index);
+            norms.push(if expanded.trusted() {
+                expanded.square.sqrt() as f32
+            } else {
+                points.write(pair, gathered, values);
+                simd::dot(values, values).sqrt()
+            });
+        }
+    })?;
+    let mut norms = vec![0.0; points.count()];
+    let parts = split(&mut norms, blocks.iter().map(|(part, ..)| part.len()));
+    parts.into_par_iter().zip(&blocks).for_each(|(norms, (part, ..))| norms.copy_from_slice(part));
+    match norms.par_iter().position_first(|norm| !norm.is_finite()) {
+        Some(pair) => Err(points.not_finite(pair)),
+        None => Ok(norms),
+    }
+}
+
+/// Cuts a slice into consecutive parts of the given lengths.
+fn split<T>(mut values: &mut [T], lengths: impl Iterator<Item = usize>) -> Vec<&mut [T]> {
+    let cut = |length| values.split_off_mut(..length).expect("the parts make up the whole");
+    lengths.map(cut).collect()
+}
+
+/// Scores of pairs against their centroids and the optimization direction.
+#[derive(Clone, Debug)]
+pub struct Scores {
+    /// ⟨z, c/‖c‖⟩; zero where the centroid is zero.
+    pub centrality: Vec<f32>,
+    /// ‖z − c‖.
+    pub distance: Vec<f32>,
+    /// ⟨z, u⟩.
+    pub alignment: Vec<f32>,
+    /// u, of unit length; zero where the pairs cancel out.
+    pub direction: Vec<f32>,
+}
+
+/// Scores every pair against the centroid of its cluster (row-major `centroids`) and against the unit `direction`: the
+/// normalised mean of the pairs, unless one is given (which is normalised too).
+///
+/// Every score is linear or bilinear in the rows, so pairs are not formed: a row is multiplied once with `direction`,
+/// with itself, with its partners, and with each centroid that its pairs belong to; the rest is arithmetic on those
+/// numbers, ‖z − c‖² = ‖z‖² − 2⟨z, c⟩ + ‖c‖². Where that cancels, the pair is formed and measured instead. One pass over
+/// the rows; one more, which adds up each row once, if no direction is given.
+///
+/// # Errors
+/// If shapes do not fit, a label has no centroid, a value is not finite, or the computation was cancelled.
+pub fn score_pairs(
+    points: &Points<2>,
+    centroids: &[f32],
+    labels: &[i32],
+    direction: Option<&[f32]>,
+    progress: &Progress,
+) -> Result<Scores> {
+    let dim = points.dim();
+    check(points, centroids, labels, direction)?;
+    let passes = if direction.is_some() { 1 } else { 2 };
+    progress.start(passes * points.tiles().len());
+    let direction = match direction {
+        Some(given) => normalized(given.iter().map(|&value| f64::from(value)).collect()),
+        None => normalized(sum(points, progress)?),
+    };
+    let centroids = Centroids::new(centroids, dim);
+    let target = Target { centroids: &centroids, labels, direction: &direction };
+
+    let start = || (Vec::new(), Products::new(centroids.squares.len()), vec![0.0; dim]);
+    let blocks = points.fold_blocks(BLOCKS, progress, start, |(scores, products, values), tile, gathered| {
+        products.compute(points, tile, gathered, Some(&target));
+        for (index, pair) in tile.points.clone().enumerate() {
+            let cluster = labels[pair] as usize;
+            scores.push(match products.score(points, pair, index, centroids.squares[cluster]) {
+                Some([product, distance, alignment]) => {
+                    [product * centroids.inverse_norms[cluster], distance, alignment].map(|score| score as f32)
+                }
+                None => {
+                    points.write(pair, gathered, values);
+                    let centroid = centroids.row(cluster);
+                    let [product, alignment] = dots(values, [centroid, &direction]);
+                    let centrality = f64::from(product) * centroids.inverse_norms[cluster];
+                    [centrality as f32, simd::squared_distance(values, centroid).sqrt(), alignment]
+                }
+            });
+        }
+    })?;
+    let mut scores = Scores {
+        centrality: vec![0.0; points.count()],
+        distance: vec![0.0; points.count()],
+        alignment: vec![0.0; points.count()],
+        direction,
+    };
+    let lengths = || blocks.iter().map(|(part, ..)| part.len());
+    let parts = split(&mut scores.centrality, lengths())
+        .into_par_iter()
+        .zip(split(&mut scores.distance, lengths()))
+        .zip(split(&mut scores.alignment, lengths()));
+    parts.zip(&blocks).for_each(|(((centrality, distance), alignment), (part, ..))| {
+        for (index, scores) in part.iter().enumerate() {
+            [centrality[index], distance[index], alignment[index]] = *scores;
+        }
+    });
+    match scores.distance.par_iter().position_first(|distance| !distance.is_finite()) {
+        Some(pair) => Err(points.not_finite(pair)),
+        None => Ok(scores),
+    }
+}
+
+fn check(points: &Points<2>, centroids: &[f32], labels: &[i32], direction: Option<&[f32]>) -> Result<()> {
+    let dim = points.dim();
+    if dim == 0 {
+        return Err(Error::shape("rows", "(n, d) with d >= 1", "(n, 0)"));
+    }
+    if !centroids.len().is_multiple_of(dim) {
+        return Err(Error::shape("centroids", format!("(k, {dim})"), format!("({},)", centroids.len())));
+    }
+    let clusters = centroids.len() / dim;
+    if labels.len() != points.count() {
+        let expected = format!("({},), one for each pair", points.count());
+        return Err(Error::shape("labels", expected, format!("({},)", labels.len())));
+    }
+    let known = |label: i32| usize::try_from(label).is_ok_and(|label| label < clusters);
+    if let Some(index) = labels.iter().position(|&label| !known(label)) {
+        let label = i64::from(labels[index]);
+        return Err(Error::ClusterOutOfRange { array: "labels", index, label, clusters });
+    }
+    if let Some(index) = centroids.iter().position(|value| !value.is_finite()) {
+        return Err(Error::NonFiniteRow { array: "centroids", row: index / dim });
+    }
+    if let Some(direction) = direction {
+        if direction.len() != dim {
+            return Err(Error::shape("direction", format!("({dim},)"), format!("({},)", direction.len())));
+        }
+        if let Some(index) = direction.iter().position(|value| !value.is_finite()) {
+            return Err(Error::NotFinite { array: "direction", index, value: f64::from(direction[index]) });
+        }
+    }
+    Ok(())
+}
+
+/// The sum of the pairs: each row once, times the sum of its coefficients.
+fn sum(points: &Points<2>, progress: &Progress) -> Result<Vec<f64>> {
+    let dim = points.dim();
+    let start = || (vec![0.0; dim], Vec::new());
+    let blocks = points.fold_blocks(BLOCKS, progress, start, |(sum, factors), tile, gathered| {
+        factors.clear();
+        factors.resize(gathered.len() / dim, 0.0);
+        for pair in tile.points.clone() {
+            for (slot, coefficient) in points.slots(pair).into_iter().zip(points.coefficients(pair)) {
+                factors[slot] += f64::from(coefficient);
+            }
+        }
+        for (factor, row) in factors.iter().zip(gathered.chunks_exact(dim)) {
+            simd::add_scaled_to_float64(sum, *factor, row);
+        }
+    })?;
+    Ok((0..dim).map(|index| blocks.iter().map(|(sum, _)| sum[index]).sum()).collect())
+}
+
+fn normalized(values: Vec<f64>) -> Vec<f32> {
+    let norm = values.iter().map(|value| value * value).sum::<f64>().sqrt();
+    let scale = if norm > 0.0 { norm.recip() } else { 0.0 };
+    values.into_iter().map(|value| (value * scale) as f32).collect()
+}
