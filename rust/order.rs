@@ -5,7 +5,7 @@ use rayon::prelude::*;
 use crate::error::Result;
 use crate::progress::Progress;
 
-/// Keys that one thread sorts at a time: a mebibyte of those of 16 bytes, a few milliseconds.
+/// Keys that one thread sorts at a time: a mebibyte of those of 16 bytes.
 const RUN: usize = 1 << 16;
 
 /// Sorts keys of which no two are equal, in ascending order: runs of a fixed size first, which are then merged two by

@@ -6,8 +6,8 @@ use crate::error::{Error, Result};
 
 /// Shared by the thread that computes, which advances it, and the one that waits, which reads and cancels.
 ///
-/// Algorithms call [`Progress::advance`] or [`Progress::check`] once a tile, which is far below 0.2 s of work.
-/// The counters carry no data between threads, so relaxed ordering is enough.
+/// Algorithms call [`Progress::advance`] or [`Progress::check`] between blocks of their work, such as tiles; how long a
+/// block takes depends on the data. The counters carry no data between threads, so relaxed ordering is enough.
 #[derive(Debug, Default)]
 pub struct Progress {
     done: AtomicU64,
@@ -41,7 +41,7 @@ impl Progress {
         self.done.store(self.total.load(Ordering::Relaxed), Ordering::Relaxed);
     }
 
-    /// Asks the computation to stop at its next tile.
+    /// Asks the computation to stop at its next check.
     pub fn cancel(&self) {
         self.cancelled.store(true, Ordering::Relaxed);
     }

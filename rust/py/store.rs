@@ -205,7 +205,7 @@ impl StoreWriter {
     }
 }
 
-/// The bytes of a structured array with items of 64 bytes.
+/// The bytes of a structured array whose items have [`RECORD_BYTES`].
 fn record_bytes<'py>(records: &Bound<'py, PyAny>) -> PyResult<Vector<'py, u8>> {
     let Ok(array) = records.cast::<PyUntypedArray>() else {
         let found = records.get_type().name()?;
