@@ -94,8 +94,10 @@ pub fn add_products<T: Number>(
 }
 
 /// What inner products are computed of: float32 or float64.
-pub trait Number: Copy + Default + Send + Sync + Add<Output = Self> + Mul<Output = Self> {
-    /// The register of each level. 128 bytes of them hold the chains.
+///
+/// # Safety
+/// Each register needs no more instructions than its level promises, and 128 bytes of it hold the chains.
+pub unsafe trait Number: Copy + Default + Send + Sync + Add<Output = Self> + Mul<Output = Self> {
     #[cfg(target_arch = "x86_64")]
     type Avx512: Register<Number = Self>;
     #[cfg(target_arch = "x86_64")]
@@ -103,7 +105,8 @@ pub trait Number: Copy + Default + Send + Sync + Add<Output = Self> + Mul<Output
     type Plain: Register<Number = Self>;
 }
 
-impl Number for f32 {
+// SAFETY: the registers are those of the levels.
+unsafe impl Number for f32 {
     #[cfg(target_arch = "x86_64")]
     type Avx512 = std::arch::x86_64::__m512;
     #[cfg(target_arch = "x86_64")]
@@ -111,7 +114,8 @@ impl Number for f32 {
     type Plain = [Self; 32];
 }
 
-impl Number for f64 {
+// SAFETY: as above.
+unsafe impl Number for f64 {
     #[cfg(target_arch = "x86_64")]
     type Avx512 = std::arch::x86_64::__m512d;
     #[cfg(target_arch = "x86_64")]
