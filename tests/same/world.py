@@ -6,11 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "python"))
-
-from conftest import TINY, build_tokenizer, scored_rows, stored, tiny_gpt2, tiny_llama
+sys.path.append(str(Path(__file__).resolve().parents[1] / "python" / "helpers"))
 
 import bpo
+from tiny import TINY, build_tokenizer, scored_rows, stored, tiny_gpt2, tiny_llama
 
 __all__ = ["SMALL", "TINY", "World", "scored_rows", "tiny_gpt2", "tiny_llama"]
 
