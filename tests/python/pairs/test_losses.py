@@ -349,14 +349,14 @@ def test_losses_that_cannot_be_are_refused(fields, expected):
 
 
 def test_a_loss_survives_json_and_the_command_line():
-    from bpo.cli.main import _field
+    from bpo.cli.arguments import field
 
     config = SelectConfig(loss_type=["sigmoid", "bco_pair", "sft"], loss_weights=(0.8, 0.2, 1))
     assert config.weighted_losses == [("sigmoid", 0.8), ("bco_pair", 0.2), ("sft", 1.0)]
     assert SelectConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     options = ['loss_type=["sigmoid", "bco_pair", "sft"]', "loss_weights=[0.8, 0.2, 1]"]
-    assert SelectConfig.from_dict(dict(map(_field, options))) == config
-    assert SelectConfig.from_dict(dict([_field("loss_type=ipo")])).loss_type == ("ipo",)
+    assert SelectConfig.from_dict(dict(map(field, options))) == config
+    assert SelectConfig.from_dict(dict([field("loss_type=ipo")])).loss_type == ("ipo",)
 
 
 def test_another_loss_is_selected_for_from_the_same_store(tokenizer, reference, tmp_path, monkeypatch):

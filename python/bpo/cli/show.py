@@ -1,0 +1,35 @@
+"""``bpo show``: summarise what another command left."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import bpo
+
+if TYPE_CHECKING:
+    import argparse
+
+    from bpo.cli.arguments import Commands
+
+
+def add_show(commands: Commands) -> None:
+    """Adds the command."""
+    command = commands.add_parser("show", help="summarise a saved selection, gradient store, comparison or preview")
+    command.add_argument("path", type=Path)
+    command.set_defaults(run=show)
+
+
+def show(options: argparse.Namespace) -> None:
+    """Prints the summary of a saved selection, comparison or preview, or of a gradient store."""
+    path: Path = options.path
+    if path.is_file():
+        print(bpo.Preview.load(path).summary())
+    elif (path / "selection.json").is_file():
+        print(bpo.Selection.load(path).summary())
+    elif (path / "results.json").is_file():
+        from bpo.evidence.results import load, table
+
+        print(table(load(path / "results.json")))
+    else:
+        print(bpo.describe_store(path))
