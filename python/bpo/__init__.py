@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from bpo.responses.judge import Judge as Judge
     from bpo.responses.reward import RewardModel as RewardModel
     from bpo.responses.sampling import sample_responses as sample_responses
-    from bpo.responses.scoring import Scorer as Scorer
+    from bpo.responses.scorer import Scorer as Scorer
     from bpo.responses.scoring import score_responses as score_responses
     from bpo.responses.summary import ResponseSummary as ResponseSummary
     from bpo.responses.summary import describe_responses as describe_responses
@@ -99,7 +99,7 @@ _LAZY = {
     "describe_responses": "bpo.responses.summary",
     "RewardModel": "bpo.responses.reward",
     "sample_responses": "bpo.responses.sampling",
-    "Scorer": "bpo.responses.scoring",
+    "Scorer": "bpo.responses.scorer",
     "score_responses": "bpo.responses.scoring",
     "Selection": "bpo.selection.selection",
     "SelectionError": "bpo.selection.saved",

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import bpo
 from bpo.cli.arguments import add_fields, add_server, fields, server
+from bpo.responses.scorer import load_function
 
 if TYPE_CHECKING:
     import argparse
@@ -56,6 +57,4 @@ def _scorer(options: argparse.Namespace) -> Any:
             max_tokens=options.max_tokens,
             **criteria,
         )
-    from bpo.responses.scoring import load_function
-
     return load_function(options.function, "--function")

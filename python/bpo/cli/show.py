@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import bpo
+from bpo.evidence import results
 
 if TYPE_CHECKING:
     import argparse
@@ -28,8 +29,6 @@ def show(options: argparse.Namespace) -> None:
     elif (path / "selection.json").is_file():
         print(bpo.Selection.load(path).summary())
     elif (path / "results.json").is_file():
-        from bpo.evidence.results import load, table
-
-        print(table(load(path / "results.json")))
+        print(results.table(results.load(path / "results.json")))
     else:
         print(bpo.describe_store(path))

@@ -11,7 +11,8 @@ import bpo
 from bpo.evidence.length_controlled import length_controlled_win_rate
 from bpo.responses.prompts import read_responses
 from bpo.responses.sampling import sample_responses
-from bpo.responses.scoring import Scorer, load_function, score_responses
+from bpo.responses.scorer import Scorer, load_function
+from bpo.responses.scoring import score_responses
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

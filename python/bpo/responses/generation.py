@@ -1,4 +1,4 @@
-"""Responses of a model in this process, each drawn with random numbers of its own."""
+"""Responses of a model in this process: generated in batches, each drawn with random numbers of its own."""
 
 from __future__ import annotations
 
@@ -7,26 +7,29 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+from transformers import GenerationConfig
 
 from bpo.config import SelectConfig
 from bpo.data.candidates import Skipped, report_skipped
-from bpo.responses.draws import OwnStreams, random_stream
+from bpo.data.tokenizers import load_tokenizer, padding_id, token_ids, tokenizer_fingerprint
+from bpo.policy.models import base_of, inference_state, load_policy, model_fingerprint, window
+from bpo.responses.sources import Sampled, random_stream
+from bpo.system.memory import within_memory
 from bpo.system.warn import warn
 
 if TYPE_CHECKING:
-    from bpo.responses.draws import Sampled
+    import numpy.typing as npt
+
     from bpo.responses.prompts import PromptResponses
 
 
 class ModelSource:
-    """Responses of a model in this process."""
+    """A model in this process, each response drawn with random numbers of its own."""
 
     def __init__(
         self, model: Any, processing_class: Any, config: SelectConfig, settings: Mapping[str, Any], batch_size: int
     ) -> None:
-        from bpo.data.tokenizers import load_tokenizer
-        from bpo.policy.models import load_policy, window
-
         self.tokenizer = load_tokenizer(model, processing_class, config)
         self.model = load_policy(model, config)
         self.settings = settings
@@ -36,17 +39,12 @@ class ModelSource:
         self.prompt_ids: list[list[int]] = []
         self.failures: list[str] = []
 
-    def describe(self) -> dict[str, str]:
-        """Returns what identifies the model in a manifest."""
-        from bpo.data.tokenizers import tokenizer_fingerprint
-        from bpo.policy.models import model_fingerprint
-
+    def describe(self) -> dict[str, Any]:
+        """Returns the hashes of weights and tokenizer."""
         return {"weights": model_fingerprint(self.model), "tokenizer": tokenizer_fingerprint(self.tokenizer)}
 
     def fitting(self, rows: Sequence[PromptResponses]) -> list[PromptResponses]:
         """Tokenizes the prompts; sets those aside that leave no room for a response."""
-        from bpo.data.tokenizers import padding_id, token_ids
-
         skipped = Skipped()
         fitting = []
         room = None if self.window is None else self.window - self.settings["max_new_tokens"]
@@ -66,9 +64,7 @@ class ModelSource:
     def sample(
         self, rows: Sequence[PromptResponses], todo: Sequence[int], on_response: Callable[[int], Any]
     ) -> Iterator[tuple[int, list[Sampled]]]:
-        """Yields the responses to each prompt in ``todo`` with its index, as they are finished."""
-        from bpo.policy.models import inference_state
-
+        """Yields the responses to the prompts, batch by batch."""
         wanted = set(todo)
         # Longest first: memory peaks in the first batch. Batches do not depend on what is there already, so that an
         # interrupted run goes on with the same arithmetic.
@@ -87,8 +83,6 @@ class ModelSource:
 
     def _in_memory(self, rows: Sequence[PromptResponses], batch: Sequence[int]) -> list[list[Sampled]]:
         """Generates for a batch, in parts where memory does not suffice for all of it."""
-        from bpo.system.memory import within_memory
-
         sampled: list[list[Sampled]] = []
         while len(sampled) < len(batch):
             part = batch[len(sampled) : len(sampled) + self.at_once]
@@ -107,11 +101,6 @@ class ModelSource:
         return sampled
 
     def _generate(self, rows: Sequence[PromptResponses], batch: Sequence[int]) -> list[list[Sampled]]:
-        import torch
-        from transformers import GenerationConfig
-
-        from bpo.data.tokenizers import padding_id
-
         count, longest = self.settings["n_responses"], self.settings["max_new_tokens"]
         pad = padding_id(self.tokenizer)
         device = self.model.get_input_embeddings().weight.device
@@ -130,7 +119,7 @@ class ModelSource:
             ]
         )
         draws = OwnStreams(uniforms, width, self.settings["temperature"], self.settings["top_p"])
-        ends = end_tokens(self.model, self.tokenizer)
+        ends = _end_tokens(self.model, self.tokenizer)
         tokens = self.model.generate(
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
@@ -146,10 +135,10 @@ class ModelSource:
     def _read(self, tokens: list[int], ends: Sequence[int], row: PromptResponses) -> Sampled:
         end = next((place for place, token in enumerate(tokens) if token in ends), None)
         text = self.tokenizer.decode(tokens[:end], skip_special_tokens=True)
-        return text if isinstance(row.prompt, str) else text.strip(), end is None, False
+        return Sampled(text if isinstance(row.prompt, str) else text.strip(), truncated=end is None, refused=False)
 
 
-def end_tokens(model: Any, processing_class: Any) -> list[int]:
+def _end_tokens(model: Any, processing_class: Any) -> list[int]:
     """Returns the ids that end a response: the model's and the tokenizer's."""
     given = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     of_model = given if isinstance(given, (list, tuple)) else [given]
@@ -159,10 +148,6 @@ def end_tokens(model: Any, processing_class: Any) -> list[int]:
 @contextlib.contextmanager
 def _own_distribution(model: Any) -> Iterator[None]:
     """Hides the generation settings saved with a model, which ``generate`` would add to those given."""
-    from transformers import GenerationConfig
-
-    from bpo.policy.models import base_of
-
     base = base_of(model)
     saved = base.generation_config
     ends = GenerationConfig(eos_token_id=saved.eos_token_id, bos_token_id=saved.bos_token_id)
@@ -171,3 +156,65 @@ def _own_distribution(model: Any) -> Iterator[None]:
         yield
     finally:
         base.generation_config = saved
+
+
+class OwnStreams:
+    """A logits processor that draws a token for each row with the row's own random numbers and leaves only that one.
+
+    Args:
+        uniforms: (b, max_new_tokens) in [0, 1).
+        start: Tokens of the padded prompts.
+        temperature: Of the softmax.
+        top_p: Of the nucleus.
+    """
+
+    def __init__(self, uniforms: npt.NDArray[np.float64], start: int, temperature: float, top_p: float) -> None:
+        self.uniforms = uniforms
+        self.start = start
+        self.temperature = temperature
+        self.top_p = top_p
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Takes (b, t) ids and (b, v) logits; returns logits that are finite at the token drawn for each row alone."""
+        column = torch.from_numpy(self.uniforms[:, input_ids.shape[1] - self.start].copy())
+        chosen = draw_tokens(scores, column, self.temperature, self.top_p)
+        return torch.full_like(scores, -torch.inf).scatter_(1, chosen[:, None], 0.0)
+
+
+def draw_tokens(scores: torch.Tensor, uniforms: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:
+    """Draws a token for each row by inverting its distribution function.
+
+    The function runs over the vocabulary in its order, not by probability: two tokens of nearly equal probability then
+    cannot change places by rounding, and a change of the logits by ε changes a draw with probability O(ε).
+
+    Args:
+        scores: (b, v) logits.
+        uniforms: (b,) float64 in [0, 1).
+        temperature: Divides the logits.
+        top_p: The smallest set of most probable tokens whose mass reaches it is drawn from, with what ties its last.
+
+    Returns:
+        (b,) int64.
+
+    Raises:
+        ValueError: Logits that are NaN or infinite.
+    """
+    # Not all devices have float64.
+    exact = scores.cpu() if scores.device.type == "mps" else scores
+    probabilities = torch.softmax(exact.double() / temperature, dim=-1)
+    if top_p < 1:
+        # Mostly few tokens make up the nucleus; sorting them all takes longest of all that is done here.
+        for most in (1024, probabilities.shape[1]):
+            ordered = probabilities.topk(min(most, probabilities.shape[1]), dim=-1).values
+            before = ordered.cumsum(dim=-1) - ordered  # mass of what is more probable
+            if bool((before[:, -1] >= top_p).all()):
+                break
+        least = ordered.masked_fill(before >= top_p, torch.inf).amin(dim=-1, keepdim=True)
+        probabilities = probabilities.masked_fill(probabilities < least, 0.0)
+    cumulative = probabilities.cumsum(dim=-1)
+    total = cumulative[:, -1:]
+    if not bool(torch.isfinite(total).all()):
+        raise ValueError("The model gives logits that are NaN or infinite; try another dtype.")
+    target = torch.minimum(uniforms.to(cumulative)[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    # right=True: the first token whose cumulative mass exceeds the target, so never one of no mass.
+    return torch.searchsorted(cumulative, target, right=True).squeeze(1).to(scores.device)

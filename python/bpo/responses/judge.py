@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from bpo.responses.client import ChatError, ChatServer
-from bpo.responses.scoring import Score, Scorer
+from bpo.responses.scorer import Score, Scorer
 
 if TYPE_CHECKING:
     from bpo.data.values import Text
@@ -146,8 +146,8 @@ class Judge(Scorer):
     def scores(self, rows: Sequence[PromptResponses]) -> Iterator[tuple[int, list[Score]]]:
         """Yields the scores of each row as soon as its last reply is there."""
         if self.mode == "rating":
-            return self._collect(rows, self._rating_questions, lambda reply: read_rating(reply), self._ratings)
-        return self._collect(rows, self._questions, lambda reply: read_winner(reply), self._win_shares)
+            return self._collect(rows, self._rating_questions, read_rating, self._ratings)
+        return self._collect(rows, self._questions, read_winner, self._win_shares)
 
     def _collect(
         self,

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from bpo.config import SelectConfig
 from bpo.data.batches import batches_by_tokens
 from bpo.data.tokenizers import joined, load_tokenizer, token_ids, tokenizer_fingerprint
+from bpo.policy.logprobs import pad_right
 from bpo.policy.models import check_model, inference_state, model_fingerprint
-from bpo.responses.scoring import Score, Scorer
+from bpo.responses.scorer import Score, Scorer
 from bpo.system.model_paths import check_path, is_adapter, naming
 
 if TYPE_CHECKING:
@@ -97,10 +99,6 @@ class RewardModel(Scorer):
         return token_ids(self.tokenizer, text, row.row, row.template_kwargs)
 
     def _logits(self, sequences: Sequence[Sequence[int]]) -> list[float]:
-        import torch
-
-        from bpo.policy.logprobs import pad_right
-
         config = self.model.config.get_text_config()
         pad = config.pad_token_id
         # The model finds the end of a sequence as its last token that is not the pad token; without one it takes the
@@ -120,7 +118,6 @@ class RewardModel(Scorer):
 
 
 def _load(model: str | Path, config: SelectConfig) -> Any:
-    import torch
     from transformers import AutoModelForSequenceClassification
 
     name = check_path(str(model))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from tqdm.auto import tqdm
@@ -11,11 +11,10 @@ from tqdm.auto import tqdm
 from bpo.config import SelectConfig
 from bpo.data.values import content_id
 from bpo.responses.client import ChatError, ChatServer
-from bpo.responses.draws import random_stream
-from bpo.responses.generation import ModelSource
 from bpo.responses.prompts import lay_out, need_messages, read_responses, to_dataset
 from bpo.responses.refusals import is_refusal
 from bpo.responses.rowfile import RowFile, check_output
+from bpo.responses.sources import ServerSource
 from bpo.system.warn import warn
 
 if TYPE_CHECKING:
@@ -24,8 +23,8 @@ if TYPE_CHECKING:
     import datasets
 
     from bpo.data.values import Text
-    from bpo.responses.draws import Sampled
     from bpo.responses.prompts import PromptResponses
+    from bpo.responses.sources import Sampled, Source
 
 Kept = Literal["truncated", "refusal"]
 _REASONS = ("empty", "truncated", "refusal", "duplicate", "failed")
@@ -114,13 +113,14 @@ def sample_responses(
         "keep_existing": keep_existing,
         "seed": int(seed),
     }
-    source: _ServerSource | ModelSource
+    source: Source
     if isinstance(model, ChatServer):
-        rows = [_as_chat(row) for row in rows]
-        source = _ServerSource(model, settings)
+        source = ServerSource(model, settings)
     else:
+        from bpo.responses.generation import ModelSource  # not for servers, which need no torch
+
         source = ModelSource(model, processing_class, config, settings, batch_size)
-        rows = source.fitting(rows)
+    rows = source.fitting(rows)
     if output is not None:
         settings = {"model": source.describe(), **settings}
     ids = [_row_id(row) for row in rows]
@@ -171,12 +171,6 @@ def _row_id(row: PromptResponses) -> str:
     return content_id(row.key.hex(), *([existing] if row.responses else [])).hex()
 
 
-def _as_chat(row: PromptResponses) -> PromptResponses:
-    if isinstance(row.prompt, str):
-        row.prompt = [{"role": "user", "content": row.prompt}]
-    return row
-
-
 def _sift(
     row: PromptResponses, sampled: Sequence[Sampled | ChatError], keep: Collection[str]
 ) -> tuple[list[Text], dict[str, int]]:
@@ -188,12 +182,12 @@ def _sift(
         if isinstance(item, ChatError):
             dropped["failed"] += 1
             continue
-        text, truncated, refused = item
+        text = item.text
         if not text.strip():
             dropped["empty"] += 1
-        elif truncated and "truncated" not in keep:
+        elif item.truncated and "truncated" not in keep:
             dropped["truncated"] += 1
-        elif (refused or is_refusal(text)) and "refusal" not in keep:
+        elif (item.refused or is_refusal(text)) and "refusal" not in keep:
             dropped["refusal"] += 1
         elif text.strip() in seen:
             dropped["duplicate"] += 1
@@ -222,49 +216,3 @@ def _report(rows: Sequence[dict[str, Any]], failures: Sequence[str], max_new_tok
         warn(f"{single} of {len(rows)} prompts have fewer than two responses, so no pair; dropped: {said}.{hint}")
     elif failures:
         warn(f"{dropped['failed']} requests failed, and are tried again by the same call; dropped: {said}.{hint}")
-
-
-class _ServerSource:
-    """Responses of a server: one request each, since some servers ignore ``n``."""
-
-    def __init__(self, server: ChatServer, settings: Mapping[str, Any]) -> None:
-        self.server = server
-        self.settings = settings
-        self.failures: list[str] = []
-
-    def describe(self) -> dict[str, Any]:
-        return self.server.describe()
-
-    def sample(
-        self, rows: Sequence[PromptResponses], todo: Sequence[int], on_response: Callable[[int], Any]
-    ) -> Iterator[tuple[int, list[Sampled | ChatError]]]:
-        count = self.settings["n_responses"]
-        sampled: dict[int, dict[int, Sampled | ChatError]] = {index: {} for index in todo}
-        requests = (self._request(rows[index], response) for index in todo for response in range(count))
-        for place, reply in self.server.map(requests):
-            index, response = todo[place // count], place % count
-            on_response(1)
-            if isinstance(reply, ChatError):
-                self.failures.append(f"row {rows[index].row}: {reply}")
-                sampled[index][response] = reply
-            else:
-                text = reply.text.strip()
-                sampled[index][response] = (text, reply.finish_reason == "length", reply.refused)
-            if len(sampled[index]) == count:
-                done = sampled.pop(index)
-                yield index, [done[response] for response in range(count)]
-
-    def _request(self, row: PromptResponses, response: int) -> dict[str, Any]:
-        # A seed that every server takes: 31 bits.
-        seed = int(random_stream(self.settings["seed"], row.key, response, 1)[0] * 2**31)
-        kwargs = dict(row.template_kwargs)
-        tools = {"tools": kwargs.pop("tools")} if "tools" in kwargs else {}
-        return {
-            "messages": row.prompt,
-            "temperature": self.settings["temperature"],
-            "top_p": self.settings["top_p"],
-            "max_tokens": self.settings["max_new_tokens"],
-            "seed": seed,
-            **tools,
-            **({"chat_template_kwargs": kwargs} if kwargs else {}),
-        }

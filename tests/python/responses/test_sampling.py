@@ -9,9 +9,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import bpo
-from bpo.responses.draws import draw_tokens, random_stream
+from bpo.responses.generation import draw_tokens
 from bpo.responses.prompts import read_responses
 from bpo.responses.refusals import is_refusal
+from bpo.responses.sources import random_stream
 from tiny import scored_rows, tiny_gpt2, tiny_llama
 
 PROMPTS = [f"{index} red {'cat dog ' * (index % 4)}?" for index in range(7)]
