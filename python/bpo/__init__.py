@@ -14,7 +14,7 @@ from bpo._core import StoreDamagedError, StoreError, StoreLockedError, StoreVers
 if TYPE_CHECKING:
     from bpo._core import allocate_depth as allocate_depth
     from bpo.breadth.compress import compress_breadth as compress_breadth
-    from bpo.breadth.compress import near_duplicates as near_duplicates
+    from bpo.breadth.duplicates import near_duplicates as near_duplicates
     from bpo.breadth.embed import embed_prompts as embed_prompts
     from bpo.config import SelectConfig as SelectConfig
     from bpo.data.candidates import InvalidDataWarning as InvalidDataWarning
@@ -65,7 +65,7 @@ if TYPE_CHECKING:
 _LAZY = {
     "allocate_depth": "bpo._core",
     "compress_breadth": "bpo.breadth.compress",
-    "near_duplicates": "bpo.breadth.compress",
+    "near_duplicates": "bpo.breadth.duplicates",
     "UnsupportedModelError": "bpo.gradients.layers",
     "ChatError": "bpo.responses.client",
     "ChatServer": "bpo.responses.client",

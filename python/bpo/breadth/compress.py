@@ -10,13 +10,13 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from bpo import _core
+from bpo.breadth.vectors import on_grid, unit_vectors
 from bpo.config import BreadthMethod
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
 _MAX_CLUSTERS = 100
-_GRID = 2.0**25
 _MOST_AT_ONCE = 4096
 """Prompts whose similarities to one another are held at once (128 MiB)."""
 
@@ -38,19 +38,6 @@ class Breadth:
     kept: npt.NDArray[np.bool_]
     labels: npt.NDArray[np.int32]
     distances: npt.NDArray[np.float32]
-
-
-@dataclasses.dataclass(frozen=True)
-class NearDuplicates:
-    """Prompts that are nearly the same as an earlier one.
-
-    Attributes:
-        earlier: (n,) int64, the most similar earlier prompt of each; −1 where none reaches the threshold.
-        similarity: (n,) float64, the cosine with it; NaN where there is none.
-    """
-
-    earlier: npt.NDArray[np.int64]
-    similarity: npt.NDArray[np.float64]
 
 
 def compress_breadth(
@@ -101,7 +88,7 @@ def compress_breadth(
     """
     if method not in get_args(BreadthMethod):
         raise ValueError(f"method must be one of {list(get_args(BreadthMethod))}, got {method!r}.")
-    unit = _unit(embeddings)
+    unit = unit_vectors(embeddings)
     if not 1 <= n_prompts <= len(unit):
         raise ValueError(f"n_prompts must be between 1 and the {len(unit)} prompts, got {n_prompts}.")
     kept = np.zeros(len(unit), dtype=bool)
@@ -122,88 +109,13 @@ def compress_breadth(
     return Breadth(kept, labels, distances)
 
 
-def near_duplicates(
-    embeddings: npt.NDArray[np.floating[Any]], threshold: float = 0.95, *, progress: bool = False
-) -> NearDuplicates:
-    """Finds the prompts that are nearly the same as an earlier one.
-
-    Exact: all pairs of prompts are compared, a tile at a time, so that time grows with n² and memory does not (100,000
-    prompts of 384 numbers: under two minutes on two busy cores). What "nearly" means depends on the encoder: by
-    all-MiniLM-L6-v2, exercises with other numbers reach 0.9.
-
-    Args:
-        embeddings: (n, e) one row a prompt.
-        threshold: Least cosine, in (0, 1]; 1 finds equal embeddings only, up to rounding.
-        progress: Whether to show a progress bar.
-
-    Returns:
-        The earlier prompt that each is like.
-
-    Raises:
-        ValueError: A threshold out of range, or embeddings that are zero or not finite.
-
-    Example:
-        >>> near_duplicates(np.array([[1.0, 0.0], [0.0, 1.0], [0.99, 0.01]])).earlier.tolist()
-        [-1, -1, 0]
-    """
-    if not 0 < threshold <= 1:
-        raise ValueError(f"threshold must be above 0 and at most 1, got {threshold!r}.")
-    unit = _unit(embeddings)
-    exact = _on_grid(unit)
-    earlier = np.full(len(unit), -1, dtype=np.int64)
-    similarity = np.full(len(unit), -np.inf)
-    least = threshold - 1e-6
-    for start in tqdm(range(0, len(unit), _TILE), desc="Near-duplicates", disable=not progress):
-        block = slice(start, start + _TILE)
-        for other in range(0, start + 1, _TILE):
-            columns = slice(other, min(other + _TILE, len(unit)))
-            # In float32, which rounds, to find the few rows that are then compared exactly.
-            rough = unit[block] @ unit[columns].T
-            if other == start:
-                rough[~np.tri(len(rough), k=-1, dtype=bool)] = -np.inf
-            rows = np.flatnonzero(rough.max(axis=1) >= least - 1e-4)
-            if len(rows) == 0:
-                continue
-            cosines = exact[start + rows] @ exact[columns].T
-            cosines[np.arange(columns.start, columns.stop) >= (start + rows)[:, None]] = -np.inf
-            best = cosines.argmax(axis=1)
-            highest = cosines[np.arange(len(rows)), best]
-            better = (highest >= least) & (highest > similarity[start + rows])
-            earlier[start + rows[better]] = other + best[better]
-            similarity[start + rows[better]] = highest[better]
-    similarity[earlier < 0] = np.nan
-    return NearDuplicates(earlier, np.minimum(similarity, 1.0))
-
-
-def _unit(embeddings: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.float32]:
-    """Checks embeddings and scales them to unit length."""
-    embeddings = np.asarray(embeddings, dtype=np.float32)
-    if embeddings.ndim != 2:
-        raise ValueError(f"embeddings must have two dimensions (prompts, features), got {embeddings.ndim}.")
-    norms = np.linalg.norm(embeddings, axis=1, keepdims=True)
-    bad = np.flatnonzero(~(np.isfinite(norms[:, 0]) & (norms[:, 0] > 0)))
-    if len(bad):
-        raise ValueError(f"The embedding of prompt {bad[0]} is zero or not finite ({len(bad)} such in all).")
-    return np.ascontiguousarray(embeddings / norms)
-
-
-def _on_grid(unit: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.float64]:
-    """Rounds unit vectors to multiples of 2⁻²⁵, so that their dot products are exact in float64.
-
-    Products are multiples of 2⁻⁵⁰ and partial sums are at most about 1, so no sum rounds: a matrix product is the same
-    to the bit in any order, and so for any number of threads.
-    """
-    grid: npt.NDArray[np.float64] = np.rint(unit.astype(np.float64) * _GRID) / _GRID
-    return grid
-
-
 def _representatives(
     unit: npt.NDArray[np.float32], n_prompts: int, seed: int, threads: int | None, bar: Any
 ) -> npt.NDArray[np.int64]:
     """Greedy facility location; in parts, where there are more prompts than can be compared at once."""
     weights = np.ones(len(unit))
     if len(unit) <= _MOST_AT_ONCE:
-        return _facility_location(_on_grid(unit), weights, n_prompts, bar)
+        return _facility_location(on_grid(unit), weights, n_prompts, bar)
     parts = _parts(unit, seed, threads)
     # Fewer are kept of all the parts together: each gives more than its share, of which the final ones are kept.
     wanted = max(n_prompts, min(_MOST_AT_ONCE, len(unit)), len(parts))
@@ -211,7 +123,7 @@ def _representatives(
     quotas = _quotas(np.array([len(part) for part in parts]), wanted)
     found = []
     for part, quota in zip(parts, quotas, strict=True):
-        grid = _on_grid(unit[part])
+        grid = on_grid(unit[part])
         chosen = _facility_location(grid, weights[part], int(quota), bar if final else None)
         if not final:
             nearest = (grid @ grid[chosen].T).argmax(axis=1)
@@ -220,7 +132,7 @@ def _representatives(
     shortlist = np.sort(np.concatenate(found))
     if final:
         return shortlist
-    return shortlist[_facility_location(_on_grid(unit[shortlist]), weights[shortlist], n_prompts, bar)]
+    return shortlist[_facility_location(on_grid(unit[shortlist]), weights[shortlist], n_prompts, bar)]
 
 
 def _parts(unit: npt.NDArray[np.float32], seed: int, threads: int | None) -> list[npt.NDArray[np.int64]]:
@@ -246,7 +158,7 @@ def _facility_location(
     """Greedy facility location with lazy gains (Minoux 1978): gains only fall, so an old one is an upper bound.
 
     Args:
-        grid: (m, e) unit vectors of :func:`_on_grid`.
+        grid: (m, e) unit vectors of :func:`on_grid`.
         weights: (m,) of each row in the sum, whole numbers.
         n: How many to choose.
         bar: Progress bar or None.
@@ -291,9 +203,9 @@ def _farthest_first(unit: npt.NDArray[np.float32], n: int, bar: Any) -> npt.NDAr
     Returns:
         (n,) rows in the order chosen; of equally far ones the lower row first.
     """
-    grid = _on_grid(unit)
+    grid = on_grid(unit)
     mean = unit.mean(axis=0, dtype=np.float64)
-    centre = _on_grid(mean / max(float(np.linalg.norm(mean)), 1e-30))
+    centre = on_grid(mean / max(float(np.linalg.norm(mean)), 1e-30))
     picked = [int(np.argmax(grid @ centre))]
     chosen: list[int] = []
     nearest = np.full(len(unit), -np.inf)  # cosine with the most similar kept one

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from bpo.data.batches import batches_by_tokens
 from bpo.data.rows import load_rows
 from bpo.data.values import prompt_text
+from bpo.system.model_paths import check_path, naming
 from bpo.system.warn import warn
 
 if TYPE_CHECKING:
@@ -62,8 +63,6 @@ def embed_prompts(
             embeddings = bpo.embed_prompts(["2+2?", "3+3?"], "sentence-transformers/all-MiniLM-L6-v2")
             kept = bpo.compress_breadth(embeddings, 1).kept
     """
-    from bpo.system.model_paths import check_path
-
     texts = [prompt_text(prompt) for prompt in prompts]
     if not isinstance(embedder, (str, os.PathLike)):
         return _encode(embedder, texts, progress)
@@ -95,8 +94,6 @@ def _encode(encoder: Any, texts: list[str], progress: bool) -> npt.NDArray[np.fl
 def _read_json(embedder: str, name: str) -> Any:
     """Reads a file of a model, None where it has no such file."""
     from transformers.utils import cached_file
-
-    from bpo.system.model_paths import naming
 
     with naming(embedder):
         path = cached_file(embedder, name, _raise_exceptions_for_missing_entries=False)
@@ -144,8 +141,6 @@ def _mean_of_encoder(
     """Embeds texts as the mean of an encoder's last hidden states, cut to ``longest`` tokens."""
     import torch
     from transformers import AutoModel, AutoTokenizer
-
-    from bpo.system.model_paths import naming
 
     with naming(embedder):
         tokenizer = AutoTokenizer.from_pretrained(embedder, trust_remote_code=trust_remote_code)

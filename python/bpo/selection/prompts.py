@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bpo.breadth.compress import compress_breadth, near_duplicates
+from bpo.breadth.compress import compress_breadth
+from bpo.breadth.duplicates import near_duplicates
 from bpo.breadth.embed import embed_prompts, embed_with_policy, given_embeddings
 from bpo.data.candidates import Skipped
 from bpo.data.tokenizers import padding_id

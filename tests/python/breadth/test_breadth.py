@@ -11,7 +11,7 @@ import pytest
 
 import bpo
 from bpo import SelectConfig, compress_breadth, embed_prompts, near_duplicates
-from bpo.breadth import compress
+from bpo.breadth import compress, duplicates
 from tiny import scored_rows
 
 DEMO = Path(__file__).resolve().parents[3] / "demo"
@@ -155,7 +155,7 @@ def test_results_do_not_depend_on_threads():
 
 
 def test_planted_near_duplicates_are_found(monkeypatch):
-    monkeypatch.setattr(compress, "_TILE", 64)
+    monkeypatch.setattr(duplicates, "_TILE", 64)
     generator = np.random.default_rng(0)
     points = generator.normal(size=(300, 32))
     planted = {50: 3, 200: 199, 64: 63, 299: 0}
