@@ -66,7 +66,7 @@ def compress_breadth(
       keeps what is unlike everything else, so odd and broken prompts, too.
 
     Args:
-        embeddings: (n, e) one row a prompt (:func:`embed_prompts`, or your own).
+        embeddings: (n, e) one row a prompt (:func:`bpo.embed_prompts`, or your own).
         n_prompts: How many to keep, 1 to n.
         method: ``"quota"``, ``"representative"`` or ``"diverse"``.
         seed: Of the k-means++ seeding.

@@ -1,1 +1,1 @@
-"""Any rows to :class:`~bpo.Candidates`: prompts, their responses, scores, candidate pairs and tokens."""
+"""Any rows to candidates: prompts, their responses, scores, candidate pairs and tokens."""

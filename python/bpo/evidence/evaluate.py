@@ -45,8 +45,8 @@ class PreferenceEvaluation:
             length alone.
         n_pairs: Pairs.
         n_prompts: Prompts.
-        logps: (S,) float32, log π(response | prompt) of every response of a pair (of every sequence, where tokens merge
-            across the boundary: see :class:`bpo.data.tokens.TokenizedResponses`).
+        logps: (S,) float32, log π(response | prompt) of every response of a pair (of every sequence, where the last
+            token of the prompt and the first of the response merge).
         response_ids: (S, 16) uint8, content hash of prompt and response, by which a reference is known to fit.
         lengths: (S,) int64, tokens of each response.
         correct: (P,) float64 in {0, ½, 1}, for paired comparison of two policies on the same pairs.

@@ -33,7 +33,7 @@ def influence(
     LESS's (arXiv 2402.04333), with gradients of pairs in place of SFT losses.
 
     Args:
-        features: Of the P pairs, from :func:`clustered`.
+        features: Of the P pairs, those that they are clustered by.
         usable: (P,) bool.
         target: The pairs of the target, of the same stores.
         subtask_of_pair: (T,) int64, the subtask of each of them, from 0.
@@ -86,7 +86,7 @@ def prompts_agree(
     the sum has if each prompt's sign is drawn at random.
 
     Args:
-        features: Unit gradients of P pairs, from :func:`clustered`.
+        features: Unit gradients of P pairs, those that they are clustered by.
         usable: (P,) bool.
         prompt_of_pair: (P,) int64. Of more than 1,000 prompts, 1,000 are drawn.
         seed: Of the draws.

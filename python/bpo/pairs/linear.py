@@ -46,12 +46,12 @@ def linearised_correct(
 ) -> npt.NDArray[np.float64]:
     """Says which held-out pairs the linearised regime would rank rightly after training on some pairs.
 
-    As :func:`preview` does it: a logistic regression on the unit gradients of the training pairs.
+    As :func:`bpo.preview` does it: a logistic regression on the unit gradients of the training pairs.
 
     Args:
         training: Gradients of the pairs trained on; unusable ones play no part.
         heldout: Gradients of the held-out pairs, of the same store.
-        regularization: As of :func:`preview`.
+        regularization: As of :func:`bpo.preview`.
 
     Returns:
         (P,) float64, 1, 0, or ½ for a tie or an unusable pair.

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class PairGradients(NamedTuple):
-    """The gradients z = a·h_w + b·h_l of P pairs, as :func:`cluster_pairs` takes them.
+    """The gradients z = a·h_w + b·h_l of P pairs, as :func:`bpo.cluster_pairs` takes them.
 
     Attributes:
         rows: (R, d), the sketch h of each response up to a factor: float32, float16, uint16 (the bits of bfloat16) or

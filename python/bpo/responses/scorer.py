@@ -48,13 +48,13 @@ class Scorer(abc.ABC):
 
     Example:
         >>> import bpo
-        >>> from bpo.scoring import Score
+        >>> from types import SimpleNamespace
         >>> class Shortest(bpo.Scorer):
         ...     def describe(self):
         ...         return {"scorer": "shortest"}
         ...     def scores(self, rows):
         ...         for index, row in enumerate(rows):
-        ...             yield index, [Score(-float(len(text))) for text in row.responses]
+        ...             yield index, [SimpleNamespace(value=-float(len(text)), error=None) for text in row.responses]
         >>> rows = [{"prompt": "2+2?", "responses": ["4", "four"]}]
         >>> bpo.score_responses(rows, Shortest(), progress=False)["scores"][:]
         [[-1.0, -4.0]]
@@ -68,7 +68,15 @@ class Scorer(abc.ABC):
 
     @abc.abstractmethod
     def scores(self, rows: Sequence[PromptResponses]) -> Iterator[tuple[int, list[Score]]]:
-        """Yields the index of a row with the scores of its responses, in any order, each as soon as it is there."""
+        """Yields the index of a row with the scores of its responses, in any order, each as soon as it is there.
+
+        Args:
+            rows: Each with its ``prompt`` (text or messages) and the ``responses`` to be scored (text; messages where
+                one is more than a plain answer).
+
+        Yields:
+            Index, and of each response what has a ``value``, a number or None, and as ``error`` the reason for None.
+        """
 
 
 class FunctionScorer(Scorer):

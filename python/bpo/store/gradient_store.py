@@ -175,11 +175,11 @@ class GradientStore:
         """Finds responses whose start and token weights are not known, as without a tokenizer.
 
         Args:
-            response_ids: (n, 16) uint8, of :class:`bpo.data.candidates.Candidates`.
+            response_ids: (n, 16) uint8, as :func:`bpo.read_candidates` gives them.
 
         Returns:
             (n,) int64, a row of each response, −1 where the store has none, and (n,) bool, whether it has several: for
-            other starts or weights of its tokens (see :class:`bpo.data.tokens.TokenizedResponses`).
+            other starts or weights of its tokens.
         """
         return self._found(response_ids, 8)
 

@@ -29,7 +29,7 @@ class BPOConfig(WeightedDPOConfig):
         reselect_steps: Optimizer steps between two rounds; below 1 a fraction of all steps of the training.
         reselect_epochs: Epochs between two rounds.
         resample: Responses to each prompt that the policy gives anew in each round after the first, in place of those
-            of the data; :class:`BPOTrainer` then needs a ``scorer``. None keeps those of the data.
+            of the data; :class:`bpo.BPOTrainer` then needs a ``scorer``. None keeps those of the data.
         resample_config: Further arguments of :func:`bpo.sample_responses`, such as ``temperature`` or
             ``max_new_tokens``; ``keep_existing`` keeps the responses of the data beside the new ones.
 
