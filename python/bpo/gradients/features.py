@@ -1,8 +1,8 @@
-"""What stands for a response, and the choice of it."""
+"""What stands for a response: coordinates, how they are caught, and the check that they are right."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,28 +10,16 @@ import torch
 
 from bpo.gradients.capture import Plan, sum_gradients
 from bpo.gradients.layers import Slot, UnsupportedModelError
-from bpo.gradients.plan import (
-    kind_of,
-    merge_replays,
-    parent_of,
-    probe,
-    probe_rows,
-    replay_around,
-    slots_of,
-    take_layers,
-)
-from bpo.system.warn import warn
+from bpo.gradients.plan import first_plan, kind_of, probe, probe_rows, to_modules, to_whole
 
 if TYPE_CHECKING:
     import numpy.typing as npt
     from transformers import PreTrainedModel
 
     from bpo.gradients.layers import Consumer, Layer
-    from bpo.gradients.plan import Call
     from bpo.policy.logprobs import CompletionLogps, Forward
 # Largest relative error of the self-check, by the precision of the model's arithmetic.
 _SELF_CHECK_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
-
 # The self-check looks at so many coordinates at most (256 MB a response), of every kind of parameter at least one.
 _CHECKED_COORDINATES = 1 << 26
 
@@ -95,12 +83,12 @@ class Features:
         """
         rows = probe_rows(forward.tokenized)
         calls = probe(forward, rows)
-        plan = self._planned(forward.model, calls)
+        plan = first_plan(forward.model, calls, self.layers, self.loose)
         wrong = self._wrong(forward, plan, rows)
         # A module around may use the parameters of a layer without calling it; else only the whole model will do.
-        for escalate in (self._to_modules, self._to_whole):
+        for escalate in (to_modules, to_whole):
             if wrong:
-                escalate(forward.model, plan, calls, wrong)
+                escalate(plan, {name: self.slots[name] for name in wrong}, forward.model, calls)
                 wrong = self._wrong(forward, plan, rows)
         if wrong:
             worst = sorted(wrong, key=lambda name: -wrong[name])[:5]
@@ -114,68 +102,6 @@ class Features:
     def catch(self, forward: Forward, plan: Plan, rows: npt.NDArray[np.int64], consume: Consumer) -> CompletionLogps:
         """Hands the coordinates of a batch of responses to ``consume``; see :func:`sum_gradients`."""
         return sum_gradients(forward, plan, rows, consume)
-
-    def _planned(self, model: PreTrainedModel, calls: dict[str, Call]) -> Plan:
-        plan = Plan()
-        replays = plan.replays
-        uncalled: list[Layer | str] = []
-        for layer in self.layers:
-            call = calls.get(layer.name)
-            if call is None:
-                uncalled.append(layer)
-            elif call.separable or call.head:
-                plan.layers.append(layer)
-            elif (replay := replay_around(parent_of(layer.name), model, calls, replays)) is not None:
-                replay.layers.append(layer)
-            else:
-                plan.whole.update(slots_of(layer))
-        for name, slot in self.loose.items():
-            if parent_of(name) not in calls:
-                uncalled.append(name)
-            elif (replay := replay_around(parent_of(name), model, calls, replays)) is not None:
-                replay.parameters[name[len(replay.name) + 1 :]] = slot
-            else:
-                plan.whole[name] = slot
-        # What had no part in two short responses: an expert that no token chose, or a parameter that a module around
-        # its owner uses. It joins the module that is run again anyway; other layers wait for longer responses.
-        for item in uncalled:
-            name = item if isinstance(item, str) else item.name
-            around = next((replay for prefix, replay in replays.items() if name.startswith(f"{prefix}.")), None)
-            if not isinstance(item, str):
-                (plan.layers if around is None else around.layers).append(item)
-                continue
-            around = around or replay_around(parent_of(parent_of(name)), model, calls, replays)
-            if around is not None:
-                around.parameters[name[len(around.name) + 1 :]] = self.loose[name]
-            else:
-                plan.whole[name] = self.loose[name]
-        merge_replays(replays)
-        return plan
-
-    def _to_modules(self, model: PreTrainedModel, plan: Plan, calls: dict[str, Call], wrong: Collection[str]) -> None:
-        """Takes parameters by autograd from the nearest module that can be run again, in place of their layer."""
-        for layer in take_layers(plan, wrong, self.slots):
-            replay = replay_around(parent_of(layer.name), model, calls, plan.replays)
-            for name, slot in slots_of(layer).items():
-                if replay is None:
-                    plan.whole[name] = slot
-                else:
-                    replay.parameters[name[len(replay.name) + 1 :]] = slot
-        merge_replays(plan.replays)
-
-    def _to_whole(self, _: PreTrainedModel, plan: Plan, __: dict[str, Call], wrong: Collection[str]) -> None:
-        """Takes parameters by autograd from the whole model, in place of all else."""
-        offsets = {self.slots[name].offset for name in wrong}
-        take_layers(plan, wrong, self.slots)
-        for name, replay in list(plan.replays.items()):
-            replay.parameters = {n: slot for n, slot in replay.parameters.items() if slot.offset not in offsets}
-            if not replay.parameters and not replay.layers:
-                del plan.replays[name]
-        plan.whole.update({name: self.slots[name] for name in wrong})
-        warn(
-            f"The gradients of {len(wrong)} parameters, such as {next(iter(wrong))}, take a forward and a backward of "
-            "the whole model for each response. Leave them out with SelectConfig.parameters if that is too slow."
-        )
 
     def _wrong(self, forward: Forward, plan: Plan, rows: npt.NDArray[np.int64]) -> dict[str, float]:
         """Returns the parameters whose gradients in a batch are not those of each response alone, and the errors."""
