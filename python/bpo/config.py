@@ -7,57 +7,31 @@ import math
 import numbers
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, get_args
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args
 
 import numpy as np
 
-Ranking = Literal["nearest", "softmax", "farthest", "random"]
-Features = Literal["lora", "full", "embeddings"]
-SketchKind = Literal["sparse", "rademacher", "normal"]
-Metric = Literal["euclidean", "cosine"]
-ClusterWeighting = Literal["size", "informativeness", "centrality", "alignment"]
-OnInvalid = Literal["skip", "raise"]
-LengthControl = Literal["residual", "balance"]
-BreadthMethod = Literal["quota", "representative", "diverse"]
-LossType = Literal[
-    "sigmoid",
-    "hinge",
-    "ipo",
-    "exo_pair",
-    "nca_pair",
-    "robust",
-    "bco_pair",
-    "sppo_hard",
-    "apo_zero",
-    "apo_down",
-    "discopop",
-    "sft",
-    "sigmoid_norm",
-]
-FDivergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
-TokenWeights = Callable[[list[int], list[int]], Sequence[float]]
-"""Token ids of a prompt and of a response to a weight for each token of the response."""
-
-TruncationMode = Literal["keep_start", "keep_end"]
-USEFULNESS_TERMS = ("centrality", "alignment", "informativeness", "score_gap")
-"""What ``SelectConfig.usefulness`` can weigh."""
-
-NO_MODELS = ("base", "columns")
-"""What ``ref_model`` can be besides a model and a path."""
-
-DType = Literal["float32", "bfloat16", "float16"]
-SketchDType = Literal["float32", "float16", "bfloat16", "int8"]
-
-
-_SORTS_THE_BATCH = "it sorts the log-ratios of a whole batch, so its gradient is not a sum over pairs"
-REFUSED_LOSSES = {"aot": _SORTS_THE_BATCH, "aot_unpaired": _SORTS_THE_BATCH}
-"""Losses of TRL that no gradient of a pair belongs to, and why."""
-
-
-# Rewards under another divergence are known up to β·log Z(x), which only the difference of two rewards is free of
-# (arXiv 2309.16240); sft has no reward.
-_F_DIVERGENCE_LOSSES = {"sigmoid", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft", "sigmoid_norm"}
+from bpo.choices import (
+    F_DIVERGENCE_LOSSES,
+    NO_MODELS,
+    REFUSED_LOSSES,
+    USEFULNESS_TERMS,
+    BreadthMethod,
+    ClusterWeighting,
+    DType,
+    FDivergence,
+    Features,
+    LengthControl,
+    LossType,
+    Metric,
+    OnInvalid,
+    Ranking,
+    SketchDType,
+    SketchKind,
+    TokenWeights,
+    TruncationMode,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -242,6 +216,14 @@ class SelectConfig:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
+        self._check_words()
+        self._check_reference()
+        self._check_numbers()
+        self._check_embeddings()
+        self._check_features()
+        self._check_loss()
+
+    def _check_words(self) -> None:
         choices = {
             "truncation_mode": TruncationMode,
             "f_divergence_type": FDivergence,
@@ -263,6 +245,8 @@ class SelectConfig:
             if isinstance(getattr(self, name), os.PathLike):
                 path = os.fspath(getattr(self, name))
                 object.__setattr__(self, name, f"./{path}" if path in NO_MODELS else path)
+
+    def _check_reference(self) -> None:
         if not (self.token_weights is None or callable(self.token_weights) or isinstance(self.token_weights, str)):
             raise ValueError(
                 f"SelectConfig.token_weights must be a name, a function or None, got {self.token_weights!r}"
@@ -272,6 +256,8 @@ class SelectConfig:
                 "SelectConfig.token_weights needs a reference that runs: log-probabilities that the data gives "
                 "(ref_model='columns') are sums over tokens that cannot be weighted any more."
             )
+
+    def _check_numbers(self) -> None:
         for name in ("beta", "discopop_tau", "temperature", "regularization"):
             value = getattr(self, name)
             if not _is_finite(value) or value <= 0:
@@ -299,7 +285,8 @@ class SelectConfig:
                 f"SelectConfig.length_control must be one of {list(get_args(LengthControl))} or None, got "
                 f"{self.length_control!r}"
             )
-        self._check_embeddings()
+
+    def _check_features(self) -> None:
         if self.features == "embeddings":
             for name in ("parameters", "factor_dim", "preconditioner", "checkpoints"):
                 if getattr(self, name) is not None:
@@ -326,7 +313,6 @@ class SelectConfig:
                 f"SelectConfig.sketch_nnz must divide sketch_dim ({self.sketch_dim}), and be 1 for a dense sketch, got "
                 f"{self.sketch_nnz}"
             )
-        self._check_loss()
 
     def _check_loss(self) -> None:
         names = (self.loss_type,) if isinstance(self.loss_type, str) else self.loss_type
@@ -365,12 +351,12 @@ class SelectConfig:
                 "SelectConfig.label_smoothing must be above 0 for loss_type 'exo_pair', which takes its logarithm; "
                 "arXiv 2402.00856 recommends 1e-3"
             )
-        without_form = [name for name in names if name not in _F_DIVERGENCE_LOSSES]
+        without_form = [name for name in names if name not in F_DIVERGENCE_LOSSES]
         if self.f_divergence_type != "reverse_kl" and without_form:
             raise ValueError(
                 f"SelectConfig.f_divergence_type must be 'reverse_kl' for loss_type {without_form[0]!r}, got "
                 f"{self.f_divergence_type!r}: other divergences leave a term in each reward that cancels only in the "
-                f"difference of two ({', '.join(sorted(_F_DIVERGENCE_LOSSES))})"
+                f"difference of two ({', '.join(sorted(F_DIVERGENCE_LOSSES))})"
             )
         for name in ("f_alpha_divergence_coef", "label_smoothing"):
             object.__setattr__(self, name, float(getattr(self, name)))

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from bpo import _core
 from bpo.breadth.vectors import on_grid, unit_vectors
-from bpo.config import BreadthMethod
+from bpo.choices import BreadthMethod
 
 if TYPE_CHECKING:
     import numpy.typing as npt

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 import bpo
+from bpo.choices import SketchDType
 from bpo.cli.show import show
-from bpo.config import SketchDType
 
 if TYPE_CHECKING:
     import argparse

@@ -12,7 +12,7 @@ from bpo.system.warn import warn
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from bpo.config import OnInvalid
+    from bpo.choices import OnInvalid
     from bpo.data.values import Text
 
 _NAMED_ROWS = 5

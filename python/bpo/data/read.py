@@ -12,7 +12,8 @@ from bpo.data.rows import load_rows
 from bpo.data.scored import ScoredReader
 
 if TYPE_CHECKING:
-    from bpo.config import OnInvalid, SelectConfig
+    from bpo.choices import OnInvalid
+    from bpo.config import SelectConfig
     from bpo.data.candidates import Candidates
 
 

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from transformers import PreTrainedTokenizerBase
 
-    from bpo.config import OnInvalid, SelectConfig, TokenWeights, TruncationMode
+    from bpo.choices import OnInvalid, TokenWeights, TruncationMode
+    from bpo.config import SelectConfig
     from bpo.data.candidates import Candidates
 
 _NAMED_TOKENS = 40

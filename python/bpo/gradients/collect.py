@@ -78,7 +78,47 @@ def collect(
     precondition = None if preconditioner is None else load_preconditioner(preconditioner, model, features)
     reference = Reference.of(model, config) if reference is None else reference
     reference.check_vocabulary(tokenized)
-    fingerprint = {
+    fingerprint = _fingerprint(model, tokenized, processing_class, features, precondition, reference, config)
+    writer = GradientWriter.open(store, fingerprint, candidates.known_ids, tokenized.sequence_ids)
+    if tokenized.ref_logps is not None:
+        writer.check_ref_logps(tokenized.sequence_ids, tokenized.ref_logps)
+    order = storage_order(tokenized.lengths, candidates.prompt_of_response[tokenized.response_of])
+    missing = order[writer.rows_of(tokenized.sequence_ids)[order] < 0]
+    bar = _progress_bar(tokenized.lengths, missing, features.noun, progress)
+    with contextlib.ExitStack() as stack:
+        for context in (writer, bar, inference_state(model)):
+            stack.enter_context(context)
+        if len(missing):
+            writer.lock()  # before any work that another writer would make useless
+            forward = Forward.of(model, tokenized, processing_class, config)
+            plan = features.plan(forward)
+            features.warn_of_gaps(model)
+            sketching = stack.enter_context(Sketching.of(config))
+            extraction = _Extraction(forward, reference, features, plan, candidates, sketching, precondition)
+            trim = HeapTrimmer()
+            # The bar counts rows that no crash takes away.
+            shown = 0
+            for done in extraction.run(missing, config.tokens_per_batch):
+                committed = writer.append(**_rows_of(done, tokenized, candidates))
+                bar.update(int(tokenized.lengths[missing[shown:committed]].sum()))
+                shown = committed
+                trim()
+            writer.commit()
+            bar.update(int(tokenized.lengths[missing[shown:]].sum()))
+    return writer.reopen()
+
+
+def _fingerprint(
+    model: PreTrainedModel,
+    tokenized: TokenizedResponses,
+    processing_class: PreTrainedTokenizerBase,
+    features: Features,
+    precondition: Preconditioner | None,
+    reference: Reference,
+    config: SelectConfig,
+) -> dict[str, Any]:
+    """What the rows of a store depend on."""
+    return {
         "bpo": bpo.__version__,
         "model": model_fingerprint(model),
         "reference": reference.fingerprint,
@@ -96,64 +136,42 @@ def collect(
         "truncation_mode": config.truncation_mode,
         "dtype": str(model.dtype).removeprefix("torch.") + (" under bfloat16 autocast" if config.bf16 else ""),
     }
-    writer = GradientWriter.open(store, fingerprint, candidates.known_ids, tokenized.sequence_ids)
-    if tokenized.ref_logps is not None:
-        writer.check_ref_logps(tokenized.sequence_ids, tokenized.ref_logps)
-    order = storage_order(tokenized.lengths, candidates.prompt_of_response[tokenized.response_of])
-    missing = order[writer.rows_of(tokenized.sequence_ids)[order] < 0]
-    n_present = len(order) - len(missing)
-    # In tokens, since those of a response tell its time.
-    bar = tqdm(
-        total=int(tokenized.lengths.sum()),
-        initial=int(tokenized.lengths.sum() - tokenized.lengths[missing].sum()),
-        desc=features.noun.capitalize() + (f" ({n_present} of {len(order)} responses are there)" if n_present else ""),
+
+
+def _progress_bar(lengths: npt.NDArray[np.int64], missing: npt.NDArray[np.int64], noun: str, enabled: bool) -> Any:
+    """A bar in tokens, since those of a response tell its time, which says how much was there already."""
+    n_present = len(lengths) - len(missing)
+    return tqdm(
+        total=int(lengths.sum()),
+        initial=int(lengths.sum() - lengths[missing].sum()),
+        desc=noun.capitalize() + (f" ({n_present} of {len(lengths)} responses are there)" if n_present else ""),
         unit="token",
         unit_scale=True,
-        disable=not progress,
+        disable=not enabled,
     )
-    shown = 0  # rows that the bar counts: those that no crash takes away
 
-    def show(committed: int) -> None:
-        nonlocal shown
-        bar.update(int(tokenized.lengths[missing[shown:committed]].sum()))
-        shown = committed
 
-    with contextlib.ExitStack() as stack:
-        for context in (writer, bar, inference_state(model)):
-            stack.enter_context(context)
-        if len(missing):
-            writer.lock()  # before any work that another writer would make useless
-            forward = Forward.of(model, tokenized, processing_class, config)
-            plan = features.plan(forward)
-            features.warn_of_gaps(model)
-            sketching = stack.enter_context(Sketching.of(config))
-            extraction = _Extraction(forward, reference, features, plan, candidates, sketching, precondition)
-            trim = HeapTrimmer()
-            for done in extraction.run(missing, config.tokens_per_batch):
-                rows, sketch = done.rows, done.sketches.rows()
-                responses = tokenized.response_of[rows]
-                logps, ref_logps = done.logps, done.ref_logps
-                # A row whose squared norm overflows is as useless to k-means as an infinite one.
-                with np.errstate(over="ignore", invalid="ignore"):
-                    finite = np.isfinite(np.square(sketch).sum(axis=1)) & np.isfinite(logps) & np.isfinite(ref_logps)
-                flags = NONFINITE * ~finite + ZERO * ~sketch.any(axis=1)
-                flags += FIRST_UNPREDICTED * (tokenized.prompt_lengths[rows] == 0)
-                sketch[~finite] = 0.0
-                committed = writer.append(
-                    sketch,
-                    prompt_ids=candidates.prompt_ids[candidates.prompt_of_response[responses]],
-                    response_ids=tokenized.sequence_ids[rows],
-                    scores=candidates.scores[responses],
-                    logps=logps,
-                    ref_logps=ref_logps,
-                    lengths=tokenized.response_lengths[rows],
-                    flags=flags,
-                    log_weights=done.log_weights,
-                )
-                show(committed)
-                trim()
-            show(writer.commit())
-    return writer.reopen()
+def _rows_of(done: _Done, tokenized: TokenizedResponses, candidates: Candidates) -> dict[str, Any]:
+    """What a batch adds to the store; rows that nothing can be made of are flagged, and stored as zeros."""
+    rows, sketches = done.rows, done.sketches.rows()
+    # A row whose squared norm overflows is as useless to k-means as an infinite one.
+    with np.errstate(over="ignore", invalid="ignore"):
+        finite = np.isfinite(np.square(sketches).sum(axis=1)) & np.isfinite(done.logps) & np.isfinite(done.ref_logps)
+    flags = NONFINITE * ~finite + ZERO * ~sketches.any(axis=1)
+    flags += FIRST_UNPREDICTED * (tokenized.prompt_lengths[rows] == 0)
+    sketches[~finite] = 0.0
+    responses = tokenized.response_of[rows]
+    return {
+        "sketches": sketches,
+        "prompt_ids": candidates.prompt_ids[candidates.prompt_of_response[responses]],
+        "response_ids": tokenized.sequence_ids[rows],
+        "scores": candidates.scores[responses],
+        "logps": done.logps,
+        "ref_logps": done.ref_logps,
+        "lengths": tokenized.response_lengths[rows],
+        "flags": flags,
+        "log_weights": done.log_weights,
+    }
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ from bpo.config import SelectConfig
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from bpo.config import FDivergence, LossType
+    from bpo.choices import FDivergence, LossType
 
 
 # Pairs differentiated at a time: a temporary vector of them takes half a megabyte.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bpo.config import NO_MODELS
+from bpo.choices import NO_MODELS
 from bpo.system.model_paths import check_path, is_adapter, naming
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from bpo.system.progress import core_progress
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from bpo.config import SketchDType
+    from bpo.choices import SketchDType
 
 _CHECKSUMS = {"row_crc32", "crc32", "scale"}
 _EXPORTED = [name for name in RECORD.names or () if name not in _CHECKSUMS]

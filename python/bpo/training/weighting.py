@@ -10,7 +10,8 @@ import datasets
 import torch
 from trl import DPOConfig, DPOTrainer
 
-from bpo.config import REFUSED_LOSSES, SelectConfig
+from bpo.choices import REFUSED_LOSSES
+from bpo.config import SelectConfig
 from bpo.data.columns import WEIGHT_COLUMN, pair_weight
 from bpo.pairs.losses import batch_losses
 from bpo.policy.logprobs import score_tokens

@@ -18,7 +18,7 @@ from trl import DPOConfig, DPOTrainer
 
 import bpo
 from bpo import InvalidDataWarning, SelectConfig, _core, collect_gradients, pair_coefficients, read_candidates
-from bpo.config import _F_DIVERGENCE_LOSSES, REFUSED_LOSSES, FDivergence, LossType
+from bpo.choices import F_DIVERGENCE_LOSSES, REFUSED_LOSSES, FDivergence, LossType
 from bpo.data.tokens import tokenize_responses
 from bpo.gradients.choose import choose_features
 from tiny import hooked, scored_rows, tiny_llama
@@ -61,7 +61,7 @@ CASES = [
     *(case(loss_type=name, use_weighting=True) for name in LOSSES if name != "hinge"),
     *(
         case(loss_type=name, f_divergence_type=divergence)
-        for name, divergence in itertools.product(sorted(_F_DIVERGENCE_LOSSES), get_args(FDivergence))
+        for name, divergence in itertools.product(sorted(F_DIVERGENCE_LOSSES), get_args(FDivergence))
         if divergence != "reverse_kl"
     ),
     *(
@@ -191,7 +191,7 @@ def test_every_loss_of_trl_is_supported_or_refused():
     """A loss that a later TRL adds fails here until it is one of the two."""
     described = {field.name: field.metadata["help"] for field in dataclasses.fields(DPOConfig) if field.metadata}
     assert set(re.findall(r"`'(\w+)'`", described["loss_type"])) == {*LOSSES, *REFUSED_LOSSES}
-    assert set(re.findall(r"`'(\w+)'`", described["f_divergence_type"])) == _F_DIVERGENCE_LOSSES
+    assert set(re.findall(r"`'(\w+)'`", described["f_divergence_type"])) == F_DIVERGENCE_LOSSES
     listed = described["f_divergence_type"].split("Possible values are:")[1].split(".")[0]
     assert tuple(re.findall(r"`(\w+)`", listed)) == get_args(FDivergence)
 
@@ -246,7 +246,7 @@ EXTREMES = (-1e4, -300.0, -1.0, 0.0, 300.0, 1e4)
 @pytest.mark.parametrize("divergence", get_args(FDivergence))
 @pytest.mark.parametrize("name", LOSSES)
 def test_extreme_log_ratios(name, divergence):
-    if name not in _F_DIVERGENCE_LOSSES and divergence != "reverse_kl":
+    if name not in F_DIVERGENCE_LOSSES and divergence != "reverse_kl":
         return
     ratios, pairs = np.array(EXTREMES), np.array(list(itertools.product(range(len(EXTREMES)), repeat=2)))
     config = SelectConfig(loss_type=name, label_smoothing=0.1, f_divergence_type=divergence)
@@ -339,7 +339,7 @@ def test_missing_arguments_are_named(config, expected):
                 {"loss_type": ["sigmoid", name], "f_divergence_type": "js_divergence"},
                 f"f_divergence_type must be 'reverse_kl' for loss_type '{name}'",
             )
-            for name in sorted(set(LOSSES) - _F_DIVERGENCE_LOSSES)
+            for name in sorted(set(LOSSES) - F_DIVERGENCE_LOSSES)
         ),
     ],
 )

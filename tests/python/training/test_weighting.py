@@ -9,7 +9,8 @@ import torch
 from trl import DPOConfig, DPOTrainer
 
 import bpo
-from bpo.config import LossType, SelectConfig
+from bpo.choices import LossType
+from bpo.config import SelectConfig
 from tiny import scored_rows, tiny_llama
 
 SETTINGS = {

@@ -1,0 +1,52 @@
+"""The words that settings take, and which losses can be selected for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+Ranking = Literal["nearest", "softmax", "farthest", "random"]
+Features = Literal["lora", "full", "embeddings"]
+SketchKind = Literal["sparse", "rademacher", "normal"]
+Metric = Literal["euclidean", "cosine"]
+ClusterWeighting = Literal["size", "informativeness", "centrality", "alignment"]
+OnInvalid = Literal["skip", "raise"]
+LengthControl = Literal["residual", "balance"]
+BreadthMethod = Literal["quota", "representative", "diverse"]
+LossType = Literal[
+    "sigmoid",
+    "hinge",
+    "ipo",
+    "exo_pair",
+    "nca_pair",
+    "robust",
+    "bco_pair",
+    "sppo_hard",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+    "sft",
+    "sigmoid_norm",
+]
+FDivergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
+TokenWeights = Callable[[list[int], list[int]], Sequence[float]]
+"""Token ids of a prompt and of a response to a weight for each token of the response."""
+
+TruncationMode = Literal["keep_start", "keep_end"]
+USEFULNESS_TERMS = ("centrality", "alignment", "informativeness", "score_gap")
+"""What ``SelectConfig.usefulness`` can weigh."""
+
+NO_MODELS = ("base", "columns")
+"""What ``ref_model`` can be besides a model and a path."""
+
+DType = Literal["float32", "bfloat16", "float16"]
+SketchDType = Literal["float32", "float16", "bfloat16", "int8"]
+
+_SORTS_THE_BATCH = "it sorts the log-ratios of a whole batch, so its gradient is not a sum over pairs"
+REFUSED_LOSSES = {"aot": _SORTS_THE_BATCH, "aot_unpaired": _SORTS_THE_BATCH}
+"""Losses of TRL that no gradient of a pair belongs to, and why."""
+
+
+# Rewards under another divergence are known up to β·log Z(x), which only the difference of two rewards is free of
+# (arXiv 2309.16240); sft has no reward.
+F_DIVERGENCE_LOSSES = {"sigmoid", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft", "sigmoid_norm"}
