@@ -31,6 +31,8 @@ PUBLIC_MODULES = ("sklearn", "_core")
 NAMED = re.compile(r"(?<![\w./-])bpo((?:\.[A-Za-z_]\w*)+)")
 # [text](path#heading) in Markdown, but no address.
 LINK = re.compile(r"\]\((?!\w+:)([^)#\s]+)")
+# `name` (`room/file.py`), below python/bpo, or `name` (`rust/file.rs`).
+PLACE = re.compile(r"`([\w.]+)` \(`([\w/]+\.(?:py|rs))`\)")
 # :func:`~path.to.it` and the like.
 REFERENCE = re.compile(r":(?:func|class|data|meth|attr|exc|mod):`~?([\w.]+)`")
 
@@ -45,6 +47,7 @@ def main() -> int:
         *names_in_texts(),
         *names_in_docstrings(),
         *links(),
+        *places(),
         *references(),
         *docstrings(),
         *sizes(),
@@ -145,6 +148,30 @@ def links() -> Found:
             for match in LINK.finditer(line):
                 if not (path.parent / match[1]).exists():
                     yield path, number, f"{match[1]} is not there: link to where it is now"
+
+
+def places() -> Found:
+    """Every name that a page for contributors puts into a file is defined there."""
+    for page in (ROOT / "CONTRIBUTING.md", ROOT / "docs" / "architecture.md"):
+        for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), start=1):
+            for name, file in PLACE.findall(line):
+                path = ROOT / file if file.endswith(".rs") else PACKAGE / file
+                if not path.exists() or not defines(path, name):
+                    yield page, number, f"{file} defines no {name}: name where it is now"
+
+
+def defines(path: Path, name: str) -> bool:
+    """Whether a file defines a function or class, or a method as Class.method."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".rs":
+        return re.search(rf"\b(?:fn|struct|enum) {name}\b", text) is not None
+    bodies = parse(path).body
+    for part in name.split("."):
+        found = next((node for node in bodies if isinstance(node, Definition) and node.name == part), None)
+        if found is None:
+            return False
+        bodies = found.body
+    return True
 
 
 def references() -> Found:
