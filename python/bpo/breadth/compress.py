@@ -74,7 +74,8 @@ def compress_breadth(
         progress: Whether to show a progress bar, for ``"representative"`` and ``"diverse"``.
 
     Returns:
-        Which prompts are kept.
+        ``kept``, (n,) bool, which prompts are kept; and of each prompt what it is near, ``labels`` and ``distances``: its
+        k-means cluster with ``"quota"``, else the most similar of the kept prompts.
 
     Raises:
         ValueError: ``n_prompts`` out of range, an unknown method, or embeddings that are zero or not finite.

@@ -44,7 +44,8 @@ def near_duplicates(
         progress: Whether to show a progress bar.
 
     Returns:
-        The earlier prompt that each is like.
+        ``earlier``, (n,) int64, the earlier prompt that each is most like, −1 where there is none, and ``similarity``,
+        (n,) float64, the cosine with it.
 
     Raises:
         ValueError: A threshold out of range, or embeddings that are zero or not finite.

@@ -129,7 +129,8 @@ class ChatServer:
             settings: Fields of the request: ``temperature``, ``top_p``, ``max_tokens``, ``seed``, ``tools``, ….
 
         Returns:
-            The reply, from the cache where it is there.
+            The reply, from the cache where it is there: ``text``, ``finish_reason`` (``"stop"``; ``"length"`` where it
+            was cut at the token limit; or what else the server says) and ``refused`` (whether the server marks it so).
 
         Raises:
             ChatError: No answer to this request after all retries, or none that can be used.
