@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from bpo.responses.judge import Judge as Judge
     from bpo.responses.reward import RewardModel as RewardModel
     from bpo.responses.sampling import sample_responses as sample_responses
+    from bpo.responses.scorer import Score as Score
     from bpo.responses.scorer import Scorer as Scorer
     from bpo.responses.scoring import score_responses as score_responses
     from bpo.responses.summary import ResponseSummary as ResponseSummary
@@ -99,6 +100,7 @@ _LAZY = {
     "describe_responses": "bpo.responses.summary",
     "RewardModel": "bpo.responses.reward",
     "sample_responses": "bpo.responses.sampling",
+    "Score": "bpo.responses.scorer",
     "Scorer": "bpo.responses.scorer",
     "score_responses": "bpo.responses.scoring",
     "Selection": "bpo.selection.selection",

@@ -74,7 +74,7 @@ def compress_breadth(
         progress: Whether to show a progress bar, for ``"representative"`` and ``"diverse"``.
 
     Returns:
-        ``kept``, (n,) bool, which prompts are kept; and of each prompt what it is near, ``labels`` and ``distances``: its
+        ``kept``, (n,) bool, which prompts are kept; and what each prompt is near, ``labels`` and ``distances``: its
         k-means cluster with ``"quota"``, else the most similar of the kept prompts.
 
     Raises:

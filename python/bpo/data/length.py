@@ -9,6 +9,8 @@ import numpy as np
 
 from bpo.config import SelectConfig
 from bpo.data.read import read_configured
+from bpo.data.tokenizers import load_tokenizer
+from bpo.data.tokens import tokenize_candidates
 from bpo.data.values import prompt_text
 
 if TYPE_CHECKING:
@@ -70,9 +72,6 @@ def length_effect(
         >>> round(effect.slope, 3), round(effect.longer_share, 3)
         (0.337, 0.833)
     """
-    from bpo.data.tokenizers import load_tokenizer
-    from bpo.data.tokens import tokenize_candidates
-
     config = SelectConfig.of(config)
     candidates = read_configured(dataset, dataclasses.replace(config, token_weights=None, ref_model=None))
     if processing_class is None:

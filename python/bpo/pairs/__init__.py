@@ -1,1 +1,1 @@
-"""Sketches of responses to pairs: their gradients, clusters, scores and margins, none of them ever formed."""
+"""Sketches of responses to pairs: their coefficients, clusters, scores and margins."""

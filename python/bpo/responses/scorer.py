@@ -21,7 +21,12 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """The score of a response; None with the reason where there is none."""
+    """The score of a response, as a :class:`bpo.Scorer` yields it.
+
+    Attributes:
+        value: The score; None where there is none.
+        error: Why there is none.
+    """
 
     value: float | None
     error: str | None = None
@@ -48,13 +53,12 @@ class Scorer(abc.ABC):
 
     Example:
         >>> import bpo
-        >>> from types import SimpleNamespace
         >>> class Shortest(bpo.Scorer):
         ...     def describe(self):
         ...         return {"scorer": "shortest"}
         ...     def scores(self, rows):
         ...         for index, row in enumerate(rows):
-        ...             yield index, [SimpleNamespace(value=-float(len(text)), error=None) for text in row.responses]
+        ...             yield index, [bpo.Score(-float(len(text))) for text in row.responses]
         >>> rows = [{"prompt": "2+2?", "responses": ["4", "four"]}]
         >>> bpo.score_responses(rows, Shortest(), progress=False)["scores"][:]
         [[-1.0, -4.0]]
