@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from bpo.breadth.duplicates import near_duplicates as near_duplicates
     from bpo.breadth.embed import embed_prompts as embed_prompts
     from bpo.config import SelectConfig as SelectConfig
+    from bpo.data.candidates import Candidates as Candidates
     from bpo.data.candidates import InvalidDataWarning as InvalidDataWarning
     from bpo.data.length import LengthEffect as LengthEffect
     from bpo.data.length import length_effect as length_effect
@@ -76,6 +77,7 @@ _LAZY = {
     "compare": "bpo.evidence.compare",
     "CompareConfig": "bpo.evidence.compare_config",
     "SelectConfig": "bpo.config",
+    "Candidates": "bpo.data.candidates",
     "InvalidDataWarning": "bpo.data.candidates",
     "read_candidates": "bpo.data.read",
     "Diagnosis": "bpo.gradients.doctor",

@@ -47,9 +47,9 @@ def read_candidates(
             whose preferred response it holds. Pairs of weight 0 are set aside. ``"weight"`` need not be there.
 
     Returns:
-        The candidates: the distinct ``prompts`` and ``responses``, ``prompt_of_response``, ``scores``, ``pairs``
-        ((P, 2) int64, the preferred response first), ``prompt_of_pair``, ``score_gaps``, where in the data each of
-        them stands, and what was set aside (``skipped``).
+        The :class:`bpo.Candidates`: the distinct ``prompts`` and ``responses``, ``prompt_of_response``, ``scores``,
+        ``pairs`` ((P, 2) int64, the preferred response first), ``prompt_of_pair``, ``score_gaps``, where in the data
+        each of them stands, and what was set aside (``skipped``).
 
     Raises:
         ValueError: Missing or misnamed columns, an empty dataset, a value of the wrong type, or no usable pair.

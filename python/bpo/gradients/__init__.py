@@ -1,1 +1,1 @@
-"""Policy and responses to sketches: the gradient of each response, exactly, and the store that keeps them."""
+"""Policy and responses to sketches: the gradient of each response, exactly, at one model or several checkpoints."""
