@@ -45,7 +45,7 @@ from bpo.store.gradient_store import GradientStore, StoreMismatchError, with_set
 from bpo.system.files import differing, flattened, write_whole
 from bpo.system.optional import import_matplotlib, import_scipy
 from bpo.system.processes import cores, in_processes
-from bpo.training.on_pairs import dpo_config, train_on_pairs
+from bpo.training.dpo import dpo_config, train_on_pairs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping

@@ -26,7 +26,7 @@ from bpo.evidence.compare_config import CompareConfig, read_yaml
 from bpo.evidence.win_rates import compare_responses
 from bpo.selection.strategies import STRATEGIES
 from bpo.system.processes import in_processes
-from bpo.training.on_pairs import dpo_config, train_on_pairs
+from bpo.training.dpo import dpo_config, train_on_pairs
 from tiny import scored_rows
 
 TRAINING = {

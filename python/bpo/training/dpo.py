@@ -1,4 +1,4 @@
-"""Training on given pairs with TRL, of which nothing is kept but the model."""
+"""Plain DPO with TRL on given pairs, of which nothing is kept but the model."""
 
 from __future__ import annotations
 
