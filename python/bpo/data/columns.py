@@ -83,6 +83,17 @@ def read_template_kwargs(rows: datasets.Dataset | ListRows) -> list[dict[str, An
     return merged
 
 
+def template_columns(template_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the columns of a row that give these to the chat template; see :func:`read_template_kwargs`."""
+    kwargs = dict(template_kwargs)
+    columns: dict[str, Any] = {}
+    if kwargs.get("tools") is not None:
+        columns["tools"] = kwargs.pop("tools")
+    if kwargs:
+        columns["chat_template_kwargs"] = kwargs
+    return columns
+
+
 def row_weights(rows: datasets.Dataset | ListRows, column: str | None) -> npt.NDArray[np.float64] | None:
     """Returns the weight of each row, None where there is no such column."""
     if column is None or (column == WEIGHT_COLUMN and column not in rows.column_names):

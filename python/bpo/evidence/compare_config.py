@@ -275,9 +275,10 @@ class CompareConfig:
         return any(arm.needs_gradients and arm.store is None for arm in self.arms)
 
     @property
-    def eval_bf16(self) -> bool:
-        """Whether policies are evaluated under bfloat16 autocast."""
-        return bool(self.evaluate["bf16"])
+    def evaluation(self) -> SelectConfig:
+        """Settings with which policies are evaluated."""
+        values = {name: self.evaluate[name] for name in ("tokens_per_batch", "bf16")}
+        return dataclasses.replace(self.shared, **values)
 
     @property
     def peft_config(self) -> LoraConfig | None:

@@ -6,12 +6,12 @@ import dataclasses
 import hashlib
 from typing import TYPE_CHECKING, Any
 
-import datasets
 import numpy as np
 
-from bpo.data.read import read_candidates
+from bpo.data.columns import template_columns
+from bpo.data.read import read_configured
 from bpo.data.rows import load_rows
-from bpo.data.tokens import tokenize_candidates
+from bpo.data.tokens import tokenize_configured
 from bpo.pairs.ranks import ranks_in_prompts
 from bpo.system.warn import warn
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from bpo.config import SelectConfig
+    from bpo.data.candidates import Candidates
     from bpo.data.tokens import TokenizedResponses
 
 
@@ -57,7 +58,7 @@ class ComparedPairs:
         config: SelectConfig,
         columns: Collection[str] = (),
     ) -> ComparedPairs:
-        """Reads a data set, with more of its columns, of which each prompt has the values of its first row.
+        """Reads every pair of a data set, with more of its columns, of which a prompt has the values of its first row.
 
         The reference has not run yet.
 
@@ -69,38 +70,14 @@ class ComparedPairs:
         if missing:
             raise ValueError(f"{sorted(missing)[0]!r} is no column of the data, which has {list(data.column_names)}.")
         more = [{name: row[name] for name in columns} for row in data] if columns else []
-        candidates, tokenized = tokenize_candidates(
-            read_candidates(
-                data if isinstance(data, datasets.Dataset) else dataset,
-                on_invalid=config.on_invalid,
-                weight_column=config.weight_column,
-            ),
-            tokenizer,
-            max_length,
-            truncation_mode=config.truncation_mode,
-            on_invalid=config.on_invalid,
-        )
-        scored = bool(np.isfinite(candidates.pair_scores).all())
-        rows = []
-        for pair, (chosen, rejected) in enumerate(candidates.pairs):
-            prompt = candidates.prompt_of_pair[pair]
-            row = {
-                "prompt": candidates.prompts[prompt],
-                "chosen": candidates.responses[chosen],
-                "rejected": candidates.responses[rejected],
-            }
-            if scored:
-                row["score_chosen"], row["score_rejected"] = map(float, candidates.pair_scores[pair])
-            settings = dict(candidates.template_kwargs[prompt])
-            if settings.get("tools") is not None:
-                row["tools"] = settings.pop("tools")
-            if settings:
-                row["chat_template_kwargs"] = settings
-            if candidates.weights is not None and config.weight_column is not None:
-                row[config.weight_column] = float(candidates.weights[pair])
-            if more:
-                row |= more[candidates.prompt_rows[prompt]]
-            rows.append(row)
+        reading = dataclasses.replace(config, max_pairs_per_prompt=None)  # of which each arm has its own
+        candidates, tokenized = tokenize_configured(read_configured(data, reading), tokenizer, max_length, reading)
+        rows = _rows(candidates, config.weight_column)
+        if more:
+            rows = [
+                row | more[candidates.prompt_rows[prompt]]
+                for row, prompt in zip(rows, candidates.prompt_of_pair, strict=True)
+            ]
         return cls(
             rows=rows,
             prompt_of_pair=candidates.prompt_of_pair,
@@ -134,10 +111,6 @@ class ComparedPairs:
         taken = dataclasses.replace(self.tokenized.take(sequences), pairs=places.reshape(-1, 2))
         return taken, self.ref_logps[sequences]
 
-    def with_ref_logps(self, logps: npt.NDArray[np.float32]) -> ComparedPairs:
-        """Returns the same with log π_ref of each sequence."""
-        return dataclasses.replace(self, ref_logps=logps)
-
     def without(self, heldout: ComparedPairs) -> ComparedPairs:
         """Takes out the prompts that are held out.
 
@@ -162,3 +135,23 @@ class ComparedPairs:
             ref_logps=ref_logps,
             weights=None if self.weights is None else self.weights[pairs],
         )
+
+
+def _rows(candidates: Candidates, weight_column: str | None) -> list[dict[str, Any]]:
+    """Returns every candidate pair as a preference row."""
+    scored = bool(np.isfinite(candidates.pair_scores).all())
+    rows = []
+    for pair, (chosen, rejected) in enumerate(candidates.pairs):
+        prompt = candidates.prompt_of_pair[pair]
+        row: dict[str, Any] = {
+            "prompt": candidates.prompts[prompt],
+            "chosen": candidates.responses[chosen],
+            "rejected": candidates.responses[rejected],
+        }
+        if scored:
+            row["score_chosen"], row["score_rejected"] = map(float, candidates.pair_scores[pair])
+        row |= template_columns(candidates.template_kwargs[prompt])
+        if candidates.weights is not None and weight_column is not None:
+            row[weight_column] = float(candidates.weights[pair])
+        rows.append(row)
+    return rows

@@ -1,4 +1,4 @@
-"""How well a policy ranks held-out preference pairs."""
+"""How well a policy ranks held-out preference pairs, by its log-probabilities of their responses."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     import numpy.typing as npt
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from bpo.data.tokens import TokenizedResponses
 
@@ -165,11 +166,40 @@ def evaluate_preferences(
             f"{len(tokenized.ids)} of this data; evaluate both on the same data with the same tokenizer and max_length."
         )
     policy = load_policy(model, config)
-    bar = tqdm(
-        total=int(tokenized.lengths.sum()), desc="Evaluation", unit="token", unit_scale=True, disable=not progress
-    )
+    logps = policy_logps(policy, tokenized, tokenizer, config, stage="Evaluation", progress=progress)
+    bad = np.flatnonzero(~np.isfinite(logps))
+    if len(bad):
+        row = candidates.prompt_rows[candidates.prompt_of_response[tokenized.response_of[bad[0]]]]
+        raise ValueError(f"The log-probabilities of {len(bad)} responses are not finite (the first is of row {row}).")
+    reference_logps = logps if reference is None else reference.logps
+    return PreferenceEvaluation.of(tokenized, candidates.prompt_of_pair, logps, reference_logps, config.beta)
+
+
+def policy_logps(
+    policy: PreTrainedModel,
+    tokenized: TokenizedResponses,
+    tokenizer: PreTrainedTokenizerBase,
+    config: SelectConfig,
+    *,
+    stage: str,
+    progress: bool,
+) -> npt.NDArray[np.float32]:
+    """Returns log π of sequences under a policy, which is frozen meanwhile.
+
+    Args:
+        policy: The policy.
+        tokenized: The S sequences.
+        tokenizer: Pads them.
+        config: Uses ``tokens_per_batch`` and ``bf16``.
+        stage: What a progress bar calls it.
+        progress: Whether to show one.
+
+    Returns:
+        (S,) float32.
+    """
+    bar = tqdm(total=int(tokenized.lengths.sum()), desc=stage, unit="token", unit_scale=True, disable=not progress)
     with inference_state(policy), bar:
-        logps = response_logps(
+        return response_logps(
             policy,
             tokenized,
             padding_id(tokenizer),
@@ -177,12 +207,6 @@ def evaluate_preferences(
             autocast=torch.bfloat16 if config.bf16 else None,
             on_batch=bar.update,
         )
-    bad = np.flatnonzero(~np.isfinite(logps))
-    if len(bad):
-        row = candidates.prompt_rows[candidates.prompt_of_response[tokenized.response_of[bad[0]]]]
-        raise ValueError(f"The log-probabilities of {len(bad)} responses are not finite (the first is of row {row}).")
-    reference_logps = logps if reference is None else reference.logps
-    return PreferenceEvaluation.of(tokenized, candidates.prompt_of_pair, logps, reference_logps, config.beta)
 
 
 def _wins(differences: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.float64]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import bpo
+from bpo.data.columns import template_columns
 from bpo.evidence.length_controlled import length_controlled_win_rate
 from bpo.responses.prompts import read_responses
 from bpo.responses.sampling import sample_responses
@@ -149,19 +150,14 @@ def compare_responses(start: Sequence[Mapping[str, Any]], trained: Sequence[Mapp
         known = dict(zip(map(_text, first[key].responses), first[key].scores, strict=True))
         responses = [*first[key].responses]
         responses += [text for text in second[key].responses if _text(text) not in known]
-        settings = dict(first[key].template_kwargs)
-        row: dict[str, Any] = {
+        row = {
             "prompt": first[key].prompt,
             "responses": [
                 first[key].messages(text) if isinstance(first[key].prompt, list) else text for text in responses
             ],
             "scores": [known.get(_text(text)) for text in responses],
         }
-        if settings.get("tools") is not None:
-            row["tools"] = settings.pop("tools")
-        if settings:
-            row["chat_template_kwargs"] = settings
-        rows.append(row)
+        rows.append(row | template_columns(first[key].template_kwargs))
     scored = {row.key: row for row in read_responses(score_responses(rows, scorer, progress=False))}
     wins, lengths, clusters, told = [], [], [], []
     for number, key in enumerate(shared):

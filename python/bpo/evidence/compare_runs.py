@@ -1,0 +1,270 @@
+"""The runs of a comparison: select, train, evaluate, each on its own, here or in other processes."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import gc
+import json
+import pickle
+import sys
+import tempfile
+import traceback
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import datasets
+import numpy as np
+import transformers
+
+from bpo.data.length import turn
+from bpo.data.tokenizers import load_tokenizer
+from bpo.evidence.compare_config import UNTRAINED
+from bpo.evidence.compare_files import HEADER, read, timed, write
+from bpo.evidence.evaluate import PreferenceEvaluation, policy_logps
+from bpo.evidence.win_rates import compare_responses
+from bpo.selection.request import count_of
+from bpo.selection.select import select
+from bpo.selection.strategies import STRATEGIES
+from bpo.system.processes import cores, in_processes
+from bpo.training.dpo import dpo_config, train_on_pairs
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    import numpy.typing as npt
+    from transformers import PreTrainedModel
+
+    from bpo.evidence.compare_plan import Plan, Split, Task
+    from bpo.selection.strategies import Strategy
+
+_MEASURES = ("accuracy", "length_controlled_accuracy", "margin", "likelihood_accuracy")
+
+
+def attempt_runs(
+    plan: Plan, tasks: Sequence[Task], jobs: int, own: Mapping[str, Strategy]
+) -> Iterator[tuple[Task, str | None]]:
+    """Makes runs and writes the file of each.
+
+    Args:
+        plan: What they share.
+        tasks: The runs, in the order in which they are begun.
+        jobs: Runs at a time, each in a process of its own; one is made here.
+        own: Strategies that a user registered, which other processes do not know.
+
+    Yields:
+        Each run when it is done, and the traceback of what went wrong, or None.
+    """
+    if jobs == 1 or len(tasks) < 2:
+        for task in tasks:
+            yield task, _attempt(plan, task)
+        return
+    plan = dataclasses.replace(plan, threads=max(1, cores() // jobs))
+    yield from in_processes(functools.partial(_attempt_elsewhere, plan, own), tasks, jobs)
+
+
+def untrained(plan: Plan, seed: int) -> dict[str, Any]:
+    """Returns the run of the starting policy, which needs none."""
+    pairs = plan.split(seed).heldout
+    data = plan.evaluated
+    tokenized, ref_logps = data.responses(pairs)
+    beta = plan.config.shared.beta
+    evaluation = PreferenceEvaluation.of(tokenized, data.prompt_of_pair[pairs], ref_logps, ref_logps, beta)
+    return {"seed": seed, "arm": UNTRAINED, "budget": 0, **_measures(evaluation)}
+
+
+def check_reachable(own: Mapping[str, Strategy]) -> None:
+    """Checks that other processes can import the strategies that a user registered.
+
+    Raises:
+        ValueError: They cannot.
+    """
+    for name, strategy in own.items():
+        try:
+            pickle.dumps(strategy)
+            there = strategy.choose.__module__ != "__main__" or hasattr(sys.modules["__main__"], "__file__")
+        except (pickle.PicklingError, AttributeError, TypeError):
+            there = False
+        if not there:
+            raise ValueError(
+                f"The strategy {name!r} cannot be imported by the processes of jobs > 1: define its function at the "
+                "top level of a module or script, or use jobs=1."
+            )
+
+
+def _attempt_elsewhere(plan: Plan, own: Mapping[str, Strategy], task: Task) -> str | None:
+    """As :func:`_attempt`, in a process that knows only bpo's own strategies."""
+    STRATEGIES.update(own)
+    return _attempt(plan, task)
+
+
+def _attempt(plan: Plan, task: Task) -> str | None:
+    """Makes a run and writes its file; returns the traceback of what went wrong."""
+    try:
+        with _quiet():
+            run = _run(plan, task)
+        write(plan.files.run(task.name), json.dumps(run) + "\n")
+    except Exception:
+        return traceback.format_exc()
+    finally:
+        gc.collect()  # the trainer and its model hold each other
+    return None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps the bars and notes of other libraries from burying our own."""
+    level, bars = transformers.logging.get_verbosity(), datasets.are_progress_bars_disabled()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        transformers.logging.set_verbosity(level)
+        transformers.logging.enable_progress_bar()
+        if not bars:
+            datasets.enable_progress_bars()
+
+
+def _run(plan: Plan, task: Task) -> dict[str, Any]:
+    """Selects, trains and evaluates; takes training and evaluation from a run on the same pairs where there is one."""
+    split = plan.split(task.seed)
+    seconds: dict[str, float] = {}
+    with timed(seconds, "selection"):
+        chosen = _select(plan, task, split)
+    run = {
+        **HEADER,
+        "seed": task.seed,
+        "arm": task.arm.name,
+        "budget": task.budget,
+        "arm_settings": task.arm.settings(),
+        "n_pairs": len(chosen.pairs),
+        "n_prompts": chosen.n_prompts,
+        "warnings": chosen.warnings,
+        "pairs": chosen.pairs.tolist(),
+        "heldout_pairs": split.heldout.tolist(),
+        "same_as": None,
+        **({"turned": chosen.pairs[chosen.turned].tolist()} if chosen.turned.any() else {}),
+    }
+    twin = _twin(plan, task, run)
+    if twin is not None:
+        copied = {name: twin[name] for name in ("measures", "correct")}
+        return {**run, **copied, "same_as": twin["arm"], "seconds": {**twin["seconds"], **seconds}}
+    with timed(seconds, "training"):
+        policy = _train(plan, task, chosen)
+    with timed(seconds, "evaluation"):
+        run |= _measures(_evaluate(plan, policy, split.heldout))
+    if plan.config.scorer is not None:
+        with timed(seconds, "sampling"):
+            run["measures"] |= _win_rates(plan, task, policy, split.heldout)
+    return {**run, "seconds": seconds}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Chosen:
+    """What an arm chose, in the order of the data, so that the same pairs are the same training.
+
+    Attributes:
+        pairs: (n,) int64, of the pool.
+        dataset: The same as TRL takes them.
+        turned: (n,) bool, which of them length control turned round.
+        n_prompts: Prompts that have one.
+        warnings: Of the selection.
+    """
+
+    pairs: npt.NDArray[np.int64]
+    dataset: Any
+    turned: npt.NDArray[np.bool_]
+    n_prompts: int
+    warnings: list[str]
+
+
+def _select(plan: Plan, task: Task, split: Split) -> _Chosen:
+    """Chooses pairs of a split to train on."""
+    config, arm, rows = plan.config, task.arm, plan.pool.rows
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        selection = select(
+            config.model if arm.needs_model else None,
+            [rows[pair] for pair in split.train],
+            budget=count_of(task.budget, len(split.train)),
+            breadth=arm.breadth,
+            processing_class=config.processing_class,
+            strategy=arm.strategy,
+            target=[rows[pair] for pair in split.target] if arm.needs_target else None,
+            store=(arm.store or plan.store) if arm.needs_gradients else None,
+            config=arm.select if arm.select.threads else dataclasses.replace(arm.select, threads=plan.threads),
+            seed=task.seed,
+            progress=False,
+        )
+    pairs = split.train[np.array(selection.dataset["bpo_row"])]
+    order = np.argsort(pairs)
+    pairs, dataset = pairs[order], selection.dataset.select(order)
+    return _Chosen(
+        pairs,
+        dataset,
+        turned=np.array([text == rows[pair]["rejected"] for pair, text in zip(pairs, dataset["chosen"], strict=True)]),
+        n_prompts=int((selection.depth > 0).sum()),
+        warnings=[str(warning.message) for warning in caught if issubclass(warning.category, UserWarning)],
+    )
+
+
+def _twin(plan: Plan, task: Task, here: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Returns a finished run of the same seed on the same pairs, the same way round."""
+    for path in plan.files.runs_of(task.seed):
+        run = read(path)
+        same = all(run.get(name) == here.get(name) for name in ("pairs", "turned"))
+        if same and run["same_as"] is None:
+            return run
+    return None
+
+
+def _train(plan: Plan, task: Task, chosen: _Chosen) -> PreTrainedModel:
+    """Trains on the pairs that were chosen."""
+    config, known = plan.config, plan.train_ref_logps
+    with tempfile.TemporaryDirectory(prefix="bpo-compare-") as scratch:
+        return train_on_pairs(
+            config.model,
+            chosen.dataset,
+            dpo_config(config.training, scratch, task.seed),
+            processing_class=config.processing_class,
+            peft_config=config.peft_config,
+            ref_logps=None if known is None else known[turn(plan.pool.tokenized.pairs[chosen.pairs], chosen.turned)],
+        )
+
+
+def _evaluate(plan: Plan, policy: PreTrainedModel, pairs: npt.NDArray[np.int64]) -> PreferenceEvaluation:
+    """Ranks held-out pairs by a trained policy."""
+    config, data = plan.config, plan.evaluated
+    tokenized, ref_logps = data.responses(pairs)
+    tokenizer = load_tokenizer(config.model, config.processing_class, config.shared)
+    logps = policy_logps(policy, tokenized, tokenizer, config.evaluation, stage="Evaluation", progress=False)
+    if not np.isfinite(logps).all():
+        raise ValueError(
+            f"The trained policy gives {int((~np.isfinite(logps)).sum())} held-out responses no finite "
+            "log-probability: lower training.learning_rate."
+        )
+    return PreferenceEvaluation.of(tokenized, data.prompt_of_pair[pairs], logps, ref_logps, config.shared.beta)
+
+
+def _measures(evaluation: PreferenceEvaluation) -> dict[str, Any]:
+    """What a run keeps of its evaluation."""
+    return {
+        "measures": {name: getattr(evaluation, name) for name in _MEASURES},
+        "correct": evaluation.correct.tolist(),
+    }
+
+
+def _win_rates(plan: Plan, task: Task, policy: PreTrainedModel, pairs: npt.NDArray[np.int64]) -> dict[str, float]:
+    """Compares sampled responses with those of the starting policy, and keeps them to look at."""
+    config, files = plan.config, plan.files
+    tokenizer = load_tokenizer(config.model, config.processing_class, config.shared)
+    sampled = config.scorer.sample(policy, plan.prompts(pairs), tokenizer, task.seed)
+    start = read(files.start_responses(task.seed))["rows"]
+    wins = compare_responses(start, sampled, config.scorer.build(files.verdicts))
+    write(files.responses / f"{task.name}.jsonl", "".join(json.dumps(row) + "\n" for row in wins.rows))
+    return wins.measures
