@@ -17,8 +17,8 @@ from bpo.config import SelectConfig
 from bpo.evidence.win_rates import ScorerConfig
 from bpo.selection.strategies import STRATEGIES
 from bpo.system.model_paths import check_path, is_adapter
-from bpo.training.config import SHARED
 from bpo.training.dpo import dpo_config, dpo_config_fields
+from bpo.training.settings import SHARED
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 UNTRAINED = "untrained"

@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import bpo
 from bpo.data.columns import template_columns
 from bpo.evidence.length_controlled import length_controlled_win_rate
+from bpo.responses.client import ChatServer
+from bpo.responses.judge import Judge
 from bpo.responses.prompts import read_responses
+from bpo.responses.reward import RewardModel
 from bpo.responses.sampling import sample_responses
 from bpo.responses.scorer import Scorer, load_function
 from bpo.responses.scoring import score_responses
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from bpo.responses.prompts import PromptResponses
 
 _SAMPLING = {"n_responses": 1, "temperature": 1.0, "top_p": 0.95, "max_new_tokens": 256, "batch_size": 32}
 _JUDGE = ("model", "mode", "criteria", "max_tokens", "concurrency", "requests_per_minute")
@@ -81,12 +85,12 @@ class ScorerConfig:
             OSError: A reward model that cannot be loaded.
         """
         if self.kind == "reward_model":
-            return bpo.RewardModel(self.source)
+            return RewardModel(self.source)
         if self.kind == "function":
             return load_function(self.source, "scorer.function")
         settings = dict(self.judge)
         server = {name: settings.pop(name) for name in ("concurrency", "requests_per_minute") if name in settings}
-        return bpo.Judge(bpo.ChatServer(self.source, settings.pop("model"), cache=cache, **server), **settings)
+        return Judge(ChatServer(self.source, settings.pop("model"), cache=cache, **server), **settings)
 
     def sample(
         self,
@@ -145,19 +149,7 @@ def compare_responses(start: Sequence[Mapping[str, Any]], trained: Sequence[Mapp
     """
     first, second = ({row.key: row for row in read_responses(list(map(dict, rows)))} for rows in (start, trained))
     shared = [key for key in first if key in second]
-    rows = []
-    for key in shared:
-        known = dict(zip(map(_text, first[key].responses), first[key].scores, strict=True))
-        responses = [*first[key].responses]
-        responses += [text for text in second[key].responses if _text(text) not in known]
-        row = {
-            "prompt": first[key].prompt,
-            "responses": [
-                first[key].messages(text) if isinstance(first[key].prompt, list) else text for text in responses
-            ],
-            "scores": [known.get(_text(text)) for text in responses],
-        }
-        rows.append(row | template_columns(first[key].template_kwargs))
+    rows = [_both(first[key], second[key]) for key in shared]
     scored = {row.key: row for row in read_responses(score_responses(rows, scorer, progress=False))}
     wins, lengths, clusters, told = [], [], [], []
     for number, key in enumerate(shared):
@@ -191,6 +183,19 @@ def score_start(rows: list[dict[str, Any]], scorer: Any, output: Path) -> list[d
     if isinstance(scorer, Scorer) and scorer.relative:
         return rows
     return [dict(row) for row in score_responses(rows, scorer, output=output, progress=False)]
+
+
+def _both(start: PromptResponses, trained: PromptResponses) -> dict[str, Any]:
+    """Returns a row of both policies' responses to a prompt, with the scores that are known; equal ones once."""
+    known = dict(zip(map(_text, start.responses), start.scores, strict=True))
+    responses = [*start.responses, *(text for text in trained.responses if _text(text) not in known)]
+    conversational = isinstance(start.prompt, list)
+    return {
+        "prompt": start.prompt,
+        "responses": [start.messages(text) if conversational else text for text in responses],
+        "scores": [known.get(_text(text)) for text in responses],
+        **template_columns(start.template_kwargs),
+    }
 
 
 def _text(response: Any) -> str:

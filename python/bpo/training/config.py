@@ -1,4 +1,4 @@
-"""TRL's ``DPOConfig`` with what a selection needs, and the settings of the selection that follow from it."""
+"""TRL's ``DPOConfig`` with what a selection and its rounds need."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ import os
 from typing import Any
 
 from bpo.config import SelectConfig
-from bpo.data.rows import load_rows
-from bpo.training.rounds import RESAMPLING
-from bpo.training.weighting import LOSS_FIELDS, WeightedDPOConfig
+from bpo.training.resampling import RESAMPLING
+from bpo.training.weighting import WeightedDPOConfig
 
 
 @dataclasses.dataclass
@@ -118,88 +117,6 @@ class BPOConfig(WeightedDPOConfig):
                 f"select_config has {', '.join(sorted(elsewhere))}, but the trainer decides how models are loaded: use "
                 "its ref_model, trust_remote_code or model_init_kwargs."
             )
-
-
-SHARED = (*LOSS_FIELDS, "weight_column", "max_length", "truncation_mode")
-"""Fields of the trainer's configuration and of SelectConfig that must agree."""
-
-
-def check_rounds(args: BPOConfig, settings: SelectConfig) -> None:
-    """Checks what cannot be had together with rounds.
-
-    Raises:
-        ValueError: Such a setting.
-    """
-    sampling = getattr(args, "train_sampling_strategy", "random")
-    sharded = bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    plugin = args.deepspeed_plugin
-    refused = {
-        "checkpoints in select_config": (settings.checkpoints, "their gradients do not change with the policy"),
-        "preconditioner in select_config": (settings.preconditioner, "it belongs to one state of the adapter"),
-        "sync_ref_model": (args.sync_ref_model, "later rounds use log π_ref of the first"),
-        f"train_sampling_strategy={sampling!r}": (
-            sampling not in ("random", "sequential"),
-            "the lengths change with the rounds",
-        ),
-        "FSDP": (sharded, "no process holds the whole model"),
-        "ZeRO-3": (plugin is not None and plugin.zero_stage == 3, "no process holds the whole model"),
-    }
-    for name, (value, reason) in refused.items():
-        if value:
-            raise ValueError(f"reselect_strategy={args.reselect_strategy!r} does not go with {name}: {reason}.")
-
-
-def check_resampling(args: BPOConfig, scorer: Any, dataset: Any, *, fixed_reference: bool) -> None:
-    """Checks that new responses can be scored, weighted and compared with the reference.
-
-    Raises:
-        ValueError: They cannot.
-    """
-    if (scorer is None) != (args.resample is None):
-        raise ValueError(
-            "BPOTrainer needs a scorer for the responses that BPOConfig.resample samples anew."
-            if scorer is None
-            else "A scorer scores responses that are sampled anew: set BPOConfig.resample, too."
-        )
-    if args.resample is None:
-        return
-    if {"chosen", "rejected", args.weight_column} <= set(load_rows(dataset).column_names):
-        raise ValueError(
-            "Pairs of responses that are sampled anew have no weights of the data's pairs: set weight_column=None, or "
-            "give the data as prompts with scored responses, whose weights are those of the prompts."
-        )
-    if args.precompute_ref_log_probs and not fixed_reference:
-        raise ValueError(
-            "resample needs a reference that runs over new responses, but with precompute_ref_log_probs there is only "
-            "the model before its training. Pass ref_model, or turn precompute_ref_log_probs off."
-        )
-
-
-def select_settings(args: BPOConfig, ref_model: Any, peft_config: Any) -> SelectConfig:
-    """Brings together the settings of training and of selection, which must agree."""
-    if args.ld_alpha not in (None, 1.0):
-        raise ValueError(
-            f"BPOTrainer cannot select for ld_alpha={args.ld_alpha!r}: it weights the tokens of a response by the "
-            "length of the other one of its pair, so a response has no gradient of its own. Leave ld_alpha at None."
-        )
-    given: dict[str, Any] = dict(args.select_config or {})  # type: ignore[arg-type]
-    if given.get("token_weights") is not None:
-        raise ValueError(
-            "TRL's DPOTrainer does not weigh tokens, so BPOTrainer cannot train with select_config's token_weights. "
-            "Select with bpo.select and train with a trainer that does."
-        )
-    if isinstance(given.get("loss_type"), str):
-        given["loss_type"] = [given["loss_type"]]
-    shared = {name: getattr(args, name) for name in SHARED}
-    for name, value in shared.items():
-        if given.get(name, value) != value:
-            raise ValueError(
-                f"select_config has {name}={given[name]!r}, but BPOConfig has {value!r}; set it there only."
-            )
-    if hasattr(peft_config, "r"):
-        given.setdefault("lora_rank", peft_config.r)
-    given["trust_remote_code"] = args.trust_remote_code
-    return SelectConfig.from_dict({**given, **shared, "ref_model": ref_model})
 
 
 def count_or_fraction(value: float) -> int | float:

@@ -20,20 +20,13 @@ from bpo.policy.reference import Reference
 from bpo.selection.select import select, select_again, select_at_most
 from bpo.selection.selection import add_ref_logps, has_ref_logps
 from bpo.store.gradient_store import StoreMismatchError
-from bpo.training.config import BPOConfig, check_resampling, check_rounds, count_or_fraction, select_settings
+from bpo.training.checks import check_origin, check_resampling, check_rounds, check_target
+from bpo.training.config import BPOConfig, count_or_fraction
 from bpo.training.load import load_to_train
-from bpo.training.rounds import (
-    RowNumbers,
-    SavedRounds,
-    collate_rows,
-    directory_of,
-    file_of,
-    kept_rows,
-    load_rounds,
-    resample,
-    save_round,
-    untouched_training,
-)
+from bpo.training.loop import RowNumbers, collate_rows, untouched_training
+from bpo.training.resampling import kept_rows, resample
+from bpo.training.rounds import SavedRounds, directory_of, file_of, load_rounds, save_round
+from bpo.training.settings import select_settings
 from bpo.training.weighting import WeightedDPOTrainer
 
 if TYPE_CHECKING:
@@ -120,58 +113,24 @@ class BPOTrainer(WeightedDPOTrainer):
         if isinstance(ref_model, (str, Path)):
             raise TypeError("ref_model must be a model object, as in TRL's DPOTrainer.")
         model = str(model) if isinstance(model, Path) else model
-        if (
-            not isinstance(model, str)
-            and not getattr(model.config, "_name_or_path", "")
-            and ref_model is None
-            and kwargs.get("peft_config") is None
-            and not hasattr(model, "peft_config")
-            and not args.precompute_ref_log_probs
-        ):
-            raise ValueError(
-                "TRL loads the reference from where the model came from, which this model object does not say. Pass "
-                "ref_model or a peft_config, or set precompute_ref_log_probs."
-            )
-        settings = select_settings(args, ref_model, kwargs.get("peft_config"))
+        peft_config = kwargs.get("peft_config")
+        check_origin(model, ref_model, args, peft_config)
+        self._settings = select_settings(args, ref_model, peft_config)
         self._reselects = args.reselect_strategy != "no"
         if self._reselects:
-            check_rounds(args, settings)
-        adapter = kwargs.get("peft_config") is not None or hasattr(model, "peft_config")
-        fixed_reference = adapter or ref_model is not None
+            check_rounds(args, self._settings)
+        fixed_reference = peft_config is not None or hasattr(model, "peft_config") or ref_model is not None
         check_resampling(args, scorer, train_dataset, fixed_reference=fixed_reference)
-        if self._reselects and target is not None and args.precompute_ref_log_probs and not fixed_reference:
-            raise ValueError(
-                "A target needs a reference that runs over its responses in later rounds, too, but with "
-                "precompute_ref_log_probs there is only the model before its training. Pass ref_model, or turn "
-                "precompute_ref_log_probs off."
-            )
-        self._scorer, self._target = scorer, target
-        processing_class = load_tokenizer(model, processing_class, settings)
+        if self._reselects:
+            check_target(args, target, fixed_reference=fixed_reference)
+        self._candidates, self._scorer, self._target = train_dataset, scorer, target
+        processing_class = load_tokenizer(model, processing_class, self._settings)
         if isinstance(eval_dataset, dict):  # a DatasetDict is one, too
-            eval_dataset = {name: _all_pairs(part, settings) for name, part in eval_dataset.items()}
+            eval_dataset = {name: _all_pairs(part, self._settings) for name, part in eval_dataset.items()}
         elif eval_dataset is not None:
-            eval_dataset = _all_pairs(eval_dataset, settings)
-        self._window = window(model, settings)
-        state = PartialState()
-        if state.num_processes > 1 and args.store is None:
-            raise ValueError(
-                "With several processes BPOTrainer needs BPOConfig.store, a directory that all of them see."
-            )
-        self._candidates, self._settings = train_dataset, settings
-        with state.main_process_first():
-            first = select(
-                load_to_train(model, args, kwargs.get("quantization_config")),
-                train_dataset,
-                budget=count_or_fraction(args.budget),
-                breadth=None if args.breadth is None else count_or_fraction(args.breadth),
-                processing_class=processing_class,
-                strategy=args.strategy,
-                target=target,
-                store=directory_of(0, args.store) if args.store and self._reselects else args.store,
-                config=settings,
-                seed=args.seed,
-                progress=not args.disable_tqdm and state.is_main_process,
-            )
+            eval_dataset = _all_pairs(eval_dataset, self._settings)
+        self._window = window(model, self._settings)
+        first = self._select_first(model, args, kwargs.get("quantization_config"), processing_class)
         self._rounds = [(0, first)]
         super().__init__(
             model,
@@ -187,6 +146,29 @@ class BPOTrainer(WeightedDPOTrainer):
             self.train_dataset: Any
             self._rows_of_epoch = len(self.train_dataset)
             self.add_callback(SavedRounds())
+
+    def _select_first(self, model: Any, args: BPOConfig, quantization_config: Any, processing_class: Any) -> Selection:
+        """Selects with the policy before any training; with several processes the first one fills the store."""
+        state = PartialState()
+        if state.num_processes > 1 and args.store is None:
+            raise ValueError(
+                "With several processes BPOTrainer needs BPOConfig.store, a directory that all of them see."
+            )
+        assert args.budget is not None
+        with state.main_process_first():
+            return select(
+                load_to_train(model, args, quantization_config),
+                self._candidates,
+                budget=count_or_fraction(args.budget),
+                breadth=None if args.breadth is None else count_or_fraction(args.breadth),
+                processing_class=processing_class,
+                strategy=args.strategy,
+                target=self._target,
+                store=directory_of(0, args.store) if args.store and self._reselects else args.store,
+                config=self._settings,
+                seed=args.seed,
+                progress=not args.disable_tqdm and state.is_main_process,
+            )
 
     @property
     def selections(self) -> list[Selection]:

@@ -1,0 +1,41 @@
+"""What training and selection must agree on, and the settings of the selection that follow from those of a training."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from bpo.config import SelectConfig
+from bpo.training.weighting import LOSS_FIELDS
+
+if TYPE_CHECKING:
+    from bpo.training.config import BPOConfig
+
+SHARED = (*LOSS_FIELDS, "weight_column", "max_length", "truncation_mode")
+"""Fields of the trainer's configuration and of SelectConfig that must agree."""
+
+
+def select_settings(args: BPOConfig, ref_model: Any, peft_config: Any) -> SelectConfig:
+    """Brings together the settings of training and of selection, which must agree."""
+    if args.ld_alpha not in (None, 1.0):
+        raise ValueError(
+            f"BPOTrainer cannot select for ld_alpha={args.ld_alpha!r}: it weights the tokens of a response by the "
+            "length of the other one of its pair, so a response has no gradient of its own. Leave ld_alpha at None."
+        )
+    given: dict[str, Any] = dict(args.select_config or {})  # type: ignore[arg-type]
+    if given.get("token_weights") is not None:
+        raise ValueError(
+            "TRL's DPOTrainer does not weigh tokens, so BPOTrainer cannot train with select_config's token_weights. "
+            "Select with bpo.select and train with a trainer that does."
+        )
+    if isinstance(given.get("loss_type"), str):
+        given["loss_type"] = [given["loss_type"]]
+    shared = {name: getattr(args, name) for name in SHARED}
+    for name, value in shared.items():
+        if given.get(name, value) != value:
+            raise ValueError(
+                f"select_config has {name}={given[name]!r}, but BPOConfig has {value!r}; set it there only."
+            )
+    if hasattr(peft_config, "r"):
+        given.setdefault("lora_rank", peft_config.r)
+    given["trust_remote_code"] = args.trust_remote_code
+    return SelectConfig.from_dict({**given, **shared, "ref_model": ref_model})
