@@ -91,22 +91,8 @@ def draw_preview(
         reach = sorted(100 * max(abs(row["low"]), abs(row["high"])) for row in records)
         limit = min(reach[-1], 2.5 * reach[len(reach) // 2]) * 1.05
         for axis, budget in zip(axes, budgets, strict=True):
-            axis.axvline(0, color=_SOFT, linewidth=0.8)
-            for row in (row for row in records if row["budget"] == budget):
-                y = names.index(row["arm"])
-                if abs(row["difference"]) * 100 > limit:
-                    left = row["difference"] < 0
-                    text = f"← −{-100 * row['difference']:.1f}" if left else f"+{100 * row['difference']:.1f} →"
-                    axis.text(-limit if left else limit, y, text, va="center", ha="left" if left else "right")
-                    continue
-                axis.plot([100 * row["low"], 100 * row["high"]], [y, y], color=_PALE, linewidth=5, zorder=2)
-                spread = 100 * row["standard_error"]
-                axis.plot([100 * row["difference"] - spread, 100 * row["difference"] + spread], [y, y], color=_STRONG)
-                axis.scatter([100 * row["difference"]], [y], s=26, color=_STRONG, zorder=4)
+            _preview_panel(axis, [row for row in records if row["budget"] == budget], names, limit)
             axis.set_title(_pairs(budget), loc="left")
-            axis.grid(axis="x", color="#eceff2", zorder=0)
-            axis.set_axisbelow(True)
-            axis.spines[["top", "right"]].set_visible(False)
         axes[0].set_yticks(range(len(names)), names)
         axes[0].set_ylim(len(names) - 0.4, -0.6)
         axes[0].set_xlim(-limit, limit)
@@ -119,6 +105,23 @@ def draw_preview(
         figure.savefig(scratch, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
     scratch.replace(path)
     return path
+
+
+def _preview_panel(axis: Any, records: Sequence[Mapping[str, Any]], names: list[str], limit: float) -> None:
+    """One budget of a preview: the interval of each arm, its standard error and its difference."""
+    axis.axvline(0, color=_SOFT, linewidth=0.8)
+    for row in records:
+        y = names.index(row["arm"])
+        if abs(row["difference"]) * 100 > limit:
+            left = row["difference"] < 0
+            text = f"← −{-100 * row['difference']:.1f}" if left else f"+{100 * row['difference']:.1f} →"
+            axis.text(-limit if left else limit, y, text, va="center", ha="left" if left else "right")
+            continue
+        axis.plot([100 * row["low"], 100 * row["high"]], [y, y], color=_PALE, linewidth=5, zorder=2)
+        spread = 100 * row["standard_error"]
+        axis.plot([100 * row["difference"] - spread, 100 * row["difference"] + spread], [y, y], color=_STRONG)
+        axis.scatter([100 * row["difference"]], [y], s=26, color=_STRONG, zorder=4)
+    _open_frame(axis)
 
 
 def _accuracy(figure: Any, results: Mapping[str, Any]) -> bool:
@@ -254,6 +257,11 @@ def _rows(axis: Any, entries: list[tuple[str, Mapping[str, Any]]]) -> None:
         axis.scatter([estimate["mean"]], [row], s=34, color=_STRONG, zorder=4)
     axis.set_yticks(range(len(entries)), [label for label, _ in entries])
     axis.set_ylim(len(entries) - 0.4, -0.6)
+    _open_frame(axis)
+
+
+def _open_frame(axis: Any) -> None:
+    """A frame open at the top and the right, and pale lines up from the values."""
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(axis="x", color="#eceff2", zorder=0)
     axis.set_axisbelow(True)
