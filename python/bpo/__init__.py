@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from bpo.data.length import LengthEffect as LengthEffect
     from bpo.data.length import length_effect as length_effect
     from bpo.data.read import read_candidates as read_candidates
-    from bpo.evidence.compare import Comparison as Comparison
-    from bpo.evidence.compare import compare as compare
-    from bpo.evidence.compare_config import CompareConfig as CompareConfig
+    from bpo.evidence.compare.compare import Comparison as Comparison
+    from bpo.evidence.compare.compare import compare as compare
+    from bpo.evidence.compare.config import CompareConfig as CompareConfig
     from bpo.evidence.evaluate import PreferenceEvaluation as PreferenceEvaluation
     from bpo.evidence.evaluate import evaluate_preferences as evaluate_preferences
     from bpo.evidence.preview.preview import preview as preview
@@ -73,9 +73,9 @@ _LAZY = {
     "ChatServer": "bpo.responses.client",
     "PairClusters": "bpo.pairs.clustering",
     "cluster_pairs": "bpo.pairs.clustering",
-    "Comparison": "bpo.evidence.compare",
-    "compare": "bpo.evidence.compare",
-    "CompareConfig": "bpo.evidence.compare_config",
+    "Comparison": "bpo.evidence.compare.compare",
+    "compare": "bpo.evidence.compare.compare",
+    "CompareConfig": "bpo.evidence.compare.config",
     "SelectConfig": "bpo.config",
     "Candidates": "bpo.data.candidates",
     "InvalidDataWarning": "bpo.data.candidates",

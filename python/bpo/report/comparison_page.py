@@ -19,7 +19,7 @@ def write_report(results: Mapping[str, Any], failures: Mapping[str, str], output
     """Writes ``report.html``, one page with its figures inside, and each figure as SVG and PNG in ``figures``.
 
     Args:
-        results: As :func:`bpo.evidence.results.summarize` returns them.
+        results: As :func:`bpo.evidence.compare.results.summarize` returns them.
         failures: Runs that failed, and why.
         output: Directory.
 

@@ -23,7 +23,7 @@ def draw_figures(results: Mapping[str, Any], directory: Path) -> list[Path]:
     """Draws accuracy, differences, budgets (where there are several), agreement with the linearised regime, and costs.
 
     Args:
-        results: As :func:`bpo.evidence.results.summarize` returns them.
+        results: As :func:`bpo.evidence.compare.results.summarize` returns them.
         directory: Where ``NAME.svg`` and ``NAME.png`` go.
 
     Returns:

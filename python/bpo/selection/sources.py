@@ -152,6 +152,11 @@ class StoreAlone:
             found.append(measured([self.store], [rows], self.config, weights=weights, progress=progress))
         return found
 
+    def of_tokens(self, tokenized: TokenizedResponses) -> MeasuredPairs | None:
+        """Reads pairs whose tokens are known; None where the store lacks one of their responses."""
+        rows = self.store.rows_of(tokenized.sequence_ids)[tokenized.pairs]
+        return None if (rows < 0).any() else measured([self.store], [rows], self.config)
+
 
 class _Tokenizing:
     """What sources with a policy share: pairs are found by tokenizing them."""

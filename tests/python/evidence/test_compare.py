@@ -22,7 +22,7 @@ from trl import DPOTrainer
 
 import bpo
 from bpo.cli.main import main
-from bpo.evidence.compare_config import CompareConfig, read_yaml
+from bpo.evidence.compare.config import CompareConfig, read_yaml
 from bpo.evidence.win_rates import compare_responses
 from bpo.selection.strategies import STRATEGIES
 from bpo.system.processes import in_processes

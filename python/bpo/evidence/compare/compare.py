@@ -10,26 +10,24 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from bpo.evidence.compare_config import CompareConfig
-from bpo.evidence.compare_files import ComparisonFiles, read, write
-from bpo.evidence.compare_plan import Task
-from bpo.evidence.compare_prepare import prepare
-from bpo.evidence.compare_runs import attempt_runs, check_reachable, untrained
-from bpo.evidence.results import summarize, table
+from bpo.evidence.compare.config import CompareConfig
+from bpo.evidence.compare.files import ComparisonFiles, read, write
+from bpo.evidence.compare.plan import Task
+from bpo.evidence.compare.prepare import prepare
+from bpo.evidence.compare.results import summarize, table
+from bpo.evidence.compare.runs import attempt_runs, check_reachable, untrained
 from bpo.pairs.linear import linearised_correct
-from bpo.pairs.measured import measured
 from bpo.report.comparison_page import write_report
+from bpo.selection.sources import StoreAlone
 from bpo.selection.strategies import registered
-from bpo.store.gradient_store import GradientStore, StoreMismatchError, with_settings_of
+from bpo.store.gradient_store import GradientStore, StoreMismatchError
 from bpo.system.optional import import_matplotlib, import_scipy
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Mapping
 
-    from bpo.evidence.compare_data import ComparedPairs
-    from bpo.evidence.compare_plan import Plan
-    from bpo.pairs.pair_gradients import PairGradients
+    from bpo.evidence.compare.plan import Plan
     from bpo.selection.strategies import Strategy
 
 
@@ -148,25 +146,20 @@ def _foretell(plan: Plan, runs: list[dict[str, Any]]) -> None:
     """Adds to each run what the linearised regime makes of its pairs, where the store holds what that takes."""
     if plan.store is None or not runs:
         return
-    store = GradientStore.open(plan.store)
     try:
-        config = with_settings_of(store, plan.config.shared)
+        source = StoreAlone(GradientStore.open(plan.store), plan.config.shared)
     except StoreMismatchError:  # a store that no arm read
         return
-
-    def gradients_of(data: ComparedPairs) -> PairGradients | None:
-        rows = store.rows_of(data.tokenized.sequence_ids)[data.tokenized.pairs]
-        return None if (rows < 0).any() else measured([store], [rows], config).gradients[0]
-
-    pool = gradients_of(plan.pool)
-    evaluated = pool if plan.heldout is None else gradients_of(plan.heldout)
+    pool = source.of_tokens(plan.pool.tokenized)
+    evaluated = pool if plan.heldout is None else source.of_tokens(plan.heldout.tokenized)
     if pool is None or evaluated is None:
         return
+    gradients, heldout = pool.gradients[0], evaluated.gradients[0]
     for run in runs:
         pairs, held = np.array(run["pairs"]), np.array(run["heldout_pairs"])
         # With the policy as its own reference, a pair that is turned round has the opposite gradient.
         signs = np.where(np.isin(pairs, run.get("turned", [])), np.float32(-1), np.float32(1))[:, None]
-        training = pool.take(pairs)
+        training = gradients.take(pairs)
         training = training._replace(coefficients=training.coefficients * signs)
-        correct = linearised_correct(training, evaluated.take(held))
+        correct = linearised_correct(training, heldout.take(held))
         run["measures"] = {**run["measures"], "linearised_accuracy": float(correct.mean())}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bpo.evidence.compare_files import read_logps, write_logps
+from bpo.evidence.compare.files import read_logps, write_logps
 from bpo.evidence.evaluate import policy_logps
 from bpo.store.gradient_store import GradientStore
 from bpo.training.dpo import dpo_config
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from bpo.evidence.compare_data import ComparedPairs
-    from bpo.evidence.compare_plan import Plan
+    from bpo.evidence.compare.data import ComparedPairs
+    from bpo.evidence.compare.plan import Plan
 
 
 def with_reference(plan: Plan, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, progress: bool) -> Plan:

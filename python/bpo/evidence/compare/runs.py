@@ -20,8 +20,8 @@ import transformers
 
 from bpo.data.length import turn
 from bpo.data.tokenizers import load_tokenizer
-from bpo.evidence.compare_config import UNTRAINED
-from bpo.evidence.compare_files import HEADER, read, timed, write
+from bpo.evidence.compare.config import UNTRAINED
+from bpo.evidence.compare.files import HEADER, read, timed, write
 from bpo.evidence.evaluate import PreferenceEvaluation, policy_logps
 from bpo.evidence.win_rates import compare_responses
 from bpo.selection.request import count_of
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from transformers import PreTrainedModel
 
-    from bpo.evidence.compare_plan import Plan, Split, Task
+    from bpo.evidence.compare.plan import Plan, Split, Task
     from bpo.selection.strategies import Strategy
 
 _MEASURES = ("accuracy", "length_controlled_accuracy", "margin", "likelihood_accuracy")

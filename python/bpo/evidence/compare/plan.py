@@ -9,7 +9,7 @@ import numpy as np
 
 import bpo
 from bpo.config import SelectConfig
-from bpo.evidence.compare_files import read
+from bpo.evidence.compare.files import read
 from bpo.system.files import differing, flattened
 
 if TYPE_CHECKING:
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from bpo.evidence.compare_config import Arm, CompareConfig
-    from bpo.evidence.compare_data import ComparedPairs
-    from bpo.evidence.compare_files import ComparisonFiles
+    from bpo.evidence.compare.config import Arm, CompareConfig
+    from bpo.evidence.compare.data import ComparedPairs
+    from bpo.evidence.compare.files import ComparisonFiles
 
 # Keeps the draw of a split apart from those of the selection with the same seed.
 _SPLIT = 1

@@ -12,10 +12,10 @@ from tqdm.auto import tqdm
 
 import bpo
 from bpo.data.tokenizers import load_tokenizer, tokenizer_fingerprint
-from bpo.evidence.compare_data import ComparedPairs
-from bpo.evidence.compare_files import HEADER, Costs, write
-from bpo.evidence.compare_plan import Plan
-from bpo.evidence.compare_reference import with_reference
+from bpo.evidence.compare.data import ComparedPairs
+from bpo.evidence.compare.files import HEADER, Costs, write
+from bpo.evidence.compare.plan import Plan
+from bpo.evidence.compare.reference import with_reference
 from bpo.evidence.win_rates import score_start
 from bpo.gradients.collect import collect_gradients
 from bpo.policy.models import load_policy, model_fingerprint, window
@@ -24,8 +24,8 @@ from bpo.store.gradient_store import GradientStore
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from bpo.evidence.compare_config import CompareConfig
-    from bpo.evidence.compare_files import ComparisonFiles
+    from bpo.evidence.compare.config import CompareConfig
+    from bpo.evidence.compare.files import ComparisonFiles
 
 
 def prepare(config: CompareConfig, files: ComparisonFiles, progress: bool) -> Plan:
