@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import bpo
-from bpo.evidence import results
+from bpo.evidence.compare import results
 
 if TYPE_CHECKING:
     import argparse
