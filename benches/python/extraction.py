@@ -48,6 +48,7 @@ from bpo.data.tokenizers import padding_id
 from bpo.data.tokens import TokenizedResponses, tokenize_candidates
 from bpo.gradients.capture import Plan, sum_gradients
 from bpo.gradients.choose import choose_features
+from bpo.gradients.plan import find_plan
 from bpo.gradients.sketching import Sketching
 from bpo.policy.logprobs import Forward, completion_logps
 from bpo.policy.models import inference_state
@@ -166,7 +167,7 @@ class Methods:
             config = bpo.SelectConfig(lora_rank=RANK)
             features = choose_features(model, config)
             with inference_state(model):
-                self._plans[model] = features.plan(Forward(model, self.data.tokenized, self.data.pad_id))
+                self._plans[model] = find_plan(features, Forward(model, self.data.tokenized, self.data.pad_id))
         with inference_state(model), Sketching(_core.Sketcher(1024), self.threads) as sketching:
             previous, forward = None, Forward(model, batches.tokenized, self.data.pad_id)
             for rows in batches:

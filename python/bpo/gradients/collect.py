@@ -18,6 +18,7 @@ from bpo.data.read import read_configured
 from bpo.data.tokenizers import load_tokenizer, tokenizer_fingerprint
 from bpo.data.tokens import tokenize_configured
 from bpo.gradients.choose import choose_features
+from bpo.gradients.plan import find_plan
 from bpo.gradients.preconditioner import load_preconditioner, preconditioner_path
 from bpo.gradients.sketching import Sketching
 from bpo.policy.logprobs import Forward, check_vocabulary
@@ -41,6 +42,62 @@ if TYPE_CHECKING:
     from bpo.gradients.preconditioner import Preconditioner
     from bpo.gradients.sketching import SketchBatch
     from bpo.store.gradient_store import GradientStore
+
+
+def collect_gradients(
+    model: Any,
+    dataset: Any,
+    *,
+    processing_class: Any = None,
+    store: str | os.PathLike[str] | None = None,
+    config: SelectConfig | Mapping[str, Any] | None = None,
+    progress: bool = True,
+) -> GradientStore:
+    """Sketches the gradient of log π(response | prompt) of every response of a data set.
+
+    With ``features="embeddings"`` the store holds embeddings of the responses in place of gradients (see
+    :class:`bpo.SelectConfig`), and is used in the same ways.
+
+    Args:
+        model: Path, hub id, ``PreTrainedModel`` or ``PeftModel``.
+        dataset: Preference data in any format of :func:`bpo.select`.
+        processing_class: The tokenizer; by default the one saved with the model.
+        store: Directory of the gradient store. Responses that it already holds are not computed again. ``None`` is a
+            temporary directory that goes with the returned object.
+        config: Settings; ``checkpoints`` must be None, since a store is that of one model.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The store: one row a response.
+
+    Raises:
+        ValueError: Unusable data, an unsupported model, or a store made with something else.
+        FileNotFoundError: A model path that does not exist.
+
+    Example:
+        .. code-block:: python
+
+            store = bpo.collect_gradients("my-sft-model", "responses.jsonl", store="gradients")
+            selection = bpo.select(None, "responses.jsonl", budget=500, store="gradients")
+    """
+    config = SelectConfig.of(config)
+    if config.checkpoints is not None:
+        raise ValueError("collect_gradients serves one model: give it a checkpoint as the model, and checkpoints=None.")
+    preconditioner = preconditioner_path(model, config)
+    candidates = read_configured(dataset, config)
+    tokenizer = load_tokenizer(model, processing_class, config)
+    policy = load_policy(model, config)
+    kept, tokenized = tokenize_configured(candidates, tokenizer, window(policy, config), config)
+    return collect(
+        policy,
+        kept,
+        tokenized,
+        tokenizer,
+        config=config,
+        store=store,
+        progress=progress,
+        preconditioner=preconditioner,
+    )
 
 
 def collect(
@@ -78,46 +135,36 @@ def collect(
     precondition = None if preconditioner is None else load_preconditioner(preconditioner, model, features)
     reference = Reference.of(model, config) if reference is None else reference
     reference.check_vocabulary(tokenized)
-    fingerprint = _fingerprint(model, tokenized, processing_class, features, precondition, reference, config)
-    writer = GradientWriter.open(store, fingerprint, candidates.known_ids, tokenized.sequence_ids)
+    made_with = _made_with(model, tokenized, processing_class, config, features, precondition, reference)
+    writer = GradientWriter.open(store, made_with, candidates.known_ids, tokenized.sequence_ids)
     if tokenized.ref_logps is not None:
         writer.check_ref_logps(tokenized.sequence_ids, tokenized.ref_logps)
-    order = storage_order(tokenized.lengths, candidates.prompt_of_response[tokenized.response_of])
-    missing = order[writer.rows_of(tokenized.sequence_ids)[order] < 0]
-    bar = _progress_bar(tokenized.lengths, missing, features.noun, progress)
+    missing = _missing(writer, candidates, tokenized)
+    bar = _progress_bar(tokenized, missing, features.noun, progress)
     with contextlib.ExitStack() as stack:
         for context in (writer, bar, inference_state(model)):
             stack.enter_context(context)
         if len(missing):
             writer.lock()  # before any work that another writer would make useless
             forward = Forward.of(model, tokenized, processing_class, config)
-            plan = features.plan(forward)
+            plan = find_plan(features, forward)
             features.warn_of_gaps(model)
             sketching = stack.enter_context(Sketching.of(config))
             extraction = _Extraction(forward, reference, features, plan, candidates, sketching, precondition)
-            trim = HeapTrimmer()
-            # The bar counts rows that no crash takes away.
-            shown = 0
-            for done in extraction.run(missing, config.tokens_per_batch):
-                committed = writer.append(**_rows_of(done, tokenized, candidates))
-                bar.update(int(tokenized.lengths[missing[shown:committed]].sum()))
-                shown = committed
-                trim()
-            writer.commit()
-            bar.update(int(tokenized.lengths[missing[shown:]].sum()))
+            _add(writer, extraction, missing, config.tokens_per_batch, bar)
     return writer.reopen()
 
 
-def _fingerprint(
+def _made_with(
     model: PreTrainedModel,
     tokenized: TokenizedResponses,
     processing_class: PreTrainedTokenizerBase,
+    config: SelectConfig,
     features: Features,
     precondition: Preconditioner | None,
     reference: Reference,
-    config: SelectConfig,
 ) -> dict[str, Any]:
-    """What the rows of a store depend on."""
+    """The fingerprint of a store: everything that its rows depend on beside the responses."""
     return {
         "bpo": bpo.__version__,
         "model": model_fingerprint(model),
@@ -138,40 +185,72 @@ def _fingerprint(
     }
 
 
-def _progress_bar(lengths: npt.NDArray[np.int64], missing: npt.NDArray[np.int64], noun: str, enabled: bool) -> Any:
-    """A bar in tokens, since those of a response tell its time, which says how much was there already."""
-    n_present = len(lengths) - len(missing)
+def _missing(writer: GradientWriter, candidates: Candidates, tokenized: TokenizedResponses) -> npt.NDArray[np.int64]:
+    """The sequences that a store lacks, in the order in which it keeps them."""
+    order = storage_order(tokenized.lengths, candidates.prompt_of_response[tokenized.response_of])
+    return order[writer.rows_of(tokenized.sequence_ids)[order] < 0]
+
+
+def _progress_bar(
+    tokenized: TokenizedResponses, missing: npt.NDArray[np.int64], noun: str, progress: bool
+) -> tqdm[Any]:
+    """A bar that starts at what is there. It counts tokens, since those of a response tell its time."""
+    total, n_present = int(tokenized.lengths.sum()), len(tokenized.ids) - len(missing)
     return tqdm(
-        total=int(lengths.sum()),
-        initial=int(lengths.sum() - lengths[missing].sum()),
-        desc=noun.capitalize() + (f" ({n_present} of {len(lengths)} responses are there)" if n_present else ""),
+        total=total,
+        initial=total - int(tokenized.lengths[missing].sum()),
+        desc=noun.capitalize() + (f" ({n_present} of {len(tokenized.ids)} responses are there)" if n_present else ""),
         unit="token",
         unit_scale=True,
-        disable=not enabled,
+        disable=not progress,
     )
 
 
-def _rows_of(done: _Done, tokenized: TokenizedResponses, candidates: Candidates) -> dict[str, Any]:
-    """What a batch adds to the store; rows that nothing can be made of are flagged, and stored as zeros."""
-    rows, sketches = done.rows, done.sketches.rows()
+def _add(
+    writer: GradientWriter,
+    extraction: _Extraction,
+    missing: npt.NDArray[np.int64],
+    tokens_per_batch: int,
+    bar: tqdm[Any],
+) -> None:
+    """Adds the rows of the missing sequences to a store; the bar counts those that no crash takes away."""
+    lengths = extraction.forward.tokenized.lengths
+    trim = HeapTrimmer()
+    shown = 0
+
+    def show(committed: int) -> None:
+        nonlocal shown
+        bar.update(int(lengths[missing[shown:committed]].sum()))
+        shown = committed
+
+    for done in extraction.run(missing, tokens_per_batch):
+        show(_append(writer, done, extraction.candidates, extraction.forward.tokenized))
+        trim()
+    show(writer.commit())
+
+
+def _append(writer: GradientWriter, done: _Done, candidates: Candidates, tokenized: TokenizedResponses) -> int:
+    """Appends one row a response of a batch; returns how many rows are committed."""
+    rows, sketch = done.rows, done.sketches.rows()
+    responses = tokenized.response_of[rows]
+    logps, ref_logps = done.logps, done.ref_logps
     # A row whose squared norm overflows is as useless to k-means as an infinite one.
     with np.errstate(over="ignore", invalid="ignore"):
-        finite = np.isfinite(np.square(sketches).sum(axis=1)) & np.isfinite(done.logps) & np.isfinite(done.ref_logps)
-    flags = NONFINITE * ~finite + ZERO * ~sketches.any(axis=1)
+        finite = np.isfinite(np.square(sketch).sum(axis=1)) & np.isfinite(logps) & np.isfinite(ref_logps)
+    flags = NONFINITE * ~finite + ZERO * ~sketch.any(axis=1)
     flags += FIRST_UNPREDICTED * (tokenized.prompt_lengths[rows] == 0)
-    sketches[~finite] = 0.0
-    responses = tokenized.response_of[rows]
-    return {
-        "sketches": sketches,
-        "prompt_ids": candidates.prompt_ids[candidates.prompt_of_response[responses]],
-        "response_ids": tokenized.sequence_ids[rows],
-        "scores": candidates.scores[responses],
-        "logps": done.logps,
-        "ref_logps": done.ref_logps,
-        "lengths": tokenized.response_lengths[rows],
-        "flags": flags,
-        "log_weights": done.log_weights,
-    }
+    sketch[~finite] = 0.0
+    return writer.append(
+        sketch,
+        prompt_ids=candidates.prompt_ids[candidates.prompt_of_response[responses]],
+        response_ids=tokenized.sequence_ids[rows],
+        scores=candidates.scores[responses],
+        logps=logps,
+        ref_logps=ref_logps,
+        lengths=tokenized.response_lengths[rows],
+        flags=flags,
+        log_weights=done.log_weights,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,59 +321,3 @@ class _Extraction:
         logps = result.logps.cpu().numpy()
         ref_logps = self.reference.logps(self.forward, rows, logps)
         return _Done(rows, sketches, logps, ref_logps, result.log_weights.cpu().numpy())
-
-
-def collect_gradients(
-    model: Any,
-    dataset: Any,
-    *,
-    processing_class: Any = None,
-    store: str | os.PathLike[str] | None = None,
-    config: SelectConfig | Mapping[str, Any] | None = None,
-    progress: bool = True,
-) -> GradientStore:
-    """Sketches the gradient of log π(response | prompt) of every response of a data set.
-
-    With ``features="embeddings"`` the store holds embeddings of the responses in place of gradients (see
-    :class:`bpo.SelectConfig`), and is used in the same ways.
-
-    Args:
-        model: Path, hub id, ``PreTrainedModel`` or ``PeftModel``.
-        dataset: Preference data in any format of :func:`bpo.select`.
-        processing_class: The tokenizer; by default the one saved with the model.
-        store: Directory of the gradient store. Responses that it already holds are not computed again. ``None`` is a
-            temporary directory that goes with the returned object.
-        config: Settings; ``checkpoints`` must be None, since a store is that of one model.
-        progress: Whether to show a progress bar.
-
-    Returns:
-        The store: one row a response.
-
-    Raises:
-        ValueError: Unusable data, an unsupported model, or a store made with something else.
-        FileNotFoundError: A model path that does not exist.
-
-    Example:
-        .. code-block:: python
-
-            store = bpo.collect_gradients("my-sft-model", "responses.jsonl", store="gradients")
-            selection = bpo.select(None, "responses.jsonl", budget=500, store="gradients")
-    """
-    config = SelectConfig.of(config)
-    if config.checkpoints is not None:
-        raise ValueError("collect_gradients serves one model: give it a checkpoint as the model, and checkpoints=None.")
-    preconditioner = preconditioner_path(model, config)
-    candidates = read_configured(dataset, config)
-    tokenizer = load_tokenizer(model, processing_class, config)
-    policy = load_policy(model, config)
-    kept, tokenized = tokenize_configured(candidates, tokenizer, window(policy, config), config)
-    return collect(
-        policy,
-        kept,
-        tokenized,
-        tokenizer,
-        config=config,
-        store=store,
-        progress=progress,
-        preconditioner=preconditioner,
-    )

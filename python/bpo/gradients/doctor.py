@@ -19,6 +19,7 @@ from bpo.data.read import read_configured
 from bpo.data.tokenizers import load_tokenizer
 from bpo.data.tokens import tokenize_configured
 from bpo.gradients.choose import choose_features
+from bpo.gradients.plan import find_plan, kind_of
 from bpo.gradients.sketching import Sketching
 from bpo.policy.logprobs import Forward, check_vocabulary
 from bpo.policy.models import inference_state, load_policy, window
@@ -195,7 +196,7 @@ def doctor(
         reference = Reference.of(policy, config)
         with inference_state(policy):
             forward = Forward.of(policy, tokenized, tokenizer, config)
-            plan = features.plan(forward)
+            plan = find_plan(features, forward)
             features.warn_of_gaps(policy)
             trial = _Trial(forward, reference, features, plan, config)
             trial.run(begin + seconds)
@@ -216,7 +217,7 @@ def doctor(
         warnings=said,
         features=features.describe(),
         coordinates=features.dim,
-        parts=features.parts(),
+        parts=_parts(features),
         run_again=sorted(plan.replays),
         whole_model=sorted(plan.whole),
         zero=trial.zero(),
@@ -318,6 +319,14 @@ class _Trial:
 
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _parts(features: Features) -> dict[str, int]:
+    """The coordinates of each kind of parameter, layers taken together, the largest first."""
+    parts: dict[str, int] = {}
+    for name, slot in features.slots.items():
+        parts[kind_of(name)] = parts.get(kind_of(name), 0) + slot.size
+    return dict(sorted(parts.items(), key=lambda item: -item[1]))
 
 
 def _named(names: list[str]) -> str:

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from transformers import PreTrainedModel
 
-    from bpo.gradients.capture import Plan
     from bpo.gradients.layers import Slot
     from bpo.policy.logprobs import Forward
 
@@ -158,10 +157,10 @@ class Parameters(Features):
         described = {"kind": "parameters", "names": _digest(self.slots), "coordinates": self.dim}
         return described if self.factor_dim is None else {**described, "factor_dim": self.factor_dim}
 
-    def _exact(
-        self, forward: Forward, plan: Plan, row: npt.NDArray[np.int64], names: list[str]
+    def exact(
+        self, forward: Forward, row: npt.NDArray[np.int64], names: Sequence[str]
     ) -> tuple[dict[str, torch.Tensor], float]:
-        """By autograd, which knows nothing of hooks and plans."""
+        """Takes the gradients of a response by autograd; see :meth:`Features.exact`."""
         kept, logp = by_autograd(forward, {name: self.slots[name] for name in names}, row)
         return {
             name: kept[name].cpu() if name in kept else torch.zeros(1, self.slots[name].size) for name in names

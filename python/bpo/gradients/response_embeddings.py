@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from bpo.gradients.capture import Plan
 from bpo.gradients.features import Features
 from bpo.gradients.layers import UnsupportedModelError
-from bpo.gradients.plan import probe_rows
 from bpo.policy.logprobs import predicting_positions
 from bpo.policy.models import base_of
 from bpo.store.gradient_store import EMBEDDED
 
 if TYPE_CHECKING:
+    import numpy as np
     import numpy.typing as npt
     from transformers import PreTrainedModel
 
@@ -55,25 +55,12 @@ class ResponseEmbeddings(Features):
         """Returns what identifies these features in a store."""
         return {"kind": EMBEDDED}
 
-    def plan(self, forward: Forward) -> Plan:
-        """Checks, on two short responses, that an embedding does not depend on the batch; there is nothing to plan.
-
-        Raises:
-            UnsupportedModelError: It does.
-        """
-        plan = Plan()
-        rows = probe_rows(forward.tokenized)
+    def learn_shapes(self, forward: Forward, rows: npt.NDArray[np.int64]) -> None:
+        """Learns from some responses how many numbers an embedding has."""
         if not self.slots:
             sizes: list[int] = []
-            self.catch(forward, plan, rows, lambda _, embeddings, __: sizes.append(embeddings.shape[1]))
+            self.catch(forward, Plan(), rows, lambda _, embeddings, __: sizes.append(embeddings.shape[1]))
             self._slot("last hidden state", sizes[:1])
-        wrong = self._wrong(forward, plan, rows)
-        if wrong:
-            raise UnsupportedModelError(
-                f"The embedding of a response depends on the other responses of its batch (relative difference "
-                f"{max(wrong.values()):.1e})."
-            )
-        return plan
 
     def catch(self, forward: Forward, plan: Plan, rows: npt.NDArray[np.int64], consume: Consumer) -> CompletionLogps:
         """Hands the embeddings of a batch of responses to ``consume``, in one forward."""
@@ -106,3 +93,10 @@ class ResponseEmbeddings(Features):
             )
         consume(0, caught[0], slice(0, len(rows)))
         return logps
+
+    def refusal(self, errors: Mapping[str, float]) -> str:
+        """Says that an embedding is another one alone."""
+        return (
+            "The embedding of a response depends on the other responses of its batch (relative difference "
+            f"{max(errors.values()):.1e})."
+        )

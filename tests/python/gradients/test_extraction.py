@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from bpo import SelectConfig, _core, read_candidates
 from bpo.data.tokens import tokenize_responses
 from bpo.gradients.choose import choose_features
+from bpo.gradients.plan import find_plan
 from bpo.gradients.sketching import Sketching
 from bpo.policy.logprobs import Forward
 from bpo.policy.models import inference_state
@@ -70,7 +71,7 @@ def test_gradient_checkpointing_is_honoured_and_changes_nothing(tokenizer, token
     ).register_forward_pre_hook(lambda *_: forwards.append(1))
     with inference_state(model):
         forward = Forward(model, tokenized, 0)
-        plan = features.plan(forward)
+        plan = find_plan(features, forward)
         forwards.clear()
         gradients, _ = caught(forward, features, plan, rows)
     handle.remove()

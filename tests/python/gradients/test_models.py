@@ -16,6 +16,7 @@ from torch import nn
 from bpo import SelectConfig, UnsupportedModelError, read_candidates
 from bpo.data.tokens import tokenize_responses
 from bpo.gradients.choose import choose_features
+from bpo.gradients.plan import find_plan
 from bpo.policy.logprobs import Forward, completion_logps
 from bpo.policy.models import inference_state
 from tiny import TINY, caught, hooked, scored_rows, tiny_gpt2, tiny_llama
@@ -122,7 +123,7 @@ def errors(model, config, tokenized):
     forward = Forward(model, tokenized, 0)
     found = []
     with inference_state(model):
-        plan = features.plan(forward)
+        plan = find_plan(features, forward)
         gradients, _ = caught(forward, features, plan, rows)
         assert all(parameter.grad is None for parameter in model.parameters())
         parameters = [model.get_parameter(name) for name in features.slots]

@@ -73,12 +73,13 @@ def tiny_gpt2(tokenizer):
 
 def hooked(model, features, tokenized, rows, pad_id=0):
     """Full gradients and log-probabilities of a batch, by the hooks."""
+    from bpo.gradients.plan import find_plan
     from bpo.policy.logprobs import Forward
     from bpo.policy.models import inference_state
 
     forward = Forward(model, tokenized, pad_id)
     with inference_state(model):
-        return caught(forward, features, features.plan(forward), rows)
+        return caught(forward, features, find_plan(features, forward), rows)
 
 
 def caught(forward, features, plan, rows):
