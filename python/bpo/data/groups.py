@@ -27,12 +27,12 @@ class Groups:
 
     def __init__(self, row_weights: npt.NDArray[np.float64] | None = None) -> None:
         self.row_weights = row_weights
-        self.prompts: dict[bytes, _Group] = {}
+        self.prompts: dict[bytes, Group] = {}
         self.skipped = Skipped()
         self.conversational: bool | None = None
-        self.weights: dict[bytes, int] = {}
+        self.token_weights: dict[bytes, int] = {}
 
-    def group(self, index: int, prompt: Text, template_kwargs: dict[str, Any]) -> _Group:
+    def group(self, index: int, prompt: Text, template_kwargs: dict[str, Any]) -> Group:
         """Returns the group of a prompt, whose identity the settings of its chat template are part of."""
         conversational = isinstance(prompt, list)
         if self.conversational is None:
@@ -47,16 +47,21 @@ class Groups:
         settings = [json.dumps(template_kwargs)] if conversational and template_kwargs else []
         key = content_id(prompt, *settings)
         if key not in self.prompts:
-            self.prompts[key] = _Group(prompt, settings, index, key)
+            self.prompts[key] = Group(prompt, settings, index, key)
         return self.prompts[key]
 
     def weights_index(self, value: Any, place: str) -> int:
         """Returns the index of an array of token weights among the distinct ones."""
-        return self.weights.setdefault(as_weights(value, place).tobytes(), len(self.weights))
+        return self.token_weights.setdefault(as_weights(value, place).tobytes(), len(self.token_weights))
 
     def weigh_alike(self, row: int, other: int) -> bool:
         """Whether two rows have the same weight."""
         return self.row_weights is None or bool(self.row_weights[row] == self.row_weights[other])
+
+    def set_aside(self, group: Group, responses: Iterable[Text], reason: str, place: str) -> None:
+        """Names what cannot be used of a prompt; a store still knows its responses as ones of this data."""
+        self.skipped.add(reason, place)
+        group.set_aside += [group.response_id(response) for response in responses]
 
     def _weighing(self, pairs: list[Pair]) -> list[Pair]:
         """Sets pairs of weight 0 aside, which would teach nothing."""
@@ -69,7 +74,7 @@ class Groups:
 
     def build(self, max_pairs_per_prompt: int | None) -> Candidates:
         """Returns what was collected, with at most so many pairs of each prompt, the largest score gaps."""
-        groups: list[_Group] = []
+        groups: list[Group] = []
         kept_pairs: list[list[Pair]] = []
         for group in self.prompts.values():
             pairs = self._weighing(group.candidate_pairs(self.skipped))
@@ -105,7 +110,7 @@ class Groups:
             prompt_of_pair=prompt_of_pair,
             pair_rows=pair_rows,
             pair_scores=np.array([(pair.score_chosen, pair.score_rejected) for pair in flat], dtype=np.float64),
-            token_weights=[np.frombuffer(data, dtype=np.float32) for data in self.weights],
+            token_weights=[np.frombuffer(data, dtype=np.float32) for data in self.token_weights],
             pair_weights=np.array([pair.weights for pair in flat], dtype=np.int64),
             pair_ref_logps=np.array([pair.ref_logps for pair in flat], dtype=np.float64),
             weights=None if self.row_weights is None else self.row_weights[pair_rows],
@@ -143,7 +148,7 @@ class Pair:
         return self.score_chosen - self.score_rejected
 
 
-class _Group:
+class Group:
     """One prompt: its distinct responses and, where the data states them, its pairs."""
 
     def __init__(self, prompt: Text, settings: list[str], row: int, key: bytes) -> None:
@@ -185,9 +190,11 @@ class _Group:
         return self._index[key], True
 
     def response_id(self, response: Text) -> bytes:
+        """Returns the content hash of prompt and response."""
         return content_id(self.prompt, *self.settings, response)
 
     def candidate_pairs(self, skipped: Skipped) -> list[Pair]:
+        """Returns the pairs that the data states, or those of unequal scores; says where there are none."""
         if not self.scored:
             return list(self.stated.values())
         place = f"row {self.row}"

@@ -92,38 +92,18 @@ class PreferenceReader:
             return
         prompt, chosen, rejected = texts
         group = groups.group(index, prompt, template_kwargs)
-        score_chosen = score_rejected = math.nan
-        if self.has_scores:
-            score_chosen = as_number(row["score_chosen"], index, "score_chosen")
-            score_rejected = as_number(row["score_rejected"], index, "score_rejected")
-            reason = None
-            if not (is_score(score_chosen) and is_score(score_rejected)):
-                reason = "score missing, NaN or infinite"
-            elif score_chosen == score_rejected:
-                reason = "chosen and rejected have equal scores"
-            elif score_chosen < score_rejected:
-                reason = "chosen has a lower score than rejected"
-            if reason is not None:
-                skipped.add(reason, place)
-                group.set_aside += [group.response_id(chosen), group.response_id(rejected)]
-                return
-        ref_logps = (math.nan, math.nan)
-        if self.ref_logps:
-            ref_chosen, ref_rejected = (as_number(row[column], index, column) for column in _REF_COLUMNS)
-            if not (math.isfinite(ref_chosen) and math.isfinite(ref_rejected)):
-                skipped.add("reference log-probability missing, NaN or infinite", place)
-                group.set_aside += [group.response_id(chosen), group.response_id(rejected)]
-                return
-            ref_logps = (ref_chosen, ref_rejected)
-        weights = (-1, -1)
-        if self.token_weights is not None:
-            weights = (
-                groups.weights_index(row[f"{self.token_weights}_chosen"], f"Row {index}, chosen"),
-                groups.weights_index(row[f"{self.token_weights}_rejected"], f"Row {index}, rejected"),
-            )
-        first = group.add(chosen, score_chosen, index)[0]
-        second = group.add(rejected, score_rejected, index)[0]
-        pair = Pair(first, second, score_chosen, score_rejected, index, weights, ref_logps)
+        scores = self._scores(index, row)
+        if isinstance(scores, str):
+            groups.set_aside(group, (chosen, rejected), scores, place)
+            return
+        ref_logps = self._ref_logps(index, row)
+        if isinstance(ref_logps, str):
+            groups.set_aside(group, (chosen, rejected), ref_logps, place)
+            return
+        weights = self._weights(index, row, groups)
+        first = group.add(chosen, scores[0], index)[0]
+        second = group.add(rejected, scores[1], index)[0]
+        pair = Pair(first, second, *scores, index, weights, ref_logps)
         if (first, second) in group.stated:
             earlier = group.stated[first, second]
             reason = "duplicate of an earlier pair" + OTHER_COLUMNS * (not pair.same_columns(earlier))
@@ -132,3 +112,35 @@ class PreferenceReader:
             skipped.add("contradicts an earlier pair", f"{place}, against row {group.stated[second, first].row}")
         else:
             group.stated[first, second] = pair
+
+    def _scores(self, index: int, row: Mapping[str, Any]) -> tuple[float, float] | str:
+        """Returns both scores, NaN where there are none; the reason where they do not go with the preference."""
+        if not self.has_scores:
+            return math.nan, math.nan
+        chosen = as_number(row["score_chosen"], index, "score_chosen")
+        rejected = as_number(row["score_rejected"], index, "score_rejected")
+        if not (is_score(chosen) and is_score(rejected)):
+            return "score missing, NaN or infinite"
+        if chosen == rejected:
+            return "chosen and rejected have equal scores"
+        if chosen < rejected:
+            return "chosen has a lower score than rejected"
+        return chosen, rejected
+
+    def _ref_logps(self, index: int, row: Mapping[str, Any]) -> tuple[float, float] | str:
+        """Returns both reference log-probabilities, NaN where none are read; the reason where they cannot be used."""
+        if not self.ref_logps:
+            return math.nan, math.nan
+        chosen, rejected = (as_number(row[column], index, column) for column in _REF_COLUMNS)
+        if not (math.isfinite(chosen) and math.isfinite(rejected)):
+            return "reference log-probability missing, NaN or infinite"
+        return chosen, rejected
+
+    def _weights(self, index: int, row: Mapping[str, Any], groups: Groups) -> tuple[int, int]:
+        """Returns which token weights both responses have, −1 where none are read."""
+        if self.token_weights is None:
+            return -1, -1
+        return (
+            groups.weights_index(row[f"{self.token_weights}_chosen"], f"Row {index}, chosen"),
+            groups.weights_index(row[f"{self.token_weights}_rejected"], f"Row {index}, rejected"),
+        )

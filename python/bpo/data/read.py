@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from bpo.data.candidates import report_skipped
@@ -15,6 +17,15 @@ if TYPE_CHECKING:
     from bpo.choices import OnInvalid
     from bpo.config import SelectConfig
     from bpo.data.candidates import Candidates
+
+
+# Columns that tell a form, the first that are all there, to what reads its rows.
+_FORMS: dict[tuple[str, str], Callable[[list[str], str | None, bool], PreferenceReader | ScoredReader]] = {
+    ("chosen", "rejected"): PreferenceReader,
+    ("prompt", "responses"): functools.partial(ScoredReader, prompt="prompt", responses="responses"),
+    ("prompt", "completions"): functools.partial(ScoredReader, prompt="prompt", responses="completions"),
+    ("instruction", "completions"): functools.partial(ScoredReader, prompt="instruction", responses="completions"),
+}
 
 
 def read_candidates(
@@ -63,16 +74,10 @@ def read_candidates(
     """
     rows = load_rows(dataset)
     columns = list(rows.column_names)
-    reader: PreferenceReader | ScoredReader
-    if {"chosen", "rejected"} <= set(columns):
-        reader = PreferenceReader(columns, token_weights, ref_logps)
-    elif "responses" in columns and "prompt" in columns:
-        reader = ScoredReader(columns, token_weights, ref_logps, prompt="prompt", responses="responses")
-    elif "completions" in columns and ("instruction" in columns or "prompt" in columns):
-        prompt = "prompt" if "prompt" in columns else "instruction"
-        reader = ScoredReader(columns, token_weights, ref_logps, prompt=prompt, responses="completions")
-    else:
+    reader_of = next((reader_of for needed, reader_of in _FORMS.items() if set(needed) <= set(columns)), None)
+    if reader_of is None:
         raise ValueError(column_error(columns))
+    reader = reader_of(columns, token_weights, ref_logps)
     for column in ("images", "image"):
         if column in columns:
             raise ValueError(

@@ -61,12 +61,10 @@ class ScoredReader:
                     "Give the prompt as messages, too."
                 )
             if not is_score(score):
-                skipped.add("score missing, NaN or infinite", place)
-                group.set_aside.append(group.response_id(response))
+                groups.set_aside(group, [response], "score missing, NaN or infinite", place)
                 continue
             if self.ref_logps and not math.isfinite(ref_logps[position]):
-                skipped.add("reference log-probability missing, NaN or infinite", place)
-                group.set_aside.append(group.response_id(response))
+                groups.set_aside(group, [response], "reference log-probability missing, NaN or infinite", place)
                 continue
             weight, ref_logp = -1, ref_logps[position]
             if self.token_weights is not None:
