@@ -275,6 +275,11 @@ class CompareConfig:
         return any(arm.needs_gradients and arm.store is None for arm in self.arms)
 
     @property
+    def eval_bf16(self) -> bool:
+        """Whether policies are evaluated under bfloat16 autocast."""
+        return bool(self.evaluate["bf16"])
+
+    @property
     def evaluation(self) -> SelectConfig:
         """Settings with which policies are evaluated."""
         values = {name: self.evaluate[name] for name in ("tokens_per_batch", "bf16")}

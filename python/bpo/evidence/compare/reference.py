@@ -29,7 +29,7 @@ def with_reference(plan: Plan, policy: PreTrainedModel, tokenizer: PreTrainedTok
     """
     args = dpo_config(plan.config.training, ".", 0)
     # One reference serves training and evaluation where both compute alike.
-    shares = not args.fp16 and bool(args.bf16) == plan.config.evaluation.bf16
+    shares = not args.fp16 and bool(args.bf16) == plan.config.eval_bf16
     evaluated = [plan.split(seed).heldout for seed in plan.config.seeds]
     known = functools.partial(_with_ref_logps, plan, policy, tokenizer, progress)
     pool, heldout = plan.pool, plan.heldout
