@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -38,7 +39,7 @@ class Inputs:
         """Unit of ``pair_lengths``."""
         return "characters" if self.lengths is None else "tokens"
 
-    @property
+    @functools.cached_property
     def pair_lengths(self) -> npt.NDArray[np.int64]:
         """(P, 2), at least 1: tokens, or characters where there are none."""
         return character_lengths(self.candidates) if self.lengths is None else np.maximum(self.lengths, 1)

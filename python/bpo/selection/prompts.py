@@ -73,12 +73,11 @@ class Limits:
         """
         candidates = pool.candidates
         every = len(candidates.prompts)
-        kept = None
-        if earlier is not None:
-            kept = _kept_before(candidates, earlier)
-        elif breadth is None:
-            kept = np.ones(every, dtype=bool)
-        n_prompts = counted("breadth", breadth, every) if kept is None else int(kept.sum())
+        kept = None if earlier is None else _kept_before(candidates, earlier)
+        if kept is not None:
+            n_prompts = int(kept.sum())
+        else:
+            n_prompts = every if breadth is None else counted("breadth", breadth, every)
         if n_prompts == every:
             kept = np.ones(every, dtype=bool)
         if at_most and budget > len(candidates.pairs):

@@ -124,10 +124,10 @@ def preview(
             )
             for choice in chosen
         ]
-        ranked = splits.test.margins(np.stack(fitted), wanted)
+        ranked, longer = splits.test.margins(np.stack(fitted), wanted), splits.test.longer[wanted]
         for choice, margins in zip(chosen, ranked, strict=True):
             place = (choice.arm, slice(None) if choice.budget is None else choice.budget, seed)
-            accuracy[place], controlled[place] = _accuracies(margins, splits.test.longer[wanted])
+            accuracy[place], controlled[place] = _accuracies(margins, longer)
             depth[place] = len(choice.pairs) / len(np.unique(data.candidates.prompt_of_pair[choice.pairs]))
     return Preview(
         arms=[arm.name for arm in known] + [ALL],
