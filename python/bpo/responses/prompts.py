@@ -12,7 +12,17 @@ from bpo.data.candidates import Skipped, report_skipped
 from bpo.data.columns import column_error, read_template_kwargs
 from bpo.data.preferences import preference_texts
 from bpo.data.rows import load_rows
-from bpo.data.values import as_number, as_text, check_json, content_id, is_messages, is_score, one_each, shorten
+from bpo.data.scored import Item, as_response, row_items
+from bpo.data.values import (
+    UnusableError,
+    as_score,
+    as_text,
+    check_json,
+    content_id,
+    is_blank,
+    is_messages,
+    is_missing,
+)
 
 if TYPE_CHECKING:
     import datasets
@@ -101,96 +111,97 @@ def read_responses(dataset: Any, *, prompts_only: bool = False) -> list[PromptRe
         raise ValueError(f"The columns {names} hold no responses: {column_error(names)}")
     if len(rows) == 0:
         raise ValueError("The dataset is empty: it has the right columns but no rows.")
-    template_kwargs = read_template_kwargs(rows)
+    wrong = {index: UnusableError("not a row", why) for index, why in rows.broken.items()}
+    template_kwargs = read_template_kwargs(rows, wrong)
     extra = [name for name in names if name not in _RESPONSE_COLUMNS]
     found: dict[bytes, PromptResponses] = {}
     skipped = Skipped()
     for index, row in enumerate(rows):
-        texts: Sequence[Any] = ()
-        scores: list[float | None] = []
-        if pairs:
-            split = preference_texts(row, index, has_prompt="prompt" in names)
-            if isinstance(split, str):
-                skipped.add(split, f"row {index}")
-                continue
-            prompt, *texts = split
-            scores = [_score(row.get(name), index, name) for name in ("score_chosen", "score_rejected")]
-        else:
-            if row[prompt_column] in (None, "", []):
-                skipped.add("prompt is missing", f"row {index}")
-                continue
-            prompt = as_text(row[prompt_column], index, prompt_column)
-            if column is not None:
-                texts, scores = texts_and_scores(row, index, column)
-        columns = {name: _plain(row[name]) for name in extra}
-        for name, value in columns.items():
-            check_json(value, index, name)
-        this = PromptResponses(prompt, template_kwargs[index] if template_kwargs else {}, [], [], columns, index)
+        kwargs = template_kwargs[index] if template_kwargs else {}
+        try:
+            if index in wrong:
+                raise wrong[index]
+            prompt, items = _pair(row, names) if pairs else _prompt_and_items(row, prompt_column, column)
+            columns = {name: _plain(row[name], name) for name in extra}
+        except UnusableError as error:
+            skipped.add(error.reason, error.at(f"row {index}"))
+            continue
+        this = PromptResponses(prompt, kwargs, [], [], columns, index)
         this = found.setdefault(this.key, this)
-        if isinstance(prompt, str) != isinstance(next(iter(found.values())).prompt, str):
-            raise ValueError(f"Row {index}: some prompts are text and some are messages. Bring all into one form.")
         if not prompts_only:
-            _add(this, texts, scores, index, skipped)
+            _add(this, items, index, skipped)
+    found = _of_one_form(found, skipped)
     report_skipped(skipped, "skip")
     if not found:
         raise ValueError(f"No row has a usable prompt.\n{skipped.describe()}")
     return list(found.values())
 
 
-def _plain(value: Any) -> Any:
+def _pair(row: Mapping[str, Any], names: Sequence[str]) -> tuple[Text, list[Item]]:
+    """Returns the prompt and both responses of a preference row."""
+    prompt, *texts = preference_texts(row, has_prompt="prompt" in names)
+    scores = (row.get(name) for name in ("score_chosen", "score_rejected"))
+    return prompt, [Item(text, score, {}) for text, score in zip(texts, scores, strict=True)]
+
+
+def _prompt_and_items(row: Mapping[str, Any], prompt: str, column: str | None) -> tuple[Text, list[Item]]:
+    """Returns the prompt and the responses of a row, scored or not."""
+    if is_blank(row[prompt]):
+        raise UnusableError("prompt is missing")
+    text = as_text(row[prompt], prompt)
+    if column is None or is_missing(row[column]):
+        return text, []
+    return text, row_items(row, column, has_scores=not is_missing(row.get("scores")))
+
+
+def _of_one_form(found: dict[bytes, PromptResponses], skipped: Skipped) -> dict[bytes, PromptResponses]:
+    """Keeps the prompts of the form that most have, text or messages, and names the others."""
+    chat = {key: isinstance(prompt.prompt, list) for key, prompt in found.items()}
+    most = 2 * sum(chat.values()) > len(chat) or (2 * sum(chat.values()) == len(chat) and any(list(chat.values())[:1]))
+    for key, other in chat.items():
+        if other != most:
+            skipped.add("some prompts are text and some are messages: this is not as most are", f"row {found[key].row}")
+    return {key: prompt for key, prompt in found.items() if chat[key] == most}
+
+
+def _plain(value: Any, column: str) -> Any:
     """Returns None for NaN, which readers of JSON do not take."""
-    return None if isinstance(value, float) and math.isnan(value) else value
+    value = None if isinstance(value, float) and math.isnan(value) else value
+    check_json(value, column)
+    return value
 
 
-def texts_and_scores(row: Mapping[str, Any], index: int, column: str) -> tuple[list[Any], list[float | None]]:
-    """Returns the responses of a row, unchecked, and the score of each, None where there is none."""
-    items = row[column]
-    if items is None:
-        return [], []
-    if not isinstance(items, (list, tuple)):
-        raise ValueError(f"Row {index}, column '{column}': expected a list, got {shorten(items)}.")
-    if row.get("scores") is not None:
-        return list(items), [
-            _score(value, index, "scores") for value in one_each(row["scores"], items, index, "scores")
-        ]
-    texts, scores = [], []
-    for item in items:
-        record = item if isinstance(item, Mapping) and "role" not in item else {"text": item}
-        texts.append(next((record[name] for name in ("text", "response", "content") if name in record), None))
-        name = next((name for name in ("score", "overall_score") if name in record), "score")
-        scores.append(_score(record.get(name), index, f"{column}.{name}"))
-    return texts, scores
+def score_or_none(value: Any) -> float | None:
+    """Returns a score of the data, None where there is none that can be used."""
+    try:
+        return as_score(value)
+    except UnusableError:
+        return None
 
 
-def _score(value: Any, index: int, column: str) -> float | None:
-    number = as_number(value, index, column)
-    return number if is_score(number) else None
-
-
-def _add(
-    this: PromptResponses, texts: Sequence[Any], scores: Sequence[float | None], index: int, skipped: Skipped
-) -> None:
+def _add(this: PromptResponses, items: Sequence[Item], index: int, skipped: Skipped) -> None:
     """Adds the responses that are new, and the first score of each."""
-    for position, (text, score) in enumerate(zip(texts, scores, strict=True)):
-        place = f"row {index}, response {position}"
-        if text in (None, "", []):
-            skipped.add("empty response", place)
+    for position, item in enumerate(items):
+        try:
+            response = _plain_answer(as_response(item.text, this.prompt, "responses"))
+        except UnusableError as error:
+            skipped.add(error.reason, error.at(f"row {index}, response {position}"))
             continue
-        response = as_text(text, index, "responses")
-        if isinstance(response, list):
-            if isinstance(this.prompt, str):
-                raise ValueError(
-                    f"Row {index}: the prompt is plain text but response {position} holds chat messages. "
-                    "Give the prompt as messages, too."
-                )
-            only = response[0] if len(response) == 1 else {}
-            if only.get("role") == "assistant" and set(only) == {"role", "content"} and only["content"] is not None:
-                response = only["content"]
+        score = score_or_none(item.score)
         if response not in this.responses:
             this.responses.append(response)
             this.scores.append(score)
         elif this.scores[this.responses.index(response)] is None:
             this.scores[this.responses.index(response)] = score
+
+
+def _plain_answer(response: Text) -> Text:
+    """Returns the text of a response that is one plain message of the assistant, any other as it is."""
+    only = response[0] if isinstance(response, list) and len(response) == 1 else {}
+    if only.get("role") == "assistant" and set(only) == {"role", "content"} and only["content"] is not None:
+        text: str = only["content"]
+        return text
+    return response
 
 
 def lay_out(prompt: PromptResponses, responses: Sequence[Text], *, as_messages: bool, **columns: Any) -> dict[str, Any]:

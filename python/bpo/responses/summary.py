@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import math
 from typing import Any
 
 from bpo.data.rows import load_rows
-from bpo.responses.prompts import texts_and_scores
+from bpo.data.scored import row_items
+from bpo.data.values import is_missing
+from bpo.responses.prompts import score_or_none
 
 _NAMED_REASONS = 5
 
@@ -74,13 +75,13 @@ def describe_responses(dataset: Any) -> ResponseSummary:
     dropped: collections.Counter[str] = collections.Counter()
     errors: collections.Counter[str] = collections.Counter()
     n_responses = n_single = n_scored = n_tied = 0
-    for index, row in enumerate(rows):
-        texts, scores = texts_and_scores(row, index, "responses")
+    for row in rows:
+        items = row_items(row, "responses", has_scores=not is_missing(row.get("scores")))
         dropped.update(row.get("dropped") or {})
         errors.update(reason for reason in row.get("score_errors") or () if reason is not None)
-        present = [score for score in scores if score is not None and not math.isnan(score)]
-        n_responses += len(texts)
-        n_single += len(texts) < 2
+        present = [score for score in map(score_or_none, (item.score for item in items)) if score is not None]
+        n_responses += len(items)
+        n_single += len(items) < 2
         n_scored += len(present)
         n_tied += len(present) > 1 and len(set(present)) == 1
     return ResponseSummary(
