@@ -1,4 +1,6 @@
 import gzip
+import hashlib
+import json
 import math
 import warnings
 
@@ -7,6 +9,7 @@ import numpy as np
 import pytest
 
 from bpo import InvalidDataWarning, read_candidates
+from bpo.data.values import content_id
 
 
 def message(role, content):
@@ -269,6 +272,16 @@ def test_stated_scores_must_agree_with_the_preference():
         "chosen has a lower score than rejected": 1,
         "chosen and rejected have equal scores": 1,
     }
+
+
+@pytest.mark.parametrize("texts", [['é🙂\n"\\\x7f\u2028'], [""], ["a", "b"]])
+def test_messages_are_known_by_their_json(texts):
+    """Stores hold these hashes."""
+    plain = [{"role": "user", "content": text} for text in texts]
+    for messages in (plain, [{**plain[0], "name": "n"}], [{**plain[0], "content": None, "tool_calls": [1]}]):
+        written = json.dumps(messages, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode()
+        expected = hashlib.sha256(len(written).to_bytes(8, "little") + written).digest()[:16]
+        assert content_id(messages) == expected
 
 
 def test_keep_prompts_renumbers_everything():
