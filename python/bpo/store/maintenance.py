@@ -17,6 +17,7 @@ from bpo import _core
 from bpo._core import StoreDamagedError, StoreRepair
 from bpo.store.gradient_store import NONFINITE, RECORD, ZERO, GradientStore, StoreMismatchError
 from bpo.store.writer import check_fingerprint
+from bpo.system.files import ArrowFile, replacing
 from bpo.system.progress import core_progress
 
 if TYPE_CHECKING:
@@ -214,13 +215,8 @@ def export_store(store: str | os.PathLike[str], path: str | os.PathLike[str]) ->
     opened = GradientStore.open(store)
     rows = np.flatnonzero(~opened.set_aside)
     opened.check(rows)
-    # Under another name until it is whole.
-    scratch = path.with_name(f".{path.name}-{os.getpid()}")
-    try:
+    with replacing(path) as scratch:
         writers[path.suffix](opened, rows, scratch)
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
     return path
 
 
@@ -240,7 +236,7 @@ def _write_parquet(store: GradientStore, rows: npt.NDArray[np.int64], path: Path
     ids = pa.binary(16)
     kinds = {name: ids if RECORD[name].shape else pa.from_numpy_dtype(RECORD[name]) for name in _EXPORTED}
     schema = pa.schema([*kinds.items(), ("sketch", pa.list_(pa.float32(), store.rows.shape[1]))])
-    with pq.ParquetWriter(path, schema) as writer:
+    with ArrowFile(path) as file, pq.ParquetWriter(file, schema) as writer:
         for index, sketches in _blocks(store, rows):
             columns = [
                 pa.array([row.tobytes() for row in store.records[name][index]], ids)
@@ -250,6 +246,7 @@ def _write_parquet(store: GradientStore, rows: npt.NDArray[np.int64], path: Path
             ]
             columns.append(pa.FixedSizeListArray.from_arrays(pa.array(sketches.ravel()), store.rows.shape[1]))
             writer.write_table(pa.table(columns, schema=schema))
+            file.check()
 
 
 def _blocks(

@@ -416,7 +416,7 @@ def test_every_flipped_bit_of_a_selection_is_detected_or_harmless(select, rows, 
 def test_a_save_that_is_killed_leaves_the_earlier_selection_or_the_new_one(select, rows, tmp_path, monkeypatch):
     earlier, later, last = (select(rows, budget=budget) for budget in (20, 30, 40))
     found = []
-    for step in range(12):
+    for step in range(13):
         directory = tmp_path / str(step)
         earlier.save(directory)
         child = os.fork()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import bpo
-from bpo.system.files import differing, flattened, write_whole
+from bpo.system.files import differing, flattened, replacing, write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -172,10 +172,9 @@ def read_logps(path: Path) -> dict[bytes, float]:
 
 def write_logps(path: Path, logps: Mapping[bytes, float]) -> None:
     """Writes log-probabilities of sequences; the file is replaced whole or not at all."""
-    scratch = path.with_name(f"{path.stem}.new.npz")
-    np.savez(
-        scratch,
-        sequence_ids=np.frombuffer(b"".join(logps), dtype=np.uint8).reshape(-1, 16),
-        logps=np.array(list(logps.values()), dtype=np.float32),
-    )
-    scratch.replace(path)
+    with replacing(path) as scratch:
+        np.savez(
+            scratch,
+            sequence_ids=np.frombuffer(b"".join(logps), dtype=np.uint8).reshape(-1, 16),
+            logps=np.array(list(logps.values()), dtype=np.float32),
+        )
