@@ -15,9 +15,10 @@ import pyarrow.parquet as pq
 
 from bpo import _core
 from bpo._core import StoreDamagedError, StoreRepair
-from bpo.store.gradient_store import NONFINITE, RECORD, ZERO, GradientStore, StoreMismatchError
+from bpo.store.gradient_store import NONFINITE, RECORD, ZERO, GradientStore, StoreMismatchError, check_described
 from bpo.store.writer import check_fingerprint
 from bpo.system.files import ArrowFile, replacing
+from bpo.system.paths import check_apart
 from bpo.system.progress import core_progress
 
 if TYPE_CHECKING:
@@ -157,11 +158,11 @@ def merge_stores(
     """
     if not stores:
         raise ValueError("merge_stores needs at least one store to copy from.")
+    check_apart({"output": output}, stores={f"store {number}": path for number, path in enumerate(stores, start=1)})
     opened = [GradientStore.open(path) for path in stores]
     output = Path(output)
     for store in opened:
-        if output.exists() and output.samefile(store.path):
-            raise ValueError(f"{output} is one of the stores to copy from; name another directory.")
+        check_described(store)
     there = GradientStore.open(output) if (output / "manifest.json").exists() else None
     first = opened[0] if there is None else there
     if there is not None and dtype not in (None, there.dtype):
@@ -210,6 +211,7 @@ def export_store(store: str | os.PathLike[str], path: str | os.PathLike[str]) ->
     writers = {".npz": _write_npz, ".parquet": _write_parquet}
     if path.suffix not in writers:
         raise ValueError(f"{path}: the ending says the format; give one of {', '.join(writers)}")
+    check_apart({"path": path}, stores={"store": store})
     if path.exists():
         raise FileExistsError(f"{path} is there already; name another file.")
     opened = GradientStore.open(store)
