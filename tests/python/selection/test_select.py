@@ -457,6 +457,17 @@ def test_report_is_one_page_that_escapes_what_it_shows(select, rows, tmp_path):
     assert "<svg" not in plain.report(tmp_path / "plain.html").read_text()
 
 
+@pytest.mark.parametrize("strategy", ["coreset", "d_optimal", "best_worst"])
+def test_a_report_of_pairs_that_length_control_added(select, rows, tmp_path, strategy):
+    """Which the strategy did not rank."""
+    for row in rows:
+        row["scores"] = [len(text) + index / 10 for index, text in enumerate(row["responses"])]
+    selection = select(rows, budget=30, strategy=strategy, config={"sketch_dim": 64, "length_control": "balance"})
+    if strategy != "best_worst":
+        assert None in selection.dataset["bpo_usefulness"][:]
+    assert "score gap" in selection.report(tmp_path / "report.html").read_text()
+
+
 def test_gradients_far_longer_than_the_others_are_noted_and_kept(select, rows, tmp_path):
     def heavy(_, response_ids):
         return [1e5 if len(response_ids) == longest else 1.0] * len(response_ids)
