@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
+import argparse
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import bpo
+from bpo.system.files import read_json
+from bpo.system.paths import check_apart
 
 if TYPE_CHECKING:
-    import argparse
     from typing import TypeAlias
 
     Commands: TypeAlias = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -41,7 +42,7 @@ def field(text: str) -> tuple[str, Any]:
     if not separator:
         raise ValueError(f"--set {text}: write FIELD=VALUE")
     try:
-        return name, json.loads(value)
+        return name, read_json(value, name)
     except ValueError:
         return name, value
 
@@ -55,7 +56,31 @@ def add_server(command: argparse.ArgumentParser) -> None:
     group.add_argument("--timeout", type=float, default=120.0, help="seconds for one request (default: 120)")
     group.add_argument("--max-retries", type=int, default=6, help="attempts after the first (default: 6)")
     group.add_argument("--cache", type=Path, help="a .jsonl file of replies, which are not asked for twice")
-    group.add_argument("--extra-body", type=json.loads, metavar="JSON", help="more fields of every request")
+    group.add_argument("--extra-body", type=_extra_body, metavar="JSON", help="more fields of every request")
+
+
+def check_rows(options: argparse.Namespace, **read: Any) -> None:
+    """Checks that the files that rows and replies are written to are no others that are written or read.
+
+    Raises:
+        ValueError: They are.
+    """
+    check_apart(
+        {
+            "--output": options.output,
+            "the manifest of --output": options.output.with_suffix(".manifest.json"),
+            "--cache": options.cache,
+        },
+        {"dataset": options.dataset, **read},
+    )
+
+
+def _extra_body(text: str) -> Any:
+    """Reads JSON, in words that argparse prints."""
+    try:
+        return read_json(text, "it")
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def server(url: str, options: argparse.Namespace) -> bpo.ChatServer:

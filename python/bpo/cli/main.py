@@ -3,41 +3,76 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import sys
 import warnings
 from typing import TYPE_CHECKING, Any
 
 import bpo
-from bpo.cli.compare import add_compare
-from bpo.cli.doctor import add_doctor
-from bpo.cli.preview import add_preview
-from bpo.cli.sample import add_sample
-from bpo.cli.score import add_score
-from bpo.cli.select import add_reselect, add_select
-from bpo.cli.show import add_show
-from bpo.cli.store import add_store
+from bpo.system.signals import Told, ending_when_told
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit status: 0, 1 for an error in what was given or found, 130 when interrupted."""
-    options = _parser().parse_args(arguments)
+    """Runs the command.
+
+    Returns:
+        Its exit status: 0, 1 for an error in what was given or found, 128 and the number of the signal where it was
+        told to end: 130 for Ctrl-C.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        # What is printed holds the texts and paths of users, which the encoding of a pipe may lack.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
-        with warnings.catch_warnings():
-            warnings.showwarning = _print_warning
-            return int(options.run(options) or 0)
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        print(f"bpo: {error}", file=sys.stderr)
-        return 1
+        with ending_when_told():
+            return _run(arguments)
+    except BrokenPipeError:  # whoever reads has read enough
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (ValueError, TypeError, OSError, ImportError, MemoryError) as error:
+        return _failed(error, 1)
     except KeyboardInterrupt:
-        print("bpo: interrupted; what was finished is kept, the same command goes on from there", file=sys.stderr)
-        return 130
+        return _failed("interrupted; what was finished is kept, the same command goes on from there", 130)
+    except Told as told:
+        return _failed(
+            f"ended by {told.signum.name}; what was finished is kept, the same command goes on from there",
+            128 + told.signum,
+        )
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    options = _parser().parse_args(arguments)
+    with warnings.catch_warnings():
+        warnings.showwarning = _print_warning
+        status = int(options.run(options) or 0)
+    if sys.stdout is not None:
+        sys.stdout.flush()  # now, when it can still be told that it fails
+    return status
+
+
+def _failed(reason: object, status: int) -> int:
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        print(f"bpo: {reason}", file=sys.stderr, flush=True)
+    return status
 
 
 def _parser() -> argparse.ArgumentParser:
     """Each command adds its arguments, and as ``run`` the function that takes them."""
+    # Imported here, since that takes a moment in which Ctrl-C is to be answered as in any other.
+    from bpo.cli.compare import add_compare
+    from bpo.cli.doctor import add_doctor
+    from bpo.cli.preview import add_preview
+    from bpo.cli.sample import add_sample
+    from bpo.cli.score import add_score
+    from bpo.cli.select import add_reselect, add_select
+    from bpo.cli.show import add_show
+    from bpo.cli.store import add_store
+
     parser = argparse.ArgumentParser(prog="bpo", description=bpo.__doc__.splitlines()[0] if bpo.__doc__ else None)
     parser.add_argument("--version", action="version", version=f"bpo {bpo.__version__}")
     commands = parser.add_subparsers(dest="command", required=True)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import bpo
 from bpo.cli.arguments import add_fields, fields
+from bpo.system.files import read_json
+from bpo.system.paths import check_apart
 
 if TYPE_CHECKING:
     import argparse
@@ -38,6 +39,11 @@ def add_preview(commands: Commands) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
+    check_apart(
+        {"--output": options.output, "--figure": options.figure},
+        {"dataset": options.dataset, "--heldout": options.heldout},
+        {"store": options.store},
+    )
     arms: dict[str, Any] = {"arms": [_arm(text) for text in options.arm]} if options.arm else {}
     try:
         heldout: Any = float(options.heldout)
@@ -64,7 +70,4 @@ def _arm(text: str) -> Any:
     """Reads the name of a strategy, or an arm as JSON."""
     if not text.lstrip().startswith("{"):
         return text
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"--arm {text}: {error}") from None
+    return read_json(text, f"--arm {text}")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import bpo
-from bpo.cli.arguments import add_fields, add_server, fields, server
+from bpo.cli.arguments import add_fields, add_server, check_rows, fields, server
 
 if TYPE_CHECKING:
     import argparse
@@ -41,6 +41,7 @@ def add_sample(commands: Commands) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
+    check_rows(options, model=options.source)
     model = options.source
     if model.startswith(("http://", "https://")):
         model = server(model, options)

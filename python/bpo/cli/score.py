@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import bpo
-from bpo.cli.arguments import add_fields, add_server, fields, server
+from bpo.cli.arguments import add_fields, add_server, check_rows, fields, server
 from bpo.responses.scorer import load_function
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ def add_score(commands: Commands) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
+    check_rows(options, **{"--reward-model": options.reward_model})
     scorer = _scorer(options)
     dataset = bpo.score_responses(options.dataset, scorer, output=options.output, overwrite=options.overwrite)
     print(bpo.describe_responses(dataset))

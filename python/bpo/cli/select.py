@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import bpo
 from bpo.cli.arguments import add_fields, count_or_fraction, fields
 from bpo.selection.strategies import STRATEGIES
+from bpo.system.paths import check_apart
 
 if TYPE_CHECKING:
     import argparse
@@ -46,6 +47,11 @@ def _add_selection(command: argparse.ArgumentParser) -> None:
 def _run(options: argparse.Namespace) -> None:
     from bpo.selection.saved import check_directory
 
+    writes, reads = {"--output": options.output}, {"dataset": options.dataset, "--target": options.target}
+    if options.command == "select":
+        check_apart({**writes, "--store": options.store}, {**reads, "model": options.model})
+    else:
+        check_apart(writes, reads, {"store": options.store})
     check_directory(options.output)
     selection = bpo.select(
         options.model,

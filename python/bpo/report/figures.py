@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bpo.report.wording import STAGES
+from bpo.system.files import replacing
 from bpo.system.optional import import_matplotlib
 
 if TYPE_CHECKING:
@@ -48,10 +49,8 @@ def draw_figures(results: Mapping[str, Any], directory: Path) -> list[Path]:
             FigureCanvasAgg(figure)
             if not draw(figure, results):
                 continue
-            path = directory / f"{name}.svg"
-            figure.savefig(path, metadata={"Date": None})
-            figure.savefig(directory / f"{name}.png", dpi=150)
-            paths.append(path)
+            paths.append(_save(figure, directory / f"{name}.svg"))
+            _save(figure, directory / f"{name}.png")
     return paths
 
 
@@ -101,9 +100,13 @@ def draw_preview(
             fontsize=8,
         )
         path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_name(f".{os.getpid()}{path.name}")
+        return _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> Path:
+    """Writes a figure; the file is replaced whole or not at all, and has no date where it is text."""
+    with replacing(path) as scratch:
         figure.savefig(scratch, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
-    scratch.replace(path)
     return path
 
 

@@ -124,6 +124,12 @@ def _range(values: npt.NDArray[np.float64]) -> tuple[float, float]:
     return (low, high) if high > low else (low - pad, high + pad)
 
 
+def _most_useful_first(row: Mapping[str, Any]) -> tuple[bool, float, int]:
+    """Order of a prompt's pairs; those that the strategy did not rank, as length control may add some, come last."""
+    usefulness = row.get("bpo_usefulness")
+    return usefulness is None, 0.0 if usefulness is None else -usefulness, row["bpo_pair"]
+
+
 def _prompts(pairs: pa.Table, dataset: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The deepest prompts with their chosen pairs."""
     candidates = Counter(pairs["prompt"].to_pylist())
@@ -144,7 +150,7 @@ def _prompts(pairs: pa.Table, dataset: Iterable[Mapping[str, Any]]) -> list[dict
                     "centrality": row.get("bpo_centrality"),
                     "gap": row.get("bpo_score_gap"),
                 }
-                for row in sorted(groups[prompt], key=lambda row: (-row.get("bpo_usefulness", 0.0), row["bpo_pair"]))
+                for row in sorted(groups[prompt], key=_most_useful_first)
             ],
         }
         for prompt in deepest

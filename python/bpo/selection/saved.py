@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 import bpo
+from bpo.system.files import ArrowFile, naming_file, read_json, sync
+from bpo.system.locks import locked
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     import datasets
-    import pyarrow as pa
-
 
 _FORMAT = "bpo-selection"
 _FORMAT_VERSION = 2
@@ -27,6 +29,8 @@ _DATASET = "dataset/train.parquet"
 _PAIRS = "pairs.parquet"
 _MANIFEST = "selection.json"
 _SCRATCH = ".saving-"
+_LOCK = ".saving.lock"
+_SECONDS_TO_WAIT = 600.0  # for another save, which takes as long as its disk
 _FIELDS = {
     "strategy": str,
     "budget": int,
@@ -50,69 +54,134 @@ def write_selection(
 ) -> Path:
     """Writes training set, pairs and what else a selection holds; see :meth:`bpo.Selection.save`."""
     directory = check_directory(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    earlier = [path for path in directory.glob(f"{_SCRATCH}*") if not path.is_symlink()]
-    scratch = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=directory))
-    try:
-        (scratch / _DATASET).parent.mkdir()
-        dataset.to_parquet(str(scratch / _DATASET))
-        pq.write_table(pairs, scratch / _PAIRS)
-        for name in (_DATASET, _PAIRS):
-            _sync(scratch / name)
-        manifest = {
-            "format": _FORMAT,
-            "format_version": _FORMAT_VERSION,
-            "bpo": bpo.__version__,
-            **{name: values[name] for name in ("strategy", "budget", "seed", "config", "depth", "skipped", "noted")},
-            "sha256": {name: _sha256(scratch / name) for name in (_DATASET, _PAIRS)},
-        }
-        text = json.dumps({**manifest, "checksum": _checksum(manifest)}, indent=1) + "\n"
-        # From the moment that the scratch directory has a manifest, it holds the selection that counts.
-        (scratch / "manifest.new").write_text(text, encoding="utf-8")
-        _sync(scratch / "manifest.new")
-        (scratch / "manifest.new").replace(scratch / _MANIFEST)
-        _sync(scratch)
-        _sync(directory)
-    except BaseException:
+    with locked(directory, _LOCK, "another process is saving a selection there", wait=_SECONDS_TO_WAIT):
+        check_directory(directory)  # which another process may have used since
+        earlier = [path for path in directory.glob(f"{_SCRATCH}*") if not path.is_symlink()]
+        scratch = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=directory))
+        try:
+            _write_files(scratch, directory, dataset, pairs, values)
+        except BaseException:
+            shutil.rmtree(scratch, ignore_errors=True)
+            raise
+        for stale in earlier:
+            (stale / _MANIFEST).unlink(missing_ok=True)  # first, so that it counts no more
+            shutil.rmtree(stale, ignore_errors=True)
+        (directory / _DATASET).parent.mkdir(exist_ok=True)
+        for name in (_DATASET, _PAIRS, _MANIFEST):
+            (scratch / name).replace(directory / name)
+        for changed in (directory / "dataset", directory):
+            sync(changed)
         shutil.rmtree(scratch, ignore_errors=True)
-        raise
-    for stale in earlier:
-        (stale / _MANIFEST).unlink(missing_ok=True)  # first, so that it counts no more
-        shutil.rmtree(stale, ignore_errors=True)
-    (directory / _DATASET).parent.mkdir(exist_ok=True)
-    for name in (_DATASET, _PAIRS, _MANIFEST):
-        (scratch / name).replace(directory / name)
-    for changed in (directory / "dataset", directory):
-        _sync(changed)
-    shutil.rmtree(scratch, ignore_errors=True)
     return directory
+
+
+def _write_files(
+    scratch: Path, directory: Path, dataset: datasets.Dataset, pairs: pa.Table, values: Mapping[str, Any]
+) -> None:
+    """Writes everything into a scratch directory, which holds the selection that counts once it has a manifest."""
+    (scratch / _DATASET).parent.mkdir()
+    for name, write in (
+        (_DATASET, dataset.to_parquet),
+        (_PAIRS, lambda file: pq.write_table(pairs, file)),
+    ):
+        with naming_file(directory / name, scratch / name), ArrowFile(scratch / name) as file:
+            write(file)
+    manifest = {
+        "format": _FORMAT,
+        "format_version": _FORMAT_VERSION,
+        "bpo": bpo.__version__,
+        **{name: values[name] for name in ("strategy", "budget", "seed", "config", "depth", "skipped", "noted")},
+        "sha256": {name: _sha256(scratch / name) for name in (_DATASET, _PAIRS)},
+    }
+    text = json.dumps({**manifest, "checksum": _checksum(manifest)}, indent=1) + "\n"
+    with naming_file(directory / _MANIFEST, scratch / "manifest.new"):
+        (scratch / "manifest.new").write_text(text, encoding="utf-8")
+        sync(scratch / "manifest.new")
+        sync(scratch / "dataset")
+        (scratch / "manifest.new").replace(scratch / _MANIFEST)
+        sync(scratch)
+        sync(directory)
 
 
 def read_selection(directory: str | os.PathLike[str]) -> tuple[dict[str, Any], pa.Table, pa.Table]:
     """Returns manifest, training set and pairs of a saved selection, checked; see :meth:`bpo.Selection.load`."""
     directory = Path(directory)
-    places = _places(directory)
+    while True:
+        places = _places(directory)
+        seen = _identities(places)
+        try:
+            return _read_files(places)
+        except (SelectionError, FileNotFoundError):
+            # Unless someone saved meanwhile, and what was read is half of the one and half of the other.
+            if _identities(_places(directory)) == seen:
+                raise
+
+
+def _read_files(places: Mapping[str, Path]) -> tuple[dict[str, Any], pa.Table, pa.Table]:
+    """Reads and checks the files of a selection."""
     manifest = _read_manifest(places[_MANIFEST])
-    for name in (_DATASET, _PAIRS):
-        if not places[name].is_file():
-            raise SelectionError(f"{places[name]} is missing.")
-        if _sha256(places[name]) != manifest["sha256"].get(name):
-            raise SelectionError(f"{places[name]} was changed after it was saved (its SHA-256 differs).")
-    return manifest, pq.read_table(places[_DATASET]), pq.read_table(places[_PAIRS])
+    tables = {name: _read_table(places[name], manifest["sha256"].get(name)) for name in (_DATASET, _PAIRS)}
+    dataset, pairs = tables[_DATASET], tables[_PAIRS]
+    columns = {_DATASET: {"prompt", "chosen", "rejected"}, _PAIRS: {"pair", "prompt", "row", "fate"}}
+    for name, needed in columns.items():
+        lacking = sorted(needed - set(tables[name].column_names))
+        if lacking:
+            raise SelectionError(f"{places[name]} has no column {', '.join(lacking)}.")
+    kept = [sum(manifest["depth"]), pairs["fate"].to_pylist().count("selected")]
+    if kept != [dataset.num_rows] * 2:
+        raise SelectionError(
+            f"{places[_MANIFEST]} does not belong to the files beside it: {kept[0]} pairs by its depth, {kept[1]} by "
+            f"{_PAIRS}, {dataset.num_rows} in {_DATASET}."
+        )
+    return manifest, dataset, pairs
+
+
+def _read_table(path: Path, checksum: Any) -> pa.Table:
+    """Reads a Parquet file once its checksum is compared, from one and the same open file."""
+    if not path.is_file():
+        raise SelectionError(f"{path} is missing.")
+    with path.open("rb") as file:
+        if _sha256(file) != checksum:
+            raise SelectionError(f"{path} was changed after it was saved (its SHA-256 differs).")
+        file.seek(0)
+        try:
+            return pq.read_table(file)
+        except (pa.ArrowException, ValueError, OSError) as error:
+            raise SelectionError(f"{path} cannot be read as Parquet: {error}") from None
 
 
 def _places(directory: Path) -> dict[str, Path]:
     """Where the files of a selection are: some may still be in the scratch directory of a save that was interrupted."""
-    manifests = (path for path in directory.glob(f"{_SCRATCH}*/{_MANIFEST}") if not path.parent.is_symlink())
-    latest = max(manifests, key=lambda path: path.stat().st_mtime_ns, default=directory / _MANIFEST)
-    scratch = latest.parent
+    scratch = _latest_scratch(directory)
     places = {
-        name: scratch / name if (scratch / name).is_file() else directory / name
+        name: scratch / name if scratch is not None and (scratch / name).is_file() else directory / name
         for name in (_DATASET, _PAIRS, _MANIFEST)
     }
-    if not places[_MANIFEST].is_file():
+    # A save that goes on may have moved it from the one place to the other just now.
+    if not places[_MANIFEST].is_file() and not (directory / _MANIFEST).is_file():
         raise FileNotFoundError(f"{directory} holds no saved selection (no {_MANIFEST}).")
     return places
+
+
+def _latest_scratch(directory: Path) -> Path | None:
+    """Returns the scratch directory of the last save that wrote a manifest and came no further."""
+    latest, found = -1, None
+    for manifest in directory.glob(f"{_SCRATCH}*/{_MANIFEST}"):
+        with contextlib.suppress(FileNotFoundError):  # a save that goes on, and is done with it
+            written = manifest.stat().st_mtime_ns
+            if written > latest and not manifest.parent.is_symlink():
+                latest, found = written, manifest.parent
+    return found
+
+
+def _identities(places: Mapping[str, Path]) -> list[Any]:
+    """What tells files from those that took their places."""
+    found: list[Any] = []
+    for path in places.values():
+        with contextlib.suppress(FileNotFoundError):
+            stat = path.stat()
+            found.append((path, stat.st_ino, stat.st_mtime_ns, stat.st_size))
+    return found
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -121,9 +190,9 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     if size > _MAX_MANIFEST_BYTES:
         raise SelectionError(f"{path}: {size} bytes are too many for a manifest.")
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise SelectionError(f"{path} is not JSON: {error}") from None
+        manifest = read_json(path.read_bytes(), path)
+    except ValueError as error:
+        raise SelectionError(str(error)) from None
     if not isinstance(manifest, dict):
         raise SelectionError(f"{path} holds no manifest.")
     if manifest.get("format") != _FORMAT or manifest.get("format_version") != _FORMAT_VERSION:
@@ -148,17 +217,6 @@ def _checksum(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _sync(path: Path) -> None:
-    """Waits until a file, or the names in a directory, are on disk."""
-    if path.is_dir() and os.name != "posix":
-        return
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def check_directory(directory: str | os.PathLike[str]) -> Path:
     """Returns the directory if a selection may be saved there.
 
@@ -172,24 +230,34 @@ def check_directory(directory: str | os.PathLike[str]) -> Path:
         raise FileExistsError(
             f"{directory / 'dataset'} is a link to another directory; remove it, or name another one."
         )
+    for name in ("dataset", _DATASET, _PAIRS, _MANIFEST):
+        path = directory / name
+        if path.exists() and path.is_dir() != (name == "dataset"):
+            raise FileExistsError(f"{path} is in the way of a selection; remove it, or name another directory.")
     if (directory / _MANIFEST).is_file():
         try:
-            ours = json.loads((directory / _MANIFEST).read_text(encoding="utf-8")).get("format") == _FORMAT
+            ours = read_json((directory / _MANIFEST).read_bytes(), _MANIFEST).get("format") == _FORMAT
         except (ValueError, AttributeError):
             ours = False
         if not ours:
             raise FileExistsError(f"{directory / _MANIFEST} is not bpo's; name another directory.")
     elif directory.exists():
         # What an interrupted save leaves is ours to replace.
-        left = {"dataset", _PAIRS, *(path.name for path in directory.glob(f"{_SCRATCH}*"))}
-        if not {path.name for path in directory.iterdir()} <= left:
+        ours_alone = {_LOCK, *(path.name for path in directory.glob(f"{_SCRATCH}*"))}
+        if _latest_scratch(directory) is not None:
+            ours_alone |= {"dataset", _PAIRS}
+        there = {path.name for path in directory.iterdir()}
+        if there - ours_alone == {"dataset"} and not any((directory / "dataset").iterdir()):
+            there.remove("dataset")
+        if not there <= ours_alone:
             raise FileExistsError(f"{directory} is not empty and holds no selection; name another directory.")
     return directory
 
 
-def _sha256(path: Path) -> str:
+def _sha256(source: Path | BinaryIO) -> str:
+    """SHA-256 of a file (hex), from where it is open."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with source.open("rb") if isinstance(source, Path) else contextlib.nullcontext(source) as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()

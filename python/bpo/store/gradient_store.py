@@ -241,6 +241,25 @@ class GradientStore:
         return mask
 
 
+def check_described(store: GradientStore) -> None:
+    """Checks that a store says what its rows are of, as those do that bpo fills with gradients.
+
+    Raises:
+        bpo.StoreError: It does not.
+    """
+    sketch, features = store.fingerprint.get("sketch"), store.fingerprint.get("features")
+    lacking = [name for name in ("model", "dtype", "max_length", "truncation_mode") if name not in store.fingerprint]
+    if not isinstance(sketch, dict) or not {"kind", "dim", "nnz", "seed", "dtype"} <= sketch.keys():
+        lacking.append("sketch")
+    if not isinstance(features, dict) or "kind" not in features:
+        lacking.append("features")
+    if lacking:
+        raise StoreError(
+            f"{store.path / 'manifest.json'} does not say of what its rows are ({', '.join(lacking)}), so it is not "
+            "that of a store that bpo filled."
+        )
+
+
 def row_bytes(dtype: str, dim: int) -> int:
     """Returns the bytes of a sketch of ``dim`` numbers of a type."""
     return np.dtype(_NUMPY_TYPES[dtype]).itemsize * dim
@@ -264,6 +283,7 @@ def with_settings_of(store: GradientStore, config: SelectConfig) -> SelectConfig
     Raises:
         StoreMismatchError: A setting of the gradients that is neither its default nor that of the store.
     """
+    check_described(store)
     sketch, features = store.fingerprint["sketch"], store.fingerprint["features"]
     stored = {
         **{f"sketch_{name}": sketch[name] for name in ("kind", "dim", "nnz", "seed", "dtype")},

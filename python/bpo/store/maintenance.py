@@ -15,8 +15,10 @@ import pyarrow.parquet as pq
 
 from bpo import _core
 from bpo._core import StoreDamagedError, StoreRepair
-from bpo.store.gradient_store import NONFINITE, RECORD, ZERO, GradientStore, StoreMismatchError
+from bpo.store.gradient_store import NONFINITE, RECORD, ZERO, GradientStore, StoreMismatchError, check_described
 from bpo.store.writer import check_fingerprint
+from bpo.system.files import ArrowFile, replacing
+from bpo.system.paths import check_apart
 from bpo.system.progress import core_progress
 
 if TYPE_CHECKING:
@@ -156,11 +158,11 @@ def merge_stores(
     """
     if not stores:
         raise ValueError("merge_stores needs at least one store to copy from.")
+    check_apart({"output": output}, stores={f"store {number}": path for number, path in enumerate(stores, start=1)})
     opened = [GradientStore.open(path) for path in stores]
     output = Path(output)
     for store in opened:
-        if output.exists() and output.samefile(store.path):
-            raise ValueError(f"{output} is one of the stores to copy from; name another directory.")
+        check_described(store)
     there = GradientStore.open(output) if (output / "manifest.json").exists() else None
     first = opened[0] if there is None else there
     if there is not None and dtype not in (None, there.dtype):
@@ -209,18 +211,14 @@ def export_store(store: str | os.PathLike[str], path: str | os.PathLike[str]) ->
     writers = {".npz": _write_npz, ".parquet": _write_parquet}
     if path.suffix not in writers:
         raise ValueError(f"{path}: the ending says the format; give one of {', '.join(writers)}")
+    check_apart({"path": path}, stores={"store": store})
     if path.exists():
         raise FileExistsError(f"{path} is there already; name another file.")
     opened = GradientStore.open(store)
     rows = np.flatnonzero(~opened.set_aside)
     opened.check(rows)
-    # Under another name until it is whole.
-    scratch = path.with_name(f".{path.name}-{os.getpid()}")
-    try:
+    with replacing(path) as scratch:
         writers[path.suffix](opened, rows, scratch)
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
     return path
 
 
@@ -240,7 +238,7 @@ def _write_parquet(store: GradientStore, rows: npt.NDArray[np.int64], path: Path
     ids = pa.binary(16)
     kinds = {name: ids if RECORD[name].shape else pa.from_numpy_dtype(RECORD[name]) for name in _EXPORTED}
     schema = pa.schema([*kinds.items(), ("sketch", pa.list_(pa.float32(), store.rows.shape[1]))])
-    with pq.ParquetWriter(path, schema) as writer:
+    with ArrowFile(path) as file, pq.ParquetWriter(file, schema) as writer:
         for index, sketches in _blocks(store, rows):
             columns = [
                 pa.array([row.tobytes() for row in store.records[name][index]], ids)
@@ -250,6 +248,7 @@ def _write_parquet(store: GradientStore, rows: npt.NDArray[np.int64], path: Path
             ]
             columns.append(pa.FixedSizeListArray.from_arrays(pa.array(sketches.ravel()), store.rows.shape[1]))
             writer.write_table(pa.table(columns, schema=schema))
+            file.check()
 
 
 def _blocks(

@@ -56,7 +56,8 @@ class GradientWriter:
         self._present = present
         self._writer: _core.StoreWriter | None = None
         self._committed_at = 0.0
-        self._temporary = temporary
+        # Whatever comes in between: an error, an interrupt, the end of the program.
+        self._finalizer = weakref.finalize(self, shutil.rmtree, path, ignore_errors=True) if temporary else None
 
     @classmethod
     def open(
@@ -198,7 +199,8 @@ class GradientWriter:
     def reopen(self) -> GradientStore:
         """Opens for reading what was written; a temporary store lives as long as the returned object."""
         store = GradientStore(self.path)
-        if self._temporary:
+        if self._finalizer is not None:
+            self._finalizer.detach()
             weakref.finalize(store, shutil.rmtree, self.path, ignore_errors=True)
         return store
 
@@ -210,8 +212,8 @@ class GradientWriter:
     ) -> None:
         if self._writer is not None:
             self._writer.__exit__(kind, error, traceback)
-        if kind is not None and self._temporary:
-            shutil.rmtree(self.path, ignore_errors=True)
+        if kind is not None and self._finalizer is not None:
+            self._finalizer()
 
 
 def check_fingerprint(path: Path, stored: dict[str, Any], wanted: dict[str, Any]) -> None:

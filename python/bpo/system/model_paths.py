@@ -3,11 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from safetensors import SafetensorError
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+
+# What the loaders of damaged files raise, beside their own kinds of ValueError.
+_DAMAGED = (
+    SafetensorError,
+    json.JSONDecodeError,
+    UnicodeError,
+    LookupError,
+    AttributeError,
+    EOFError,
+    RecursionError,
+    zipfile.BadZipFile,
+)
 
 
 def check_path(name: str) -> str:
@@ -32,10 +49,20 @@ def is_adapter(name: str) -> bool:
 
 @contextlib.contextmanager
 def naming(name: str) -> Iterator[None]:
-    """Says which model could not be loaded, which the loader's own message does not."""
+    """Says which model could not be loaded, which the loader's own message does not.
+
+    Raises:
+        OSError: It is not there, or one of its files is damaged.
+    """
     try:
         yield
     except OSError as error:
         raise OSError(
             f"{name} is no local directory, or not a whole model, and the hub does not give it: {error}"
         ) from error
+    except _DAMAGED as error:
+        raise OSError(f"{name}: a file of the model is damaged: {type(error).__name__}: {error}") from error
+    except Exception as error:
+        if type(error) is not Exception:  # as tokenizers raises them
+            raise
+        raise OSError(f"{name}: a file of the model or its tokenizer is damaged: {error}") from error

@@ -3,54 +3,71 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import multiprocessing.connection
 import os
 import signal
+import sys
+import threading
 from typing import TYPE_CHECKING, Any, TypeVar
-
-import torch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
 Task = TypeVar("Task")
 
+_PR_SET_PDEATHSIG = 1
+_SECONDS_TO_END = 10.0
 
-def in_processes(
-    attempt: Callable[[Task], str | None], tasks: Sequence[Task], jobs: int
-) -> Iterator[tuple[Task, str | None]]:
-    """Attempts tasks, several at a time; a process that dies over one is replaced.
+
+class Workers:
+    """Processes that do tasks, several at a time; one that dies over a task is replaced.
+
+    They end when the ``with`` block does, and when this process does, whatever ends it.
 
     Args:
-        attempt: Does a task and returns what went wrong, or None. It and the tasks are pickled.
-        tasks: In the order in which they are begun.
+        attempt: Does a task and returns what came of it. It, the tasks and what is returned are pickled.
         jobs: Processes, each with its share of the threads.
-
-    Yields:
-        Each task when it is done, and what went wrong.
     """
-    waiting = list(reversed(tasks))
-    workers = [_Worker(attempt, cores() // jobs) for _ in range(min(jobs, len(tasks)))]
-    try:
-        for worker in workers:
+
+    def __init__(self, attempt: Callable[[Any], Any], jobs: int) -> None:
+        self._attempt = attempt
+        self._jobs = jobs
+        self._workers: list[_Worker] = []
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self._workers:
+            worker.tell_to_end()
+        for worker in self._workers:
+            worker.end()
+
+    def each(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, Any]]:
+        """Attempts tasks, which are begun in their order.
+
+        Yields:
+            Each task when it is done, and what came of it, or text that says how its process died.
+        """
+        waiting = list(reversed(tasks))
+        for worker in self._workers[: len(waiting)]:
             worker.give(waiting.pop())
-        while workers:
-            ready = multiprocessing.connection.wait([worker.connection for worker in workers])
-            for index, worker in enumerate(workers):
-                if worker.connection not in ready:
-                    continue
-                task, (error, alive) = worker.task, worker.answer()
-                if waiting and not alive:
-                    workers[index] = worker = _Worker(attempt, cores() // jobs)
-                if waiting:
+        while waiting and len(self._workers) < self._jobs:
+            self._workers.append(_Worker(self._attempt, cores() // self._jobs))
+            self._workers[-1].give(waiting.pop())
+        while busy := [worker for worker in self._workers if worker.busy]:
+            ready = multiprocessing.connection.wait([worker.connection for worker in busy])
+            for worker in (each for each in busy if each.connection in ready):
+                task, answer = worker.task, worker.answer()
+                if worker.died:
+                    self._workers.remove(worker)
+                    if waiting:
+                        self._workers.append(_Worker(self._attempt, cores() // self._jobs))
+                        self._workers[-1].give(waiting.pop())
+                elif waiting:
                     worker.give(waiting.pop())
-                else:
-                    worker.stop()
-                yield task, error
-            workers = [worker for worker in workers if worker.task is not None]
-    finally:
-        for worker in workers:
-            worker.kill()
+                yield task, answer
 
 
 def cores() -> int:
@@ -61,46 +78,73 @@ def cores() -> int:
 class _Worker:
     """A process that does one task after the other."""
 
-    def __init__(self, attempt: Callable[[Any], str | None], threads: int) -> None:
+    def __init__(self, attempt: Callable[[Any], Any], threads: int) -> None:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, attempt, max(1, threads)))
+        self.process = context.Process(target=_serve, args=(theirs, attempt, max(1, threads), os.getpid()))
         self.process.start()
         theirs.close()
         self.task: Any = None
+        self.busy = self.died = False
 
     def give(self, task: Any) -> None:
         """Begins a task."""
-        self.task = task
+        self.task, self.busy = task, True
         with contextlib.suppress(OSError):  # a process that died says so when asked for its answer
             self.connection.send(task)
 
-    def answer(self) -> tuple[str | None, bool]:
-        """Returns what went wrong, or None, and whether the process lives on."""
+    def answer(self) -> Any:
+        """Returns what came of the task."""
+        self.busy = False
         try:
-            return self.connection.recv(), True
+            return self.connection.recv()
         except (EOFError, OSError):
+            self.died = True
             self.process.join()
             code = self.process.exitcode
-            return f"The process of the run ended with status {code}" + (", killed" if (code or 0) < 0 else ""), False
+            return f"The process of the run ended with status {code}" + (", killed" if (code or 0) < 0 else "")
 
-    def stop(self) -> None:
-        """Lets the process end."""
-        self.task = None
-        with contextlib.suppress(OSError):
-            self.connection.send(None)
+    def tell_to_end(self) -> None:
+        """Has the process end, in the middle of its task if it has one."""
+        if self.busy:
+            self.process.terminate()
+        self.connection.close()
+
+    def end(self) -> None:
+        """Waits until the process has ended, and makes it where it does not."""
+        self.process.join(_SECONDS_TO_END)
+        self.process.kill()
         self.process.join()
 
-    def kill(self) -> None:
-        """Ends the process at once."""
-        self.process.terminate()
-        self.process.join()
 
-
-def _serve(connection: Any, attempt: Callable[[Any], str | None], threads: int) -> None:
+def _serve(connection: Any, attempt: Callable[[Any], Any], threads: int, parent: int) -> None:
     """Works until told to end, or until whoever would tell it is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent ends its workers
+    for name in ("SIGTERM", "SIGHUP"):
+        if signal.getsignal(getattr(signal, name, signal.SIGTERM)) == signal.SIG_DFL:
+            signal.signal(getattr(signal, name), lambda *_: sys.exit(1))  # so that temporary files go
+    _end_with(parent)
+    import torch
+
     torch.set_num_threads(threads)
-    with contextlib.suppress(EOFError, BrokenPipeError):
-        while (task := connection.recv()) is not None:
-            connection.send(attempt(task))
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            connection.send(attempt(connection.recv()))
+
+
+def _end_with(parent: int) -> None:
+    """Has this process end when its parent does, even where that is killed in the middle of a task."""
+    there = multiprocessing.parent_process()
+    assert there is not None
+    sentinel = there.sentinel  # the end of a pipe that the parent holds, and that the system closes
+
+    def wait() -> None:
+        multiprocessing.connection.wait([sentinel])
+        os._exit(1)
+
+    threading.Thread(target=wait, name="bpo-parent", daemon=True).start()
+    if sys.platform == "linux":
+        # The system itself, even while other code holds the interpreter.
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it died before
+            os._exit(1)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from typing import Any
 
 from bpo.config import SelectConfig
+from bpo.system.files import read_json
 from bpo.training.resampling import RESAMPLING
 from bpo.training.weighting import WeightedDPOConfig
 
@@ -78,12 +78,11 @@ class BPOConfig(WeightedDPOConfig):
             )
         if self.reselect_epochs < 1 or self.reselect_epochs != int(self.reselect_epochs):
             raise ValueError(f"reselect_epochs must be a whole number of at least 1, got {self.reselect_epochs!r}")
-        for name in ("select_config", "resample_config"):
+        for name, kinds in (("select_config", (dict, SelectConfig)), ("resample_config", (dict,))):
             if isinstance(getattr(self, name), str):
-                try:
-                    setattr(self, name, json.loads(getattr(self, name)))
-                except ValueError as error:
-                    raise ValueError(f"{name} is not JSON: {error}") from None
+                setattr(self, name, read_json(getattr(self, name), name))
+            if not isinstance(getattr(self, name), (*kinds, type(None))):
+                raise ValueError(f"{name} must be a mapping of names to values, got {getattr(self, name)!r}")
         if self.resample is not None and self.reselect_strategy == "no":
             raise ValueError("resample needs rounds: set reselect_strategy, too.")
         if self.resample is not None and self.resample < 1:
@@ -107,10 +106,6 @@ class BPOConfig(WeightedDPOConfig):
             defaults = SelectConfig().to_dict()
             fields = self.select_config.to_dict()
             self.select_config = {name: value for name, value in fields.items() if value != defaults[name]}
-        if self.select_config is not None and not isinstance(self.select_config, dict):
-            raise ValueError(
-                f"select_config must be a mapping of bpo.SelectConfig's fields, got {self.select_config!r}"
-            )
         elsewhere = {"ref_model", "trust_remote_code", "dtype", "device"} & set(self.select_config or {})
         if elsewhere:
             raise ValueError(

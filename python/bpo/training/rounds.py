@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from transformers.trainer_callback import ExportableState, TrainerState
 
 from bpo.selection.saved import SelectionError
 from bpo.selection.selection import Selection
+from bpo.system.files import read_json
 
 # Trainer's push_to_hub leaves out what begins with an underscore: it shall publish a model, not its data.
 _DIRECTORY = "_rounds"
@@ -51,6 +53,16 @@ def save_round(selection: Selection, number: int, output_dir: str | Path) -> str
     return _checksum(selection.save(directory))
 
 
+def last_whole_checkpoint(output_dir: str | Path) -> str | None:
+    """Returns the last checkpoint that is whole: Trainer writes its state last, and a kill may leave half of it."""
+    found = []
+    for state in Path(output_dir).glob(f"checkpoint-*/{_STATE}"):
+        with contextlib.suppress(ValueError):
+            read_json(state.read_bytes(), state)
+            found.append((int(state.parent.name.rpartition("-")[2]), str(state.parent)))
+    return max(found)[1] if found else None
+
+
 def load_rounds(checkpoint: str | Path) -> list[tuple[int, Selection, str]]:
     """Loads the rounds that a checkpoint was trained on.
 
@@ -60,13 +72,18 @@ def load_rounds(checkpoint: str | Path) -> list[tuple[int, Selection, str]]:
     Raises:
         FileNotFoundError: One is not beside the checkpoint.
         bpo.SelectionError: One is of another training, or damaged.
+        ValueError: The state of the checkpoint is damaged.
     """
     path = Path(checkpoint)
     if not (path / _STATE).is_file():
         return []
-    state = TrainerState.load_from_json(str(path / _STATE)).stateful_callbacks.get(SavedRounds.__name__, {})
+    try:
+        state = read_json((path / _STATE).read_bytes(), "its text")["stateful_callbacks"].get(SavedRounds.__name__, {})
+        saved = [(int(number), str(checksum)) for number, checksum in state.get("attributes", {}).get("saved", [])]
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise ValueError(f"{path / _STATE} is damaged ({error}); resume from an earlier checkpoint.") from None
     loaded = []
-    for number, checksum in state.get("attributes", {}).get("saved", []):
+    for number, checksum in saved:
         directory = directory_of(number, path.resolve().parent / _DIRECTORY)
         if not (directory / _MANIFEST).is_file():
             raise FileNotFoundError(

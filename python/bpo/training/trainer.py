@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from transformers.trainer_utils import get_last_checkpoint
 
 from bpo.data.tokenizers import load_tokenizer
 from bpo.policy.models import window
@@ -20,12 +19,13 @@ from bpo.policy.reference import Reference
 from bpo.selection.select import select, select_again, select_at_most
 from bpo.selection.selection import add_ref_logps, has_ref_logps
 from bpo.store.gradient_store import StoreMismatchError
+from bpo.system.paths import check_not_within
 from bpo.training.checks import check_origin, check_resampling, check_rounds, check_target
 from bpo.training.config import BPOConfig, count_or_fraction
 from bpo.training.load import load_to_train
 from bpo.training.loop import RowNumbers, collate_rows, untouched_training
 from bpo.training.resampling import kept_rows, resample
-from bpo.training.rounds import SavedRounds, directory_of, file_of, load_rounds, save_round
+from bpo.training.rounds import SavedRounds, directory_of, file_of, last_whole_checkpoint, load_rounds, save_round
 from bpo.training.settings import select_settings
 from bpo.training.weighting import WeightedDPOTrainer
 
@@ -123,12 +123,11 @@ class BPOTrainer(WeightedDPOTrainer):
         check_resampling(args, scorer, train_dataset, fixed_reference=fixed_reference)
         if self._reselects:
             check_target(args, target, fixed_reference=fixed_reference)
+        if args.store is not None:
+            check_not_within("output_dir", Path(args.output_dir), {"store": args.store})
         self._candidates, self._scorer, self._target = train_dataset, scorer, target
         processing_class = load_tokenizer(model, processing_class, self._settings)
-        if isinstance(eval_dataset, dict):  # a DatasetDict is one, too
-            eval_dataset = {name: _all_pairs(part, self._settings) for name, part in eval_dataset.items()}
-        elif eval_dataset is not None:
-            eval_dataset = _all_pairs(eval_dataset, self._settings)
+        eval_dataset = self._pairs_to_evaluate(eval_dataset)
         self._window = window(model, self._settings)
         first = self._select_first(model, args, kwargs.get("quantization_config"), processing_class)
         self._rounds = [(0, first)]
@@ -170,6 +169,38 @@ class BPOTrainer(WeightedDPOTrainer):
                 progress=not args.disable_tqdm and state.is_main_process,
             )
 
+    def _pairs_to_evaluate(self, dataset: Any) -> Any:
+        """Returns every pair of what is to be evaluated, as TRL takes it; the name of a data set stays."""
+        if dataset is None or isinstance(dataset, str):
+            return dataset
+        if isinstance(dataset, dict):  # a DatasetDict is one, too
+            return {name: _all_pairs(part, self._settings) for name, part in dataset.items()}
+        return _all_pairs(dataset, self._settings)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """As in TRL, of data in any format of :func:`bpo.select`, or of a mapping of names to such data."""
+        metrics: dict[str, float] = super().evaluate(
+            self._pairs_to_evaluate(eval_dataset), ignore_keys, metric_key_prefix
+        )
+        return metrics
+
+    def predict(self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test") -> Any:
+        """As in TRL, of data in any format of :func:`bpo.select`."""
+        prepared = self._prepare_dataset(
+            self._pairs_to_evaluate(test_dataset), self.processing_class, self.args, metric_key_prefix
+        )
+        if self.precompute_ref_logps:
+            if self.ref_model is None and not hasattr(self.model, "peft_config") and self.state.global_step > 0:
+                raise ValueError(
+                    "precompute_ref_log_probs takes the model before its training for the reference, which is gone: "
+                    "pass the data as eval_dataset, pass ref_model, or turn precompute_ref_log_probs off."
+                )
+            size = self.args.precompute_ref_batch_size or self.args.per_device_eval_batch_size
+            prepared = self._precompute_ref_logps(prepared, metric_key_prefix, size)
+        return super().predict(prepared, ignore_keys, metric_key_prefix)
+
     @property
     def selections(self) -> list[Selection]:
         """The selections of all rounds so far."""
@@ -181,12 +212,11 @@ class BPOTrainer(WeightedDPOTrainer):
         return self._rounds[-1][1]
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """As in TRL; resuming goes on with the pairs of the checkpoint's round."""
+        """As in TRL; resuming goes on from the last checkpoint that is whole, with the pairs of its round."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir) or True
         if self._reselects:
-            checkpoint = resume_from_checkpoint
-            if checkpoint is True:
-                checkpoint = get_last_checkpoint(self.args.output_dir)
-            self._restore_rounds(checkpoint)
+            self._restore_rounds(None if resume_from_checkpoint is True else resume_from_checkpoint)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def get_train_dataloader(self) -> Any:

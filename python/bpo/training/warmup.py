@@ -20,7 +20,7 @@ from bpo.config import SelectConfig
 from bpo.data.tokenizers import load_tokenizer
 from bpo.policy.models import plain
 from bpo.selection.select import select
-from bpo.system.files import write_whole
+from bpo.system.files import read_json, write_whole
 from bpo.system.model_paths import check_path, is_adapter
 from bpo.training.load import adapter_to_train
 
@@ -148,13 +148,16 @@ def _known_warm_up(directory: Path, settings: dict[str, Any]) -> dict[str, float
     """Returns the checkpoints of a finished warm-up; None if there is none, or one to go on with.
 
     Raises:
-        ValueError: A warm-up with other settings.
+        ValueError: A warm-up with other settings, or one whose file is damaged.
         FileExistsError: Something else.
     """
     manifest = directory / _WARM_UP
     if manifest.is_file():
-        saved = json.loads(manifest.read_text(encoding="utf-8"))
-        there = saved["settings"]
+        saved = read_json(manifest.read_bytes(), manifest)
+        there = saved.get("settings") if isinstance(saved, dict) else None
+        rates = saved.get("checkpoints", {}) if isinstance(saved, dict) else None
+        if not isinstance(there, dict) or not isinstance(rates, dict) or not all(map(_is_rate, rates.values())):
+            raise ValueError(f"{manifest} is damaged: it does not say what the warm-up is of. Name another output_dir.")
         changed = [key for key, value in settings.items() if there.get(key) != value]
         if changed:
             raise ValueError(
@@ -166,6 +169,10 @@ def _known_warm_up(directory: Path, settings: dict[str, Any]) -> dict[str, float
     if directory.is_file() or (directory.is_dir() and any(directory.iterdir())):
         raise FileExistsError(f"{directory} is no empty directory and holds no warm-up; name another output_dir.")
     return None
+
+
+def _is_rate(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _write_manifest(directory: Path, manifest: dict[str, Any]) -> None:

@@ -22,10 +22,11 @@ from trl import DPOTrainer
 
 import bpo
 from bpo.cli.main import main
-from bpo.evidence.compare.config import CompareConfig, read_yaml
+from bpo.evidence.compare.config import CompareConfig
+from bpo.evidence.compare.yaml_file import read_yaml
 from bpo.evidence.win_rates import compare_responses
 from bpo.selection.strategies import STRATEGIES
-from bpo.system.processes import in_processes
+from bpo.system.processes import Workers
 from bpo.training.dpo import dpo_config, train_on_pairs
 from tiny import scored_rows
 
@@ -269,7 +270,8 @@ class Bomb:
 
 def test_a_process_that_dies_is_replaced():
     tasks = [Bomb(), "2 + 2"]
-    answers = dict(in_processes(eval, tasks, 1))
+    with Workers(eval, 1) as workers:
+        answers = dict(workers.each(tasks))
     assert answers == {tasks[0]: "The process of the run ended with status 3", "2 + 2": 4}
 
 
@@ -362,18 +364,24 @@ def test_pairs_are_trained_with_their_weights_and_the_way_length_control_turns_t
 
 
 def test_strategies_of_users_reach_other_processes(settings, tmp_path, monkeypatch):
-    (tmp_path / "mine.py").write_text("def shortest(candidacy):\n    return candidacy.eligible, candidacy.score_gaps\n")
+    (tmp_path / "mine.py").write_text(
+        "import time\n\ndef shortest(candidacy):\n    time.sleep(4)\n"
+        "    return candidacy.eligible, candidacy.score_gaps\n"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     import mine
 
     monkeypatch.setitem(STRATEGIES, "mine", None)  # taken out again after the test
-    config = {**settings, "arms": ["random", "mine"], "seeds": [0], "budget": 1.0}
+    config = {**settings, "arms": ["mine", "random"], "seeds": [0], "budget": 1.0}
     bpo.register_strategy("mine", lambda candidacy: mine.shortest(candidacy))
     with pytest.raises(ValueError, match="'mine' cannot be imported by the processes of jobs > 1"):
         bpo.compare(config, tmp_path / "out", jobs=2, progress=False)
     bpo.register_strategy("mine", mine.shortest)
     assert not bpo.compare(config, tmp_path / "out", jobs=2, progress=False).failures
-    assert len(runs_of(tmp_path / "out")) == 2
+    # All pairs by both: the first arm is the one that is trained, though the other one had chosen long before.
+    runs = runs_of(tmp_path / "out")
+    assert {run["arm"]: run["same_as"] for run in runs.values()} == {"mine": None, "random": "mine"}
+    assert runs["seed0-mine-1.0.json"]["correct"] == runs["seed0-random-1.0.json"]["correct"]
 
 
 def test_win_rates_by_a_scorer(settings, tmp_path, monkeypatch):

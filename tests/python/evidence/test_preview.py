@@ -287,7 +287,7 @@ def test_the_command(store, embeddings, tmp_path, capsys):
     printed = capsys.readouterr()
     assert "by embeddings" in printed.out and "6 × pair of a response that the store does not hold" in printed.err
     assert main([*arguments, "--arm", "{"]) == 1
-    assert "--arm {:" in capsys.readouterr().err
+    assert "bpo: --arm { is not JSON" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

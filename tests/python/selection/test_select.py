@@ -416,7 +416,7 @@ def test_every_flipped_bit_of_a_selection_is_detected_or_harmless(select, rows, 
 def test_a_save_that_is_killed_leaves_the_earlier_selection_or_the_new_one(select, rows, tmp_path, monkeypatch):
     earlier, later, last = (select(rows, budget=budget) for budget in (20, 30, 40))
     found = []
-    for step in range(12):
+    for step in range(13):
         directory = tmp_path / str(step)
         earlier.save(directory)
         child = os.fork()
@@ -455,6 +455,17 @@ def test_report_is_one_page_that_escapes_what_it_shows(select, rows, tmp_path):
     assert page.count("<circle") == 100
     plain = bpo.select(None, rows, budget=5, strategy="margin", progress=False)
     assert "<svg" not in plain.report(tmp_path / "plain.html").read_text()
+
+
+@pytest.mark.parametrize("strategy", ["coreset", "d_optimal", "best_worst"])
+def test_a_report_of_pairs_that_length_control_added(select, rows, tmp_path, strategy):
+    """Which the strategy did not rank."""
+    for row in rows:
+        row["scores"] = [len(text) + index / 10 for index, text in enumerate(row["responses"])]
+    selection = select(rows, budget=30, strategy=strategy, config={"sketch_dim": 64, "length_control": "balance"})
+    if strategy != "best_worst":
+        assert None in selection.dataset["bpo_usefulness"][:]
+    assert "score gap" in selection.report(tmp_path / "report.html").read_text()
 
 
 def test_gradients_far_longer_than_the_others_are_noted_and_kept(select, rows, tmp_path):

@@ -1,10 +1,12 @@
 """Rounds of selection within one training."""
 
 import json
+import multiprocessing
 import os
 import random
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import datasets
@@ -15,10 +17,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import TrainerCallback
 
 import bpo
-from bpo.training.rounds import load_rounds
+from bpo.system.files import write_whole
+from bpo.training.rounds import last_whole_checkpoint, load_rounds
 from disks import run
-from tiny import scored_rows, tiny_llama
+from tiny import build_tokenizer, scored_rows, tiny_llama
 
+TORTURE = int(os.environ.get("BPO_TORTURE", "0"))
 ROWS = scored_rows(5, 3)
 SMALL = {"sketch_dim": 64, "n_clusters": 3}
 SETTINGS = {
@@ -360,6 +364,57 @@ def test_resuming_trains_the_pairs_of_the_checkpoint(whole, tokenizer, tmp_path)
     shutil.rmtree(tmp_path / "_rounds")
     with pytest.raises(FileNotFoundError, match="Keep the directory '_rounds' beside the checkpoints"):
         resumed.train(resume_from_checkpoint=checkpoint)
+
+
+def train_rounds(output, resume):
+    """A whole training in a process of its own, which notes its weights and pairs at the end."""
+    settings = {"save_strategy": "steps", "save_steps": 1, "store": str(output / "store"), **RESUMED}
+    trainer = trained(trainer_of(build_tokenizer(), output, **settings), resume_from_checkpoint=resume or None)
+    found = [weights_of(trainer).tolist(), [pairs_of(one) for one in trainer.selections]]
+    write_whole(output / "found.json", json.dumps(found))
+
+
+def test_a_training_that_is_killed_at_random_ends_where_an_uninterrupted_one_does(tmp_path):
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "transformers", "trl", "peft", "bpo.training.trainer", "conftest"])
+
+    def run(output, resume=False, seconds=None):
+        process = context.Process(target=train_rounds, args=(output, resume))
+        process.start()
+        process.join(seconds)
+        process.kill()
+        process.join()
+        return process.exitcode == 0
+
+    server = context.Process(target=time.sleep, args=(0,))  # which starts it
+    server.start()
+    server.join()
+    start = time.perf_counter()
+    assert run(tmp_path / "whole")
+    seconds = time.perf_counter() - start
+    whole = (tmp_path / "whole" / "found.json").read_text()
+    generator, kills, trainings, seen = np.random.default_rng(0), 0, 0, set()
+    while kills < (TORTURE // 4 or 1):
+        output = tmp_path / f"killed-{trainings}"
+        while not run(output, last_whole_checkpoint(output) is not None, generator.uniform(0.2, 1.1) * seconds):
+            kills += 1
+            seen.add(last_whole_checkpoint(output) and Path(last_whole_checkpoint(output)).name)
+        assert (output / "found.json").read_text() == whole
+        trainings += 1
+    print(f"{kills} kills of {trainings} trainings, which left {seen}")
+
+
+def test_a_checkpoint_that_is_half_written_is_passed_over(whole, tokenizer, tmp_path):
+    whole, output = whole
+    for stop in (3, 4, 5):
+        shutil.copytree(output / f"checkpoint-{stop}", tmp_path / f"checkpoint-{stop}")
+    shutil.copytree(output / "_rounds", tmp_path / "_rounds")
+    state = tmp_path / "checkpoint-4" / "trainer_state.json"
+    state.write_text(state.read_text()[:-20])
+    (tmp_path / "checkpoint-5" / "trainer_state.json").unlink()
+    assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-3")
+    resumed = trained(trainer_of(tokenizer, tmp_path, **RESUMED), resume_from_checkpoint=True)
+    assert torch.equal(weights_of(whole), weights_of(resumed))
 
 
 def test_rounds_may_begin_when_a_training_goes_on(tokenizer, tmp_path):

@@ -132,6 +132,37 @@ def test_bpo_trainer_evaluates_scored_responses_and_loads_as_trl_does(model_path
         bpo.BPOTrainer(model_path, "reference", args=args, train_dataset=scored_rows(4, 3))
 
 
+@pytest.mark.parametrize("known_reference", [False, True])
+def test_bpo_trainer_evaluates_what_it_is_given_as_its_eval_dataset(model_path, tokenizer, tmp_path, known_reference):
+    """Scored rows, preference rows, and a mapping of names to them."""
+    heldout = datasets.Dataset.from_list(scored_rows(3, 3, seed=1))
+    settings = {**SETTINGS, "precompute_ref_log_probs": known_reference}
+    trainer = bpo.BPOTrainer(
+        model_path,
+        tiny_llama(tokenizer),
+        args=bpo.BPOConfig(str(tmp_path), budget=6, strategy="random", **settings),
+        train_dataset=scored_rows(4, 3),
+        eval_dataset={"held": heldout, "train": scored_rows(4, 3)},
+    )
+    trainer.train()
+    expected = trainer.evaluate()
+    assert expected["eval_held_loss"] != expected["eval_train_loss"]
+    pairs = bpo.select(None, heldout, budget=1.0, strategy="random", progress=False).dataset
+    pairs = pairs.select_columns(["prompt", "chosen", "rejected"])
+    for given in (heldout, list(heldout), pairs):
+        assert trainer.evaluate(given)["eval_loss"] == expected["eval_held_loss"]
+    found = trainer.evaluate({"one": heldout, "two": scored_rows(4, 3)}, metric_key_prefix="x")
+    assert (found["x_one_loss"], found["x_two_loss"]) == (expected["eval_held_loss"], expected["eval_train_loss"])
+    assert trainer.predict(list(heldout)).metrics["test_loss"] == expected["eval_held_loss"]
+
+
+def test_bpo_trainer_refuses_an_output_within_its_store(model_path, tmp_path):
+    for store in (tmp_path, tmp_path / "out"):
+        args = bpo.BPOConfig(str(tmp_path / "out"), budget=6, store=str(store), **SETTINGS)
+        with pytest.raises(ValueError, match=r"output_dir .* lies within store"):
+            bpo.BPOTrainer(model_path, args=args, train_dataset=scored_rows(4, 3))
+
+
 def test_selected_dataset_trains_through_the_trl_command(model_path, rows, tmp_path):
     selection = bpo.select(model_path, rows, budget=8, config=bpo.SelectConfig(sketch_dim=64), progress=False)
     selection.save(tmp_path / "selection")

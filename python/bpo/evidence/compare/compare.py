@@ -11,7 +11,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from bpo.evidence.compare.config import CompareConfig
-from bpo.evidence.compare.files import ComparisonFiles, read, write
+from bpo.evidence.compare.files import ComparisonFiles, write
 from bpo.evidence.compare.plan import Task
 from bpo.evidence.compare.prepare import prepare
 from bpo.evidence.compare.results import summarize, table
@@ -22,6 +22,7 @@ from bpo.selection.sources import StoreAlone
 from bpo.selection.strategies import registered
 from bpo.store.gradient_store import GradientStore, StoreMismatchError
 from bpo.system.optional import import_matplotlib, import_scipy
+from bpo.system.paths import check_not_within
 
 if TYPE_CHECKING:
     import os
@@ -90,6 +91,7 @@ def compare(config: Any, output: str | os.PathLike[str], *, jobs: int = 1, progr
             several jobs, a strategy of your own that other processes cannot import.
         FileNotFoundError: A path that does not exist.
         FileExistsError: An ``output`` that holds something else.
+        BlockingIOError: An ``output`` in which another comparison is at work.
         ImportError: SciPy or matplotlib is missing: ``pip install 'bpo[compare]'``.
 
     Example:
@@ -106,19 +108,21 @@ def compare(config: Any, output: str | os.PathLike[str], *, jobs: int = 1, progr
     import_matplotlib()
     files = ComparisonFiles(Path(output))
     files.check_directory()
+    check_not_within("output", files.directory, {"store": config.store, **{arm.name: arm.store for arm in config.arms}})
     own = registered(arm.strategy for arm in config.arms)
     if jobs > 1:
         check_reachable(own)
-    plan = prepare(config, files, progress)
-    tasks = [Task(seed, arm, budget) for seed in config.seeds for budget in config.budget for arm in config.arms]
-    for task in tasks:
-        plan.check(task)
-    failures = _run_missing(plan, tasks, jobs, own, progress)
-    runs = [read(files.run(task.name)) for task in tasks if plan.finished(task)]
-    _foretell(plan, runs)
-    results = summarize(runs, [untrained(plan, seed) for seed in config.seeds], plan.description())
-    write(files.results, json.dumps(results, indent=1) + "\n")
-    write_report(results, failures, files.directory)
+    with files.locked():
+        plan = prepare(config, files, progress)
+        tasks = [Task(seed, arm, budget) for seed in config.seeds for budget in config.budget for arm in config.arms]
+        for task in tasks:
+            plan.check(task)
+        failures = _run_missing(plan, tasks, jobs, own, progress)
+        runs = [plan.read_run(files.run(task.name)) for task in tasks if plan.finished(task)]
+        _foretell(plan, runs)
+        results = summarize(runs, [untrained(plan, seed) for seed in config.seeds], plan.description())
+        write(files.results, json.dumps(results, indent=1) + "\n")
+        write_report(results, failures, files.directory)
     return Comparison(files.directory, results, failures)
 
 

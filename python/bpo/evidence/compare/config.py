@@ -14,6 +14,7 @@ from typing import Any
 from peft import LoraConfig
 
 from bpo.config import SelectConfig
+from bpo.evidence.compare.yaml_file import read_yaml
 from bpo.evidence.win_rates import ScorerConfig
 from bpo.selection.strategies import STRATEGIES
 from bpo.system.model_paths import check_path, is_adapter
@@ -245,7 +246,7 @@ class CompareConfig:
         if isinstance(value, cls):
             return value
         if isinstance(value, (str, os.PathLike)):
-            values = read_yaml(value)
+            values = read_yaml(Path(value).expanduser())
             try:
                 return cls.of(values)
             except ValueError as error:
@@ -383,30 +384,6 @@ class CompareConfig:
         if breadth is not None and (isinstance(breadth, bool) or not isinstance(breadth, (int, float))):
             raise ValueError(f"{place}.breadth must be a count or a fraction, got {breadth!r}")
         return Arm(name, strategy, breadth, config, None if store is None else os.fspath(store))
-
-
-def read_yaml(path: str | os.PathLike[str]) -> Any:
-    """Reads a YAML file, with numbers such as ``2e-4`` as numbers, which YAML 1.1 takes for text.
-
-    Raises:
-        FileNotFoundError: No such file.
-        ValueError: It is no YAML.
-    """
-    import yaml
-
-    class Loader(yaml.SafeLoader):  # type: ignore[misc]
-        pass
-
-    number = re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$")
-    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
-    text = Path(path).expanduser().read_text(encoding="utf-8")
-    try:
-        values = yaml.load(text, Loader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold a mapping of fields to values")
-    return values
 
 
 class _field:  # noqa: N801

@@ -6,12 +6,15 @@ import contextlib
 import dataclasses
 import json
 import time
+import zipfile
+import zlib
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 import bpo
-from bpo.system.files import differing, flattened, write_whole
+from bpo.system.files import differing, flattened, read_json, replacing, write_whole
+from bpo.system.locks import locked
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -19,6 +22,8 @@ if TYPE_CHECKING:
 
 HEADER = {"format": "bpo-comparison", "format_version": 1}
 """What every file of ours begins with."""
+
+_LOCK = ".comparing.lock"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,10 +94,21 @@ class ComparisonFiles:
             FileExistsError: It is not.
         """
         output = self.directory
-        if output.is_file():
+        if output.exists() and not output.is_dir():
             raise FileExistsError(f"{output} is a file; name a directory.")
-        if output.is_dir() and any(output.iterdir()) and not self.manifest.is_file():
+        there = {path.name for path in output.iterdir()} - {_LOCK} if output.is_dir() else set()
+        if there and not self.manifest.is_file():
             raise FileExistsError(f"{output} is not empty and holds no comparison; name another directory.")
+
+    def locked(self) -> contextlib.AbstractContextManager[None]:
+        """Keeps every other comparison out of the directory.
+
+        Raises:
+            BlockingIOError: One is at work there.
+        """
+        return locked(
+            self.directory, _LOCK, "another comparison is at work there; wait until it is done, or name another output."
+        )
 
     def check_manifest(self, settings: Mapping[str, Any]) -> None:
         """Writes down what all runs depend on, or compares it with what is there.
@@ -100,12 +116,12 @@ class ComparisonFiles:
         Raises:
             ValueError: Something differs, by name.
         """
-        manifest = {**HEADER, "settings": json.loads(json.dumps(settings))}
+        settings = json.loads(json.dumps(settings, default=_refuse))
         if not self.manifest.is_file():
-            write(self.manifest, json.dumps(manifest, indent=1) + "\n")
+            write(self.manifest, json.dumps({**HEADER, "settings": settings}, indent=1) + "\n")
             return
-        saved = read(self.manifest)
-        there, here = flattened(saved["settings"]), flattened(manifest["settings"])
+        saved = read(self.manifest, {"settings": dict})
+        there, here = flattened(saved["settings"]), flattened(settings)
         changed = differing(there, here)
         if changed:
             raise ValueError(
@@ -119,7 +135,15 @@ class Costs:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.seconds: dict[str, float] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        self.seconds: dict[str, float] = {}
+        if path.is_file():
+            try:
+                there = read_json(path.read_bytes(), "its text")
+            except ValueError as error:
+                raise damaged(path, error) from None
+            if not isinstance(there, dict) or not all(isinstance(value, (int, float)) for value in there.values()):
+                raise damaged(path, "it does not map stages to seconds")
+            self.seconds = there
 
     @contextlib.contextmanager
     def add(self, stage: str) -> Iterator[None]:
@@ -141,19 +165,36 @@ def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
         seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start
 
 
-def read(path: Path) -> dict[str, Any]:
+def read(path: Path, fields: Mapping[str, type | tuple[type, ...]]) -> dict[str, Any]:
     """Reads one of our JSON files.
+
+    Args:
+        path: The file.
+        fields: Names that it must have, and their types.
 
     Raises:
         ValueError: It is damaged, or of another version.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path.read_bytes(), "its text")
     except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); remove it.") from None
+        raise damaged(path, error) from None
     if not isinstance(values, dict) or any(values.get(name) != value for name, value in HEADER.items()):
         raise ValueError(f"{path} is not of a comparison that this bpo {bpo.__version__} reads.")
+    wrong = [name for name, kind in fields.items() if not isinstance(values.get(name), kind)]
+    if wrong:
+        raise damaged(path, f"it has no {', '.join(wrong)}, or in another type")
     return values
+
+
+def damaged(path: Path, reason: object) -> ValueError:
+    """Returns the error for a file that is not as it was written; without it, what it held is computed anew."""
+    return ValueError(f"{path} is damaged ({reason}); remove it, and it is made again.")
+
+
+def _refuse(value: object) -> None:
+    """What JSON calls with a value that it has no form for, such as a date of YAML."""
+    raise ValueError(f"{value!r} in the settings cannot be saved as JSON; write it as text or as a number")
 
 
 def write(path: Path, text: str) -> None:
@@ -163,19 +204,30 @@ def write(path: Path, text: str) -> None:
 
 
 def read_logps(path: Path) -> dict[bytes, float]:
-    """Reads log-probabilities of sequences by their content hashes; none where there is no file."""
+    """Reads log-probabilities of sequences by their content hashes; none where there is no file.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
     if not path.is_file():
         return {}
-    with np.load(path, allow_pickle=False) as file:
-        return dict(zip(map(bytes, file["sequence_ids"]), file["logps"], strict=True))
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            ids, logps = file["sequence_ids"], file["logps"]
+    except (ValueError, LookupError, EOFError, OSError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+        raise damaged(path, error) from None
+    if ids.dtype != np.uint8 or ids.ndim != 2 or ids.shape[1] != 16 or logps.shape != ids.shape[:1]:
+        raise damaged(path, f"its arrays are {ids.dtype} {ids.shape} and {logps.dtype} {logps.shape}")
+    if logps.dtype != np.float32 or not np.isfinite(logps).all():
+        raise damaged(path, "its log-probabilities are not finite numbers")
+    return dict(zip(map(bytes, ids), logps, strict=True))
 
 
 def write_logps(path: Path, logps: Mapping[bytes, float]) -> None:
     """Writes log-probabilities of sequences; the file is replaced whole or not at all."""
-    scratch = path.with_name(f"{path.stem}.new.npz")
-    np.savez(
-        scratch,
-        sequence_ids=np.frombuffer(b"".join(logps), dtype=np.uint8).reshape(-1, 16),
-        logps=np.array(list(logps.values()), dtype=np.float32),
-    )
-    scratch.replace(path)
+    with replacing(path) as scratch:
+        np.savez(
+            scratch,
+            sequence_ids=np.frombuffer(b"".join(logps), dtype=np.uint8).reshape(-1, 16),
+            logps=np.array(list(logps.values()), dtype=np.float32),
+        )

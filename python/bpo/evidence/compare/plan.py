@@ -9,7 +9,7 @@ import numpy as np
 
 import bpo
 from bpo.config import SelectConfig
-from bpo.evidence.compare.files import read
+from bpo.evidence.compare.files import damaged, read
 from bpo.system.files import differing, flattened
 
 if TYPE_CHECKING:
@@ -23,6 +23,22 @@ if TYPE_CHECKING:
 
 # Keeps the draw of a split apart from those of the selection with the same seed.
 _SPLIT = 1
+
+
+_RUN_FIELDS: dict[str, type | tuple[type, ...]] = {
+    "seed": int,
+    "arm": str,
+    "budget": (int, float),
+    "arm_settings": dict,
+    "n_pairs": int,
+    "n_prompts": int,
+    "warnings": list,
+    "pairs": list,
+    "heldout_pairs": list,
+    "measures": dict,
+    "correct": list,
+    "seconds": dict,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,19 +149,46 @@ class Plan:
         """Whether a run is there."""
         return self.files.run(task.name).is_file()
 
+    def read_run(self, path: Path) -> dict[str, Any]:
+        """Reads a finished run.
+
+        Raises:
+            ValueError: It is damaged; the message names the file.
+        """
+        run = read(path, _RUN_FIELDS)
+        held, n_pairs = len(run["heldout_pairs"]), len(self.pool.rows)
+        for name, most in (("pairs", n_pairs), ("turned", n_pairs), ("heldout_pairs", len(self.evaluated.rows))):
+            pairs = run.get(name, [])
+            if not isinstance(pairs, list) or not all(type(pair) is int and 0 <= pair < most for pair in pairs):
+                raise damaged(path, f"its {name} are not numbers of pairs from 0 to {most - 1}")
+        if len(run["correct"]) != held or not {*run["correct"]} <= {0.0, 0.5, 1.0}:
+            raise damaged(path, f"it does not say of the {held} held-out pairs which are ranked rightly")
+        for name in ("measures", "seconds"):
+            if not all(value is None or isinstance(value, (int, float)) for value in run[name].values()):
+                raise damaged(path, f"its {name} are not numbers")
+        if not isinstance(run["arm_settings"].get("select"), dict):
+            raise damaged(path, "it does not say what was selected with")
+        return run
+
     def check(self, task: Task) -> None:
         """Checks that a run that is there is of the same arm.
 
         Raises:
-            ValueError: It is of an arm of that name with other settings.
+            ValueError: It is of an arm of that name with other settings, or damaged.
         """
         if not self.finished(task):
             return
+        path = self.files.run(task.name)
+        run = self.read_run(path)
+        if (run["seed"], run["arm"], run["budget"]) != (task.seed, task.arm.name, task.budget):
+            raise damaged(path, f"it is of seed {run['seed']}, arm {run['arm']!r}, budget {run['budget']}")
+        if not np.array_equal(run["heldout_pairs"], self.split(task.seed).heldout):
+            raise damaged(path, "its held-out pairs are not those of the seed")
         # A setting that there was none of when the run was made is as if at its default.
         defaults = SelectConfig().to_dict()
         there, here = (
             flattened({**settings, "select": {**defaults, **settings["select"]}})
-            for settings in (read(self.files.run(task.name))["arm_settings"], task.arm.settings())
+            for settings in (run["arm_settings"], task.arm.settings())
         )
         changed = differing(there, here)
         if changed:

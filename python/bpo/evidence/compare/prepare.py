@@ -19,7 +19,7 @@ from bpo.evidence.compare.reference import with_reference
 from bpo.evidence.win_rates import score_start
 from bpo.gradients.collect import collect_gradients
 from bpo.policy.models import load_policy, model_fingerprint, window
-from bpo.store.gradient_store import GradientStore
+from bpo.store.gradient_store import GradientStore, check_described
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -93,6 +93,7 @@ def _check_store(store: GradientStore, model: str, pool: ComparedPairs) -> None:
     Raises:
         ValueError: It is not.
     """
+    check_described(store)
     if store.fingerprint["model"] != model:
         raise ValueError(f"store: {store.path} was made with another model.")
     missing = int((store.rows_of(pool.tokenized.sequence_ids) < 0).sum())

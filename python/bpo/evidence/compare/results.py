@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ import numpy as np
 
 from bpo.evidence.statistics import clustered_bootstrap, holm, paired, rank_correlation
 from bpo.report.wording import MEASURES, STAGES, agreement, interval, p_value, power
+from bpo.system.files import read_json
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -183,11 +183,17 @@ def load(path: Path) -> dict[str, Any]:
         ValueError: It is none.
     """
     try:
-        results = json.loads(path.read_text(encoding="utf-8"))
+        results = read_json(path.read_bytes(), "its text")
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}); bpo compare writes it anew from the runs.") from None
     if not isinstance(results, dict) or not {"description", "arms", "differences"} <= results.keys():
         raise ValueError(f"{path} holds no results of a comparison.")
+    try:
+        table(results)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is damaged ({type(error).__name__}: {error}); bpo compare writes it anew from the runs."
+        ) from None
     return results
 
 

@@ -27,11 +27,11 @@ from bpo.pairs.length import turn
 from bpo.selection.request import count_of
 from bpo.selection.select import select
 from bpo.selection.strategies import STRATEGIES
-from bpo.system.processes import cores, in_processes
+from bpo.system.processes import Workers, cores
 from bpo.training.dpo import dpo_config, train_on_pairs
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     import numpy.typing as npt
     from transformers import PreTrainedModel
@@ -39,6 +39,10 @@ if TYPE_CHECKING:
     from bpo.evidence.compare.plan import Plan, Split, Task
     from bpo.selection.strategies import Strategy
 
+# What says of a run which pairs it is trained on.
+_SAME = ("pairs", "turned")
+
+_CHOOSE, _MAKE = "choose", "make"
 _MEASURES = ("accuracy", "length_controlled_accuracy", "margin", "likelihood_accuracy")
 
 
@@ -58,10 +62,27 @@ def attempt_runs(
     """
     if jobs == 1 or len(tasks) < 2:
         for task in tasks:
-            yield task, _attempt(plan, task)
+            outcome = _attempt(plan, task, _run)
+            assert not isinstance(outcome, _Chose)
+            yield task, outcome
         return
     plan = dataclasses.replace(plan, threads=max(1, cores() // jobs))
-    yield from in_processes(functools.partial(_attempt_elsewhere, plan, own), tasks, jobs)
+    with Workers(functools.partial(_attempt_elsewhere, plan, own), min(jobs, len(tasks))) as workers:
+        # All choose before one is trained, so that of those that chose the same pairs it is the first that is trained,
+        # and not whichever came sooner.
+        chosen: dict[str, list[Task]] = {}
+        for (_, task), outcome in workers.each([(_CHOOSE, task) for task in tasks]):
+            if isinstance(outcome, _Chose):
+                chosen.setdefault(outcome.pairs, []).append(task)
+            else:
+                yield task, outcome
+        while chosen:
+            for alike in chosen.values():
+                alike.sort(key=tasks.index)
+            first = sorted((alike.pop(0) for alike in chosen.values()), key=tasks.index)
+            for (_, task), outcome in workers.each([(_MAKE, task) for task in first]):
+                yield task, outcome
+            chosen = {pairs: alike for pairs, alike in chosen.items() if alike}
 
 
 def untrained(plan: Plan, seed: int) -> dict[str, Any]:
@@ -93,17 +114,20 @@ def check_reachable(own: Mapping[str, Strategy]) -> None:
             )
 
 
-def _attempt_elsewhere(plan: Plan, own: Mapping[str, Strategy], task: Task) -> str | None:
-    """As :func:`_attempt`, in a process that knows only bpo's own strategies."""
+def _attempt_elsewhere(plan: Plan, own: Mapping[str, Strategy], job: tuple[str, Task]) -> _Chose | str | None:
+    """Makes a run, or its choice, in a process that knows only bpo's own strategies."""
     STRATEGIES.update(own)
-    return _attempt(plan, task)
+    stage, task = job
+    return _attempt(plan, task, _run if stage == _MAKE else _choose_or_copy)
 
 
-def _attempt(plan: Plan, task: Task) -> str | None:
+def _attempt(plan: Plan, task: Task, make: Callable[[Plan, Task], dict[str, Any] | _Chose]) -> _Chose | str | None:
     """Makes a run and writes its file; returns the traceback of what went wrong."""
     try:
         with _quiet():
-            run = _run(plan, task)
+            run = make(plan, task)
+        if isinstance(run, _Chose):
+            return run
         write(plan.files.run(task.name), json.dumps(run) + "\n")
     except Exception:
         return traceback.format_exc()
@@ -133,6 +157,31 @@ def _quiet() -> Iterator[None]:
 def _run(plan: Plan, task: Task) -> dict[str, Any]:
     """Selects, trains and evaluates; takes training and evaluation from a run on the same pairs where there is one."""
     split = plan.split(task.seed)
+    chosen, run, seconds = _choose(plan, task, split)
+    twin = _twin(plan, task, run)
+    if twin is not None:
+        return _copied(run, twin, seconds)
+    with timed(seconds, "training"):
+        policy = _train(plan, task, chosen)
+    with timed(seconds, "evaluation"):
+        run |= _measures(_evaluate(plan, policy, split.heldout))
+    if plan.config.scorer is not None:
+        with timed(seconds, "sampling"):
+            run["measures"] |= _win_rates(plan, task, policy, split.heldout)
+    return {**run, "seconds": seconds}
+
+
+def _choose_or_copy(plan: Plan, task: Task) -> dict[str, Any] | _Chose:
+    """Selects, and returns the whole run where one on the same pairs is there already."""
+    _, run, seconds = _choose(plan, task, plan.split(task.seed))
+    twin = _twin(plan, task, run)
+    if twin is not None:
+        return _copied(run, twin, seconds)
+    return _Chose(json.dumps([task.seed, *(run.get(name) for name in _SAME)]))
+
+
+def _choose(plan: Plan, task: Task, split: Split) -> tuple[_Chosen, dict[str, Any], dict[str, float]]:
+    """Returns the pairs that an arm chooses, what its run says of them, and the seconds that it took."""
     seconds: dict[str, float] = {}
     with timed(seconds, "selection"):
         chosen = _select(plan, task, split)
@@ -150,18 +199,20 @@ def _run(plan: Plan, task: Task) -> dict[str, Any]:
         "same_as": None,
         **({"turned": chosen.pairs[chosen.turned].tolist()} if chosen.turned.any() else {}),
     }
-    twin = _twin(plan, task, run)
-    if twin is not None:
-        copied = {name: twin[name] for name in ("measures", "correct")}
-        return {**run, **copied, "same_as": twin["arm"], "seconds": {**twin["seconds"], **seconds}}
-    with timed(seconds, "training"):
-        policy = _train(plan, task, chosen)
-    with timed(seconds, "evaluation"):
-        run |= _measures(_evaluate(plan, policy, split.heldout))
-    if plan.config.scorer is not None:
-        with timed(seconds, "sampling"):
-            run["measures"] |= _win_rates(plan, task, policy, split.heldout)
-    return {**run, "seconds": seconds}
+    return chosen, run, seconds
+
+
+def _copied(run: dict[str, Any], twin: Mapping[str, Any], seconds: Mapping[str, float]) -> dict[str, Any]:
+    """A run with the training and evaluation of another one on the same pairs."""
+    copied = {name: twin[name] for name in ("measures", "correct")}
+    return {**run, **copied, "same_as": twin["arm"], "seconds": {**twin["seconds"], **seconds}}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Chose:
+    """That a run only chose so far: which pairs, as text."""
+
+    pairs: str
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -216,8 +267,8 @@ def _select(plan: Plan, task: Task, split: Split) -> _Chosen:
 def _twin(plan: Plan, task: Task, here: Mapping[str, Any]) -> dict[str, Any] | None:
     """Returns a finished run of the same seed on the same pairs, the same way round."""
     for path in plan.files.runs_of(task.seed):
-        run = read(path)
-        same = all(run.get(name) == here.get(name) for name in ("pairs", "turned"))
+        run = plan.read_run(path)
+        same = all(run.get(name) == here.get(name) for name in _SAME)
         if same and run["same_as"] is None:
             return run
     return None
@@ -264,7 +315,7 @@ def _win_rates(plan: Plan, task: Task, policy: PreTrainedModel, pairs: npt.NDArr
     config, files = plan.config, plan.files
     tokenizer = load_tokenizer(config.model, config.processing_class, config.shared)
     sampled = config.scorer.sample(policy, plan.prompts(pairs), tokenizer, task.seed)
-    start = read(files.start_responses(task.seed))["rows"]
+    start = read(files.start_responses(task.seed), {"rows": list})["rows"]
     wins = compare_responses(start, sampled, config.scorer.build(files.verdicts))
     write(files.responses / f"{task.name}.jsonl", "".join(json.dumps(row) + "\n" for row in wins.rows))
     return wins.measures

@@ -13,7 +13,7 @@ import numpy as np
 
 from bpo.evidence.statistics import holm, paired
 from bpo.report.figures import draw_preview
-from bpo.system.files import write_whole
+from bpo.system.files import read_json, write_whole
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -173,9 +173,31 @@ class Preview:
             ValueError: A file that is no saved preview.
         """
         try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
+            values = read_json(Path(path).read_bytes(), "its text")
             for name in ("accuracy", "length_controlled", "mean_depth"):
                 values[name] = np.array(values[name], dtype=np.float64)
-            return cls(**values)
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{path} is no saved preview: {error}") from None
+            preview = cls(**values)
+            preview._check()
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
+            said = f"{error} is missing" if isinstance(error, KeyError) else error
+            raise ValueError(f"{path} is no saved preview: {said}") from None
+        return preview
+
+    def _check(self) -> None:
+        """Checks values that come from a file.
+
+        Raises:
+            ValueError, TypeError: They do not fit together.
+        """
+        shape = (len(self.arms), len(self.budgets))
+        for name in ("accuracy", "length_controlled", "mean_depth"):
+            values = getattr(self, name)
+            if values.ndim != 3 or values.shape[:2] != shape or values.shape != self.accuracy.shape or not values.size:
+                raise ValueError(f"{name} is of shape {values.shape}, for {shape[0]} arms and {shape[1]} budgets")
+        if not all(isinstance(arm, str) for arm in self.arms) or self.baseline not in self.arms:
+            raise ValueError(f"arms are {self.arms!r} and baseline {self.baseline!r}")
+        if not all(isinstance(budget, int) for budget in self.budgets):
+            raise ValueError(f"budgets are {self.budgets!r}")
+        share = 0.5 if self.heldout_share is None else self.heldout_share
+        if not (0 < share < 1 and all(math.isfinite(n) for n in (self.n_pairs, self.n_heldout, self.seconds))):
+            raise ValueError("heldout_share, n_pairs, n_heldout or seconds is out of range")
