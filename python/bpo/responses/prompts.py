@@ -183,9 +183,7 @@ def _add(
                     f"Row {index}: the prompt is plain text but response {position} holds chat messages. "
                     "Give the prompt as messages, too."
                 )
-            only = response[0] if len(response) == 1 else {}
-            if only.get("role") == "assistant" and set(only) == {"role", "content"} and only["content"] is not None:
-                response = only["content"]
+            response = plain_answer(response)
         if response not in this.responses:
             this.responses.append(response)
             this.scores.append(score)
@@ -197,6 +195,22 @@ def lay_out(prompt: PromptResponses, responses: Sequence[Text], *, as_messages: 
     """Returns a row of the result: ``prompt``, ``responses`` (text, or all as messages), and the columns given."""
     laid: list[Text] = [prompt.messages(response) if as_messages else response for response in responses]
     return {"prompt": prompt.prompt, "responses": laid, **columns, **_others(prompt.columns, columns)}
+
+
+def lay_out_again(prompt: PromptResponses, earlier: Mapping[str, Any], *, as_messages: bool) -> dict[str, Any]:
+    """Returns a row that was laid out by an earlier run, with the other columns as the data has them now."""
+    responses = [plain_answer(response) for response in earlier["responses"]]
+    made = {name: earlier[name] for name in ("scores", "dropped") if name in earlier}
+    return lay_out(prompt, responses, as_messages=as_messages, **made)
+
+
+def plain_answer(response: Text) -> Text:
+    """Returns the text of a response that is one plain message of the assistant, any other as it is."""
+    only = response[0] if isinstance(response, list) and len(response) == 1 else {}
+    if only.get("role") == "assistant" and set(only) == {"role", "content"} and only["content"] is not None:
+        text: str = only["content"]
+        return text
+    return response
 
 
 def _others(columns: Mapping[str, Any], but: Mapping[str, Any]) -> dict[str, Any]:
