@@ -8,6 +8,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import pyarrow as pa
+
 from bpo.data.candidates import Skipped, report_skipped
 from bpo.data.columns import column_error, read_template_kwargs
 from bpo.data.preferences import preference_texts
@@ -88,8 +91,9 @@ def read_responses(dataset: Any, *, prompts_only: bool = False) -> list[PromptRe
         >>> [row.prompt for row in read_responses(["2+2?", "3+3?"], prompts_only=True)]
         ['2+2?', '3+3?']
     """
-    if isinstance(dataset, Sequence) and len(dataset) and (isinstance(dataset[0], str) or is_messages(dataset[0])):
-        dataset = dataset if isinstance(dataset, str) else [{"prompt": prompt} for prompt in dataset]
+    listed = isinstance(dataset, Sequence) and not isinstance(dataset, str)
+    if listed and any(isinstance(prompt, str) or is_messages(prompt) for prompt in dataset):
+        dataset = [prompt if isinstance(prompt, Mapping) else {"prompt": prompt} for prompt in dataset]
     rows = load_rows(dataset)
     names = list(rows.column_names)
     pairs = {"chosen", "rejected"} <= set(names)
@@ -106,84 +110,151 @@ def read_responses(dataset: Any, *, prompts_only: bool = False) -> list[PromptRe
     found: dict[bytes, PromptResponses] = {}
     skipped = Skipped()
     for index, row in enumerate(rows):
-        texts: Sequence[Any] = ()
-        scores: list[float | None] = []
-        if pairs:
-            split = preference_texts(row, index, has_prompt="prompt" in names)
-            if isinstance(split, str):
-                skipped.add(split, f"row {index}")
-                continue
-            prompt, *texts = split
-            scores = [_score(row.get(name), index, name) for name in ("score_chosen", "score_rejected")]
-        else:
-            if row[prompt_column] in (None, "", []):
-                skipped.add("prompt is missing", f"row {index}")
-                continue
-            prompt = as_text(row[prompt_column], index, prompt_column)
-            if column is not None:
-                texts, scores = texts_and_scores(row, index, column)
-        columns = {name: _plain(row[name]) for name in extra}
-        for name, value in columns.items():
-            check_json(value, index, name)
+        try:
+            given = _pair(row, index, names) if pairs else _prompt(row, index, prompt_column)
+            columns = {name: _plain(row[name], index, name) for name in extra}
+        except ValueError as error:  # about this row
+            skipped.add("row that cannot be read", str(error))
+            continue
+        if isinstance(given, str):
+            skipped.add(given, f"row {index}")
+            continue
+        prompt, *responses = given
         this = PromptResponses(prompt, template_kwargs[index] if template_kwargs else {}, [], [], columns, index)
-        this = found.setdefault(this.key, this)
+        first = found.setdefault(this.key, this)
         if isinstance(prompt, str) != isinstance(next(iter(found.values())).prompt, str):
             raise ValueError(f"Row {index}: some prompts are text and some are messages. Bring all into one form.")
+        for name in [name for name in extra if first.columns[name] != columns[name]]:
+            skipped.add(f"another '{name}' than that of the same prompt before", f"row {index}, before {first.row}")
         if not prompts_only:
-            _add(this, texts, scores, index, skipped)
+            items = _scored_pair(row, responses) if pairs else _items(row, index, column, skipped)
+            _add(first, items, index, skipped)
     report_skipped(skipped, "skip")
     if not found:
         raise ValueError(f"No row has a usable prompt.\n{skipped.describe()}")
     return list(found.values())
 
 
-def _plain(value: Any) -> Any:
-    """Returns None for NaN, which readers of JSON do not take."""
-    return None if isinstance(value, float) and math.isnan(value) else value
+def _prompt(row: Mapping[str, Any], index: int, column: str) -> tuple[Text] | str:
+    """Returns the prompt of a row, or why it has none."""
+    if row[column] in (None, "", []):
+        return "prompt is missing"
+    return (_encodable(as_text(row[column], index, column), index, column),)
 
 
-def texts_and_scores(row: Mapping[str, Any], index: int, column: str) -> tuple[list[Any], list[float | None]]:
-    """Returns the responses of a row, unchecked, and the score of each, None where there is none."""
+def _pair(row: Mapping[str, Any], index: int, names: Sequence[str]) -> tuple[Text, Text, Text] | str:
+    """Returns prompt, chosen and rejected of a preference row, or why it cannot be used."""
+    split = preference_texts(row, index, has_prompt="prompt" in names)
+    return split if isinstance(split, str) else _encodable(split, index, "prompt, chosen or rejected")
+
+
+def _scored_pair(row: Mapping[str, Any], responses: Sequence[Any]) -> list[tuple[Any, Any]]:
+    return list(zip(responses, (row.get("score_chosen"), row.get("score_rejected")), strict=True))
+
+
+def _items(row: Mapping[str, Any], index: int, column: str | None, skipped: Skipped) -> list[tuple[Any, Any]]:
+    """Returns the responses of a row with their scores, both unchecked; none where they cannot be told apart."""
+    if column is None:
+        return []
+    try:
+        return texts_and_scores(row, index, column)
+    except ValueError as error:
+        skipped.add("responses or scores that cannot be read", str(error))
+        # Scores can be made anew, responses cannot.
+        return _items({**row, "scores": None}, index, column, Skipped()) if row.get("scores") is not None else []
+
+
+def _encodable(value: Any, index: int, column: str) -> Any:
+    """Returns a value of JSON unless it holds half a character, which neither files nor Arrow can.
+
+    Raises:
+        ValueError: It does; names the row and the column.
+    """
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"Row {index}, column '{column}': half a character (a lone surrogate).") from None
+    return value
+
+
+def _plain(value: Any, index: int, column: str) -> Any:
+    """Returns what JSON has a form for: None for NaN, which readers of JSON do not take, and lists for arrays.
+
+    Raises:
+        ValueError: It has none; names the row and the column.
+    """
+
+    def plain(value: Any) -> Any:
+        value = value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
+        if isinstance(value, float) and math.isnan(value):
+            return None
+        if isinstance(value, (list, tuple)):
+            return [plain(item) for item in value]
+        return {key: plain(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+    try:
+        made = plain(value)
+    except RecursionError:
+        raise ValueError(f"Row {index}, column '{column}': lists within lists, too deep to read.") from None
+    check_json(made, index, column)
+    return _encodable(made, index, column)
+
+
+def texts_and_scores(row: Mapping[str, Any], index: int, column: str) -> list[tuple[Any, Any]]:
+    """Returns the responses of a row and the score of each, None where there is none; both unchecked.
+
+    Raises:
+        ValueError: No list, or not one score a response.
+    """
     items = row[column]
     if items is None:
-        return [], []
+        return []
     if not isinstance(items, (list, tuple)):
         raise ValueError(f"Row {index}, column '{column}': expected a list, got {shorten(items)}.")
     if row.get("scores") is not None:
-        return list(items), [
-            _score(value, index, "scores") for value in one_each(row["scores"], items, index, "scores")
-        ]
-    texts, scores = [], []
+        return list(zip(items, one_each(row["scores"], items, index, "scores"), strict=True))
+    pairs = []
     for item in items:
         record = item if isinstance(item, Mapping) and "role" not in item else {"text": item}
-        texts.append(next((record[name] for name in ("text", "response", "content") if name in record), None))
-        name = next((name for name in ("score", "overall_score") if name in record), "score")
-        scores.append(_score(record.get(name), index, f"{column}.{name}"))
-    return texts, scores
+        pairs.append((_first(record, "text", "response", "content"), _first(record, "score", "overall_score")))
+    return pairs
 
 
-def _score(value: Any, index: int, column: str) -> float | None:
-    number = as_number(value, index, column)
+def _first(record: Mapping[str, Any], *names: str) -> Any:
+    """Returns what stands under the first name that holds something: a table has the keys of every form in all rows."""
+    return next((record[name] for name in names if record.get(name) is not None), None)
+
+
+def score_or_none(value: Any) -> float | None:
+    """Returns a score of the data, None where there is none that can be used.
+
+    Raises:
+        ValueError: What is there is no number.
+    """
+    number = as_number(value, 0, "scores")
     return number if is_score(number) else None
 
 
-def _add(
-    this: PromptResponses, texts: Sequence[Any], scores: Sequence[float | None], index: int, skipped: Skipped
-) -> None:
+def _add(this: PromptResponses, items: Sequence[tuple[Any, Any]], index: int, skipped: Skipped) -> None:
     """Adds the responses that are new, and the first score of each."""
-    for position, (text, score) in enumerate(zip(texts, scores, strict=True)):
+    for position, (text, given) in enumerate(items):
         place = f"row {index}, response {position}"
         if text in (None, "", []):
             skipped.add("empty response", place)
             continue
-        response = as_text(text, index, "responses")
-        if isinstance(response, list):
-            if isinstance(this.prompt, str):
-                raise ValueError(
-                    f"Row {index}: the prompt is plain text but response {position} holds chat messages. "
-                    "Give the prompt as messages, too."
-                )
-            response = plain_answer(response)
+        try:
+            response = _encodable(plain_answer(as_text(text, index, "responses")), index, "responses")
+        except ValueError as error:
+            skipped.add("response that cannot be read", f"{place}: {error}")
+            continue
+        if isinstance(text, list) and isinstance(this.prompt, str):
+            skipped.add("response of chat messages to a prompt of plain text; give it as messages, too", place)
+            continue
+        try:
+            score = score_or_none(given)
+        except ValueError:
+            skipped.add("score that is no number", f"{place}: {shorten(given)}")
+            score = None
         if response not in this.responses:
             this.responses.append(response)
             this.scores.append(score)
@@ -223,11 +294,43 @@ def need_messages(prompts: Sequence[PromptResponses]) -> bool:
 
 
 def to_dataset(rows: Sequence[dict[str, Any]]) -> datasets.Dataset:
-    """Turns rows into a data set whose scores are numbers even where all are null."""
+    """Turns rows into a data set whose scores are numbers even where all are null; the other columns stay as they are.
+
+    What Arrow would not keep as it is, such as mappings of unlike keys, which it fills with null, becomes JSON.
+    """
     import datasets
 
-    dataset = datasets.Dataset.from_list(list(rows))
-    for name, kind in (("scores", "float64"), ("score_errors", "string")):
-        if name in dataset.column_names:
-            dataset = dataset.cast_column(name, datasets.List(datasets.Value(kind)))
-    return dataset
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    known = {
+        "scores": datasets.List(datasets.Value("float64")),
+        "score_errors": datasets.List(datasets.Value("string")),
+    }
+    features = {name: kind for name, kind in known.items() if name in columns}
+    if hasattr(datasets, "Json"):
+        for name, values in columns.items():
+            if name not in features and _is_changed_by_arrow(values):
+                lists = all(isinstance(value, (list, type(None))) for value in values)
+                features[name] = datasets.List(datasets.Json()) if lists else datasets.Json()
+    rest = datasets.Dataset.from_dict({name: values for name, values in columns.items() if name not in features})
+    features |= rest.features
+    return datasets.Dataset.from_dict(columns, features=datasets.Features({name: features[name] for name in columns}))
+
+
+def _is_changed_by_arrow(values: list[Any]) -> bool:
+    """Whether a column of Arrow cannot hold values, or would give others back."""
+    try:
+        array = pa.array(values)
+    except (pa.ArrowException, OverflowError):
+        return True
+    # Only mappings change; where all have the same keys, these are the names of its fields.
+    return "struct" in str(array.type) and _without_nulls(array.to_pylist()) != _without_nulls(values)
+
+
+def _without_nulls(values: list[Any]) -> list[Any]:
+    """Leaves out what messages hold of null, which is read as nothing."""
+    return [
+        [{key: item for key, item in message.items() if item is not None} for message in value]
+        if is_messages(value)
+        else value
+        for value in values
+    ]

@@ -45,12 +45,12 @@ class Score:
             value: A number of Python, NumPy or another library; a tensor or an array of one number, on any device, or
                 a list of one; a ``Score``, whose value is read likewise.
         """
-        if isinstance(value, Score) or (hasattr(value, "value") and hasattr(value, "error")):
-            given = cls.of(value.value)
-            return given if given.value is not None or value.error is None else cls(None, _text(value.error))
         try:
+            if hasattr(value, "value") and hasattr(value, "error"):
+                given = cls.of(value.value)
+                return given if given.value is not None or value.error is None else cls(None, _text(value.error))
             number = _number(value)
-        except Exception as error:  # an array of another library may fail in its own ways
+        except Exception as error:  # values of other libraries may fail in their own ways
             return cls(None, f"the scorer gave {_shown(value)}: {reason_of(error)}")
         if number is None:
             what = "none" if value is None else f"{_shown(value)}, which is no number"
@@ -60,19 +60,24 @@ class Score:
 
 def _number(value: Any) -> float | None:
     """Returns a number out of whatever holds a single one; None where there is none or several."""
-    if hasattr(value, "tolist"):
-        value = value.tolist()  # of an array or a tensor; lists within lists, but for a single number
+    value = _listed(value)
     while isinstance(value, (list, tuple)) and len(value) == 1:
-        value = value[0]
-        if hasattr(value, "tolist"):
-            value = value.tolist()
-    # Text has no __float__, and neither have complex numbers.
-    if not hasattr(value, "__float__") or isinstance(value, (list, tuple)):
+        value = _listed(value[0])
+    # Text has no __float__, and neither have lists, complex numbers and arrays of several numbers.
+    if value is None or not hasattr(value, "__float__"):
         return None
     try:
         return float(value)
     except OverflowError:
         return math.inf
+
+
+def _listed(value: Any) -> Any:
+    """Returns what an array or a tensor of one number holds, in lists within lists or alone; None for several."""
+    if not hasattr(value, "tolist"):
+        return value
+    count = value.numel() if hasattr(value, "numel") else getattr(value, "size", 1)
+    return value.tolist() if count == 1 else None
 
 
 def scores_of(values: Any, count: int) -> list[Score]:

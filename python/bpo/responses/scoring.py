@@ -46,13 +46,17 @@ def score_responses(
         dataset: What :func:`bpo.sample_responses` returned, its file, or any format of :func:`bpo.select`, with or
             without scores. Equal prompts are brought together.
         scorer: A :class:`bpo.RewardModel`; a :class:`bpo.Judge`; or a function of (prompt, response) that returns a
-            number, or None where it has none. It gets both as the data has them, and of a plain answer in a
-            conversation the text. What it raises is a failure of that response.
+            number (also as an array or a tensor of one), or None where it has none. It gets both as the data has them,
+            and of a plain answer in a conversation the text. Whatever else it returns, and what it raises, is a failure
+            of that response; where no response at all has a score, what it raised first is the cause of the error.
         output: A .jsonl file to which each prompt goes as soon as it is finished. The same call goes on from there,
-            and tries again what failed; one with other settings, which stand in a manifest beside it, is refused.
+            and tries again what failed; one with other settings, which stand in a manifest beside it, or with another
+            function is refused. A function is known by its code and the values that it holds, unless it has a
+            ``describe()`` that returns what its scores depend on. Other columns are those that are given now.
         overwrite: Whether scores that the data has are replaced; by default they stay. A judge that compares gives new
             ones to all responses of a prompt as soon as one has none.
-        batch_size: Lets a function take lists of about so many prompts and responses and return a list of scores.
+        batch_size: Lets a function take lists of about so many prompts and responses and return a list of scores. One
+            over which it raises is given again, one by one.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -61,7 +65,9 @@ def score_responses(
 
     Raises:
         ValueError: Unusable data, other settings than those of ``output``, or not one score.
-        TypeError: Something that does not score.
+        TypeError: Something that does not score, or a function that takes other arguments.
+        BlockingIOError: Another process is writing ``output``.
+        OSError: It cannot be written; rows that were finished are kept.
 
     Example:
         >>> rows = [{"prompt": "2+2?", "responses": ["4", "It is 4", "5"]}]

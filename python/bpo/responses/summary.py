@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import math
+from collections.abc import Mapping
 from typing import Any
 
 from bpo.data.rows import load_rows
-from bpo.responses.prompts import texts_and_scores
+from bpo.data.values import shorten
+from bpo.responses.prompts import score_or_none, texts_and_scores
 
 _NAMED_REASONS = 5
 
@@ -63,6 +64,9 @@ def describe_responses(dataset: Any) -> ResponseSummary:
     Returns:
         The counts.
 
+    Raises:
+        ValueError: A row that neither of them makes; names it.
+
     Example:
         >>> row = {"prompt": "2+2?", "responses": ["4", "5"], "scores": [1.0, None], "score_errors": [None, "timeout"]}
         >>> print(describe_responses([row]))
@@ -71,16 +75,20 @@ def describe_responses(dataset: Any) -> ResponseSummary:
           1 × timeout
     """
     rows = load_rows(dataset)
+    if "responses" not in rows.column_names:
+        raise ValueError(
+            f"The columns {list(rows.column_names)} hold no 'responses', as what bpo samples or scores does."
+        )
     dropped: collections.Counter[str] = collections.Counter()
     errors: collections.Counter[str] = collections.Counter()
     n_responses = n_single = n_scored = n_tied = 0
     for index, row in enumerate(rows):
-        texts, scores = texts_and_scores(row, index, "responses")
-        dropped.update(row.get("dropped") or {})
-        errors.update(reason for reason in row.get("score_errors") or () if reason is not None)
-        present = [score for score in scores if score is not None and not math.isnan(score)]
-        n_responses += len(texts)
-        n_single += len(texts) < 2
+        scores = [_score(score) for _, score in texts_and_scores(row, index, "responses")]
+        dropped.update(_dropped(row.get("dropped"), index))
+        errors.update(reason for reason in _reasons(row.get("score_errors"), index) if reason is not None)
+        present = [score for score in scores if score is not None]
+        n_responses += len(scores)
+        n_single += len(scores) < 2
         n_scored += len(present)
         n_tied += len(present) > 1 and len(set(present)) == 1
     return ResponseSummary(
@@ -92,3 +100,23 @@ def describe_responses(dataset: Any) -> ResponseSummary:
         n_tied=n_tied,
         errors=dict(errors.most_common()),
     )
+
+
+def _score(value: Any) -> float | None:
+    try:
+        return score_or_none(value)
+    except ValueError:
+        return None
+
+
+def _dropped(value: Any, index: int) -> dict[str, int]:
+    counts = {} if value is None else value
+    if not isinstance(counts, Mapping) or not all(isinstance(count, (int, type(None))) for count in counts.values()):
+        raise ValueError(f"Row {index}, column 'dropped': expected counts by reason, got {shorten(value)}.")
+    return {str(reason): count or 0 for reason, count in counts.items()}
+
+
+def _reasons(value: Any, index: int) -> list[str | None]:
+    if not isinstance(value, (list, type(None))):
+        raise ValueError(f"Row {index}, column 'score_errors': expected a list of reasons, got {shorten(value)}.")
+    return value or []

@@ -100,6 +100,10 @@ class _Parts:
                 parts = ["dict", *sorted(items, key=lambda item: item[0])]
             else:
                 parts = self._composed(value)
+        except RecursionError:
+            raise
+        except Exception:  # objects may fail in every way when they are looked into
+            parts = _Unknown(_named(kind))
         finally:
             del self._above[id(value)]
         if isinstance(parts, (dict, list)):
@@ -193,7 +197,7 @@ class _Parts:
 
     def _object(self, value: Any) -> Any:
         kind = type(value)
-        wrapped = getattr(value, "__wrapped__", None)
+        wrapped = getattr(value, "__dict__", {}).get("__wrapped__")
         if callable(wrapped):  # functools.cache and the like, which keep nothing else that counts
             return {"wrapper": _named(kind), "wrapped": self.of(wrapped)}
         try:

@@ -1,7 +1,6 @@
 """The file of rows that sampling and scoring append to: one writer, whole rows, and nothing stale."""
 
 import json
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import pytest
 import bpo
 from bpo.responses.rowfile import ROW_ID, RowFile
 from bpo.system.lock import FileLock
+from tiny import tiny_llama
 
 ROWS = [{"prompt": f"p{index}", "responses": [f"a{index}", f"bb{index}"]} for index in range(4)]
 
@@ -28,47 +28,52 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def hold(path, ready, done):
-    lock = FileLock(path)
-    ready.set()
-    done.wait(60)
-    lock.release()
+HOLD = """
+import os, sys, time
+from pathlib import Path
+from bpo.system.lock import FileLock
+
+lock = FileLock(Path(sys.argv[1]))
+child = os.fork() if "child" in sys.argv else 1
+if child:
+    print(child, flush=True)
+sys.stdin.read()
+lock.release()
+"""
+
+
+def holder(path, *arguments):
+    """A process that holds the lock of a file until its input is closed, and the id of its child."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(path), *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    return process, int(process.stdout.readline())
 
 
 def test_a_second_writer_is_refused_by_name(tmp_path):
     path = tmp_path / "scores.jsonl"
-    context = multiprocessing.get_context("spawn")
-    ready, done = context.Event(), context.Event()
-    process = context.Process(target=hold, args=(path, ready, done))
-    process.start()
-    assert ready.wait(60)
+    process, _ = holder(path)
     called = []
     with pytest.raises(BlockingIOError, match=rf"scores\.jsonl: process {process.pid} on .* is writing to this file"):
         score(ROWS, lambda prompt, response: called.append(response), output=path)
     assert not called and not path.exists()
-    done.set()
-    process.join()
+    process.communicate()
+    assert process.returncode == 0
     assert score(ROWS, length, output=path)["scores"][:] == [[2, 3]] * 4
     assert sorted(file.name for file in tmp_path.iterdir()) == ["scores.jsonl", "scores.manifest.json"]
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there are no forked children")
 def test_a_killed_holder_stops_nobody_and_neither_does_its_child(tmp_path):
     path = tmp_path / "scores.jsonl"
-    code = (
-        "import os, sys, time; from pathlib import Path; from bpo.system.lock import FileLock\n"
-        "lock = FileLock(Path(sys.argv[1]))\n"
-        "child = os.fork()\n"
-        "if child: print(child, flush=True)\n"
-        "time.sleep(60)"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True)
-    child = int(process.stdout.readline())
+    process, child = holder(path, "child")
     with pytest.raises(BlockingIOError):
         FileLock(path)
     process.kill()
     process.wait()
+    os.kill(child, 0)  # it is there, waiting
     FileLock(path).release()
-    os.kill(child, 9)
+    process.stdin.close()
 
 
 def test_threads_exclude_each_other_and_a_call_that_fails_lets_go(tmp_path):
@@ -263,6 +268,19 @@ def test_what_cannot_be_compared_is_said(tmp_path):
     score(ROWS[:2], guarded, output=path)
     with pytest.warns(UserWarning, match=r"nobody can say whether scorer\.closure\.lock is what it was"):
         score(ROWS, guarded, output=path)
+
+
+def test_responses_that_would_end_elsewhere_are_refused_and_columns_follow(tokenizer, tmp_path):
+    model, path = tiny_llama(tokenizer), tmp_path / "responses.jsonl"
+    settings = {"processing_class": tokenizer, "max_new_tokens": 4, "keep": ["truncated"], "progress": False}
+    prompts = [{"prompt": "one cat", "weight": 1.0}, {"prompt": "two cats", "weight": 1.0}]
+    first = bpo.sample_responses(model, prompts, 3, output=path, **settings)
+    again = bpo.sample_responses(model, [{**row, "weight": 5.0} for row in prompts], 3, output=path, **settings)
+    assert again["weight"][:] == [5.0, 5.0] and again["responses"][:] == first["responses"][:]
+    assert [row["weight"] for row in lines(path)] == [5.0, 5.0]
+    model.generation_config.eos_token_id = 5
+    with pytest.raises(ValueError, match=r"other settings: model\.end_tokens \(\[2\] there, \[2, 5\] now\)"):
+        bpo.sample_responses(model, prompts, 3, output=path, **settings)
 
 
 def test_settings_that_are_no_json_are_refused_before_any_work(tmp_path):
