@@ -43,7 +43,7 @@ import transformers
 
 import bpo
 from bpo import _core
-from bpo.data.batches import batches_by_tokens
+from bpo.policy.batches import batches_by_tokens
 from bpo.data.tokenizers import padding_id
 from bpo.data.tokens import TokenizedResponses, tokenize_candidates
 from bpo.gradients.capture import Plan, sum_gradients

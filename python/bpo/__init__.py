@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from bpo.config import SelectConfig as SelectConfig
     from bpo.data.candidates import Candidates as Candidates
     from bpo.data.candidates import InvalidDataWarning as InvalidDataWarning
-    from bpo.data.length import LengthEffect as LengthEffect
-    from bpo.data.length import length_effect as length_effect
     from bpo.data.read import read_candidates as read_candidates
     from bpo.evidence.compare.compare import Comparison as Comparison
     from bpo.evidence.compare.compare import compare as compare
@@ -35,6 +33,8 @@ if TYPE_CHECKING:
     from bpo.gradients.layers import UnsupportedModelError as UnsupportedModelError
     from bpo.pairs.clustering import PairClusters as PairClusters
     from bpo.pairs.clustering import cluster_pairs as cluster_pairs
+    from bpo.pairs.length import LengthEffect as LengthEffect
+    from bpo.pairs.length import length_effect as length_effect
     from bpo.pairs.losses import pair_coefficients as pair_coefficients
     from bpo.responses.client import ChatError as ChatError
     from bpo.responses.client import ChatServer as ChatServer
@@ -86,8 +86,8 @@ _LAZY = {
     "PreferenceEvaluation": "bpo.evidence.evaluate",
     "evaluate_preferences": "bpo.evidence.evaluate",
     "collect_gradients": "bpo.gradients.collect",
-    "LengthEffect": "bpo.data.length",
-    "length_effect": "bpo.data.length",
+    "LengthEffect": "bpo.pairs.length",
+    "length_effect": "bpo.pairs.length",
     "Judge": "bpo.responses.judge",
     "pair_coefficients": "bpo.pairs.losses",
     "describe_store": "bpo.store.maintenance",

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from bpo.data.batches import batches_by_tokens
 from bpo.data.rows import load_rows
 from bpo.data.values import prompt_text
+from bpo.policy.batches import batches_by_tokens
 from bpo.system.model_paths import check_path, naming
 from bpo.system.warn import warn
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from bpo.data.candidates import Candidates
+    from bpo.data.rows import Rows
     from bpo.data.values import Text
 
 _ENCODER_TOKENS_PER_BATCH = 8192
@@ -291,7 +292,7 @@ def given_embeddings(dataset: Any, candidates: Candidates, given: Any) -> npt.ND
     return unit[first]
 
 
-def _values_at(rows: Any, index: npt.NDArray[np.int64], given: Any) -> Iterable[Any]:
+def _values_at(rows: Rows, index: npt.NDArray[np.int64], given: Any) -> Iterable[Any]:
     """Returns the embeddings of some rows of the data, unchecked."""
     if not isinstance(given, str):
         if len(given) != len(rows):
@@ -303,7 +304,4 @@ def _values_at(rows: Any, index: npt.NDArray[np.int64], given: Any) -> Iterable[
         return values
     if given not in rows.column_names:
         raise ValueError(f"prompt_embeddings={given!r} is no column of the data, which has {rows.column_names}.")
-    if hasattr(rows, "select_columns"):
-        return (row[given] for row in rows.select_columns(given).select(index))
-    wanted = set(index.tolist())
-    return (row[given] for position, row in enumerate(rows) if position in wanted)
+    return rows.take(index.tolist(), given)

@@ -2,219 +2,308 @@
 
 from __future__ import annotations
 
+import array
 import dataclasses
 import json
-import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from bpo.data.candidates import Candidates, Skipped
-from bpo.data.values import as_weights, content_id
+from bpo.data.pairing import largest_gaps, pairs_of_scores
+from bpo.data.values import UnusableError, add_text, as_weights, content_hash
 
 if TYPE_CHECKING:
+    import hashlib
+
     import numpy.typing as npt
 
     from bpo.data.values import Text
 
 OTHER_COLUMNS = " with other token weights or reference log-probabilities"
 OTHER_WEIGHT = " with another weight"
+_FORMS = ("plain text", "chat messages")
+
+Group = tuple[int, "hashlib._Hash"]
+"""Which prompt, and the hash of it that those of its responses go on from."""
 
 
 class Groups:
-    """Collects responses and pairs by exact prompt."""
+    """Collects responses by exact prompt, in columns: an object a response would take ten times the memory.
+
+    Readers add *entries*: a response as a row gives it, be it new or not. Of preference rows two entries after one
+    another are a pair. What is the same is found out at the end.
+    """
 
     def __init__(self, row_weights: npt.NDArray[np.float64] | None = None) -> None:
-        self.row_weights = row_weights
-        self.prompts: dict[bytes, Group] = {}
         self.skipped = Skipped()
-        self.conversational: bool | None = None
-        self.token_weights: dict[bytes, int] = {}
+        self._row_weights = row_weights
+        self._prompts: list[Text] = []
+        self._template_kwargs: dict[int, dict[str, Any]] = {}
+        self._prompt_rows = array.array("q")
+        self._prompt_of_id: dict[bytes, int] = {}
+        self._responses: list[Text] = []
+        self._ids = bytearray()
+        self._prompt_of_entry = array.array("q")
+        self._scores = array.array("d")
+        self._places = array.array("q")
+        self._weights = array.array("q")
+        self._ref_logps = array.array("d")
+        self._token_weights: dict[bytes, int] = {}
+        self._known = bytearray()
 
-    def group(self, index: int, prompt: Text, template_kwargs: dict[str, Any]) -> Group:
+    def group(self, row: int, prompt: Text, template_kwargs: dict[str, Any]) -> Group:
         """Returns the group of a prompt, whose identity the settings of its chat template are part of."""
-        conversational = isinstance(prompt, list)
-        if self.conversational is None:
-            self.conversational = conversational
-        elif self.conversational != conversational:
-            kinds = ("chat messages", "plain text")
-            raise ValueError(
-                f"Row {index}: the prompt is {kinds[not conversational]}, but earlier rows hold {kinds[conversational]}"
-                ". Bring all rows into one form."
-            )
-        # As JSON in the order given, in which a template renders it.
-        settings = [json.dumps(template_kwargs)] if conversational and template_kwargs else []
-        key = content_id(prompt, *settings)
-        if key not in self.prompts:
-            self.prompts[key] = Group(prompt, settings, index, key)
-        return self.prompts[key]
+        digest = content_hash(prompt)
+        if template_kwargs and isinstance(prompt, list):
+            # As JSON in the order given, in which a template renders it.
+            add_text(digest, json.dumps(template_kwargs))
+        key = digest.digest()[:16]
+        place = self._prompt_of_id.get(key)
+        if place is None:
+            place = self._prompt_of_id[key] = len(self._prompts)
+            self._prompts.append(prompt)
+            self._prompt_rows.append(row)
+            if template_kwargs and isinstance(prompt, list):
+                self._template_kwargs[place] = template_kwargs
+        return place, digest
 
-    def weights_index(self, value: Any, place: str) -> int:
-        """Returns the index of an array of token weights among the distinct ones."""
-        return self.token_weights.setdefault(as_weights(value, place).tobytes(), len(self.token_weights))
+    def add(
+        self, group: Group, response: Text, score: float, row: int, position: int, weights: int, ref_logp: float
+    ) -> None:
+        """Adds a response as a row gives it; −1 and NaN where it gives no position, token weights or numbers."""
+        self._responses.append(response)
+        self._ids += add_text(group[1].copy(), response).digest()[:16]
+        self._prompt_of_entry.append(group[0])
+        self._scores.append(score)
+        self._places.extend((row, position))
+        self._weights.append(weights)
+        self._ref_logps.append(ref_logp)
 
-    def weigh_alike(self, row: int, other: int) -> bool:
-        """Whether two rows have the same weight."""
-        return self.row_weights is None or bool(self.row_weights[row] == self.row_weights[other])
+    def keep_known(self, group: Group, responses: Iterable[Text]) -> None:
+        """Notes responses that cannot be used; a store still knows them as ones of this data."""
+        for response in responses:
+            self._known += add_text(group[1].copy(), response).digest()[:16]
 
-    def set_aside(self, group: Group, responses: Iterable[Text], reason: str, place: str) -> None:
-        """Names what cannot be used of a prompt; a store still knows its responses as ones of this data."""
-        self.skipped.add(reason, place)
-        group.set_aside += [group.response_id(response) for response in responses]
+    def weights_index(self, value: Any, column: str) -> int:
+        """Returns the index of an array of token weights among the distinct ones.
 
-    def _weighing(self, pairs: list[Pair]) -> list[Pair]:
-        """Sets pairs of weight 0 aside, which would teach nothing."""
-        if self.row_weights is None:
-            return pairs
-        for pair in pairs:
-            if self.row_weights[pair.row] == 0:
-                self.skipped.add("pair of weight 0", f"row {pair.row}")
-        return [pair for pair in pairs if self.row_weights[pair.row] > 0]
+        Raises:
+            UnusableError: No list of finite numbers.
+        """
+        try:
+            weights = as_weights(value)
+        except UnusableError as error:
+            raise UnusableError(f"column '{column}': {error.reason}", error.got) from None
+        return self._token_weights.setdefault(weights.tobytes(), len(self._token_weights))
 
-    def build(self, max_pairs_per_prompt: int | None) -> Candidates:
-        """Returns what was collected, with at most so many pairs of each prompt, the largest score gaps."""
-        groups: list[Group] = []
-        kept_pairs: list[list[Pair]] = []
-        for group in self.prompts.values():
-            pairs = self._weighing(group.candidate_pairs(self.skipped))
-            if max_pairs_per_prompt is not None and len(pairs) > max_pairs_per_prompt:
-                # NaN gaps (no scores) keep the order of the data: the sort is stable.
-                order = sorted(range(len(pairs)), key=lambda index: -gap if (gap := pairs[index].gap) == gap else 0.0)
-                pairs = [pairs[index] for index in sorted(order[:max_pairs_per_prompt])]
-            if pairs:
-                groups.append(group)
-                kept_pairs.append(pairs)
-        if not groups:
+    def build(self, *, scored: bool, max_pairs_per_prompt: int | None) -> Candidates:
+        """Returns what was collected, with at most so many pairs of each prompt, the largest score gaps.
+
+        Args:
+            scored: Whether all pairs of unequal scores are meant, not those that two entries state.
+            max_pairs_per_prompt: None is all.
+
+        Raises:
+            ValueError: There is no pair.
+        """
+        prompt_ids = _id_array(self._prompt_of_id)
+        self._prompt_of_id = {}
+        entries = self._entries()
+        usable = self._of_one_form(entries.prompts, entries.places[:, 0])
+        same = _first_of_same(entries.ids)
+        first = np.flatnonzero((same == np.arange(len(same))) & usable)
+        # The distinct responses, by prompt, each where it was met first.
+        first = first[np.argsort(entries.prompts[first], kind="stable")]
+        if scored:
+            self._name_repeated(entries, same, usable)
+            pairs = self._scored_pairs(entries, first, max_pairs_per_prompt)
+            stated = first[pairs]
+        else:
+            stated = self._stated_pairs(entries, same, usable)
+            place = np.empty(len(same), dtype=np.int64)
+            place[first] = np.arange(len(first))
+            pairs = place[same[stated]]
+            if max_pairs_per_prompt is not None:
+                gaps = entries.scores[stated[:, 0]] - entries.scores[stated[:, 1]]
+                kept = largest_gaps(entries.prompts[stated[:, 0]], gaps, max_pairs_per_prompt)
+                pairs, stated = pairs[kept], stated[kept]
+        if not len(pairs):
             raise ValueError(
                 "No prompt has two responses of which one is preferred, so there is nothing to select.\n"
                 + self.skipped.describe()
             )
-        offsets = np.cumsum([0] + [len(group.responses) for group in groups])
-        flat = [pair for pairs in kept_pairs for pair in pairs]
-        prompt_of_pair = np.repeat(np.arange(len(groups)), [len(pairs) for pairs in kept_pairs]).astype(np.int64)
-        pairs_in_prompt = np.array([(pair.chosen, pair.rejected) for pair in flat], dtype=np.int64)
-        pair_rows = np.array([pair.row for pair in flat], dtype=np.int64)
-        known = [key for group in self.prompts.values() for key in (*group.keys, *group.set_aside)]
+        return self._candidates(entries, prompt_ids, first, pairs, stated)
+
+    def _entries(self) -> _Entries:
+        return _Entries(
+            ids=np.frombuffer(self._ids, dtype=np.uint8).reshape(-1, 16),
+            prompts=np.frombuffer(self._prompt_of_entry, dtype=np.int64),
+            scores=np.frombuffer(self._scores, dtype=np.float64),
+            places=np.frombuffer(self._places, dtype=np.int64).reshape(-1, 2),
+            weights=np.frombuffer(self._weights, dtype=np.int64),
+            ref_logps=np.frombuffer(self._ref_logps, dtype=np.float64),
+        )
+
+    def _of_one_form(self, prompts: npt.NDArray[np.int64], rows: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """Which entries have prompts of the form that most have, (E,) bool; names the rows of the others."""
+        chat = np.array([isinstance(prompt, list) for prompt in self._prompts], dtype=bool)[prompts]
+        most = bool(2 * chat.sum() > len(chat) or (2 * chat.sum() == len(chat) and chat[:1].any()))
+        for row in np.unique(rows[chat != most]).tolist():
+            self.skipped.add(f"the prompt is {_FORMS[not most]}, but most are {_FORMS[most]}", f"row {row}")
+        usable: npt.NDArray[np.bool_] = chat == most
+        return usable
+
+    def _name_repeated(self, entries: _Entries, same: npt.NDArray[np.int64], usable: npt.NDArray[np.bool_]) -> None:
+        """Names the responses that a prompt has more than once."""
+        for entry in np.flatnonzero((same != np.arange(len(same))) & usable).tolist():
+            earlier, (row, position) = int(same[entry]), entries.places[entry]
+            if entries.scores[earlier] != entries.scores[entry]:
+                reason = "duplicate response with another score than before"
+            else:
+                reason = "duplicate response of the same prompt" + OTHER_COLUMNS * (not entries.alike(earlier, entry))
+            self.skipped.add(reason, f"row {row}, response {position}")
+
+    def _scored_pairs(self, entries: _Entries, first: npt.NDArray[np.int64], most: int | None) -> npt.NDArray[np.int64]:
+        """Returns the pairs of unequal scores as places among the distinct responses; says where there are none."""
+        scores, prompts = entries.scores[first], entries.prompts[first]
+        starts = np.searchsorted(prompts, np.arange(len(self._prompts)))
+        ends = np.append(starts[1:], len(prompts))
+        for prompt in np.flatnonzero(ends - starts < 2).tolist():
+            self.skipped.add("prompt with fewer than two usable responses", f"row {self._prompt_rows[prompt]}")
+        there = np.flatnonzero(ends > starts)
+        if len(there):
+            highest, lowest = (extreme.reduceat(scores, starts[there]) for extreme in (np.maximum, np.minimum))
+            for prompt in there[(highest == lowest) & (ends - starts > 1)[there]].tolist():
+                self.skipped.add("prompt whose responses all have equal scores", f"row {self._prompt_rows[prompt]}")
+        barred = None
+        if self._row_weights is not None:
+            rows = entries.places[first, 0]
+            barred = self._row_weights[rows] == 0
+            for place in np.flatnonzero(barred):
+                within = scores[starts[prompts[place]] : ends[prompts[place]]]
+                self.skipped.places.setdefault("pair of weight 0", []).extend(
+                    [f"row {rows[place]}"] * int((within < scores[place]).sum())
+                )
+        return pairs_of_scores(scores, prompts, most, barred=barred)
+
+    def _stated_pairs(
+        self, entries: _Entries, same: npt.NDArray[np.int64], usable: npt.NDArray[np.bool_]
+    ) -> npt.NDArray[np.int64]:
+        """Returns the entries of the pairs that rows state, by prompt, (P, 2); names those stated before."""
+        stated = np.arange(len(same)).reshape(-1, 2)[usable[::2]]
+        responses = same[stated]
+        earlier = _first_of_same(np.sort(responses, axis=1))
+        for pair in np.flatnonzero(earlier != np.arange(len(stated))):
+            before, now = stated[earlier[pair]], stated[pair]
+            row, row_before = (int(entries.places[entry[0], 0]) for entry in (now, before))
+            if (responses[pair] != responses[earlier[pair]]).any():
+                self.skipped.add("contradicts an earlier pair", f"row {row}, against row {row_before}")
+                continue
+            alike = all(entries.alike(one, other) for one, other in zip(before, now, strict=True))
+            weights = self._row_weights
+            other_weight = weights is not None and bool(weights[row] != weights[row_before])
+            self.skipped.add(
+                "duplicate of an earlier pair" + OTHER_COLUMNS * (not alike) + OTHER_WEIGHT * other_weight, f"row {row}"
+            )
+        stated = stated[earlier == np.arange(len(stated))]
+        if self._row_weights is not None:
+            weightless = self._row_weights[entries.places[stated[:, 0], 0]] == 0
+            for row in entries.places[stated[weightless, 0], 0].tolist():
+                self.skipped.add("pair of weight 0", f"row {row}")
+            stated = stated[~weightless]
+        order = np.argsort(entries.prompts[stated[:, 0]], kind="stable")
+        by_prompt: npt.NDArray[np.int64] = stated[order]
+        return by_prompt
+
+    def _candidates(
+        self,
+        entries: _Entries,
+        prompt_ids: npt.NDArray[np.uint8],
+        first: npt.NDArray[np.int64],
+        pairs: npt.NDArray[np.int64],
+        stated: npt.NDArray[np.int64],
+    ) -> Candidates:
+        """Lays out the prompts that have pairs, all of their responses, and the pairs.
+
+        Args:
+            entries: What was read.
+            prompt_ids: (n, 16), all prompts.
+            first: (R,) the entry of each distinct response, by prompt.
+            pairs: (P, 2) as places in ``first``.
+            stated: (P, 2) the entries that say what a pair has: its scores, weights, numbers and row.
+        """
+        paired = np.zeros(len(self._prompts), dtype=bool)
+        paired[entries.prompts[first[pairs[:, 0]]]] = True
+        prompts = np.flatnonzero(paired)
+        kept = paired[entries.prompts[first]]
+        responses = first[kept]
+        renumbered = (np.cumsum(paired) - 1).astype(np.int64)
+        prompt_of_response = renumbered[entries.prompts[responses]]
+        pairs = (np.cumsum(kept) - 1)[pairs]
+        pair_rows = entries.places[stated[:, 0], 0]
         return Candidates(
-            prompts=[group.prompt for group in groups],
-            prompt_rows=np.array([group.row for group in groups], dtype=np.int64),
-            prompt_ids=_id_array([group.key for group in groups]),
-            template_kwargs=[json.loads(group.settings[0]) if group.settings else {} for group in groups],
-            responses=[response for group in groups for response in group.responses],
-            response_ids=_id_array([key for group in groups for key in group.keys]),
-            prompt_of_response=np.repeat(np.arange(len(groups)), np.diff(offsets)).astype(np.int64),
-            response_places=np.array([place for group in groups for place in group.places], dtype=np.int64),
-            scores=np.array([score for group in groups for score in group.scores], dtype=np.float64),
-            pairs=pairs_in_prompt + offsets[prompt_of_pair, None],
-            prompt_of_pair=prompt_of_pair,
+            prompts=[self._prompts[prompt] for prompt in prompts],
+            prompt_rows=np.frombuffer(self._prompt_rows, dtype=np.int64)[prompts],
+            prompt_ids=prompt_ids[prompts],
+            template_kwargs=[self._template_kwargs.get(prompt, {}) for prompt in prompts.tolist()],
+            responses=[self._responses[entry] for entry in responses],
+            response_ids=entries.ids[responses],
+            prompt_of_response=prompt_of_response,
+            response_places=entries.places[responses],
+            scores=entries.scores[responses],
+            pairs=pairs,
+            prompt_of_pair=prompt_of_response[pairs[:, 0]],
             pair_rows=pair_rows,
-            pair_scores=np.array([(pair.score_chosen, pair.score_rejected) for pair in flat], dtype=np.float64),
-            token_weights=[np.frombuffer(data, dtype=np.float32) for data in self.token_weights],
-            pair_weights=np.array([pair.weights for pair in flat], dtype=np.int64),
-            pair_ref_logps=np.array([pair.ref_logps for pair in flat], dtype=np.float64),
-            weights=None if self.row_weights is None else self.row_weights[pair_rows],
-            known_ids=_id_array(known),
+            pair_scores=entries.scores[stated],
+            token_weights=[np.frombuffer(data, dtype=np.float32) for data in self._token_weights],
+            pair_weights=entries.weights[stated],
+            pair_ref_logps=entries.ref_logps[stated],
+            weights=None if self._row_weights is None else self._row_weights[pair_rows],
+            known_ids=np.concatenate([entries.ids[first], _id_array([self._known])]),
             skipped=self.skipped,
         )
 
 
-def _id_array(ids: Iterable[bytes]) -> npt.NDArray[np.uint8]:
-    return np.frombuffer(b"".join(ids), dtype=np.uint8).reshape(-1, 16)
-
-
 @dataclasses.dataclass(frozen=True)
-class Pair:
-    """Positions of two responses among those of the prompt, their scores (NaN if unknown), and the row of the data.
+class _Entries:
+    """Responses as the rows give them, in the order of the data, the same one as often as it is there.
 
-    ``weights`` and ``ref_logps`` are −1 and NaN where none are read.
+    Attributes:
+        ids: (E, 16) uint8, content hash of prompt and response.
+        prompts: (E,) int64.
+        scores: (E,) float64.
+        places: (E, 2) int64, row and position.
+        weights: (E,) int64, which token weights.
+        ref_logps: (E,) float64.
     """
 
-    chosen: int
-    rejected: int
-    score_chosen: float
-    score_rejected: float
-    row: int
-    weights: tuple[int, int]
-    ref_logps: tuple[float, float]
+    ids: npt.NDArray[np.uint8]
+    prompts: npt.NDArray[np.int64]
+    scores: npt.NDArray[np.float64]
+    places: npt.NDArray[np.int64]
+    weights: npt.NDArray[np.int64]
+    ref_logps: npt.NDArray[np.float64]
 
-    def same_columns(self, other: Pair) -> bool:
-        """Whether token weights and reference log-probabilities are the same."""
-        return self.weights == other.weights and np.array_equal(self.ref_logps, other.ref_logps, equal_nan=True)
-
-    @property
-    def gap(self) -> float:
-        """How much higher the preferred response scored, NaN without scores."""
-        return self.score_chosen - self.score_rejected
+    def alike(self, one: int, other: int) -> bool:
+        """Whether token weights and reference log-probabilities of two entries are the same."""
+        same_number = np.array_equal(self.ref_logps[one], self.ref_logps[other], equal_nan=True)
+        return bool(self.weights[one] == self.weights[other]) and same_number
 
 
-class Group:
-    """One prompt: its distinct responses and, where the data states them, its pairs."""
+def _first_of_same(rows: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    """Returns, for each row of 16 bytes, the first one that is the same, (E,) int64."""
+    halves = np.ascontiguousarray(rows).view(np.uint64).reshape(-1, 2)
+    order = np.lexsort((halves[:, 0], halves[:, 1]))
+    halves = halves[order]
+    begins = np.ones(len(order), dtype=bool)
+    begins[1:] = (halves[1:] != halves[:-1]).any(axis=1)
+    # The sort is stable: the first of a run is the first in the data.
+    firsts = np.empty(len(order), dtype=np.int64)
+    firsts[order] = order[np.maximum.accumulate(np.where(begins, np.arange(len(order)), 0))]
+    return firsts
 
-    def __init__(self, prompt: Text, settings: list[str], row: int, key: bytes) -> None:
-        self.prompt = prompt
-        self.settings = settings
-        self.row = row
-        self.key = key
-        self.responses: list[Text] = []
-        self.keys: list[bytes] = []
-        self.scores: list[float] = []
-        self.places: list[tuple[int, int]] = []
-        self.weights: list[int] = []
-        self.ref_logps: list[float] = []
-        self.stated: dict[tuple[int, int], Pair] = {}
-        self.scored = False
-        self.set_aside: list[bytes] = []
-        self._index: dict[bytes, int] = {}
 
-    def add(
-        self,
-        response: Text,
-        score: float,
-        row: int,
-        position: int = -1,
-        weights: int = -1,
-        ref_logp: float = math.nan,
-    ) -> tuple[int, bool]:
-        """Returns the index of the response in the group and whether it is new."""
-        key = self.response_id(response)
-        if key in self._index:
-            return self._index[key], False
-        self._index[key] = len(self.responses)
-        self.responses.append(response)
-        self.keys.append(key)
-        self.scores.append(score)
-        self.places.append((row, position))
-        self.weights.append(weights)
-        self.ref_logps.append(ref_logp)
-        return self._index[key], True
-
-    def response_id(self, response: Text) -> bytes:
-        """Returns the content hash of prompt and response."""
-        return content_id(self.prompt, *self.settings, response)
-
-    def candidate_pairs(self, skipped: Skipped) -> list[Pair]:
-        """Returns the pairs that the data states, or those of unequal scores; says where there are none."""
-        if not self.scored:
-            return list(self.stated.values())
-        place = f"row {self.row}"
-        if len(self.responses) < 2:
-            skipped.add("prompt with fewer than two usable responses", place)
-            return []
-        pairs = [
-            Pair(
-                chosen,
-                rejected,
-                self.scores[chosen],
-                self.scores[rejected],
-                self.places[chosen][0],
-                (self.weights[chosen], self.weights[rejected]),
-                (self.ref_logps[chosen], self.ref_logps[rejected]),
-            )
-            for chosen in range(len(self.responses))
-            for rejected in range(len(self.responses))
-            if self.scores[chosen] > self.scores[rejected]
-        ]
-        if not pairs:
-            skipped.add("prompt whose responses all have equal scores", place)
-        return pairs
+def _id_array(ids: Iterable[bytes | bytearray]) -> npt.NDArray[np.uint8]:
+    return np.frombuffer(b"".join(ids), dtype=np.uint8).reshape(-1, 16)

@@ -12,6 +12,7 @@ from bpo.data.groups import Groups
 from bpo.data.preferences import PreferenceReader
 from bpo.data.rows import load_rows
 from bpo.data.scored import ScoredReader
+from bpo.data.values import UnusableError
 
 if TYPE_CHECKING:
     from bpo.choices import OnInvalid
@@ -41,11 +42,14 @@ def read_candidates(
 
     Rows are grouped by the exact prompt: text or messages, with what the columns ``tools`` and ``chat_template_kwargs``
     give to the chat template, as in TRL. Rows with scored responses give every pair of unequal scores; preference rows
-    give the pairs that they state.
+    give the pairs that they state. A prompt is taken out of what ``chosen`` and ``rejected`` have in common, as TRL's
+    ``extract_prompt`` does, only where the data has no column of prompts; a row whose prompt is null is not used.
 
     Args:
-        dataset: A ``datasets.Dataset``, a list of rows, a ``DatasetDict`` with a ``train`` split, or what
-            ``datasets.load_dataset`` takes: a directory, a .jsonl, .json, .parquet or .csv file, a hub id.
+        dataset: A ``datasets.Dataset``, as its format or transform shows it; a ``DatasetDict`` with a ``train`` split;
+            a list of rows; a .jsonl, .json, .parquet or .csv file (compressed with gzip, bzip2 or xz if you like), a
+            directory of such files, or what ``save_to_disk`` wrote; a hub id. Cells of .csv are text as it stands
+            there. In a directory whose files are named for splits, those for training are read.
         max_pairs_per_prompt: Cap on the pairs of a prompt; the largest score gaps are kept, ties in data order.
         on_invalid: ``"skip"`` warns once with the counts and the places; ``"raise"`` makes that an error.
         token_weights: Name under which the data gives a weight for each token of a response: as lists in the columns
@@ -63,7 +67,8 @@ def read_candidates(
         each of them stands, and what was set aside (``skipped``).
 
     Raises:
-        ValueError: Missing or misnamed columns, an empty dataset, a value of the wrong type, or no usable pair.
+        ValueError: Missing or misnamed columns, an empty dataset, a file that cannot be read, or no usable pair. A row,
+            a response or a score that cannot be used is no error: ``on_invalid`` says what becomes of it.
         FileNotFoundError: A path that does not exist.
 
     Example:
@@ -72,6 +77,8 @@ def read_candidates(
         >>> candidates.pairs.tolist(), candidates.score_gaps.tolist()
         ([[0, 1], [0, 2], [2, 1]], [1.0, 0.5, 0.5])
     """
+    if max_pairs_per_prompt is not None and max_pairs_per_prompt < 1:
+        raise ValueError(f"max_pairs_per_prompt must be at least 1 or None, got {max_pairs_per_prompt}.")
     rows = load_rows(dataset)
     columns = list(rows.column_names)
     reader_of = next((reader_of for needed, reader_of in _FORMS.items() if set(needed) <= set(columns)), None)
@@ -86,13 +93,31 @@ def read_candidates(
             )
     if len(rows) == 0:
         raise ValueError("The dataset is empty: it has the right columns but no rows.")
-    groups = Groups(row_weights(rows, weight_column))
-    template_kwargs = read_template_kwargs(rows)
+    wrong = {index: UnusableError("not a row", why) for index, why in rows.broken.items()}
+    template_kwargs = read_template_kwargs(rows, wrong)
+    groups = Groups(row_weights(rows, weight_column, wrong))
     for index, row in enumerate(rows):
-        reader.read(index, row, template_kwargs[index] if template_kwargs else {}, groups)
-    candidates = groups.build(max_pairs_per_prompt)
+        error = wrong.get(index) or _read_row(reader, index, row, template_kwargs, groups)
+        if error is not None:
+            groups.skipped.add(error.reason, error.at(f"row {index}"))
+    candidates = groups.build(scored=reader.scored, max_pairs_per_prompt=max_pairs_per_prompt)
     report_skipped(candidates.skipped, on_invalid)
     return candidates
+
+
+def _read_row(
+    reader: PreferenceReader | ScoredReader,
+    index: int,
+    row: dict[str, Any],
+    template_kwargs: list[dict[str, Any]],
+    groups: Groups,
+) -> UnusableError | None:
+    """Reads a row into the groups, or returns why it cannot be used."""
+    try:
+        reader.read(index, row, template_kwargs[index] if template_kwargs else {}, groups)
+    except UnusableError as error:
+        return error
+    return None
 
 
 def read_configured(dataset: Any, config: SelectConfig) -> Candidates:

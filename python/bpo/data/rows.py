@@ -2,29 +2,71 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from bpo.data.values import shorten
+from bpo.data.files import read_path
+from bpo.data.values import as_list, shorten
 
 if TYPE_CHECKING:
     import datasets
 
-_FILE_KINDS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+READ_COLUMNS = (
+    "prompt",
+    "chosen",
+    "rejected",
+    "score_chosen",
+    "score_rejected",
+    "responses",
+    "scores",
+    "instruction",
+    "completions",
+)
+"""Columns that the accepted formats are told by."""
+
+# Rows that are taken out of Arrow at once: one by one costs ten times as much.
+_BATCH = 1000
+
+
+class Rows(Protocol):
+    """Rows with named columns."""
+
+    @property
+    def column_names(self) -> list[str]:
+        """The names, in the order of the data."""
+
+    @property
+    def broken(self) -> Mapping[int, str]:
+        """Index → why a row is none; it has None in every column."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[dict[str, Any]]: ...
+
+    def column(self, name: str) -> Iterable[Any]:
+        """Returns the values of a column, None for each row where there is no such column."""
+
+    def take(self, index: Sequence[int], name: str) -> Iterable[Any]:
+        """Returns the values of a column in some rows, ascending."""
 
 
 class ListRows:
     """A list of rows as it is: Arrow would refuse to mix what the readers can tell apart, or name no row."""
 
-    def __init__(self, rows: Sequence[Any]) -> None:
+    def __init__(self, rows: Sequence[Any], broken: Mapping[int, str] | None = None) -> None:
+        self.broken = dict(broken or {})
+        names: dict[str, None] = {}
         for index, row in enumerate(rows):
             if not isinstance(row, Mapping):
-                raise ValueError(f"Row {index} is {shorten(row)}; each row must be a mapping of columns to values.")
-            for column in row:
-                if not isinstance(column, str):
-                    raise ValueError(f"Row {index}: the column {column!r} has no text for a name.")
-        self.column_names = list(dict.fromkeys(column for row in rows for column in row))
+                self.broken.setdefault(index, f"{shorten(row)} is no mapping of columns to values")
+            elif strange := next((column for column in row if not isinstance(column, str)), None):
+                self.broken.setdefault(index, f"the column {strange!r} has no text for a name")
+            else:
+                names |= dict.fromkeys(row)
+        if len(self.broken) == len(rows):
+            raise ValueError(f"Row 0: {self.broken[0]}; each row must be a mapping of columns to values.")
+        self.column_names = list(names)
         self._rows = rows
 
     def __len__(self) -> int:
@@ -32,10 +74,45 @@ class ListRows:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         empty = dict.fromkeys(self.column_names)
-        return ({**empty, **row} for row in self._rows)
+        return (empty if index in self.broken else {**empty, **row} for index, row in enumerate(self._rows))
+
+    def column(self, name: str) -> Iterable[Any]:
+        """Returns the values of a column, None for each row without it."""
+        return (None if index in self.broken else row.get(name) for index, row in enumerate(self._rows))
+
+    def take(self, index: Sequence[int], name: str) -> Iterable[Any]:
+        """Returns the values of a column in some rows."""
+        return (self._rows[row].get(name) for row in index)
 
 
-def load_rows(dataset: Any) -> datasets.Dataset | ListRows:
+class TableRows:
+    """A data set in Arrow, read many rows at a time."""
+
+    def __init__(self, table: datasets.Dataset) -> None:
+        self.column_names = list(table.column_names)
+        self.broken: Mapping[int, str] = {}
+        self._table = table
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for batch in self._table.iter(_BATCH):
+            for values in zip(*batch.values(), strict=True):
+                yield dict(zip(batch, values, strict=True))
+
+    def column(self, name: str) -> Iterable[Any]:
+        """Returns the values of a column, None for each row where there is no such column."""
+        if name not in self.column_names:
+            return (None for _ in range(len(self)))
+        return (value for batch in self._table.select_columns(name).iter(_BATCH) for value in batch[name])
+
+    def take(self, index: Sequence[int], name: str) -> Iterable[Any]:
+        """Returns the values of a column in some rows."""
+        return (row[name] for row in self._table.select_columns(name).select(index))
+
+
+def load_rows(dataset: Any) -> Rows:
     """Turns whatever the user holds into rows with ``column_names``.
 
     Raises:
@@ -45,24 +122,24 @@ def load_rows(dataset: Any) -> datasets.Dataset | ListRows:
     """
     import datasets
 
-    if isinstance(dataset, ListRows):
+    if isinstance(dataset, (ListRows, TableRows)):
         return dataset
     if isinstance(dataset, datasets.Dataset):
-        # A format such as "torch" would turn lists of scores into tensors and hide columns.
-        return dataset.with_format(None)
+        return _as_shown(dataset)
     if isinstance(dataset, datasets.DatasetDict):
         if "train" not in dataset:
             raise ValueError(f"The DatasetDict has no 'train' split, only {sorted(dataset)}; pass dataset['<split>'].")
-        return dataset["train"].with_format(None)
+        return _as_shown(dataset["train"])
     if isinstance(dataset, (datasets.IterableDataset, datasets.IterableDatasetDict)):
         raise ValueError(
             "A streaming dataset cannot be selected from, since every pair is compared with every other. Load it "
             "without streaming=True."
         )
     if isinstance(dataset, (str, Path)):
-        return _load_path(str(dataset))
+        found = read_path(str(dataset))
+        return load_rows(found) if not isinstance(found, tuple) else ListRows(*found)
     if isinstance(dataset, Mapping):
-        return datasets.Dataset.from_dict(dict(dataset))
+        return _of_columns(dataset)
     if isinstance(dataset, Sequence):
         if not dataset:
             raise ValueError("The dataset is empty: a list of no rows.")
@@ -70,36 +147,28 @@ def load_rows(dataset: Any) -> datasets.Dataset | ListRows:
     raise TypeError(f"dataset must be a datasets.Dataset, a list of rows or a path, not {type(dataset).__name__}.")
 
 
-def _load_path(name: str) -> datasets.Dataset | ListRows:
-    import datasets
-
-    path = Path(name).expanduser()
-    if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") != 1 or path.suffix in _FILE_KINDS):
-        raise FileNotFoundError(f"{name}: no such file or directory, and not the form of a hub id (owner/name).")
-    try:
-        if path.is_file():
-            kinds = [_FILE_KINDS[suffix.lower()] for suffix in path.suffixes if suffix.lower() in _FILE_KINDS]
-            if not kinds:
-                raise ValueError(f"use a file of one of the types {', '.join(_FILE_KINDS)}")
-            if path.stat().st_size == 0:
-                raise ValueError("the file is empty")
-            return datasets.load_dataset(kinds[-1], data_files=str(path), split="train")
-        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-            saved = datasets.load_from_disk(str(path))
-        else:
-            saved = datasets.load_dataset(str(path) if path.exists() else name, split="train")
-    except (ConnectionError, FileNotFoundError) as error:
-        raise FileNotFoundError(f"{name}: no such file or directory, and the hub does not give it: {error}") from error
-    except MemoryError:
-        raise
-    except Exception as error:
-        # datasets wraps the reason, and not all of its exceptions name the file.
-        raise ValueError(f"{name}: cannot be read: {error.__cause__ or error}") from error
-    return load_rows(saved)
+def _as_shown(dataset: datasets.Dataset) -> Rows:
+    """The rows as the data set shows them: through its transform, without the columns that its format hides."""
+    shown = dataset.format
+    if shown["type"] == "custom":
+        return ListRows(list(dataset))
+    # A format such as "torch" would turn lists of scores into tensors, and float64 into float32.
+    plain = dataset.with_format(None)
+    hidden = [] if shown["output_all_columns"] else sorted(set(plain.column_names) - set(shown["columns"]))
+    needed = [name for name in hidden if name in READ_COLUMNS]
+    if needed:
+        raise ValueError(
+            f"The format of the dataset hides the columns {needed}: show them with dataset.reset_format(), or take "
+            f"them out with dataset.remove_columns({needed})."
+        )
+    return TableRows(plain.remove_columns(hidden) if hidden else plain)
 
 
-def values_of(rows: datasets.Dataset | ListRows, name: str) -> list[Any]:
-    """Returns a column as a list, None for each row where there is no such column."""
-    if name not in rows.column_names:
-        return [None] * len(rows)
-    return [row[name] for row in rows] if isinstance(rows, ListRows) else list(rows[name])
+def _of_columns(columns: Mapping[str, Any]) -> ListRows:
+    """The rows of a mapping of columns to lists of equal length."""
+    listed = {name: as_list(values) for name, values in columns.items()}
+    lengths = {name: None if values is None else len(values) for name, values in listed.items()}
+    if len(set(lengths.values())) != 1 or None in lengths.values():
+        raise ValueError(f"A mapping must be one of columns to lists of equal length; the lengths are {lengths}.")
+    cells = [values for values in listed.values() if values is not None]
+    return ListRows([dict(zip(listed, values, strict=True)) for values in zip(*cells, strict=True)])

@@ -11,7 +11,7 @@ import numpy as np
 
 from bpo.data.candidates import Skipped, report_skipped
 from bpo.data.tokenizers import check_tokenizer, joined, padding_id, token_ids
-from bpo.data.values import as_weights
+from bpo.data.values import UnusableError, as_weights
 from bpo.system.warn import warn
 
 if TYPE_CHECKING:
@@ -305,7 +305,10 @@ def _sequence_weights(
     if token_weights is None:
         weights = candidates.token_weights[int(candidates.pair_weights.flat[side])]
     else:
-        weights = as_weights(token_weights(ids[:start], ids[start:]), candidates.place(side))
+        try:
+            weights = as_weights(token_weights(ids[:start], ids[start:]))
+        except UnusableError as error:
+            raise ValueError(f"{candidates.place(side)}: {error}.") from None
     if len(weights) != len(ids) - start:
         tokens = processing_class.convert_ids_to_tokens(ids[start:])
         named = ", ".join(map(repr, tokens[:_NAMED_TOKENS])) + (", …" if len(tokens) > _NAMED_TOKENS else "")

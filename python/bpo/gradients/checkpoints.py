@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from bpo.data.batches import batches_by_tokens
 from bpo.data.tokenizers import tokenizer_fingerprint
 from bpo.gradients.collect import collect
 from bpo.gradients.preconditioner import preconditioner_path
+from bpo.policy.batches import batches_by_tokens
 from bpo.policy.logprobs import Forward
 from bpo.policy.models import load_policy
 from bpo.policy.reference import Reference

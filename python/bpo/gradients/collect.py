@@ -13,7 +13,6 @@ from tqdm.auto import tqdm
 
 import bpo
 from bpo.config import SelectConfig
-from bpo.data.batches import first_batch, storage_order
 from bpo.data.read import read_configured
 from bpo.data.tokenizers import load_tokenizer, tokenizer_fingerprint
 from bpo.data.tokens import tokenize_configured
@@ -21,6 +20,7 @@ from bpo.gradients.choose import choose_features
 from bpo.gradients.plan import find_plan
 from bpo.gradients.preconditioner import load_preconditioner, preconditioner_path
 from bpo.gradients.sketching import Sketching
+from bpo.policy.batches import first_batch, storage_order
 from bpo.policy.logprobs import Forward, check_vocabulary
 from bpo.policy.models import inference_state, load_policy, model_fingerprint, window
 from bpo.policy.reference import Reference

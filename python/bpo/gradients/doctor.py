@@ -13,7 +13,6 @@ import numpy as np
 import torch
 
 from bpo.config import SelectConfig
-from bpo.data.batches import batches_by_tokens
 from bpo.data.candidates import InvalidDataWarning
 from bpo.data.read import read_configured
 from bpo.data.tokenizers import load_tokenizer
@@ -21,6 +20,7 @@ from bpo.data.tokens import tokenize_configured
 from bpo.gradients.choose import choose_features
 from bpo.gradients.plan import find_plan, kind_of
 from bpo.gradients.sketching import Sketching
+from bpo.policy.batches import batches_by_tokens
 from bpo.policy.logprobs import Forward, check_vocabulary
 from bpo.policy.models import inference_state, load_policy, window
 from bpo.policy.reference import Reference

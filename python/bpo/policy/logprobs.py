@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from bpo.data.batches import batches_by_tokens
 from bpo.data.tokenizers import padding_id
+from bpo.policy.batches import batches_by_tokens
 from bpo.policy.models import base_of
 from bpo.system.memory import HeapTrimmer
 

@@ -15,7 +15,18 @@ from bpo.data.candidates import Skipped, report_skipped
 from bpo.data.columns import column_error, read_template_kwargs
 from bpo.data.preferences import preference_texts
 from bpo.data.rows import load_rows
-from bpo.data.values import as_number, as_text, check_json, content_id, is_messages, is_score, one_each, shorten
+from bpo.data.scored import Item, as_response, row_items
+from bpo.data.values import (
+    UnusableError,
+    as_score,
+    as_text,
+    check_json,
+    content_id,
+    is_blank,
+    is_messages,
+    is_missing,
+    shorten,
+)
 
 if TYPE_CHECKING:
     import datasets
@@ -105,161 +116,129 @@ def read_responses(dataset: Any, *, prompts_only: bool = False) -> list[PromptRe
         raise ValueError(f"The columns {names} hold no responses: {column_error(names)}")
     if len(rows) == 0:
         raise ValueError("The dataset is empty: it has the right columns but no rows.")
-    template_kwargs = read_template_kwargs(rows)
+    wrong = {index: UnusableError("not a row", why) for index, why in rows.broken.items()}
+    template_kwargs = read_template_kwargs(rows, wrong)
     extra = [name for name in names if name not in _RESPONSE_COLUMNS]
     found: dict[bytes, PromptResponses] = {}
     skipped = Skipped()
     for index, row in enumerate(rows):
+        kwargs = template_kwargs[index] if template_kwargs else {}
         try:
-            given = _pair(row, index, names) if pairs else _prompt(row, index, prompt_column)
-            columns = {name: _plain(row[name], index, name) for name in extra}
-        except ValueError as error:  # about this row
-            skipped.add("row that cannot be read", str(error))
+            if index in wrong:
+                raise wrong[index]
+            prompt, items = (
+                _pair(row, names) if pairs else _prompt_and_items(row, index, prompt_column, column, skipped)
+            )
+            columns = {name: _plain(row[name], name) for name in extra}
+        except UnusableError as error:
+            skipped.add(error.reason, error.at(f"row {index}"))
             continue
-        if isinstance(given, str):
-            skipped.add(given, f"row {index}")
-            continue
-        prompt, *responses = given
-        this = PromptResponses(prompt, template_kwargs[index] if template_kwargs else {}, [], [], columns, index)
-        first = found.setdefault(this.key, this)
-        if isinstance(prompt, str) != isinstance(next(iter(found.values())).prompt, str):
-            raise ValueError(f"Row {index}: some prompts are text and some are messages. Bring all into one form.")
-        for name in [name for name in extra if first.columns[name] != columns[name]]:
-            skipped.add(f"another '{name}' than that of the same prompt before", f"row {index}, before {first.row}")
+        this = PromptResponses(prompt, kwargs, [], [], columns, index)
+        this = found.setdefault(this.key, this)
+        for name in [name for name in extra if this.columns[name] != columns[name]]:
+            skipped.add(f"another '{name}' than that of the same prompt before", f"row {index}, before {this.row}")
         if not prompts_only:
-            items = _scored_pair(row, responses) if pairs else _items(row, index, column, skipped)
-            _add(first, items, index, skipped)
+            _add(this, items, index, skipped)
+    found = _of_one_form(found, skipped)
     report_skipped(skipped, "skip")
     if not found:
         raise ValueError(f"No row has a usable prompt.\n{skipped.describe()}")
     return list(found.values())
 
 
-def _prompt(row: Mapping[str, Any], index: int, column: str) -> tuple[Text] | str:
-    """Returns the prompt of a row, or why it has none."""
-    if row[column] in (None, "", []):
-        return "prompt is missing"
-    return (_encodable(as_text(row[column], index, column), index, column),)
+def _pair(row: Mapping[str, Any], names: Sequence[str]) -> tuple[Text, list[Item]]:
+    """Returns the prompt and both responses of a preference row."""
+    prompt, *texts = preference_texts(row, has_prompt="prompt" in names)
+    scores = (row.get(name) for name in ("score_chosen", "score_rejected"))
+    return prompt, [Item(text, score, {}) for text, score in zip(texts, scores, strict=True)]
 
 
-def _pair(row: Mapping[str, Any], index: int, names: Sequence[str]) -> tuple[Text, Text, Text] | str:
-    """Returns prompt, chosen and rejected of a preference row, or why it cannot be used."""
-    split = preference_texts(row, index, has_prompt="prompt" in names)
-    return split if isinstance(split, str) else _encodable(split, index, "prompt, chosen or rejected")
-
-
-def _scored_pair(row: Mapping[str, Any], responses: Sequence[Any]) -> list[tuple[Any, Any]]:
-    return list(zip(responses, (row.get("score_chosen"), row.get("score_rejected")), strict=True))
-
-
-def _items(row: Mapping[str, Any], index: int, column: str | None, skipped: Skipped) -> list[tuple[Any, Any]]:
-    """Returns the responses of a row with their scores, both unchecked; none where they cannot be told apart."""
-    if column is None:
-        return []
+def _prompt_and_items(
+    row: Mapping[str, Any], index: int, prompt: str, column: str | None, skipped: Skipped
+) -> tuple[Text, list[Item]]:
+    """Returns the prompt and the responses of a row, scored or not."""
+    if is_blank(row[prompt]):
+        raise UnusableError("prompt is missing")
+    text = as_text(row[prompt], prompt)
+    if column is None or is_missing(row[column]):
+        return text, []
     try:
-        return texts_and_scores(row, index, column)
-    except ValueError as error:
-        skipped.add("responses or scores that cannot be read", str(error))
+        return text, row_items(row, column, has_scores=not is_missing(row.get("scores")))
+    except UnusableError as error:
+        if is_missing(row.get("scores")):
+            raise
         # Scores can be made anew, responses cannot.
-        return _items({**row, "scores": None}, index, column, Skipped()) if row.get("scores") is not None else []
+        items = row_items({**row, "scores": None}, column, has_scores=False)
+        skipped.add(error.reason, error.at(f"row {index}"))
+        return text, items
 
 
-def _encodable(value: Any, index: int, column: str) -> Any:
-    """Returns a value of JSON unless it holds half a character, which neither files nor Arrow can.
-
-    Raises:
-        ValueError: It does; names the row and the column.
-    """
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"Row {index}, column '{column}': half a character (a lone surrogate).") from None
-    return value
+def _of_one_form(found: dict[bytes, PromptResponses], skipped: Skipped) -> dict[bytes, PromptResponses]:
+    """Keeps the prompts of the form that most have, text or messages, and names the others."""
+    chat = {key: isinstance(prompt.prompt, list) for key, prompt in found.items()}
+    most = 2 * sum(chat.values()) > len(chat) or (2 * sum(chat.values()) == len(chat) and any(list(chat.values())[:1]))
+    for key, other in chat.items():
+        if other != most:
+            skipped.add("some prompts are text and some are messages: this is not as most are", f"row {found[key].row}")
+    return {key: prompt for key, prompt in found.items() if chat[key] == most}
 
 
-def _plain(value: Any, index: int, column: str) -> Any:
+def _plain(value: Any, column: str) -> Any:
     """Returns what JSON has a form for: None for NaN, which readers of JSON do not take, and lists for arrays.
 
     Raises:
-        ValueError: It has none; names the row and the column.
+        UnusableError: It has none.
     """
-
-    def plain(value: Any) -> Any:
-        value = value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
-        if isinstance(value, float) and math.isnan(value):
-            return None
-        if isinstance(value, (list, tuple)):
-            return [plain(item) for item in value]
-        return {key: plain(item) for key, item in value.items()} if isinstance(value, dict) else value
-
     try:
-        made = plain(value)
+        value = _without_arrays(value)
     except RecursionError:
-        raise ValueError(f"Row {index}, column '{column}': lists within lists, too deep to read.") from None
-    check_json(made, index, column)
-    return _encodable(made, index, column)
+        raise UnusableError(f"column '{column}': lists within lists, too deep to read") from None
+    check_json(value, column)
+    return value
 
 
-def texts_and_scores(row: Mapping[str, Any], index: int, column: str) -> list[tuple[Any, Any]]:
-    """Returns the responses of a row and the score of each, None where there is none; both unchecked.
-
-    Raises:
-        ValueError: No list, or not one score a response.
-    """
-    items = row[column]
-    if items is None:
-        return []
-    if not isinstance(items, (list, tuple)):
-        raise ValueError(f"Row {index}, column '{column}': expected a list, got {shorten(items)}.")
-    if row.get("scores") is not None:
-        return list(zip(items, one_each(row["scores"], items, index, "scores"), strict=True))
-    pairs = []
-    for item in items:
-        record = item if isinstance(item, Mapping) and "role" not in item else {"text": item}
-        pairs.append((_first(record, "text", "response", "content"), _first(record, "score", "overall_score")))
-    return pairs
-
-
-def _first(record: Mapping[str, Any], *names: str) -> Any:
-    """Returns what stands under the first name that holds something: a table has the keys of every form in all rows."""
-    return next((record[name] for name in names if record.get(name) is not None), None)
+def _without_arrays(value: Any) -> Any:
+    value = value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
+    if isinstance(value, float) and math.isnan(value):
+        return None
+    if isinstance(value, (list, tuple)):
+        return [_without_arrays(item) for item in value]
+    return {key: _without_arrays(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def score_or_none(value: Any) -> float | None:
-    """Returns a score of the data, None where there is none that can be used.
-
-    Raises:
-        ValueError: What is there is no number.
-    """
-    number = as_number(value, 0, "scores")
-    return number if is_score(number) else None
+    """Returns a score of the data, None where there is none that can be used."""
+    try:
+        return as_score(value)
+    except UnusableError:
+        return None
 
 
-def _add(this: PromptResponses, items: Sequence[tuple[Any, Any]], index: int, skipped: Skipped) -> None:
+def _add(this: PromptResponses, items: Sequence[Item], index: int, skipped: Skipped) -> None:
     """Adds the responses that are new, and the first score of each."""
-    for position, (text, given) in enumerate(items):
-        place = f"row {index}, response {position}"
-        if text in (None, "", []):
-            skipped.add("empty response", place)
-            continue
+    for position, item in enumerate(items):
         try:
-            response = _encodable(plain_answer(as_text(text, index, "responses")), index, "responses")
-        except ValueError as error:
-            skipped.add("response that cannot be read", f"{place}: {error}")
+            response = plain_answer(as_response(item.text, this.prompt, "responses"))
+        except UnusableError as error:
+            skipped.add(error.reason, error.at(f"row {index}, response {position}"))
             continue
-        if isinstance(text, list) and isinstance(this.prompt, str):
-            skipped.add("response of chat messages to a prompt of plain text; give it as messages, too", place)
-            continue
-        try:
-            score = score_or_none(given)
-        except ValueError:
-            skipped.add("score that is no number", f"{place}: {shorten(given)}")
-            score = None
+        score = score_or_none(item.score)
+        if score is None and isinstance(item.score, str) and item.score:
+            skipped.add("score is not a number", f"row {index}, response {position}: {shorten(item.score)}")
         if response not in this.responses:
             this.responses.append(response)
             this.scores.append(score)
         elif this.scores[this.responses.index(response)] is None:
             this.scores[this.responses.index(response)] = score
+
+
+def plain_answer(response: Text) -> Text:
+    """Returns the text of a response that is one plain message of the assistant, any other as it is."""
+    only = response[0] if isinstance(response, list) and len(response) == 1 else {}
+    if only.get("role") == "assistant" and set(only) == {"role", "content"} and only["content"] is not None:
+        text: str = only["content"]
+        return text
+    return response
 
 
 def lay_out(prompt: PromptResponses, responses: Sequence[Text], *, as_messages: bool, **columns: Any) -> dict[str, Any]:
@@ -273,15 +252,6 @@ def lay_out_again(prompt: PromptResponses, earlier: Mapping[str, Any], *, as_mes
     responses = [plain_answer(response) for response in earlier["responses"]]
     made = {name: earlier[name] for name in ("scores", "dropped") if name in earlier}
     return lay_out(prompt, responses, as_messages=as_messages, **made)
-
-
-def plain_answer(response: Text) -> Text:
-    """Returns the text of a response that is one plain message of the assistant, any other as it is."""
-    only = response[0] if isinstance(response, list) and len(response) == 1 else {}
-    if only.get("role") == "assistant" and set(only) == {"role", "content"} and only["content"] is not None:
-        text: str = only["content"]
-        return text
-    return response
 
 
 def _others(columns: Mapping[str, Any], but: Mapping[str, Any]) -> dict[str, Any]:

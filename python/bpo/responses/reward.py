@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from bpo.config import SelectConfig
-from bpo.data.batches import batches_by_tokens
 from bpo.data.tokenizers import joined, load_tokenizer, token_ids, tokenizer_fingerprint
+from bpo.policy.batches import batches_by_tokens
 from bpo.policy.logprobs import pad_right
 from bpo.policy.models import check_model, inference_state, model_fingerprint
 from bpo.responses.scorer import Score, Scorer, reason_of

@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from bpo.data.rows import load_rows
-from bpo.data.values import shorten
-from bpo.responses.prompts import score_or_none, texts_and_scores
+from bpo.data.scored import row_items
+from bpo.data.values import UnusableError, is_missing, shorten
+from bpo.responses.prompts import score_or_none
 
 _NAMED_REASONS = 5
 
@@ -83,12 +84,15 @@ def describe_responses(dataset: Any) -> ResponseSummary:
     errors: collections.Counter[str] = collections.Counter()
     n_responses = n_single = n_scored = n_tied = 0
     for index, row in enumerate(rows):
-        scores = [_score(score) for _, score in texts_and_scores(row, index, "responses")]
+        try:
+            items = row_items(row, "responses", has_scores=not is_missing(row.get("scores")))
+        except UnusableError as error:
+            raise ValueError(f"{error.at(f'Row {index}, {error.reason}')}.") from None
         dropped.update(_dropped(row.get("dropped"), index))
         errors.update(reason for reason in _reasons(row.get("score_errors"), index) if reason is not None)
-        present = [score for score in scores if score is not None]
-        n_responses += len(scores)
-        n_single += len(scores) < 2
+        present = [score for score in map(score_or_none, (item.score for item in items)) if score is not None]
+        n_responses += len(items)
+        n_single += len(items) < 2
         n_scored += len(present)
         n_tied += len(present) > 1 and len(set(present)) == 1
     return ResponseSummary(
@@ -100,13 +104,6 @@ def describe_responses(dataset: Any) -> ResponseSummary:
         n_tied=n_tied,
         errors=dict(errors.most_common()),
     )
-
-
-def _score(value: Any) -> float | None:
-    try:
-        return score_or_none(value)
-    except ValueError:
-        return None
 
 
 def _dropped(value: Any, index: int) -> dict[str, int]:

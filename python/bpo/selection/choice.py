@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bpo.pairs.ranks import ranks_in_prompts
+from bpo.data.pairing import ranks_in_prompts
 from bpo.selection.strategies import Candidacy, run_strategy
 from bpo.system.warn import warn
 

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from bpo.data.length import character_lengths, fit_length_effect, take_out_length, turn
+from bpo.pairs.length import character_lengths, fit_length_effect, take_out_length, turn
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
     from bpo.data.candidates import Candidates, Skipped
-    from bpo.data.length import LengthEffect
     from bpo.data.tokens import TokenizedResponses
+    from bpo.pairs.length import LengthEffect
 
 
 @dataclasses.dataclass(frozen=True)

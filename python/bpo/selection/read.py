@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bpo.data.candidates import Skipped
+from bpo.data.pairing import largest_gaps
 from bpo.data.read import read_configured
 from bpo.data.rows import load_rows
-from bpo.pairs.ranks import largest_gaps
 from bpo.selection.inputs import Goal, Pool
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 
 from bpo import _core
-from bpo.pairs.ranks import ranks_in_prompts
+from bpo.data.pairing import ranks_in_prompts
 
 if TYPE_CHECKING:
     import numpy.typing as npt

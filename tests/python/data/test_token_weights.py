@@ -178,23 +178,29 @@ def test_a_response_with_other_weights_in_another_pair_is_another_sequence(token
         ),
         (
             [{"prompt": "p", "chosen": " a", "rejected": " b", "w_chosen": [1, 1], "w_rejected": [1, float("nan")]}],
-            "Row 0, rejected: token weight 1, counted from 0, is nan",
+            r"column 'w_rejected': token weights must be finite \(row 0: that of token 1 is nan\)",
         ),
         (
             [{"prompt": "p", "chosen": "a", "rejected": "b", "w_chosen": [1e39], "w_rejected": [1]}],
-            "Row 0, chosen: token weight 0, counted from 0, is 1e[+]39",
+            r"column 'w_chosen': token weights must be finite \(row 0: that of token 0 is 1e\+39\)",
         ),
         (
             [{"prompt": "p", "chosen": "a", "rejected": "b", "w_chosen": "ab", "w_rejected": [1]}],
-            "Row 0, chosen: expected a list of token weights, got str 'ab'",
+            r"column 'w_chosen': expected a list of token weights \(row 0: str 'ab'\)",
         ),
         ([{"prompt": "p", "chosen": "a", "rejected": "b"}], "token_weights='w' needs the columns w_chosen, w_rejected"),
         ([{"prompt": "p", "responses": ["a", "b"], "scores": [1, 0]}], "needs the columns w,"),
-        ([{"prompt": "p", "responses": ["a", "b"], "scores": [1, 0], "w": [[1]]}], "Row 0: 2 responses but 1 w"),
-        ([{"prompt": "p", "responses": ["a", "b"], "scores": [1, 0], "w": None}], "Row 0, column 'w': expected a list"),
+        (
+            [{"prompt": "p", "responses": ["a", "b"], "scores": [1, 0], "w": [[1]]}],
+            r"column 'w': not one value a response \(row 0: 2 responses, 1 values\)",
+        ),
+        (
+            [{"prompt": "p", "responses": ["a", "b"], "scores": [1, 0], "w": None}],
+            r"column 'w': expected a list of one value a response \(row 0: NoneType None\)",
+        ),
         (
             [{"prompt": "p", "responses": [{"text": "a", "score": 1}, {"text": "b", "score": 0}]}],
-            "Row 0, response 0: expected a list of token weights, got NoneType None",
+            r"2 × column 'w': expected a list of token weights \(row 0, response 0: NoneType None",
         ),
     ],
 )

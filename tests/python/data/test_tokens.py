@@ -11,10 +11,10 @@ from transformers import BloomConfig, BloomModel, ByT5Tokenizer, PreTrainedToken
 
 import bpo
 from bpo import SelectConfig, read_candidates
-from bpo.data.batches import batches_by_tokens, first_batch, storage_order
 from bpo.data.tokenizers import check_tokenizer
 from bpo.data.tokens import tokenize_candidates, tokenize_responses
 from bpo.gradients.parameters import FreshAdapter
+from bpo.policy.batches import batches_by_tokens, first_batch, storage_order
 from bpo.policy.logprobs import response_logps
 from bpo.policy.models import window
 from tiny import CHAT_TEMPLATE, WORDS, hooked, scored_rows, tiny_llama
@@ -55,7 +55,7 @@ IMPLICIT = [
 ]
 CONVERSATIONS = [
     {"prompt": [user("red cat?")], "chosen": [assistant("blue dog")], "rejected": [assistant("one")]},
-    {"prompt": [SYSTEM, user("red?")], "chosen": [assistant(" blue")], "rejected": [assistant("")]},
+    {"prompt": [SYSTEM, user("red?")], "chosen": [assistant(" blue")], "rejected": [assistant(" ")]},
     {
         "prompt": [user("red?"), assistant("blue"), user("two 🙂")],
         "chosen": [assistant("one"), user("two"), assistant("three")],

@@ -41,19 +41,19 @@ def test_bad_rows_and_responses_are_named_and_the_rest_is_scored(tmp_path):
     with pytest.warns(bpo.InvalidDataWarning) as told:
         dataset = score(rows, output=tmp_path / "scores.jsonl")
     said = str(told[0].message)
-    assert dataset["prompt"][:] == ["p0", "p4", "p5", "p8", "p9"] and dataset["id"][:] == [None, None, None, 8, None]
-    assert dataset["scores"][:] == [[1.0, 2.0], [], [1.0], [1.0, 2.0], []]
+    assert dataset["prompt"][:] == ["p0", "p5", "p8", "p9"] and dataset["id"][:] == [None, None, 8, None]
+    assert dataset["scores"][:] == [[1.0, 2.0], [1.0], [1.0, 2.0], []]
     for what in (
         "2 × empty response (row 0, response 1; row 0, response 2)",
-        "row 0, response 3: Row 0, column 'responses': expected text",
-        "row 0, response 5: Row 0, column 'responses': half a character",
+        "(row 0, response 3: float 3.5)",
+        "row 0, response 5: column 'responses', character 14",
         "prompt is missing (row 1)",
-        "Row 2, column 'prompt': expected text",
-        "Row 3, column 'prompt': half a character",
-        "Row 4, column 'responses': expected a list, got str 'abc'",
-        "chat messages to a prompt of plain text",
-        "Row 6, column 'id': half a character",
-        "Row 7, column 'id': Object of type date is not JSON serializable",
+        "(row 2: int 7)",
+        "row 3: column 'prompt', character 14",
+        "column 'responses': expected a list (row 4: str 'abc')",
+        "the prompt is plain text: give it as messages, too (row 5, response 1)",
+        "row 6: column 'id'",
+        "(row 7: Object of type date is not JSON serializable)",
     ):
         assert what in said, what
     assert [json.loads(line)["prompt"] for line in (tmp_path / "scores.jsonl").read_text().splitlines()] == dataset[
@@ -69,11 +69,9 @@ def test_scores_of_the_data_that_are_no_numbers_are_named_and_made_anew():
         {"prompt": "p1", "responses": ["a", "bb"], "scores": [1.0]},
         {"prompt": "p2", "responses": ["a", "bb"], "scores": None},
     ]
-    with pytest.warns(
-        bpo.InvalidDataWarning, match=r"score that is no number \(row 0, response 1: str 'N/A'\)"
-    ) as told:
+    with pytest.warns(bpo.InvalidDataWarning, match=r"score is not a number \(row 0, response 1: str 'N/A'\)") as told:
         dataset = score(rows)
-    assert "Row 1: 2 responses but 1 scores" in str(told[0].message)
+    assert "not one value a response (row 1: 2 responses, 1 values)" in str(told[0].message)
     assert dataset["scores"][:] == [[5.0, 2.0, 3.0], [1.0, 2.0], [1.0, 2.0]]
 
 
@@ -165,7 +163,7 @@ def test_summaries_name_what_they_cannot_count():
     for changed, message in (
         ({"dropped": "failed"}, "Row 0, column 'dropped': expected counts by reason, got str 'failed'"),
         ({"score_errors": "timeout"}, "Row 0, column 'score_errors': expected a list of reasons"),
-        ({"scores": [1.0]}, "Row 0: 2 responses but 1 scores"),
+        ({"scores": [1.0]}, "Row 0, column 'scores': not one value a response: 2 responses, 1 values"),
     ):
         with pytest.raises(ValueError, match=message):
             bpo.describe_responses([{**rows[0], **changed}])

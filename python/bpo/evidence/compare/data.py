@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bpo.data.columns import template_columns
+from bpo.data.pairing import ranks_in_prompts
 from bpo.data.read import read_configured
 from bpo.data.rows import load_rows
 from bpo.data.tokens import tokenize_configured
-from bpo.pairs.ranks import ranks_in_prompts
 from bpo.system.warn import warn
 
 if TYPE_CHECKING:

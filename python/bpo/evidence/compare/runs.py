@@ -18,12 +18,12 @@ import datasets
 import numpy as np
 import transformers
 
-from bpo.data.length import turn
 from bpo.data.tokenizers import load_tokenizer
 from bpo.evidence.compare.config import UNTRAINED
 from bpo.evidence.compare.files import HEADER, read, timed, write
 from bpo.evidence.evaluate import PreferenceEvaluation, policy_logps
 from bpo.evidence.win_rates import compare_responses
+from bpo.pairs.length import turn
 from bpo.selection.request import count_of
 from bpo.selection.select import select
 from bpo.selection.strategies import STRATEGIES

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bpo.data.length import fit_length_effect
+from bpo.data.pairing import largest_gaps
+from bpo.pairs.length import fit_length_effect
 from bpo.pairs.linear import linear_margins, pulls
 from bpo.pairs.pair_gradients import pair_norms
-from bpo.pairs.ranks import largest_gaps
 from bpo.selection.choice import choose
 from bpo.selection.request import Request, count_of
 from bpo.selection.scored import ScoredPairs, score

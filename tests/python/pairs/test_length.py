@@ -9,7 +9,7 @@ from sklearn.linear_model import LinearRegression
 
 import bpo
 from bpo import SelectConfig, Selection, length_effect, read_candidates
-from bpo.pairs.ranks import largest_gaps
+from bpo.data.pairing import largest_gaps
 from bpo.selection.choice import balance_lengths
 from tiny import WORDS, scored_rows
 
