@@ -40,8 +40,12 @@ class ModelSource:
         self.failures: list[str] = []
 
     def describe(self) -> dict[str, Any]:
-        """Returns the hashes of weights and tokenizer."""
-        return {"weights": model_fingerprint(self.model), "tokenizer": tokenizer_fingerprint(self.tokenizer)}
+        """Returns the hashes of weights and tokenizer, and the tokens that end a response."""
+        return {
+            "weights": model_fingerprint(self.model),
+            "tokenizer": tokenizer_fingerprint(self.tokenizer),
+            "end_tokens": _end_tokens(self.model, self.tokenizer),
+        }
 
     def fitting(self, rows: Sequence[PromptResponses]) -> list[PromptResponses]:
         """Tokenizes the prompts; sets those aside that leave no room for a response."""

@@ -106,6 +106,8 @@ class Judge(Scorer):
         0
     """
 
+    reads_columns = False
+
     def __init__(
         self,
         server: ChatServer,

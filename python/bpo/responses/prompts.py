@@ -8,6 +8,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import pyarrow as pa
+
 from bpo.data.candidates import Skipped, report_skipped
 from bpo.data.columns import column_error, read_template_kwargs
 from bpo.data.preferences import preference_texts
@@ -22,6 +25,7 @@ from bpo.data.values import (
     is_blank,
     is_messages,
     is_missing,
+    shorten,
 )
 
 if TYPE_CHECKING:
@@ -98,8 +102,9 @@ def read_responses(dataset: Any, *, prompts_only: bool = False) -> list[PromptRe
         >>> [row.prompt for row in read_responses(["2+2?", "3+3?"], prompts_only=True)]
         ['2+2?', '3+3?']
     """
-    if isinstance(dataset, Sequence) and len(dataset) and (isinstance(dataset[0], str) or is_messages(dataset[0])):
-        dataset = dataset if isinstance(dataset, str) else [{"prompt": prompt} for prompt in dataset]
+    listed = isinstance(dataset, Sequence) and not isinstance(dataset, str)
+    if listed and any(isinstance(prompt, str) or is_messages(prompt) for prompt in dataset):
+        dataset = [prompt if isinstance(prompt, Mapping) else {"prompt": prompt} for prompt in dataset]
     rows = load_rows(dataset)
     names = list(rows.column_names)
     pairs = {"chosen", "rejected"} <= set(names)
@@ -121,13 +126,17 @@ def read_responses(dataset: Any, *, prompts_only: bool = False) -> list[PromptRe
         try:
             if index in wrong:
                 raise wrong[index]
-            prompt, items = _pair(row, names) if pairs else _prompt_and_items(row, prompt_column, column)
+            prompt, items = (
+                _pair(row, names) if pairs else _prompt_and_items(row, index, prompt_column, column, skipped)
+            )
             columns = {name: _plain(row[name], name) for name in extra}
         except UnusableError as error:
             skipped.add(error.reason, error.at(f"row {index}"))
             continue
         this = PromptResponses(prompt, kwargs, [], [], columns, index)
         this = found.setdefault(this.key, this)
+        for name in [name for name in extra if this.columns[name] != columns[name]]:
+            skipped.add(f"another '{name}' than that of the same prompt before", f"row {index}, before {this.row}")
         if not prompts_only:
             _add(this, items, index, skipped)
     found = _of_one_form(found, skipped)
@@ -144,14 +153,24 @@ def _pair(row: Mapping[str, Any], names: Sequence[str]) -> tuple[Text, list[Item
     return prompt, [Item(text, score, {}) for text, score in zip(texts, scores, strict=True)]
 
 
-def _prompt_and_items(row: Mapping[str, Any], prompt: str, column: str | None) -> tuple[Text, list[Item]]:
+def _prompt_and_items(
+    row: Mapping[str, Any], index: int, prompt: str, column: str | None, skipped: Skipped
+) -> tuple[Text, list[Item]]:
     """Returns the prompt and the responses of a row, scored or not."""
     if is_blank(row[prompt]):
         raise UnusableError("prompt is missing")
     text = as_text(row[prompt], prompt)
     if column is None or is_missing(row[column]):
         return text, []
-    return text, row_items(row, column, has_scores=not is_missing(row.get("scores")))
+    try:
+        return text, row_items(row, column, has_scores=not is_missing(row.get("scores")))
+    except UnusableError as error:
+        if is_missing(row.get("scores")):
+            raise
+        # Scores can be made anew, responses cannot.
+        items = row_items({**row, "scores": None}, column, has_scores=False)
+        skipped.add(error.reason, error.at(f"row {index}"))
+        return text, items
 
 
 def _of_one_form(found: dict[bytes, PromptResponses], skipped: Skipped) -> dict[bytes, PromptResponses]:
@@ -165,10 +184,26 @@ def _of_one_form(found: dict[bytes, PromptResponses], skipped: Skipped) -> dict[
 
 
 def _plain(value: Any, column: str) -> Any:
-    """Returns None for NaN, which readers of JSON do not take."""
-    value = None if isinstance(value, float) and math.isnan(value) else value
+    """Returns what JSON has a form for: None for NaN, which readers of JSON do not take, and lists for arrays.
+
+    Raises:
+        UnusableError: It has none.
+    """
+    try:
+        value = _without_arrays(value)
+    except RecursionError:
+        raise UnusableError(f"column '{column}': lists within lists, too deep to read") from None
     check_json(value, column)
     return value
+
+
+def _without_arrays(value: Any) -> Any:
+    value = value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
+    if isinstance(value, float) and math.isnan(value):
+        return None
+    if isinstance(value, (list, tuple)):
+        return [_without_arrays(item) for item in value]
+    return {key: _without_arrays(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def score_or_none(value: Any) -> float | None:
@@ -183,11 +218,13 @@ def _add(this: PromptResponses, items: Sequence[Item], index: int, skipped: Skip
     """Adds the responses that are new, and the first score of each."""
     for position, item in enumerate(items):
         try:
-            response = _plain_answer(as_response(item.text, this.prompt, "responses"))
+            response = plain_answer(as_response(item.text, this.prompt, "responses"))
         except UnusableError as error:
             skipped.add(error.reason, error.at(f"row {index}, response {position}"))
             continue
         score = score_or_none(item.score)
+        if score is None and isinstance(item.score, str) and item.score:
+            skipped.add("score is not a number", f"row {index}, response {position}: {shorten(item.score)}")
         if response not in this.responses:
             this.responses.append(response)
             this.scores.append(score)
@@ -195,7 +232,7 @@ def _add(this: PromptResponses, items: Sequence[Item], index: int, skipped: Skip
             this.scores[this.responses.index(response)] = score
 
 
-def _plain_answer(response: Text) -> Text:
+def plain_answer(response: Text) -> Text:
     """Returns the text of a response that is one plain message of the assistant, any other as it is."""
     only = response[0] if isinstance(response, list) and len(response) == 1 else {}
     if only.get("role") == "assistant" and set(only) == {"role", "content"} and only["content"] is not None:
@@ -210,6 +247,13 @@ def lay_out(prompt: PromptResponses, responses: Sequence[Text], *, as_messages: 
     return {"prompt": prompt.prompt, "responses": laid, **columns, **_others(prompt.columns, columns)}
 
 
+def lay_out_again(prompt: PromptResponses, earlier: Mapping[str, Any], *, as_messages: bool) -> dict[str, Any]:
+    """Returns a row that was laid out by an earlier run, with the other columns as the data has them now."""
+    responses = [plain_answer(response) for response in earlier["responses"]]
+    made = {name: earlier[name] for name in ("scores", "dropped") if name in earlier}
+    return lay_out(prompt, responses, as_messages=as_messages, **made)
+
+
 def _others(columns: Mapping[str, Any], but: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in columns.items() if name not in but}
 
@@ -220,11 +264,43 @@ def need_messages(prompts: Sequence[PromptResponses]) -> bool:
 
 
 def to_dataset(rows: Sequence[dict[str, Any]]) -> datasets.Dataset:
-    """Turns rows into a data set whose scores are numbers even where all are null."""
+    """Turns rows into a data set whose scores are numbers even where all are null; the other columns stay as they are.
+
+    What Arrow would not keep as it is, such as mappings of unlike keys, which it fills with null, becomes JSON.
+    """
     import datasets
 
-    dataset = datasets.Dataset.from_list(list(rows))
-    for name, kind in (("scores", "float64"), ("score_errors", "string")):
-        if name in dataset.column_names:
-            dataset = dataset.cast_column(name, datasets.List(datasets.Value(kind)))
-    return dataset
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    known = {
+        "scores": datasets.List(datasets.Value("float64")),
+        "score_errors": datasets.List(datasets.Value("string")),
+    }
+    features = {name: kind for name, kind in known.items() if name in columns}
+    if hasattr(datasets, "Json"):
+        for name, values in columns.items():
+            if name not in features and _is_changed_by_arrow(values):
+                lists = all(isinstance(value, (list, type(None))) for value in values)
+                features[name] = datasets.List(datasets.Json()) if lists else datasets.Json()
+    rest = datasets.Dataset.from_dict({name: values for name, values in columns.items() if name not in features})
+    features |= rest.features
+    return datasets.Dataset.from_dict(columns, features=datasets.Features({name: features[name] for name in columns}))
+
+
+def _is_changed_by_arrow(values: list[Any]) -> bool:
+    """Whether a column of Arrow cannot hold values, or would give others back."""
+    try:
+        array = pa.array(values)
+    except (pa.ArrowException, OverflowError):
+        return True
+    # Only mappings change; where all have the same keys, these are the names of its fields.
+    return "struct" in str(array.type) and _without_nulls(array.to_pylist()) != _without_nulls(values)
+
+
+def _without_nulls(values: list[Any]) -> list[Any]:
+    """Leaves out what messages hold of null, which is read as nothing."""
+    return [
+        [{key: item for key, item in message.items() if item is not None} for message in value]
+        if is_messages(value)
+        else value
+        for value in values
+    ]

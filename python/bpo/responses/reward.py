@@ -14,7 +14,7 @@ from bpo.data.tokenizers import joined, load_tokenizer, token_ids, tokenizer_fin
 from bpo.policy.batches import batches_by_tokens
 from bpo.policy.logprobs import pad_right
 from bpo.policy.models import check_model, inference_state, model_fingerprint
-from bpo.responses.scorer import Score, Scorer
+from bpo.responses.scorer import Score, Scorer, reason_of
 from bpo.system.model_paths import check_path, is_adapter, naming
 
 if TYPE_CHECKING:
@@ -50,6 +50,8 @@ class RewardModel(Scorer):
             scored = bpo.score_responses("responses.jsonl", scorer, output="scored.jsonl")
     """
 
+    reads_columns = False
+
     def __init__(
         self, model: Any, processing_class: Any = None, *, config: SelectConfig | Mapping[str, Any] | None = None
     ) -> None:
@@ -73,17 +75,20 @@ class RewardModel(Scorer):
         }
 
     def scores(self, rows: Sequence[PromptResponses]) -> Iterator[tuple[int, list[Score]]]:
-        """Yields the scores of each row; a sequence beyond the positions of the model has none."""
+        """Yields the scores of each row; a sequence beyond the positions of the model, or that is refused, has none."""
         longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         for start in range(0, len(rows), _PROMPTS_AT_ONCE):
             chunk = rows[start : start + _PROMPTS_AT_ONCE]
-            sequences = [self._tokens(row, place) for row in chunk for place in range(len(row.responses))]
-            lengths = np.array([len(sequence) for sequence in sequences], dtype=np.int64)
-            fitting = np.flatnonzero(lengths <= (longest or np.inf))
+            told = [self._tokens(row, place) for row in chunk for place in range(len(row.responses))]
+            sequences = [tokens for tokens, _ in told]
             scores = [
-                Score(None, f"{length} tokens, more than the {longest} that the reward model was made for")
-                for length in lengths
+                Score(None, f"{len(tokens)} tokens, more than the {longest} that the reward model was made for")
+                if len(tokens) > (longest or np.inf)
+                else Score(None, reason)
+                for tokens, reason in told
             ]
+            fitting = np.array([index for index, score in enumerate(scores) if score.error is None], dtype=np.int64)
+            lengths = np.array([len(sequence) for sequence in sequences], dtype=np.int64)
             for batch in batches_by_tokens(lengths[fitting], self.tokens_per_batch):
                 logits = self._logits([sequences[index] for index in fitting[batch]])
                 for index, logit in zip(fitting[batch], logits, strict=True):
@@ -92,21 +97,27 @@ class RewardModel(Scorer):
             for index, row in enumerate(chunk, start=start):
                 yield index, list(itertools.islice(given, len(row.responses)))
 
-    def _tokens(self, row: PromptResponses, place: int) -> list[int]:
+    def _tokens(self, row: PromptResponses, place: int) -> tuple[list[int], str | None]:
+        """Returns the tokens of a response, or why there are none: templates refuse some conversations."""
         response = row.responses[place]
         response = response if isinstance(row.prompt, str) else row.messages(response)
-        text = joined(row.prompt, response, self.tokenizer.eos_token or "")
-        return token_ids(self.tokenizer, text, row.row, row.template_kwargs)
+        try:
+            text = joined(row.prompt, response, self.tokenizer.eos_token or "")
+            return token_ids(self.tokenizer, text, row.row, row.template_kwargs), None
+        except Exception as error:
+            return [], reason_of(error)
 
     def _logits(self, sequences: Sequence[Sequence[int]]) -> list[float]:
         config = self.model.config.get_text_config()
+        embeddings = self.model.get_input_embeddings().weight
         pad = config.pad_token_id
         # The model finds the end of a sequence as its last token that is not the pad token; without one it takes the
         # last, for which any token will do that no sequence has.
         used = {token for sequence in sequences for token in sequence}
-        filler = next(token for token in itertools.count() if token not in used) if pad is None else pad
+        known = pad is not None and 0 <= pad < len(embeddings)
+        filler = pad if known else next(token for token in itertools.count() if token not in used)
         ids, mask = pad_right(sequences, filler)
-        device = self.model.get_input_embeddings().weight.device
+        device = embeddings.device
         config.pad_token_id = filler
         try:
             with inference_state(self.model), torch.no_grad():

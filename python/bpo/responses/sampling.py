@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from bpo.config import SelectConfig
 from bpo.data.values import content_id
 from bpo.responses.client import ChatError, ChatServer
-from bpo.responses.prompts import lay_out, need_messages, read_responses, to_dataset
+from bpo.responses.prompts import lay_out, lay_out_again, need_messages, read_responses, to_dataset
 from bpo.responses.refusals import is_refusal
 from bpo.responses.rowfile import RowFile, check_output
 from bpo.responses.sources import ServerSource
@@ -124,21 +124,21 @@ def sample_responses(
     if output is not None:
         settings = {"model": source.describe(), **settings}
     ids = [_row_id(row) for row in rows]
-    file = RowFile(output, "responses", settings, ids)
-    # What a server failed at is tried again.
-    todo = [
-        index for index, row_id in enumerate(ids) if row_id not in file.rows or file.rows[row_id]["dropped"]["failed"]
-    ]
     as_messages = need_messages(rows)
     bar = tqdm(total=len(rows) * n_responses, desc="Sampling", unit="response", disable=not progress)
-    with bar:
+    with RowFile(output, "responses", settings, ids, _is_whole) as file, bar:
+        for row, row_id in zip(rows, ids, strict=True):
+            if row_id in file.rows:
+                file.replace(row_id, lay_out_again(row, file.rows[row_id], as_messages=as_messages))
+        # What a server failed at is tried again.
+        todo = [i for i, name in enumerate(ids) if name not in file.rows or file.rows[name]["dropped"]["failed"]]
         bar.update((len(rows) - len(todo)) * n_responses)
         for index, sampled in source.sample(rows, todo, bar.update):
             row = rows[index]
             responses, dropped = _sift(row, sampled, keep)
             scores = {"scores": row.scores + [None] * (len(responses) - len(row.scores))} if keep_existing else {}
             file.add(ids[index], lay_out(row, responses, as_messages=as_messages, **scores, dropped=dropped))
-    finished = file.finish()
+        finished = file.finish()
     _report(finished, source.failures, max_new_tokens)
     return to_dataset(finished)
 
@@ -169,6 +169,13 @@ def _row_id(row: PromptResponses) -> str:
     """A hash of what the row is made from, existing responses and scores included."""
     existing: Any = [row.responses, row.scores]
     return content_id(row.key.hex(), *([existing] if row.responses else [])).hex()
+
+
+def _is_whole(row: dict[str, Any]) -> bool:
+    """Whether a row of the file has what this writes."""
+    dropped = row.get("dropped")
+    counts = [dropped.get(reason) for reason in _REASONS] if isinstance(dropped, dict) else [None]
+    return isinstance(row.get("responses"), list) and all(type(count) is int for count in counts)
 
 
 def _sift(

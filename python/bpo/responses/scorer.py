@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import abc
+import copy
 import dataclasses
-import hashlib
 import importlib
 import inspect
 import math
-import numbers
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from bpo.data.values import is_score, shorten
+from bpo.system.identity import identity_of
 
 if TYPE_CHECKING:
     from bpo.data.values import Text
     from bpo.responses.prompts import PromptResponses
+
+
+# Characters of a reason that are kept: what a server says may be a page.
+_LONGEST_REASON = 500
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,15 +39,79 @@ class Score:
 
     @classmethod
     def of(cls, value: Any) -> Score:
-        """Reads what a scorer returned."""
-        if value is None:
-            return cls(None, "the scorer gave none")
-        if hasattr(value, "item") and getattr(value, "size", 1) in (1, ()):
-            value = value.item()  # a NumPy scalar
-        if not isinstance(value, numbers.Real):
-            return cls(None, f"the scorer gave {type(value).__name__}, which is no number")
-        number = float(value)
-        return cls(number) if math.isfinite(number) else cls(None, f"the scorer gave {number}")
+        """Reads what a scorer gave: a number in whatever form it comes, else why it is none.
+
+        Args:
+            value: A number of Python, NumPy or another library; a tensor or an array of one number, on any device, or
+                a list of one; a ``Score``, whose value is read likewise.
+        """
+        try:
+            if hasattr(value, "value") and hasattr(value, "error"):
+                given = cls.of(value.value)
+                return given if given.value is not None or value.error is None else cls(None, _text(value.error))
+            number = _number(value)
+        except Exception as error:  # values of other libraries may fail in their own ways
+            return cls(None, f"the scorer gave {_shown(value)}: {reason_of(error)}")
+        if number is None:
+            what = "none" if value is None else f"{_shown(value)}, which is no number"
+            return cls(None, f"the scorer gave {what}")
+        return cls(number) if is_score(number) else cls(None, f"the scorer gave {number}")
+
+
+def _number(value: Any) -> float | None:
+    """Returns a number out of whatever holds a single one; None where there is none or several."""
+    value = _listed(value)
+    while isinstance(value, (list, tuple)) and len(value) == 1:
+        value = _listed(value[0])
+    # Text has no __float__, and neither have lists, complex numbers and arrays of several numbers.
+    if value is None or not hasattr(value, "__float__"):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
+def _listed(value: Any) -> Any:
+    """Returns what an array or a tensor of one number holds, in lists within lists or alone; None for several."""
+    if not hasattr(value, "tolist"):
+        return value
+    count = value.numel() if hasattr(value, "numel") else getattr(value, "size", 1)
+    return value.tolist() if count == 1 else None
+
+
+def scores_of(values: Any, count: int) -> list[Score]:
+    """Reads what a scorer gave for several responses; where it is not one value each, no response has a score."""
+    try:
+        if isinstance(values, (str, bytes, Mapping, Set)):
+            raise TypeError
+        values = list(values)
+    except Exception:
+        return [Score(None, f"the scorer gave {_shown(values)}, not a list of scores")] * count
+    if len(values) != count:
+        return [Score(None, f"the scorer returned {len(values)} scores for {count} responses")] * count
+    return [Score.of(value) for value in values]
+
+
+def reason_of(error: BaseException) -> str:
+    """Returns why there is no score, from what was raised: one line that JSON and Arrow can hold."""
+    try:
+        said = str(error)
+    except Exception:  # its own message may be what is broken
+        said = "it cannot say why"
+    return f"{type(error).__name__}: {_text(said)}"
+
+
+def _text(value: Any) -> str:
+    text = str(value).encode("utf-8", "backslashreplace").decode()
+    return text if len(text) <= _LONGEST_REASON else f"{text[: _LONGEST_REASON - 1]}…"
+
+
+def _shown(value: Any) -> str:
+    try:
+        return _text(shorten(value))
+    except Exception:  # an object that cannot be shown
+        return type(value).__name__
 
 
 class Scorer(abc.ABC):
@@ -50,6 +120,8 @@ class Scorer(abc.ABC):
     Attributes:
         relative: Whether a score compares a response with the others of its prompt, so that all of them are scored
             together.
+        reads_columns: Whether scores depend on the other columns of a row (its ``columns``), as they may unless you say
+            otherwise: then a file of scores of other columns is refused, else the columns are brought up to date.
 
     Example:
         >>> import bpo
@@ -65,6 +137,7 @@ class Scorer(abc.ABC):
     """
 
     relative = False
+    reads_columns = True
 
     @abc.abstractmethod
     def describe(self) -> dict[str, Any]:
@@ -80,27 +153,37 @@ class Scorer(abc.ABC):
 
         Yields:
             Index, and of each response what has a ``value``, a number or None, and as ``error`` the reason for None.
+            What is no number, and a row that is not yielded or with another count, is a failure of its responses.
+
+        Raises:
+            Exception: Whatever stops it. An ``OSError`` or a ``MemoryError`` ends the run; of any other the rows that
+                are left are given one by one, and what stops it again is a failure of that row.
         """
 
 
 class FunctionScorer(Scorer):
-    """A Python function, one response a call or a list of them."""
+    """A Python function, one response a call or a list of them.
+
+    Raises:
+        ValueError: A ``batch_size`` out of range.
+        TypeError: A function that cannot be called with a prompt and a response.
+    """
+
+    reads_columns = False
 
     def __init__(self, function: Callable[..., Any], batch_size: int | None) -> None:
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size!r}.")
+        _check_signature(function, "prompt, response" if batch_size is None else "prompts, responses")
         self.function = function
         self.batch_size = batch_size
+        self.first_error: Exception | None = None
 
     def describe(self) -> dict[str, Any]:
-        """Returns the name of the function and a hash of its source, None where there is none."""
-        function = inspect.unwrap(self.function)
-        name = f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', type(function).__name__)}"
-        try:
-            source = hashlib.sha256(inspect.getsource(function).encode()).hexdigest()
-        except (OSError, TypeError):
-            source = None
-        return {"function": name, "source": source}
+        """Returns what the function's own ``describe()`` returns, else the names and hashes of all it is made of."""
+        describe = getattr(self.function, "describe", None)
+        of_function = describe() if callable(describe) else identity_of(self.function)
+        return {**of_function, **({} if self.batch_size is None else {"lists": True})}
 
     def scores(self, rows: Sequence[PromptResponses]) -> Iterator[tuple[int, list[Score]]]:
         """Yields the scores of each row; what the function raises is why there is none."""
@@ -112,18 +195,36 @@ class FunctionScorer(Scorer):
 
     def _one(self, prompt: Text, response: Text) -> Score:
         try:
-            return Score.of(self.function(prompt, response))
+            # Copies, so that the data stays as it is whatever the function does to what it is given.
+            return Score.of(self.function(copy.deepcopy(prompt), copy.deepcopy(response)))
         except Exception as error:  # whatever the function raises is about this response
-            return Score(None, f"{type(error).__name__}: {error}")
+            return self._failed(error)
 
     def _list(self, items: Sequence[tuple[Text, Text]]) -> list[Score]:
+        prompts, responses = (copy.deepcopy([item[side] for item in items]) for side in (0, 1))
         try:
-            values = list(self.function([prompt for prompt, _ in items], [response for _, response in items]))
+            values = self.function(prompts, responses)
+            values = list(values) if isinstance(values, Iterator) else values  # what it raises is of the function
         except Exception as error:
-            return [Score(None, f"{type(error).__name__}: {error}")] * len(items)
-        if len(values) != len(items):
-            raise ValueError(f"The function returned {len(values)} scores for {len(items)} responses.")
-        return [Score.of(value) for value in values]
+            if len(items) > 1:  # one of them may be what it cannot score
+                return [score for item in items for score in self._list([item])]
+            return [self._failed(error)]
+        return scores_of(values, len(items))
+
+    def _failed(self, error: Exception) -> Score:
+        self.first_error = self.first_error or error
+        return Score(None, reason_of(error))
+
+
+def _check_signature(function: Callable[..., Any], arguments: str) -> None:
+    try:
+        signature = inspect.signature(function)
+    except (ValueError, TypeError):  # what is built in may not say what it takes
+        return
+    try:
+        signature.bind(*arguments.split(", "))
+    except TypeError as error:
+        raise TypeError(f"The scorer is called with ({arguments}), but takes {signature}: {error}.") from None
 
 
 def _chunks(rows: Sequence[PromptResponses], n_responses: int) -> Iterator[list[int]]:
@@ -160,6 +261,6 @@ def load_function(name: str, field: str) -> Any:
         raise ValueError(f"{field}: {name} is not there: {error}") from None
     finally:
         sys.path.pop(0)
-    if not callable(function):
+    if not callable(function) and not isinstance(function, Scorer):
         raise ValueError(f"{field}: {name} is {function!r}, which cannot be called")
     return function

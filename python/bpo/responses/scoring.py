@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import json
+import numbers
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
 from bpo.data.values import content_id
 from bpo.responses.prompts import lay_out, need_messages, read_responses, to_dataset
-from bpo.responses.rowfile import RowFile
-from bpo.responses.scorer import FunctionScorer, Score, Scorer
+from bpo.responses.rowfile import ROW_ID, RowFile, check_output
+from bpo.responses.scorer import FunctionScorer, Score, Scorer, reason_of, scores_of
 from bpo.system.warn import warn
 
 if TYPE_CHECKING:
@@ -20,6 +22,10 @@ if TYPE_CHECKING:
     import datasets
 
     from bpo.responses.prompts import PromptResponses
+
+
+# Rows that fail alike, before any is scored, after which a scorer is given up.
+_ALIKE = 3
 
 
 def score_responses(
@@ -40,13 +46,17 @@ def score_responses(
         dataset: What :func:`bpo.sample_responses` returned, its file, or any format of :func:`bpo.select`, with or
             without scores. Equal prompts are brought together.
         scorer: A :class:`bpo.RewardModel`; a :class:`bpo.Judge`; or a function of (prompt, response) that returns a
-            number, or None where it has none. It gets both as the data has them, and of a plain answer in a
-            conversation the text. What it raises is a failure of that response.
+            number (also as an array or a tensor of one), or None where it has none. It gets both as the data has them,
+            and of a plain answer in a conversation the text. Whatever else it returns, and what it raises, is a failure
+            of that response; where no response at all has a score, what it raised first is the cause of the error.
         output: A .jsonl file to which each prompt goes as soon as it is finished. The same call goes on from there,
-            and tries again what failed; one with other settings, which stand in a manifest beside it, is refused.
+            and tries again what failed; one with other settings, which stand in a manifest beside it, or with another
+            function is refused. A function is known by its code and the values that it holds, unless it has a
+            ``describe()`` that returns what its scores depend on. Other columns are those that are given now.
         overwrite: Whether scores that the data has are replaced; by default they stay. A judge that compares gives new
             ones to all responses of a prompt as soon as one has none.
-        batch_size: Lets a function take lists of about so many prompts and responses and return a list of scores.
+        batch_size: Lets a function take lists of about so many prompts and responses and return a list of scores. One
+            over which it raises is given again, one by one.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -55,7 +65,9 @@ def score_responses(
 
     Raises:
         ValueError: Unusable data, other settings than those of ``output``, or not one score.
-        TypeError: Something that does not score.
+        TypeError: Something that does not score, or a function that takes other arguments.
+        BlockingIOError: Another process is writing ``output``.
+        OSError: It cannot be written; rows that were finished are kept.
 
     Example:
         >>> rows = [{"prompt": "2+2?", "responses": ["4", "It is 4", "5"]}]
@@ -63,6 +75,7 @@ def score_responses(
         >>> scored["scores"][0]
         [1.0, 1.0, 0.0]
     """
+    check_output(output)  # before a model reads anything
     if isinstance(scorer, Scorer):
         if batch_size is not None:
             raise ValueError("batch_size is for functions; a reward model has config['tokens_per_batch'].")
@@ -72,44 +85,143 @@ def score_responses(
     else:
         raise TypeError(f"scorer must be a function, a bpo.RewardModel or a bpo.Judge, not {type(scorer).__name__}.")
     rows = read_responses(dataset)
-    ids = [content_id(row.key.hex(), [*row.responses, *map(str, row.scores)]).hex() for row in rows]  # type: ignore[list-item]
+    ids = [_row_id(row, judge.reads_columns) for row in rows]
     settings = {} if output is None else {"scorer": judge.describe(), "overwrite": overwrite}
-    file = RowFile(output, "scores", settings, ids)
-    todo: list[int] = []
+    counts = {row_id: len(row.responses) for row_id, row in zip(ids, rows, strict=True)}
+    as_messages = need_messages(rows)
+    with RowFile(output, "scores", settings, ids, lambda row: _is_whole(row, counts)) as file:
+        if file.rows and file.not_compared():
+            warn(
+                f"{file.path} goes on with a scorer of which nobody can say whether {', '.join(file.not_compared())} "
+                "is what it was before; give it a describe() that returns what its scores depend on."
+            )
+        todo = _lay_out_known(rows, ids, file, overwrite, as_messages)
+        try:
+            _score(judge, [(rows[index], ids[index]) for index in todo], file, overwrite, as_messages, progress)
+        finally:
+            if output is not None and isinstance(judge, FunctionScorer):
+                file.allow_changes({"scorer": judge.describe(), "overwrite": overwrite})
+        finished = file.finish()
+    _report(finished, judge)
+    return to_dataset(finished)
+
+
+def _row_id(row: PromptResponses, with_columns: bool) -> str:
+    """A hash of what the scores of a row are made from."""
+    columns = [json.dumps(row.columns, sort_keys=True)] if with_columns and row.columns else []
+    return content_id(row.key.hex(), [*row.responses, *map(str, row.scores)], *columns).hex()  # type: ignore[list-item]
+
+
+def _is_whole(row: dict[str, Any], counts: Mapping[str, int]) -> bool:
+    """Whether a row of the file has a score, or the reason for none, of each response."""
+    scores, errors = row.get("scores"), row.get("score_errors")
+    if not isinstance(scores, list) or not isinstance(errors, list) or len(scores) != len(errors):
+        return False
+    if not all(score is None or type(score) in (int, float) for score in scores):
+        return False
+    return len(scores) == counts.get(row[ROW_ID], len(scores))
+
+
+def _lay_out_known(
+    rows: Sequence[PromptResponses], ids: Sequence[str], file: RowFile, overwrite: bool, as_messages: bool
+) -> list[int]:
+    """Lays out what has its scores already, with the columns as they are now; returns which rows have not."""
+    todo = []
     for index, (row, row_id) in enumerate(zip(rows, ids, strict=True)):
         if row_id in file.rows:
-            if any(score is None for score in file.rows[row_id]["scores"]):
+            earlier = file.rows[row_id]
+            # A score that is no number is none, whoever wrote it.
+            scores = [
+                score if (score := Score.of(value)).value is not None else Score(None, error or score.error)
+                for value, error in zip(earlier["scores"], earlier["score_errors"], strict=True)
+            ]
+            file.replace(row_id, _laid_out(row, scores, as_messages))
+            if any(score.value is None for score in scores):
                 todo.append(index)  # what failed is tried again
         elif overwrite or any(score is None for score in row.scores):
             todo.append(index)
         else:
-            file.add(row_id, _laid_out(row, [Score(score) for score in row.scores], need_messages(rows)))
+            file.add(row_id, _laid_out(row, [Score(score) for score in row.scores], as_messages))
+    return todo
+
+
+def _score(
+    judge: Scorer,
+    todo: Sequence[tuple[PromptResponses, str]],
+    file: RowFile,
+    overwrite: bool,
+    as_messages: bool,
+    progress: bool,
+) -> None:
+    """Scores rows, and adds each to the file as soon as its scores are there."""
+    present = [_present(row, file.rows.get(row_id), overwrite) for row, row_id in todo]
     # Which responses of a row are scored: those without a score, or all.
-    wanted = [
-        [
-            place
-            for place, score in enumerate(_present(rows[index], file.rows.get(ids[index]), overwrite))
-            if judge.relative or score is None
-        ]
-        for index in todo
-    ]
+    wanted = [[place for place, score in enumerate(scores) if judge.relative or score is None] for scores in present]
     parts = [
-        dataclasses.replace(rows[index], responses=[rows[index].responses[place] for place in places])
-        for index, places in zip(todo, wanted, strict=True)
+        dataclasses.replace(row, responses=[row.responses[place] for place in places])
+        for (row, _), places in zip(todo, wanted, strict=True)
     ]
-    as_messages = need_messages(rows)
     with tqdm(total=sum(map(len, wanted)), desc="Scoring", unit="response", disable=not progress) as bar:
-        for part, given in judge.scores(parts):
-            index = todo[part]
-            present = _present(rows[index], file.rows.get(ids[index]), overwrite)
-            scores = [Score(score, None) for score in present]
-            for place, score in zip(wanted[part], given, strict=True):
+        for index, given in _each_once(judge, parts):
+            row, row_id = todo[index]
+            scores = [Score(score) for score in present[index]]
+            for place, score in zip(wanted[index], given, strict=True):
                 scores[place] = score
-            file.add(ids[index], _laid_out(rows[index], scores, as_messages))
+            file.add(row_id, _laid_out(row, scores, as_messages))
             bar.update(len(given))
-    finished = file.finish()
-    _report(finished)
-    return to_dataset(finished)
+
+
+def _each_once(judge: Scorer, parts: Sequence[PromptResponses]) -> Iterator[tuple[int, list[Score]]]:
+    """Yields every row with a score, or the reason for none, of each of its responses, whatever the scorer does."""
+    left = dict(enumerate(parts))
+    scored = False
+    try:
+        for index, scores in _checked(judge, left, list(left)):
+            scored = scored or any(score.value is not None for score in scores)
+            yield index, scores
+        return
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:
+        reasons = [reason_of(error)]
+    # Some row is what stopped it: one by one, so that it stops no other.
+    for index in list(left):
+        alone = _alone(judge, left, index)
+        if isinstance(alone, Exception):
+            reasons.append(reason_of(alone))
+            if not scored and len(reasons) > _ALIKE and len(set(reasons)) == 1:
+                raise alone  # it is not the rows
+            alone = [Score(None, reasons[-1])] * len(parts[index].responses)
+        scored = scored or any(score.value is not None for score in alone)
+        yield index, alone
+
+
+def _alone(judge: Scorer, left: dict[int, PromptResponses], index: int) -> list[Score] | Exception:
+    """Returns the scores of one row, or what the scorer raises over it."""
+    try:
+        [(_, scores)] = _checked(judge, left, [index])
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:
+        return error
+    return scores
+
+
+def _checked(
+    judge: Scorer, left: dict[int, PromptResponses], indices: Sequence[int]
+) -> Iterator[tuple[int, list[Score]]]:
+    """Yields what a scorer yields for rows, as one score a response, and takes them from those that are left."""
+    for place, given in judge.scores([left[index] for index in indices]):
+        index = indices[place] if isinstance(place, numbers.Integral) and 0 <= place < len(indices) else None
+        if index is None or index not in left:
+            raise ValueError(
+                f"{type(judge).__name__}.scores yielded the index {place!r}, which is none of the {len(indices)} rows "
+                "that it was given, or one that it has yielded before."
+            )
+        yield index, scores_of(given, len(left.pop(index).responses))
+    for index in indices:
+        if index in left:
+            yield index, [Score(None, "the scorer yielded no scores of this prompt")] * len(left.pop(index).responses)
 
 
 def _present(row: PromptResponses, earlier: dict[str, Any] | None, overwrite: bool) -> list[float | None]:
@@ -129,12 +241,14 @@ def _laid_out(row: PromptResponses, scores: Sequence[Score], as_messages: bool) 
     )
 
 
-def _report(rows: Sequence[dict[str, Any]]) -> None:
-    """Warns of failures; refuses a result of nothing else."""
+def _report(rows: Sequence[dict[str, Any]], judge: Scorer) -> None:
+    """Warns of failures; refuses a result of nothing else, with what the function raised first as the cause."""
     errors = [error for row in rows for error in row["score_errors"] if error is not None]
     total = sum(len(row["scores"]) for row in rows)
     if total and len(errors) == total:
-        raise ValueError(f"Not one of the {total} responses could be scored; the first: {errors[0]}.")
+        raise ValueError(f"Not one of the {total} responses could be scored; the first: {errors[0]}.") from getattr(
+            judge, "first_error", None
+        )
     if errors:
         warn(
             f"{len(errors)} of {total} responses have no score, and bpo.select sets them aside; the first: {errors[0]}."

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
+from bpo.data.columns import template_columns
 from bpo.responses.client import ChatError
 
 if TYPE_CHECKING:
@@ -106,14 +107,11 @@ class ServerSource:
     def _request(self, row: PromptResponses, response: int) -> dict[str, Any]:
         # A seed that every server takes: 31 bits.
         seed = int(random_stream(self.settings["seed"], row.key, response, 1)[0] * 2**31)
-        kwargs = dict(row.template_kwargs)
-        tools = {"tools": kwargs.pop("tools")} if "tools" in kwargs else {}
         return {
             "messages": row.prompt,
             "temperature": self.settings["temperature"],
             "top_p": self.settings["top_p"],
             "max_tokens": self.settings["max_new_tokens"],
             "seed": seed,
-            **tools,
-            **({"chat_template_kwargs": kwargs} if kwargs else {}),
+            **template_columns(row.template_kwargs),
         }

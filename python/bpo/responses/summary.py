@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from bpo.data.rows import load_rows
 from bpo.data.scored import row_items
-from bpo.data.values import is_missing
+from bpo.data.values import UnusableError, is_missing, shorten
 from bpo.responses.prompts import score_or_none
 
 _NAMED_REASONS = 5
@@ -64,6 +65,9 @@ def describe_responses(dataset: Any) -> ResponseSummary:
     Returns:
         The counts.
 
+    Raises:
+        ValueError: A row that neither of them makes; names it.
+
     Example:
         >>> row = {"prompt": "2+2?", "responses": ["4", "5"], "scores": [1.0, None], "score_errors": [None, "timeout"]}
         >>> print(describe_responses([row]))
@@ -72,13 +76,20 @@ def describe_responses(dataset: Any) -> ResponseSummary:
           1 × timeout
     """
     rows = load_rows(dataset)
+    if "responses" not in rows.column_names:
+        raise ValueError(
+            f"The columns {list(rows.column_names)} hold no 'responses', as what bpo samples or scores does."
+        )
     dropped: collections.Counter[str] = collections.Counter()
     errors: collections.Counter[str] = collections.Counter()
     n_responses = n_single = n_scored = n_tied = 0
-    for row in rows:
-        items = row_items(row, "responses", has_scores=not is_missing(row.get("scores")))
-        dropped.update(row.get("dropped") or {})
-        errors.update(reason for reason in row.get("score_errors") or () if reason is not None)
+    for index, row in enumerate(rows):
+        try:
+            items = row_items(row, "responses", has_scores=not is_missing(row.get("scores")))
+        except UnusableError as error:
+            raise ValueError(f"{error.at(f'Row {index}, {error.reason}')}.") from None
+        dropped.update(_dropped(row.get("dropped"), index))
+        errors.update(reason for reason in _reasons(row.get("score_errors"), index) if reason is not None)
         present = [score for score in map(score_or_none, (item.score for item in items)) if score is not None]
         n_responses += len(items)
         n_single += len(items) < 2
@@ -93,3 +104,16 @@ def describe_responses(dataset: Any) -> ResponseSummary:
         n_tied=n_tied,
         errors=dict(errors.most_common()),
     )
+
+
+def _dropped(value: Any, index: int) -> dict[str, int]:
+    counts = {} if value is None else value
+    if not isinstance(counts, Mapping) or not all(isinstance(count, (int, type(None))) for count in counts.values()):
+        raise ValueError(f"Row {index}, column 'dropped': expected counts by reason, got {shorten(value)}.")
+    return {str(reason): count or 0 for reason, count in counts.items()}
+
+
+def _reasons(value: Any, index: int) -> list[str | None]:
+    if not isinstance(value, (list, type(None))):
+        raise ValueError(f"Row {index}, column 'score_errors': expected a list of reasons, got {shorten(value)}.")
+    return value or []

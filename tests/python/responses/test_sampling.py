@@ -210,8 +210,8 @@ def test_prompts_come_in_every_format_with_their_columns(model, tokenizer):
     assert len(bpo.read_candidates(scored).responses) == 10 and scored[0]["dropped"] == mixed[0]["dropped"]
     with pytest.raises(ValueError, match="'promt' looks like 'prompt'"):
         sample(model, tokenizer, [{"promt": "one"}])
-    with pytest.raises(ValueError, match="some prompts are text and some are messages"):
-        sample(model, tokenizer, ["one", [{"role": "user", "content": "two"}]])
+    with pytest.warns(bpo.InvalidDataWarning, match=r"some prompts are text and some are messages.*\(row 1\)"):
+        assert sample(model, tokenizer, ["one", [{"role": "user", "content": "two"}]])["prompt"][:] == ["one"]
 
 
 def test_prompts_that_leave_no_room_are_set_aside(tokenizer):
