@@ -129,6 +129,7 @@ def sample_responses(
     todo = [
         index for index, row_id in enumerate(ids) if row_id not in file.rows or file.rows[row_id]["dropped"]["failed"]
     ]
+    todo.sort(key=lambda index: ids[index] in file.rows)  # first what was not tried: what fails for good holds up none
     as_messages = need_messages(rows)
     bar = tqdm(total=len(rows) * n_responses, desc="Sampling", unit="response", disable=not progress)
     with bar:
