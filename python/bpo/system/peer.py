@@ -89,7 +89,10 @@ class Peer:
         self._proxy = None if proxy_url is None else httpx2.Proxy(proxy_url, auth=proxy_user)
         self._tls = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         if ca_file is not None:
-            self._tls.load_verify_locations(ca_file)
+            try:
+                self._tls.load_verify_locations(ca_file)
+            except OSError as error:
+                raise OSError(f"ca_file: {ca_file} holds no certificates that can be read: {error}") from None
         elif url.scheme == "https":
             self._tls = _system_certificates()
         self.secrets = [*([] if api_key is None else [api_key]), *_of_user(user), *_of_user(proxy_user), *secrets]

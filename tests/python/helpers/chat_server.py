@@ -31,8 +31,15 @@ class _Handler(BaseHTTPRequestHandler):
             server.times.append(time.monotonic())
             server.keys.append(self.headers["authorization"])
             server.headers.append(dict(self.headers))
-        answer = server.script(server.requests[number], number) if self.path == "/v1/chat/completions" else (404, {})
+        answer = (
+            server.script(server.requests[number], number)
+            if self.path.split("?")[0] == "/v1/chat/completions"
+            else (404, {})
+        )
         status, headers, payload = 200, {}, answer
+        if isinstance(answer, tuple) and answer[0] is None:
+            self.close_connection = True  # hangs up
+            return
         if isinstance(answer, tuple):
             status, headers = answer[:2]
             payload = answer[2] if len(answer) > 2 else json.dumps({"error": {"message": f"provoked {status}"}})

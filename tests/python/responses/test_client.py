@@ -1,5 +1,6 @@
 """Servers: what goes wrong with them, provoked on loopback, and a real one, `transformers serve` with SmolLM2."""
 
+import asyncio
 import collections
 import itertools
 import json
@@ -360,6 +361,134 @@ def test_without_httpx2_the_message_says_what_to_install():
     code = "import sys; sys.modules['httpx2'] = None; import bpo; bpo.ChatServer('http://localhost', 'm')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "ImportError: Servers need the package httpx2: pip install 'bpo[judge]'" in done.stderr
+
+
+@pytest.mark.parametrize("status", [None, 403, 404, 307])
+def test_a_request_that_always_fails_holds_up_no_other(protocol, tmp_path, status):
+    """Over some prompts the server hangs up, or refuses: the others are finished, by the first call already."""
+    prompts = [f"prompt {number}" for number in range(9)]
+
+    def script(request, number):
+        return (status, {}) if user_text(request) in prompts[:2] else "hello"
+
+    protocol.script = script
+    output = tmp_path / "responses.jsonl"
+    server = bpo.ChatServer(protocol.url, "m", max_retries=0, concurrency=2)
+    for run in range(2):
+        with pytest.warns(UserWarning, match="4 failed, 7 duplicate|7 duplicate, 4 failed"):
+            dataset = bpo.sample_responses(server, prompts, 2, output=output, progress=False)
+        assert dataset["responses"][:] == [[], []] + [["hello"]] * 7
+        assert [row["dropped"]["failed"] for row in dataset] == [2, 2] + [0] * 7
+        assert len(protocol.requests) == (18, 22)[run]
+
+
+def test_what_was_not_tried_yet_goes_before_what_failed(protocol, tmp_path):
+    asked = []
+
+    def script(request, number):
+        asked.append(user_text(request))
+        return (400, {}) if user_text(request) == "one" else f"reply {number}"
+
+    protocol.script = script
+    output, server = tmp_path / "responses.jsonl", bpo.ChatServer(protocol.url, "m", concurrency=1)
+    for prompts in (PROMPTS[:2], PROMPTS):
+        with pytest.warns(UserWarning, match="failed"):
+            bpo.sample_responses(server, prompts, 1, output=output, progress=False)
+    assert asked == ["one", "two", "three", "one"]
+
+
+def test_a_server_that_is_not_there_stops_a_run_and_one_that_goes_away_does_too(protocol):
+    requests = [{"messages": [{"role": "user", "content": str(number)}]} for number in range(100)]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+    gone = bpo.ChatServer(url, "m", max_retries=0, concurrency=4)
+    with pytest.raises(ConnectionError, match=f"{url}/v1 cannot be reached"):
+        list(gone.map(requests))
+    assert gone.n_requests <= 12
+
+    def script(request, number):
+        if number == 3:
+            protocol.socket.close()
+        return "hello"
+
+    protocol.script = script
+    server = bpo.ChatServer(protocol.url, "m", max_retries=0, concurrency=1)
+    replies = []
+    with pytest.raises(ConnectionError, match="cannot be reached"):
+        replies += server.map(requests)
+    assert 19 <= len(replies) <= 21  # a connection that waited to be accepted is lost rather than refused
+
+
+def test_retry_after_is_waited_for_or_the_request_fails_at_once(protocol):
+    server = bpo.ChatServer(protocol.url, "m", max_retry_after=5)
+    protocol.script = lambda request, number: "hello" if number else (429, {"retry-after": "1"})
+    assert ask(server).text == "hello" and protocol.times[1] - protocol.times[0] >= 1
+    protocol.script = lambda request, number: (429, {"retry-after": "6"})
+    with pytest.raises(bpo.ChatError, match=r"status 429: provoked 429; .* in 6 s, and max_retry_after is 5 s"):
+        ask(server)
+    assert len(protocol.requests) == 3
+    for nonsense in ("soon", "-1", "nan", "inf", "1e999", "", "Mon, 99 Foo 9999 25:61:61 GMT"):
+        protocol.script = lambda request, number, given=nonsense: (
+            "hello" if number % 2 == 0 else (429, {"retry-after": given})
+        )
+        assert ask(server).text == "hello"
+
+
+def test_requests_that_cannot_be_sent_are_failures_of_their_own(protocol):
+    texts = ["fine", "half an emoji \ud83d", "fine, too"]
+    requests = [{"messages": [{"role": "user", "content": text}]} for text in texts]
+    deep = []
+    for _ in range(100_000):
+        deep = [deep]
+    requests += [
+        {"messages": [], "tools": deep},
+        {"messages": [], "temperature": float("nan")},
+        {"messages": [{1j}]},
+        {},
+    ]
+    replies = dict(bpo.ChatServer(protocol.url, "m").map(requests))
+    assert [isinstance(replies[place], bpo.ChatError) for place in range(7)] == [
+        False,
+        True,
+        False,
+        True,
+        True,
+        True,
+        True,
+    ]
+    assert "half a character" in str(replies[1]) and len(protocol.requests) == 2
+
+
+def test_a_cache_that_cannot_be_written_costs_no_reply(protocol, tmp_path):
+    server = bpo.ChatServer(protocol.url, "m", cache=tmp_path / "replies.jsonl")
+    (tmp_path / "replies.jsonl").mkdir()
+    with pytest.warns(UserWarning, match="cache cannot be written any more.*replies.jsonl"):
+        assert ask(server).text == "hello"
+    assert ask(server).text == "hello" and server.n_cached == 1
+
+
+def test_lines_of_the_cache_that_are_no_replies_are_asked_for_again(protocol, tmp_path):
+    cache = tmp_path / "replies.jsonl"
+    ask(bpo.ChatServer(protocol.url, "m", cache=cache))
+    [line] = cache.read_text().splitlines()
+    for damaged in (
+        line.replace('"hello"', '["hello"]'),
+        line.replace('"hello"', '"\\ud83d"'),
+        line.replace('"stop"', "null"),
+        "[" * 100_000,
+        "[]",
+        '{"key": [], "reply": {}}',
+    ):
+        cache.write_text(damaged + "\n")
+        server = bpo.ChatServer(protocol.url, "m", cache=cache)
+        assert ask(server).text == "hello" and server.n_requests == 1
+
+
+def test_it_works_within_a_running_event_loop(protocol):
+    async def main():
+        return ask(bpo.ChatServer(protocol.url, "m")).text
+
+    assert asyncio.run(main()) == "hello"
 
 
 @pytest.fixture(scope="module")
