@@ -4,6 +4,7 @@ What it does to a request is drawn from a seed and the request's last message, s
 same. Sockets and bytes of its own: no library would say such things.
 """
 
+import itertools
 import json
 import random
 import socket
@@ -97,7 +98,7 @@ UNSOUND = {
         lambda h: http({}, "HTTP/1.1 503 Busy", f"Retry-After: {formatdate(4.07e9, usegmt=True)}"),
         "max_retry_after",
     ),
-    # These go on for as long as the client listens; when asked again, they hang up, so that a test waits but once.
+    # These go on for as long as the client listens, or for 64 MiB; when asked again, they hang up, so that a test waits but once.
     "silence": (lambda h: "", "connection was lost"),
     "drips its head": (lambda h: "HTTP/1.1 200 OK\r\nX: ", "connection was lost"),
     "drips its body": (lambda h: "HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n", "connection was lost"),
@@ -108,7 +109,12 @@ UNSOUND = {
 
 
 class HostileServer:
-    """Listens on loopback. ``answers(message)`` gives the sound text of a request, of which ``message`` is the last.
+    """Listens on loopback.
+
+    Args:
+        seed: Of what is drawn: the kinds are dealt like cards, so that each occurs in every 58 requests.
+        answers: The sound text to a message, the last of a request.
+        number_of: The number of a message.
 
     Attributes:
         url: Where it is.
@@ -117,17 +123,18 @@ class HostileServer:
         strayed: What came to the address that redirects lead to: nothing should.
     """
 
-    def __init__(self, seed, answers, key_of=lambda message: message):
-        self.seed, self.answers, self.key_of = seed, answers, key_of
+    def __init__(self, seed, answers, number_of):
+        self.seed, self.answers, self.number_of = seed, answers, number_of
         self.benign, self.seen, self.strayed = False, [], []
         self._attempts, self._lock, self._stopped = {}, threading.Lock(), threading.Event()
         self._sockets = [self._listen(self._serve), self._listen(self._stray)]
         self.url, self.elsewhere = (f"http://127.0.0.1:{each.getsockname()[1]}" for each in self._sockets)
 
-    def kind(self, message):
-        """What becomes of a request: three in five are answered."""
-        draw = random.Random(f"{self.seed} {self.key_of(message)}")
-        return draw.choice(list(SOUND if draw.random() < 0.6 else UNSOUND))
+    def kind(self, number):
+        """What becomes of a request."""
+        kinds = [*SOUND, *SOUND, *UNSOUND]
+        deal, place = divmod(number, len(kinds))
+        return random.Random(f"{self.seed} {deal}").sample(kinds, len(kinds))[place]
 
     def __enter__(self):
         return self
@@ -173,7 +180,7 @@ class HostileServer:
             number = self._attempts.get(message, 0)
             self._attempts[message] = number + 1
             self.seen.append((message, headers))
-        kind = "plain" if self.benign else self.kind(message)
+        kind = "plain" if self.benign else self.kind(self.number_of(message))
         if kind == "redirect":
             answer = http({}, "HTTP/1.1 307 Elsewhere", f"Location: {self.elsewhere}/v1/chat/completions")
         elif kind in SOUND:
@@ -191,7 +198,9 @@ class HostileServer:
     def _send_on(self, connection, kind, head):
         connection.sendall(head)
         drop = {"drips chunks": b"1\r\n \r\n", "silence": b"", "floods": b" " * 2**20}.get(kind, b" ")
-        while not self._stopped.wait(0 if kind == "floods" else 0.05):
+        for _ in range(64) if kind == "floods" else itertools.count():
+            if self._stopped.wait(0 if kind == "floods" else 0.05):
+                return
             connection.sendall(drop)
             if kind == "silence":
                 connection.settimeout(0.05)

@@ -17,7 +17,7 @@ from hostile import SOUND, UNSOUND, HostileServer
 
 KEY = "sk-THIS-1s-to-be-seen-nowhere"
 N_REQUESTS = 10 * int(os.environ.get("BPO_TORTURE", "6"))
-LIMITS = {"timeout": 6.0, "max_retries": 1, "max_retry_after": 60, "concurrency": 64}
+LIMITS = {"timeout": 5.0, "max_retries": 1, "max_retry_after": 60, "concurrency": 64}
 
 
 def finishes(work, seconds=1800):
@@ -51,17 +51,17 @@ def test_each_sound_reply_is_a_response_and_all_else_is_counted(tmp_path):
     prompts = [f"prompt {number}" for number in range(N_REQUESTS // 2)]
     output, cache = tmp_path / "responses.jsonl", tmp_path / "replies.jsonl"
     with (
-        HostileServer(0, lambda message: f"reply to {message}") as server,
+        HostileServer(0, lambda message: f"reply to {message}", lambda message: int(message.split()[1])) as server,
         warnings.catch_warnings(record=True) as said,
     ):
         warnings.simplefilter("always")
         chat = bpo.ChatServer(server.url, "m", KEY, cache=cache, **LIMITS)
-        sound = {prompt: server.kind(prompt) in SOUND for prompt in prompts}
+        sound = {prompt: server.kind(number) in SOUND for number, prompt in enumerate(prompts)}
         assert 0 < sum(sound.values()) < len(prompts)
         dataset = finishes(lambda: bpo.sample_responses(chat, prompts, 1, output=output, progress=False))
         assert [row["prompt"][0]["content"] for row in dataset] == prompts
         for prompt, row in zip(prompts, dataset, strict=True):
-            assert row["responses"] == ([f"reply to {prompt}"] if sound[prompt] else []), server.kind(prompt)
+            assert row["responses"] == ([f"reply to {prompt}"] if sound[prompt] else []), prompt
             assert row["dropped"]["failed"] == (not sound[prompt])
         failures = [re.search(r"first failure: row (\d+): ", str(each.message)) for each in said]
         assert any(found and not sound[prompts[int(found[1])]] for found in failures)
@@ -81,20 +81,23 @@ def test_each_sound_verdict_is_a_score_and_all_else_has_its_reason(tmp_path):
     rows = [{"prompt": f"question {number}", "responses": ["one", "other"]} for number in range(N_REQUESTS // 4)]
     output = tmp_path / "scores.jsonl"
 
-    def place(message):
-        return " ".join(re.search(r"question (\d+)\n.*\n(one|other)\n", message, re.DOTALL).groups())
+    def asked(message):
+        question, text = re.search(r"question (\d+)\n.*\n(one|other)\n", message, re.DOTALL).groups()
+        return int(question), text
 
-    def rating(message):
-        return f"So be it.\nRating: {1 + int(place(message).split()[0]) % 10}"
+    def number_of(message):
+        """Goes on from the numbers of the other test."""
+        question, text = asked(message)
+        return N_REQUESTS // 2 + 2 * question + (text == "other")
 
-    with HostileServer(1, rating, place) as server:
+    with HostileServer(0, lambda message: f"So be it.\nRating: {1 + asked(message)[0] % 10}", number_of) as server:
         judge = bpo.Judge(bpo.ChatServer(server.url, "m", KEY, **LIMITS))
         with pytest.warns(UserWarning, match="responses have no score"):
             dataset = finishes(lambda: bpo.score_responses(rows, judge, output=output, progress=False))
         kinds = Counter()
         for number, row in enumerate(dataset):
             for text, score, reason in zip(row["responses"], row["scores"], row["score_errors"], strict=True):
-                draw = HostileServer.kind(server, f"question {number}\n\n{text}\n")
+                draw = server.kind(number_of(f"question {number}\n\n{text}\n"))
                 kinds[draw] += 1
                 if draw in SOUND:
                     assert (score, reason) == (1 + number % 10, None), draw
