@@ -434,6 +434,15 @@ def test_retry_after_is_waited_for_or_the_request_fails_at_once(protocol):
         assert ask(server).text == "hello"
 
 
+def test_a_reply_has_a_largest_size(protocol):
+    server = bpo.ChatServer(protocol.url, "m", max_retries=0)
+    protocol.script = lambda request, number: "x" * 2**20
+    assert len(ask(server).text) == 2**20
+    protocol.script = lambda request, number: "x" * 2**24
+    with pytest.raises(bpo.ChatError, match="more than 16 MiB"):
+        ask(server)
+
+
 def test_requests_that_cannot_be_sent_are_failures_of_their_own(protocol):
     texts = ["fine", "half an emoji \ud83d", "fine, too"]
     requests = [{"messages": [{"role": "user", "content": text}]} for text in texts]
