@@ -65,7 +65,7 @@ SOUND = {
     ),
 }
 
-# How none comes: (headers) to bytes, and what is then said of it.
+# How none comes: (headers) to bytes, and what is then said of it, as an expression.
 UNSOUND = {
     "hangs up": (lambda h: None, "connection was lost"),
     "half a head": (lambda h: b"HTTP/1.1 200 OK\r\nContent-Le", "connection was lost"),
@@ -99,11 +99,11 @@ UNSOUND = {
         "max_retry_after",
     ),
     # These go on for as long as the client listens, or for 64 MiB. Asked again, they hang up: one wait is enough.
-    "silence": (lambda h: "", "connection was lost"),
-    "drips its head": (lambda h: "HTTP/1.1 200 OK\r\nX: ", "connection was lost"),
-    "drips its body": (lambda h: "HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n", "connection was lost"),
-    "drips chunks": (lambda h: "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", "connection was lost"),
-    "floods": (lambda h: "HTTP/1.1 200 OK\r\n\r\n", "connection was lost"),
+    "silence": (lambda h: "", "connection was lost|no reply"),
+    "drips its head": (lambda h: "HTTP/1.1 200 OK\r\nX: ", "connection was lost|no reply"),
+    "drips its body": (lambda h: "HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n", "connection was lost|no reply"),
+    "drips chunks": (lambda h: "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", "connection was lost|no reply"),
+    "floods": (lambda h: "HTTP/1.1 200 OK\r\n\r\n", "connection was lost|no reply"),
     "redirect": (lambda h: None, "redirect"),  # filled in by the server, which knows to where
 }
 

@@ -17,7 +17,9 @@ from hostile import SOUND, UNSOUND, HostileServer
 
 KEY = "sk-THIS-1s-to-be-seen-nowhere"
 N_REQUESTS = 10 * int(os.environ.get("BPO_TORTURE", "6"))
-LIMITS = {"timeout": 5.0, "max_retries": 1, "max_retry_after": 60, "concurrency": 64}
+# A sound reply comes at once, three times over; on a busy machine that may take a while.
+TIMEOUT = 6.0 if N_REQUESTS < 200 else 30.0
+LIMITS = {"timeout": TIMEOUT, "max_retries": 2, "max_retry_after": 60, "concurrency": 64}
 
 
 def finishes(work, seconds=1800):
@@ -102,7 +104,7 @@ def test_each_sound_verdict_is_a_score_and_all_else_has_its_reason(tmp_path):
                 if draw in SOUND:
                     assert (score, reason) == (1 + number % 10, None), draw
                 else:
-                    assert score is None and UNSOUND[draw][1] in reason, draw
+                    assert score is None and re.search(UNSOUND[draw][1], reason), draw
         n_bad = sum(count for kind, count in kinds.items() if kind in UNSOUND)
         assert judge.counts["failed"] == n_bad and judge.counts["replies"] == 2 * len(rows) - n_bad
         assert not server.strayed
