@@ -86,6 +86,7 @@ fuzz: ## Fuzz the reader of the store: make fuzz SECONDS=60
 torture: $(VENV)/.installed ## Hundreds of kills, interrupts and losses of power over stores, rows, selections and trainings, then the fuzzer
 	BPO_POWER_LOSSES=20000 cargo test --release --quiet --test store no_loss_of_power -- --nocapture
 	BPO_TORTURE=200 $(BIN)/python -m pytest tests/python/store/test_store_kill.py tests/python/responses/test_kill_rows.py \
+	  tests/python/responses/test_hostile.py \
 	  tests/python/selection/test_saved.py tests/python/system/test_signals.py tests/python/training/test_rounds.py -s
 	$(MAKE) fuzz
 

@@ -50,7 +50,7 @@ class _Handler(BaseHTTPRequestHandler):
         request = json.loads(self.rfile.read(int(self.headers["content-length"])))
         asked = request["messages"][-1]["content"]
         if "Winner:" in asked:
-            first, second = map(len, re.findall(r"<response_[AB]>\n(.*?)\n</response", asked, re.DOTALL))
+            first, second = map(len, re.findall(r"<response_[AB]\w*>\n(.*?)\n</response", asked, re.DOTALL))
             answer = f"Both are short.\nWinner: {'tie' if first == second else 'A' if first % 5 else 'B'}"
         elif "Rating:" in asked:
             answer = f"Fine.\nRating: {1 + len(asked) % 12}"

@@ -22,7 +22,7 @@ HEAVY = (
     "sklearn",
     "scipy",
     "matplotlib",
-    "openai",
+    "httpx2",
     "yaml",
 )
 

@@ -55,6 +55,10 @@ def add_server(command: argparse.ArgumentParser) -> None:
     group.add_argument("--requests-per-minute", type=float)
     group.add_argument("--timeout", type=float, default=120.0, help="seconds for one request (default: 120)")
     group.add_argument("--max-retries", type=int, default=6, help="attempts after the first (default: 6)")
+    wait = "longest Retry-After that is waited for, in seconds (default: 600)"
+    group.add_argument("--max-retry-after", type=float, default=600.0, metavar="SECONDS", help=wait)
+    group.add_argument("--proxy", metavar="URL", help="HTTP proxy; no environment variable names one")
+    group.add_argument("--ca-file", type=Path, help="PEM file of certificates to trust in place of the system's")
     group.add_argument("--cache", type=Path, help="a .jsonl file of replies, which are not asked for twice")
     group.add_argument("--extra-body", type=_extra_body, metavar="JSON", help="more fields of every request")
 
@@ -104,6 +108,9 @@ def server(url: str, options: argparse.Namespace) -> bpo.ChatServer:
         requests_per_minute=options.requests_per_minute,
         timeout=options.timeout,
         max_retries=options.max_retries,
+        max_retry_after=options.max_retry_after,
+        proxy=options.proxy,
+        ca_file=options.ca_file,
         cache=options.cache,
         extra_body=options.extra_body,
     )

@@ -88,9 +88,9 @@ def canonical(text: Text) -> bytes:
     """Returns the bytes by which a text is known, the same for equal ones."""
     if isinstance(text, str):
         written = _quoted(text)
-    elif all(message.keys() == _PLAIN and isinstance(message["content"], str) for message in text):
+    elif is_messages(text) and all(m.keys() == _PLAIN and isinstance(m["content"], str) for m in text):
         # What follows would write the same, ten times slower.
-        plain = (f'{{"content":{_quoted(message["content"])},"role":{_quoted(message["role"])}}}' for message in text)
+        plain = (f'{{"content":{_quoted(m["content"])},"role":{_quoted(m["role"])}}}' for m in text)
         written = f"[{','.join(plain)}]"
     else:
         written = _encode_messages(text)

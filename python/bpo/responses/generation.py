@@ -14,6 +14,7 @@ from bpo.config import SelectConfig
 from bpo.data.candidates import Skipped, report_skipped
 from bpo.data.tokenizers import load_tokenizer, padding_id, token_ids, tokenizer_fingerprint
 from bpo.policy.models import base_of, inference_state, load_policy, model_fingerprint, window
+from bpo.responses.client import ChatError
 from bpo.responses.sources import Sampled, random_stream
 from bpo.system.memory import within_memory
 from bpo.system.warn import warn
@@ -67,8 +68,8 @@ class ModelSource:
 
     def sample(
         self, rows: Sequence[PromptResponses], todo: Sequence[int], on_response: Callable[[int], Any]
-    ) -> Iterator[tuple[int, list[Sampled]]]:
-        """Yields the responses to the prompts, batch by batch."""
+    ) -> Iterator[tuple[int, list[Sampled | ChatError]]]:
+        """Yields the responses to the prompts, batch by batch; what is no text is a failure among them."""
         wanted = set(todo)
         # Longest first: memory peaks in the first batch. Batches do not depend on what is there already, so that an
         # interrupted run goes on with the same arithmetic.
@@ -83,7 +84,7 @@ class ModelSource:
             for index, sampled in zip(batch, texts, strict=True):
                 if index in wanted:
                     on_response(len(sampled))
-                    yield index, sampled
+                    yield index, [self._checked(response, rows[index].row) for response in sampled]
 
     def _in_memory(self, rows: Sequence[PromptResponses], batch: Sequence[int]) -> list[list[Sampled]]:
         """Generates for a batch, in parts where memory does not suffice for all of it."""
@@ -135,6 +136,15 @@ class ModelSource:
         )
         sampled = [self._read(row, ends, rows[batch[0]]) for row in tokens[:, width:].tolist()]
         return [sampled[start : start + count] for start in range(0, len(sampled), count)]
+
+    def _checked(self, response: Sampled, row: int) -> Sampled | ChatError:
+        try:
+            response.text.encode()
+        except UnicodeEncodeError:
+            error = ChatError("the tokenizer makes half a character (a lone surrogate) of what was sampled")
+            self.failures.append(f"row {row}: {error}")
+            return error
+        return response
 
     def _read(self, tokens: list[int], ends: Sequence[int], row: PromptResponses) -> Sampled:
         end = next((place for place, token in enumerate(tokens) if token in ends), None)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from bpo.system.files import differing, flattened, write_whole
 from bpo.system.identity import CHANGES, NOT_COMPARED
-from bpo.system.lock import FileLock
+from bpo.system.locks import FileLock
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -73,7 +73,7 @@ class RowFile:
         if self.path is None:
             return self
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = FileLock(self.path)
+        self._lock = FileLock.beside(self.path)
         try:
             self._read(self.path)  # what others have written until now
             if not self._written(self.path):

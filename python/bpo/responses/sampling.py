@@ -132,6 +132,7 @@ def sample_responses(
                 file.replace(row_id, lay_out_again(row, file.rows[row_id], as_messages=as_messages))
         # What a server failed at is tried again.
         todo = [i for i, name in enumerate(ids) if name not in file.rows or file.rows[name]["dropped"]["failed"]]
+        todo.sort(key=lambda index: ids[index] in file.rows)  # first what was not tried: a failure for good stops none
         bar.update((len(rows) - len(todo)) * n_responses)
         for index, sampled in source.sample(rows, todo, bar.update):
             row = rows[index]

@@ -54,7 +54,7 @@ def write_selection(
 ) -> Path:
     """Writes training set, pairs and what else a selection holds; see :meth:`bpo.Selection.save`."""
     directory = check_directory(directory)
-    with locked(directory, _LOCK, "another process is saving a selection there", wait=_SECONDS_TO_WAIT):
+    with locked(directory, _LOCK, "is saving a selection there", wait=_SECONDS_TO_WAIT):
         check_directory(directory)  # which another process may have used since
         earlier = [path for path in directory.glob(f"{_SCRATCH}*") if not path.is_symlink()]
         scratch = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=directory))

@@ -41,7 +41,10 @@ def output(finished, tmp_path):
 
 
 def test_one_comparison_at_a_time(settings, output, tmp_path):
-    with ComparisonFiles(output).locked(), pytest.raises(BlockingIOError, match="copy: another comparison is at work"):
+    with (
+        ComparisonFiles(output).locked(),
+        pytest.raises(BlockingIOError, match=r"copy: process .* is comparing there"),
+    ):
         bpo.compare(settings, output, progress=False)
     with pytest.raises(ValueError, match="train_prompts"):
         bpo.compare({**settings, "train_prompts": 100}, tmp_path / "new", progress=False)

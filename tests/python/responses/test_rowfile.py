@@ -10,7 +10,7 @@ import pytest
 
 import bpo
 from bpo.responses.rowfile import ROW_ID, RowFile
-from bpo.system.lock import FileLock
+from bpo.system.locks import FileLock
 from tiny import tiny_llama
 
 ROWS = [{"prompt": f"p{index}", "responses": [f"a{index}", f"bb{index}"]} for index in range(4)]
@@ -31,9 +31,9 @@ def lines(path):
 HOLD = """
 import os, sys, time
 from pathlib import Path
-from bpo.system.lock import FileLock
+from bpo.system.locks import FileLock
 
-lock = FileLock(Path(sys.argv[1]))
+lock = FileLock.beside(Path(sys.argv[1]))
 child = os.fork() if "child" in sys.argv else 1
 if child:
     print(child, flush=True)
@@ -68,11 +68,11 @@ def test_a_killed_holder_stops_nobody_and_neither_does_its_child(tmp_path):
     path = tmp_path / "scores.jsonl"
     process, child = holder(path, "child")
     with pytest.raises(BlockingIOError):
-        FileLock(path)
+        FileLock.beside(path)
     process.kill()
     process.wait()
     os.kill(child, 0)  # it is there, waiting
-    FileLock(path).release()
+    FileLock.beside(path).release()
     process.stdin.close()
 
 
@@ -101,7 +101,7 @@ def test_threads_exclude_each_other_and_a_call_that_fails_lets_go(tmp_path):
         score(ROWS, interrupted, output=tmp_path / "other.jsonl")
     except KeyboardInterrupt as error:
         held = error  # with its traceback, as notebooks keep it
-        FileLock(tmp_path / "other.jsonl").release()
+        FileLock.beside(tmp_path / "other.jsonl").release()
     assert held and path.read_bytes() == kept
 
 

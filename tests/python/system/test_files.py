@@ -47,7 +47,10 @@ def test_a_directory_is_one_process_at_a_time(tmp_path):
         process = context.Process(target=hold, args=(str(directory), taken, done))
         process.start()
         assert taken.wait(60)
-        with pytest.raises(BlockingIOError, match="b: busy"), locked(directory, ".lock", "busy"):
+        with (
+            pytest.raises(BlockingIOError, match=f"b: process {process.pid} on .* busy"),
+            locked(directory, ".lock", "busy"),
+        ):
             pass
         if end == "done":
             done.set()

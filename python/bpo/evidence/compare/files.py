@@ -106,9 +106,7 @@ class ComparisonFiles:
         Raises:
             BlockingIOError: One is at work there.
         """
-        return locked(
-            self.directory, _LOCK, "another comparison is at work there; wait until it is done, or name another output."
-        )
+        return locked(self.directory, _LOCK, "is comparing there; wait until it is done, or name another output.")
 
     def check_manifest(self, settings: Mapping[str, Any]) -> None:
         """Writes down what all runs depend on, or compares it with what is there.
