@@ -74,7 +74,8 @@ pub fn d_optimal(
         return Err(Error::argument("regularization", "finite and above 0", regularization));
     }
     limits.check(points.count())?;
-    progress.start(budget.min(points.count()));
+    let budget = budget.min(points.count());
+    progress.start(budget);
     let mut pool = Pool::new(points, budget, regularization, limits, progress)?;
     let mut matrix = cholesky::zeros(dim)?;
     let mut factor = cholesky::zeros(dim)?;

@@ -4,7 +4,7 @@ use numpy::PyArray1;
 use numpy::prelude::*;
 use pyo3::prelude::*;
 
-use super::convert::{PairArrays, RowsArray, Vector};
+use super::convert::{PairArrays, RowsArray, indices};
 use super::limits::LimitArrays;
 use super::run::run;
 use crate::progress::Progress;
@@ -65,13 +65,12 @@ pub fn coreset<'py>(
 ) -> PyResult<(Bound<'py, PyArray1<i64>>, Bound<'py, PyArray1<f64>>)> {
     let arrays = PairArrays::new(RowsArray::of_pairs(rows, None)?, pairs, coefficients)?;
     let pairs = arrays.pairs()?;
-    let clusters = Vector::<i32>::new("clusters", clusters)?;
-    let clusters = clusters.slice();
+    let clusters = indices::<i32>("clusters", clusters)?;
     let limit_arrays = LimitArrays::new(eligible, prompts, max_depth)?;
     let limits = limit_arrays.limits();
     let pick = |progress: &Progress| {
         let points = pairs.points()?;
-        crate::coreset::coreset(&points, clusters, budget, limits, progress)
+        crate::coreset::coreset(&points, &clusters, budget, limits, progress)
     };
     let coreset = run(py, threads, progress.as_ref(), pick)?;
     let picks: Vec<i64> = coreset.picks.into_iter().map(|pick| pick as i64).collect();

@@ -4,7 +4,7 @@ use numpy::PyArray1;
 use numpy::prelude::*;
 use pyo3::prelude::*;
 
-use super::convert::{Matrix, PairArrays, RowsArray, Vector};
+use super::convert::{Matrix, PairArrays, RowsArray, Vector, indices};
 use super::run::run;
 use crate::error::Error;
 use crate::progress::Progress;
@@ -96,13 +96,12 @@ pub fn score_pairs(
         return Err(Error::shape("centroids", format!("(k, {})", pairs.rows.dim()), found).into());
     }
     let centroids = centroids.slice();
-    let labels = Vector::<i32>::new("labels", labels)?;
-    let labels = labels.slice();
+    let labels = indices::<i32>("labels", labels)?;
     let direction = direction.map(|direction| Vector::<f32>::new("direction", direction)).transpose()?;
     let direction = direction.as_ref().map(|direction| direction.slice());
     let score = |progress: &Progress| {
         let points = pairs.points()?;
-        usefulness::score_pairs(&points, centroids, labels, direction, progress)
+        usefulness::score_pairs(&points, centroids, &labels, direction, progress)
     };
     let scores = run(py, threads, progress.as_ref(), score)?;
     Ok(PairScores {
