@@ -1,6 +1,6 @@
 //! Norms, scores, depth and choices of pairs, in pairs.
 
-use bpo::coreset::coreset;
+use bpo::coreset::{CACHE_BYTES, coreset};
 use bpo::d_optimal::d_optimal;
 use bpo::depth::{Candidates, allocate_depth};
 use bpo::matrix::{Rows, Values};
@@ -50,10 +50,12 @@ fn scores(criterion: &mut Criterion) {
     });
     group.sample_size(10);
     group.bench_function("d_optimal", |bencher| {
-        bencher.iter(|| d_optimal(&points, PROMPTS, 1.0, Limits::default(), &Progress::default()).unwrap());
+        bencher
+            .iter(|| d_optimal(&points, PROMPTS, 1.0, Limits::default(), CACHE_BYTES, &Progress::default()).unwrap());
     });
     group.bench_function("coreset", |bencher| {
-        bencher.iter(|| coreset(&points, &labels, PROMPTS, Limits::default(), &Progress::default()).unwrap());
+        bencher
+            .iter(|| coreset(&points, &labels, PROMPTS, Limits::default(), CACHE_BYTES, &Progress::default()).unwrap());
     });
     group.finish();
 }

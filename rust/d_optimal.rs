@@ -187,6 +187,7 @@ impl Pool {
                     Ok(rows.chunks_exact(points.dim()).map(|row| dots(row, [row])[0]).collect())
                 })
                 .collect::<Result<_>>()?;
+            points.forget(0..points.tiles().len());
             for (&pair, gain) in stale.iter().zip(gains.into_iter().flatten()) {
                 self.rounds[pair] = self.round;
                 self.bounds.push((gain.to_bits(), Reverse(pair)));

@@ -51,6 +51,9 @@ pub enum Error {
     #[error("matrices of {dim} x {dim} float64 values do not fit into memory; sketch to fewer dimensions")]
     Memory { dim: usize },
 
+    #[error("{bytes} bytes for copies of the pairs cannot be had; lower `cache_bytes`")]
+    CopyMemory { bytes: usize },
+
     #[error("a matrix is not positive definite to float64 precision; raise `regularization` or scale the pairs down")]
     NotDefinite,
 

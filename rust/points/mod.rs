@@ -229,6 +229,12 @@ impl<'a, const TERMS: usize> Points<'a, TERMS> {
         &self.tile_rows[tile.rows.clone()]
     }
 
+    /// The rows of any one point.
+    pub fn rows_of_point(&self, point: usize) -> [usize; TERMS] {
+        let rows = self.rows_of(self.tile_of(point));
+        self.slots(point).map(|slot| rows[slot])
+    }
+
     /// Writes the distinct rows of a tile one after the other.
     pub fn gather(&self, tile: &Tile, gathered: &mut Vec<f32>) {
         gathered.resize(tile.rows.len() * self.dim(), 0.0);

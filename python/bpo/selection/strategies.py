@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 
 from bpo import _core
+from bpo.pairs.clustering import cache_bytes
 from bpo.pairs.ranks import ranks_in_prompts
 
 if TYPE_CHECKING:
@@ -215,6 +216,9 @@ def coreset(candidacy: Candidacy) -> Choice:
         candidacy.budget,
         prompts=candidacy.prompt_of_pair[index],
         max_depth=candidacy.config.max_depth,
+        cache_bytes=cache_bytes(
+            len(rows), len(pairs), rows.shape[1], candidacy.config, strategy="coreset", budget=candidacy.budget
+        ),
         threads=candidacy.config.threads,
     )
     return _picked(candidacy, index[picks], weights)
