@@ -168,6 +168,20 @@ impl<'py> RowsArray<'py> {
     }
 }
 
+impl RowsArray<'_> {
+    /// Rows that are points each.
+    ///
+    /// # Errors
+    /// If they have no columns: of such rows there may be more than memory has room for labels.
+    pub fn points(&self) -> Result<Rows<'_>> {
+        let rows = self.rows()?;
+        if rows.dim() == 0 {
+            return Err(Error::shape("rows", "(n, d) with d >= 1", format!("({}, 0)", rows.count())));
+        }
+        Ok(rows)
+    }
+}
+
 /// The three arrays that describe pairs.
 pub struct PairArrays<'py> {
     rows: RowsArray<'py>,
