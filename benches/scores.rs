@@ -50,8 +50,7 @@ fn scores(criterion: &mut Criterion) {
     });
     group.sample_size(10);
     group.bench_function("d_optimal", |bencher| {
-        bencher
-            .iter(|| d_optimal(&points, PROMPTS, 1.0, Limits::default(), CACHE_BYTES, &Progress::default()).unwrap());
+        bencher.iter(|| d_optimal(&points, PROMPTS, 1.0, Limits::default(), &Progress::default()).unwrap());
     });
     group.bench_function("coreset", |bencher| {
         bencher

@@ -148,9 +148,8 @@ class SelectConfig:
         max_memory: Memory that the stages after the gradients may take beside the data itself, in bytes or as in
             ``"8GiB"``; below what they and the strategy need, :func:`bpo.select` refuses before the model runs and
             names the least that would do. They read the sketches from the memory map a part at a time; what is left of
-            it keeps them in 8 bits from pass to pass, which makes a pass of k-means about a tenth faster, and one of
-            ``"coreset"`` up to ten times. ``None`` is what they need and 1 GiB. What a strategy of your own takes is not
-            counted, nor what the system keeps of the file as it has memory to spare. Results do not depend on it.
+            it keeps them in 8 bits from pass to pass, which is faster. ``None`` is what they need and 1 GiB. What a
+            strategy of your own takes is not counted. Results do not depend on it.
         threads: Threads of the Rust core; ``None`` is all cores. Results do not depend on it.
         trust_remote_code: Whether code shipped with a model may run. Off unless asked for.
 

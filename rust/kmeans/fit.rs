@@ -370,7 +370,7 @@ impl<'a, const TERMS: usize> State<'a, TERMS> {
         points.visit(tiles, &mut distances, start, |(row, values), _, tile, distances| {
             for (point, distance) in tile.points.clone().zip(distances) {
                 let centroid = (centroids.vectors(), labels[point] as usize);
-                *distance = measure.to_point(points, tile, point, centroid, (row, values));
+                *distance = measure.of_point(points, tile, point, centroid, (row, values));
                 if !distance.is_finite() {
                     return Err(points.changed(point));
                 }

@@ -73,7 +73,7 @@ impl Measure {
     }
 
     /// Of a point of `tile` to one of the vectors. The two buffers hold a row each.
-    pub fn to_point<const TERMS: usize>(
+    pub fn of_point<const TERMS: usize>(
         &self,
         points: &Points<TERMS>,
         tile: &Tile,

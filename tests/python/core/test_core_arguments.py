@@ -4,7 +4,9 @@ BPO_TORTURE=N draws N times as many.
 """
 
 import os
+import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -324,45 +326,49 @@ FUNCTIONS = [
 ]
 
 
+def holds(seed, call):
+    """Whether a call has a result, and not one of the errors that it may have."""
+    try:
+        call(seed)
+    except REFUSALS:
+        return False
+    except BaseException as error:  # a panic is no Exception
+        raise AssertionError(f"seed {seed}: {type(error).__name__}: {error}") from error
+    return True
+
+
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__.removeprefix("draw_"))
 def test_any_arguments_give_a_result_that_holds_or_an_error(function):
-    held = 0
-    for seed in range(DRAWS):
-        try:
-            function(Draw(seed))
-            held += 1
-        except REFUSALS:
-            pass
-        except BaseException as error:  # a panic is no Exception
-            raise AssertionError(f"seed {seed}: {type(error).__name__}: {error}") from error
+    held = sum(holds(seed, lambda seed: function(Draw(seed))) for seed in range(DRAWS))
     assert DRAWS / 8 < held < DRAWS, held
 
 
 def test_any_arguments_to_a_store(tmp_path):
     """An append that is refused leaves the rows that were there; masks of rows may hold any byte."""
     record = np.dtype((np.void, 72))
-    held = 0
+
+    def append(seed):
+        draw = Draw(seed)
+        n = draw.one_of(1, 3, 50)
+        sketches = draw.generator.standard_normal((n, 8)).astype(np.float32)
+        writer.append(draw.array(sketches), draw.array(np.zeros(n, dtype=record)))
+
     with _core.StoreWriter.create(tmp_path / "store", 8, "{}", dtype="float16") as writer:
+        held = 0
         for seed in range(DRAWS // 2):
-            draw, before = Draw(seed), len(writer)
-            n = draw.one_of(1, 3, 50)
-            sketches = draw.generator.standard_normal((n, 8)).astype(np.float32)
-            try:
-                writer.append(draw.array(sketches), draw.array(np.zeros(n, dtype=record)))
-                held += 1
-                assert len(writer) >= before
-            except REFUSALS:
-                assert len(writer) == before
+            before = len(writer)
+            held += (appended := holds(seed, append))
+            assert len(writer) >= before if appended else len(writer) == before
         count = len(writer)
     assert held > DRAWS / 8
     reader = _core.StoreReader(tmp_path / "store")
     assert len(reader) == count and len(reader.verify()) == 0
-    for seed in range(DRAWS // 2):
+
+    def check(seed):
         draw = Draw(seed)
-        try:
-            reader.check(draw.array(draw.generator.random(count) < 0.5), threads=draw.threads())
-        except REFUSALS:
-            pass
+        reader.check(draw.array(draw.generator.random(count) < 0.5), threads=draw.threads())
+
+    assert sum(holds(seed, check) for seed in range(DRAWS // 2)) > DRAWS / 8
 
 
 def test_masks_may_hold_any_byte(tmp_path):
@@ -406,13 +412,14 @@ def test_results_too_large_to_allocate():
         _core.Sketcher(1 << 24).sketch(np.zeros((1 << 30, 0), dtype=np.float32))
     rows = np.zeros((1 << 40, 0), dtype=np.float32)
     for call in (lambda: _core.kmeans(rows, 3), lambda: _core.assign(rows, np.zeros((2, 0), dtype=np.float32))):
-        with pytest.raises(ValueError, match="d >= 1|d of at least 1"):
+        with pytest.raises(ValueError, match="d >= 1"):
             call()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads as Linux does")
 def test_pools_of_threads_are_bounded():
     def threads():
-        return len(os.listdir("/proc/self/task")) if os.path.isdir("/proc/self/task") else threading.active_count()
+        return len(list(Path("/proc/self/task").iterdir()))
 
     scores = np.zeros(1)
     before = threads()
@@ -437,19 +444,17 @@ def test_rows_that_another_thread_spoils(metric):
             rows[row] = np.nan
             rows[row] = 1
 
+    calls = [
+        lambda _: assert_labels(_core.assign(rows, centroids, metric=metric)[0], 4000, 9),
+        lambda _: assert_labels(_core.kmeans(rows, 9, init=centroids, metric=metric, max_iter=3).labels, 4000, 9),
+        lambda seed: assert_labels(_core.kmeans(rows, 9, metric=metric, max_iter=2, seed=seed).labels, 4000, 9),
+    ]
     thread = threading.Thread(target=spoil)
     thread.start()
     try:
-        for _ in range(10 * int(os.environ.get("BPO_TORTURE", 1))):
-            for call in (
-                lambda: _core.assign(rows, centroids, metric=metric)[0],
-                lambda: _core.kmeans(rows, 9, init=centroids, metric=metric, max_iter=3).labels,
-                lambda: _core.kmeans(rows, 9, metric=metric, max_iter=2).labels,
-            ):
-                try:
-                    assert_labels(call(), 4000, 9)
-                except ValueError:
-                    pass
+        for seed in range(10 * int(os.environ.get("BPO_TORTURE", 1))):
+            for call in calls:
+                holds(seed, call)
     finally:
         stop.set()
         thread.join()
