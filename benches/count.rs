@@ -68,7 +68,7 @@ fn main() {
             drop(allocate_depth(candidates, 2 * PROMPTS, true, Some(4), None, &progress).unwrap());
         }
         "coreset" => drop(coreset(&points, &labels, PROMPTS, Limits::default(), CACHE_BYTES, &progress).unwrap()),
-        "d_optimal" => drop(d_optimal(&points, PROMPTS / 5, 1.0, Limits::default(), CACHE_BYTES, &progress).unwrap()),
+        "d_optimal" => drop(d_optimal(&points, PROMPTS / 5, 1.0, Limits::default(), &progress).unwrap()),
         other => panic!("unknown kernel {other}; choose one of {KERNELS:?}"),
     });
 }
