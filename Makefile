@@ -83,11 +83,11 @@ fuzz: ## Fuzz the reader of the store: make fuzz SECONDS=60
 	$(FUZZ_TARGET)/$(FUZZ_HOST)/release/store -max_total_time=$(SECONDS) -timeout=10 -rss_limit_mb=1024 \
 	  -max_len=512 -len_control=0 -entropic_scale_per_exec_time=1 -print_final_stats=1 -artifact_prefix=$(FUZZ_TARGET)/ $(FUZZ_TARGET)/corpus tests/fuzz/corpus/store
 
-torture: $(VENV)/.installed ## Hundreds of kills, interrupts and losses of power over stores, rows, selections and trainings, then the fuzzer
+torture: $(VENV)/.installed ## Hundreds of kills, interrupts and losses of power, hostile servers, random calls of the core, then the fuzzer
 	BPO_POWER_LOSSES=20000 cargo test --release --quiet --test store no_loss_of_power -- --nocapture
 	BPO_TORTURE=200 $(BIN)/python -m pytest tests/python/store/test_store_kill.py tests/python/responses/test_kill_rows.py \
-	  tests/python/responses/test_hostile.py \
-	  tests/python/selection/test_saved.py tests/python/system/test_signals.py tests/python/training/test_rounds.py -s
+	  tests/python/responses/test_hostile.py tests/python/core/test_core_arguments.py tests/python/selection/test_saved.py \
+	  tests/python/system/test_signals.py tests/python/training/test_rounds.py -s
 	$(MAKE) fuzz
 
 docs: $(VENV)/.installed ## Write the tables of docs/ from what the tests find, and the picture of the rooms from the imports

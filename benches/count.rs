@@ -3,7 +3,7 @@
 //! Counts do not move with the load of the machine, so they show what a change of a few per cent did. They know nothing of
 //! memory, and valgrind has no AVX-512, so they are those of the AVX2 kernels.
 
-use bpo::coreset::coreset;
+use bpo::coreset::{CACHE_BYTES, coreset};
 use bpo::d_optimal::d_optimal;
 use bpo::depth::{Candidates, allocate_depth};
 use bpo::kmeans::{Init, Params, fit, fit_rows};
@@ -67,7 +67,7 @@ fn main() {
             let candidates = Candidates { prompts: &prompts, clusters: &labels, usefulness: &usefulness };
             drop(allocate_depth(candidates, 2 * PROMPTS, true, Some(4), None, &progress).unwrap());
         }
-        "coreset" => drop(coreset(&points, &labels, PROMPTS, Limits::default(), &progress).unwrap()),
+        "coreset" => drop(coreset(&points, &labels, PROMPTS, Limits::default(), CACHE_BYTES, &progress).unwrap()),
         "d_optimal" => drop(d_optimal(&points, PROMPTS / 5, 1.0, Limits::default(), &progress).unwrap()),
         other => panic!("unknown kernel {other}; choose one of {KERNELS:?}"),
     });

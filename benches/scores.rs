@@ -1,6 +1,6 @@
 //! Norms, scores, depth and choices of pairs, in pairs.
 
-use bpo::coreset::coreset;
+use bpo::coreset::{CACHE_BYTES, coreset};
 use bpo::d_optimal::d_optimal;
 use bpo::depth::{Candidates, allocate_depth};
 use bpo::matrix::{Rows, Values};
@@ -53,7 +53,8 @@ fn scores(criterion: &mut Criterion) {
         bencher.iter(|| d_optimal(&points, PROMPTS, 1.0, Limits::default(), &Progress::default()).unwrap());
     });
     group.bench_function("coreset", |bencher| {
-        bencher.iter(|| coreset(&points, &labels, PROMPTS, Limits::default(), &Progress::default()).unwrap());
+        bencher
+            .iter(|| coreset(&points, &labels, PROMPTS, Limits::default(), CACHE_BYTES, &Progress::default()).unwrap());
     });
     group.finish();
 }

@@ -74,7 +74,8 @@ pub fn d_optimal(
         return Err(Error::argument("regularization", "finite and above 0", regularization));
     }
     limits.check(points.count())?;
-    progress.start(budget.min(points.count()));
+    let budget = budget.min(points.count());
+    progress.start(budget);
     let mut pool = Pool::new(points, budget, regularization, limits, progress)?;
     let mut matrix = cholesky::zeros(dim)?;
     let mut factor = cholesky::zeros(dim)?;
@@ -186,6 +187,7 @@ impl Pool {
                     Ok(rows.chunks_exact(points.dim()).map(|row| dots(row, [row])[0]).collect())
                 })
                 .collect::<Result<_>>()?;
+            points.forget(0..points.tiles().len());
             for (&pair, gain) in stale.iter().zip(gains.into_iter().flatten()) {
                 self.rounds[pair] = self.round;
                 self.bounds.push((gain.to_bits(), Reverse(pair)));

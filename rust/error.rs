@@ -27,6 +27,15 @@ pub enum Error {
     #[error("point {point} has zero length and so no direction; remove it, or use metric=\"euclidean\"")]
     ZeroPoint { point: usize },
 
+    #[error(
+        "point {point} is too short for float32 to bring it to unit length; scale the rows up, or use \
+         metric=\"euclidean\""
+    )]
+    TooShort { point: usize },
+
+    #[error("point {point} changed while it was worked on; let nothing write to `rows` meanwhile")]
+    Changed { point: usize },
+
     #[error("`pairs` row {pair} refers to row {row}, but `rows` has {rows} rows; every index must be in 0..{rows}")]
     RowOutOfRange { pair: usize, row: i64, rows: usize },
 
@@ -42,8 +51,14 @@ pub enum Error {
     #[error("matrices of {dim} x {dim} float64 values do not fit into memory; sketch to fewer dimensions")]
     Memory { dim: usize },
 
+    #[error("{bytes} bytes for copies of the pairs cannot be had; lower `cache_bytes`")]
+    CopyMemory { bytes: usize },
+
     #[error("a matrix is not positive definite to float64 precision; raise `regularization` or scale the pairs down")]
     NotDefinite,
+
+    #[error("{message}; this is a fault of bpo, please report it with the call that led to it")]
+    Fault { message: String },
 
     #[error("cancelled")]
     Cancelled,

@@ -124,6 +124,7 @@ def pair_norms(
     pairs: NDArray[np.int64],
     coefficients: NDArray[np.float32],
     *,
+    finite: bool = True,
     threads: int | None = None,
     progress: _Progress | None = None,
 ) -> NDArray[np.float32]: ...
@@ -194,6 +195,7 @@ def coreset(
     eligible: NDArray[np.bool_] | None = None,
     prompts: NDArray[np.int64] | None = None,
     max_depth: int | None = None,
+    cache_bytes: int = 1073741824,
     threads: int | None = None,
     progress: _Progress | None = None,
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]: ...

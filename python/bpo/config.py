@@ -146,9 +146,10 @@ class SelectConfig:
         regularization: λ of ``"d_optimal"``, in units of the mean squared length of its vectors divided by their
             dimension *(ours)*.
         max_memory: Memory that the stages after the gradients may take beside the data itself, in bytes or as in
-            ``"8GiB"``; below what they need, :func:`bpo.select` refuses before the model runs. They read the sketches
-            from the memory map a part at a time; what is left of it keeps them in 8 bits from pass to pass, which makes
-            a pass about a tenth faster. ``None`` is what they need and 1 GiB. Results do not depend on it.
+            ``"8GiB"``; below what they and the strategy need, :func:`bpo.select` refuses before the model runs and
+            names the least that would do. They read the sketches from the memory map a part at a time; what is left of
+            it keeps them in 8 bits from pass to pass, which is faster. ``None`` is what they need and 1 GiB. What a
+            strategy of your own takes is not counted. Results do not depend on it.
         threads: Threads of the Rust core; ``None`` is all cores. Results do not depend on it.
         trust_remote_code: Whether code shipped with a model may run. Off unless asked for.
 

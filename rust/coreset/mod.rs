@@ -11,7 +11,8 @@
 //! Cauchy–Schwarz inequality, and computes the exact inner product for those alone that may be the largest.
 //!
 //! For clusters of n pairs with quotas q, of which s have a weight, it takes O(n d + q (n d / 4 + s d + s²)) time for each
-//! in units of float32 arithmetic, and n d + 8 q (d + s) bytes for each that is worked on, one for each thread at most.
+//! in units of float32 arithmetic, and n d + 8 q (d + s) bytes for each that is worked on, one for each thread at most. Of
+//! the n d bytes no more are taken than are allowed; pairs without a copy are multiplied as they are, step by step.
 
 mod least_squares;
 mod pursuit;
@@ -24,11 +25,14 @@ use crate::error::{Error, Result};
 use crate::points::Points;
 use crate::progress::Progress;
 use crate::prompts::{Depths, Limits};
-use pursuit::Pursuit;
+use pursuit::{Pursuit, Work};
 
 /// Bytes of rounded copies above which the threads share a cluster; below it each takes one of its own. Sharing from 4 MiB
 /// on ran as fast on two threads (50 clusters of 10 MB); this bounds the memory of many.
 const SHARED_BYTES: usize = 1 << 28;
+
+/// Bytes of rounded copies at most, unless told otherwise.
+pub const CACHE_BYTES: usize = 1 << 30;
 
 /// The pairs chosen, cluster after cluster in the order of their choice.
 #[derive(Clone, Debug, Default)]
@@ -47,6 +51,7 @@ pub fn coreset(
     clusters: &[i32],
     budget: usize,
     limits: Limits,
+    cache_bytes: usize,
     progress: &Progress,
 ) -> Result<Coreset> {
     check(points, clusters, limits)?;
@@ -58,8 +63,8 @@ pub fn coreset(
     }
     let quotas = quotas::quotas(&members, budget);
     let pursuits = match Depths::new(limits, progress)? {
-        Some(cap) => pursue_in_turn(points, &members, &quotas, cap, progress)?,
-        None => pursue_side_by_side(points, &members, &quotas, progress)?,
+        Some(cap) => pursue_in_turn(points, &members, &quotas, cap, cache_bytes, progress)?,
+        None => pursue_side_by_side(points, &members, &quotas, cache_bytes, progress)?,
     };
     progress.finish();
     let mut coreset = Coreset::default();
@@ -77,10 +82,12 @@ fn pursue_in_turn(
     members: &[Vec<usize>],
     quotas: &[usize],
     mut cap: Depths,
+    cache_bytes: usize,
     progress: &Progress,
 ) -> Result<Vec<Pursuit>> {
+    let work = Work { copy_bytes: cache_bytes, parallel: true };
     let pursue =
-        |(members, &quota): (&Vec<usize>, &usize)| Pursuit::run(points, members, quota, Some(&mut cap), true, progress);
+        |(members, &quota): (&Vec<usize>, &usize)| Pursuit::run(points, members, quota, Some(&mut cap), work, progress);
     let mut pursuits = members.iter().zip(quotas).map(pursue).collect::<Result<Vec<_>>>()?;
     quotas::share_rest(points, members, quotas.iter().sum(), &mut pursuits, &mut cap, progress)?;
     Ok(pursuits)
@@ -91,10 +98,15 @@ fn pursue_side_by_side(
     points: &Points<2>,
     members: &[Vec<usize>],
     quotas: &[usize],
+    cache_bytes: usize,
     progress: &Progress,
 ) -> Result<Vec<Pursuit>> {
-    let run = |index: usize, parallel| Pursuit::run(points, &members[index], quotas[index], None, parallel, progress);
-    let alone = |index: &usize| members[*index].len().saturating_mul(points.dim()) <= SHARED_BYTES;
+    let run = |index: usize, parallel| {
+        let work = Work { copy_bytes: cache_bytes, parallel };
+        Pursuit::run(points, &members[index], quotas[index], None, work, progress)
+    };
+    let most = SHARED_BYTES.min(cache_bytes / rayon::current_num_threads());
+    let alone = |index: &usize| members[*index].len().saturating_mul(points.dim()) <= most;
     let mut pursuits: Vec<Option<Pursuit>> = (0..members.len())
         .into_par_iter()
         .with_max_len(1)

@@ -14,6 +14,15 @@ use crate::simd::dots::dots;
 /// Inner products with the residual that count as zero, relative to the mean's length: what float64 leaves of one.
 const VANISHED: f64 = 1e-10;
 
+/// How a cluster is worked on; the choice does not depend on it.
+#[derive(Clone, Copy, Debug)]
+pub struct Work {
+    /// Bytes of its pairs in 8 bits at most; without copies a step takes about ten times as long.
+    pub copy_bytes: usize,
+    /// Whether all threads share it.
+    pub parallel: bool,
+}
+
 /// The choice within one cluster.
 pub struct Pursuit {
     mean: Vec<f64>,
@@ -32,10 +41,11 @@ impl Pursuit {
         members: &[usize],
         quota: usize,
         mut cap: Option<&mut Depths>,
-        parallel: bool,
+        work: Work,
         progress: &Progress,
     ) -> Result<Self> {
-        let (mut copies, mean) = Copies::new(points, members, parallel, progress)?;
+        let Work { copy_bytes, parallel } = work;
+        let (mut copies, mean) = Copies::new(points, members, copy_bytes, parallel, progress)?;
         let smallest = VANISHED * dots(&mean, [&mean])[0].sqrt();
         let mut pursuit = Self { mean, picks: Vec::new(), weights: Vec::new() };
         let mut atoms = Atoms::default();
@@ -82,6 +92,7 @@ impl Pursuit {
             .par_chunks(CHUNK)
             .map(|pairs| {
                 progress.check()?;
+                points.forget(0..points.tiles().len());
                 let (mut values, mut doubles) = (vec![0.0; points.dim()], vec![0.0; points.dim()]);
                 let product = |&pair: &usize| {
                     points.write_float64(pair, &mut values, &mut doubles);

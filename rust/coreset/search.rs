@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::points::Points;
 use crate::progress::Progress;
 use crate::simd::dots::dots;
@@ -31,35 +31,51 @@ struct Rounding {
 /// Room for the codes of some pairs, and how they were rounded.
 type Chunk<'a> = (&'a mut [i8], &'a mut [Rounding]);
 
-/// The pairs of a cluster, rounded to multiples of a step of their own.
+/// The pairs of a cluster, rounded to multiples of a step of their own; the first of them, as far as memory goes.
 pub struct Copies {
     codes: Vec<i8>,
     dim: usize,
-    /// Of each pair.
+    /// Of each pair that has a copy.
     roundings: Vec<Rounding>,
     /// Whether a pair was not picked yet.
     pub open: Vec<bool>,
 }
 
 impl Copies {
-    /// The copies, and the mean of the pairs.
+    /// The copies of as many pairs as fit into `bytes`, and the mean of all.
     ///
     /// # Errors
-    /// If a pair is not finite or the computation was cancelled.
-    pub fn new(points: &Points<2>, members: &[usize], parallel: bool, progress: &Progress) -> Result<(Self, Vec<f64>)> {
+    /// If a pair is not finite, the memory cannot be had, or the computation was cancelled.
+    pub fn new(
+        points: &Points<2>,
+        members: &[usize],
+        bytes: usize,
+        parallel: bool,
+        progress: &Progress,
+    ) -> Result<(Self, Vec<f64>)> {
         let dim = points.dim();
-        let mut codes = vec![0; members.len() * dim];
-        let mut roundings = vec![Rounding::default(); members.len()];
-        let copy = |(room, pairs): (Chunk, &[usize])| copy_pairs(points, pairs, room, progress);
-        let sums: Vec<Vec<f64>> = if parallel {
-            let chunks = codes.par_chunks_mut(CHUNK * dim).zip(roundings.par_chunks_mut(CHUNK));
-            chunks.zip(members.par_chunks(CHUNK)).map(copy).collect::<Result<_>>()?
-        } else {
-            let chunks = codes.chunks_mut(CHUNK * dim).zip(roundings.chunks_mut(CHUNK));
-            chunks.zip(members.chunks(CHUNK)).map(copy).collect::<Result<_>>()?
-        };
-        let mean = |index: usize| sums.iter().map(|sum| sum[index]).sum::<f64>() / members.len() as f64;
-        let mean = (0..dim).map(mean).collect();
+        let kept = members.len().min(bytes / dim);
+        let mut codes = Vec::new();
+        codes.try_reserve_exact(kept * dim).map_err(|_| Error::CopyMemory { bytes: kept * dim })?;
+        codes.resize(kept * dim, 0);
+        let mut roundings = vec![Rounding::default(); kept];
+        let mut sum = vec![0.0; dim];
+        // Sums of a few chunks at a time, added up in their order.
+        let window = points.rows_at_once().div_ceil(2 * CHUNK) * CHUNK;
+        let mut rooms = codes.chunks_mut(CHUNK * dim).zip(roundings.chunks_mut(CHUNK));
+        for members in members.chunks(window) {
+            let chunks: Vec<(&[usize], Chunk)> =
+                members.chunks(CHUNK).map(|pairs| (pairs, rooms.next().unwrap_or_default())).collect();
+            let copy = |(pairs, room): (&[usize], Chunk)| copy_pairs(points, pairs, room, progress);
+            let sums: Vec<Vec<f64>> = if parallel {
+                chunks.into_par_iter().map(copy).collect::<Result<_>>()?
+            } else {
+                chunks.into_iter().map(copy).collect::<Result<_>>()?
+            };
+            sums.iter().for_each(|part| add_scaled_float64(&mut sum, 1.0, part));
+            points.forget(0..points.tiles().len());
+        }
+        let mean = sum.into_iter().map(|sum| sum / members.len() as f64).collect();
         Ok((Self { codes, dim, roundings, open: vec![true; members.len()] }, mean))
     }
 
@@ -78,8 +94,19 @@ impl Copies {
     ) -> Result<Option<(usize, f64)>> {
         let rounded = RoundedResidual::new(residual);
         let of_chunk = |chunk: usize| {
-            let possible = self.possible(chunk * CHUNK..members.len().min((chunk + 1) * CHUNK), &rounded, &full);
-            progress.check().map(|()| possible)
+            progress.check()?;
+            let range = chunk * CHUNK..members.len().min((chunk + 1) * CHUNK);
+            let copied = self.roundings.len();
+            if range.end <= copied {
+                return Ok(self.possible(range, |index| self.bounds(index, &rounded), &full));
+            }
+            let open = range.clone().filter(|&index| index >= copied && self.open[index] && !full(index));
+            let products = RowProducts::new(points, open.map(|index| members[index]), residual, rounded.length);
+            points.forget(0..points.tiles().len());
+            let bounds = |index: usize| {
+                if index < copied { self.bounds(index, &rounded) } else { products.bounds(points, members[index]) }
+            };
+            Ok(self.possible(range, bounds, &full))
         };
         let count = members.len().div_ceil(CHUNK);
         let chunks: Vec<Possible> = if parallel {
@@ -88,25 +115,29 @@ impl Copies {
             (0..count).map(of_chunk).collect::<Result<_>>()?
         };
         let lowest = chunks.iter().fold(f64::NEG_INFINITY, |lowest, chunk| lowest.max(chunk.lowest));
-        let (mut values, mut doubles) = (vec![0.0; self.dim], vec![0.0; self.dim]);
         let mut best: Option<(usize, f64)> = None;
         for &(index, upper) in chunks.iter().flat_map(|chunk| &chunk.uppers) {
             if upper >= best.map_or(lowest, |(_, product)| product.max(lowest)) {
-                points.write_float64(members[index], &mut values, &mut doubles);
-                let [product] = dots(&doubles, [residual]);
+                let product = exact(points, members[index], residual);
                 if best.is_none_or(|(_, best)| product > best) {
                     best = Some((index, product));
                 }
             }
         }
+        points.forget(0..points.tiles().len());
         Ok(best)
     }
 
     /// The open pairs of a range that may have the largest product as far as the others of the range tell.
-    fn possible(&self, range: Range<usize>, residual: &RoundedResidual, full: impl Fn(usize) -> bool) -> Possible {
+    fn possible(
+        &self,
+        range: Range<usize>,
+        bounds: impl Fn(usize) -> (f64, f64),
+        full: impl Fn(usize) -> bool,
+    ) -> Possible {
         let mut possible = Possible { lowest: f64::NEG_INFINITY, uppers: Vec::new() };
         for index in range.filter(|&index| self.open[index] && !full(index)) {
-            let (lower, upper) = self.bounds(index, residual);
+            let (lower, upper) = bounds(index);
             possible.lowest = possible.lowest.max(lower);
             if upper >= possible.lowest {
                 possible.uppers.push((index, upper));
@@ -123,6 +154,53 @@ impl Copies {
         let middle = own.step * residual.step * f64::from(product);
         let error = (own.lost * residual.length + own.length * residual.lost) * (1.0 + 1e-9)
             + 1e-13 * own.length * residual.length;
+        (middle - error, middle + error)
+    }
+}
+
+/// The inner product of a pair with the residual.
+fn exact(points: &Points<2>, pair: usize, residual: &[f64]) -> f64 {
+    let (mut values, mut doubles) = (vec![0.0; points.dim()], vec![0.0; points.dim()]);
+    points.write_float64(pair, &mut values, &mut doubles);
+    dots(&doubles, [residual])[0]
+}
+
+/// The inner products of a residual with the rows of some pairs, for pairs that have no copy.
+struct RowProducts {
+    /// Ascending.
+    rows: Vec<usize>,
+    /// Of each row: the product, and its length.
+    products: Vec<[f64; 2]>,
+    /// The length of the residual.
+    length: f64,
+}
+
+impl RowProducts {
+    fn new(points: &Points<2>, pairs: impl Iterator<Item = usize>, residual: &[f64], length: f64) -> Self {
+        let mut rows: Vec<usize> = pairs.flat_map(|pair| points.rows_of_point(pair)).collect();
+        rows.sort_unstable();
+        rows.dedup();
+        let (mut values, mut doubles) = (vec![0.0; points.dim()], vec![0.0; points.dim()]);
+        let product = |&row: &usize| {
+            simd::to_float64(points.rows().row(row, &mut values), &mut doubles);
+            let [product, square] = dots(&doubles, [residual, &doubles]);
+            [product, square.sqrt()]
+        };
+        let products = rows.iter().map(product).collect();
+        Self { rows, products, length }
+    }
+
+    /// What the product of a pair is at least and at most: the pair itself is a sum in float32, which rounds.
+    fn bounds(&self, points: &Points<2>, pair: usize) -> (f64, f64) {
+        let terms = points.rows_of_point(pair).into_iter().zip(points.coefficients_float64(pair));
+        let (mut middle, mut spread) = (0.0, points.dim() as f64 * f64::from(f32::MIN_POSITIVE));
+        for (row, coefficient) in terms {
+            let place = self.rows.binary_search(&row).expect("the rows of every open pair are here");
+            let [product, length] = self.products[place];
+            middle += coefficient * product;
+            spread += coefficient.abs() * length;
+        }
+        let error = 2.0 * f64::from(f32::EPSILON) * spread * self.length;
         (middle - error, middle + error)
     }
 }
@@ -158,34 +236,41 @@ impl RoundedResidual {
     }
 }
 
-/// Copies some pairs; returns their sum.
+/// Adds up some pairs, and copies as many of them as there is room for.
 fn copy_pairs(points: &Points<2>, pairs: &[usize], room: Chunk, progress: &Progress) -> Result<Vec<f64>> {
     progress.check()?;
     let dim = points.dim();
     let (codes, roundings) = room;
     let mut sum = vec![0.0; dim];
     let (mut values, mut doubles, mut rounded) = (vec![0.0; dim], vec![0.0; dim], vec![0.0; dim]);
-    for ((codes, rounding), &pair) in codes.chunks_exact_mut(dim).zip(roundings).zip(pairs) {
+    let mut rooms = codes.chunks_exact_mut(dim).zip(roundings);
+    for &pair in pairs {
         points.write_float64(pair, &mut values, &mut doubles);
         let [square] = dots(&doubles, [&doubles]);
         if !square.is_finite() {
             return Err(points.not_finite(pair));
         }
         add_scaled_float64(&mut sum, 1.0, &doubles);
-        // In units of the step, so that no square overflows or vanishes.
-        let largest = simd::largest_magnitude(&values);
-        let inverse = f32::from(i8::MAX) / largest;
-        *rounding = if inverse.is_finite() {
-            round(&mut values, inverse, codes, &mut rounded);
-            let [copy] = dots(&rounded, [&rounded]).map(|square| f64::from(square).sqrt());
-            let [lost] = dots(&values, [&values]).map(|square| f64::from(square).sqrt());
-            let step = f64::from(largest) / f64::from(i8::MAX);
-            Rounding { step, length: step * copy * (1.0 + FLOAT32), lost: step * (lost + FLOAT32 * copy) }
-        } else {
-            Rounding { step: 0.0, length: 0.0, lost: square.sqrt() }
-        };
+        if let Some((codes, rounding)) = rooms.next() {
+            *rounding = copy(&mut values, square, codes, &mut rounded);
+        }
     }
     Ok(sum)
+}
+
+/// Rounds a pair to codes. `rounded` is room for as many numbers.
+fn copy(values: &mut [f32], square: f64, codes: &mut [i8], rounded: &mut [f32]) -> Rounding {
+    // In units of the step, so that no square overflows or vanishes.
+    let largest = simd::largest_magnitude(values);
+    let inverse = f32::from(i8::MAX) / largest;
+    if !inverse.is_finite() {
+        return Rounding { step: 0.0, length: 0.0, lost: square.sqrt() };
+    }
+    round(values, inverse, codes, rounded);
+    let [copy] = dots(rounded, [&*rounded]).map(|square| f64::from(square).sqrt());
+    let [lost] = dots(values, [&*values]).map(|square| f64::from(square).sqrt());
+    let step = f64::from(largest) / f64::from(i8::MAX);
+    Rounding { step, length: step * copy * (1.0 + FLOAT32), lost: step * (lost + FLOAT32 * copy) }
 }
 
 dispatch! {

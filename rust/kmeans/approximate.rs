@@ -30,6 +30,22 @@ pub struct Bound {
     pub spread: f32,
 }
 
+/// Lengths whose products with centroids are safe from overflow.
+const LONGEST: f64 = 1e30;
+
+impl Bound {
+    /// Of a point whose products may overflow: nothing is known of them.
+    pub const UNKNOWN: f32 = f32::MAX;
+
+    fn forget(&mut self) {
+        (self.error, self.spread) = (Self::UNKNOWN, Self::UNKNOWN);
+    }
+
+    fn is_known(&self) -> bool {
+        f64::from(self.error.max(self.spread)) <= LONGEST
+    }
+}
+
 /// The distinct rows of one tile in 8 bits.
 #[derive(Debug, Default)]
 pub struct TileBytes {
@@ -90,12 +106,17 @@ impl Approximation {
         self.origin.as_deref().map_or_else(|| vec![0.0; dim].into(), Cow::from)
     }
 
-    /// Follows [`Points::scale`].
-    pub fn scale(&mut self, factors: &[f32]) {
+    /// Follows [`Points::multiply`].
+    pub fn multiply(&mut self, factors: &[f32]) {
         for (bound, factor) in self.bounds.iter_mut().zip(factors) {
             bound.squared_norm *= f64::from(*factor).powi(2);
-            bound.error *= INFLATION * factor;
-            bound.spread *= factor;
+            if bound.is_known() {
+                bound.error *= INFLATION * factor;
+                bound.spread *= factor;
+            }
+            if !bound.is_known() {
+                bound.forget();
+            }
         }
     }
 
@@ -149,10 +170,13 @@ fn bound_points<const TERMS: usize>(
         bytes.round(rows, dim);
     }
     let squares: Vec<f64> = rows.chunks_exact(dim).map(simd::squared_norm_float64).collect();
+    let mut known = Vec::with_capacity(bounds.len());
     for (point, bound) in tile.points.clone().zip(bounds.iter_mut()) {
         let (slots, coefficients) = (points.slots(point), points.coefficients(point));
         let terms = slots.into_iter().zip(coefficients);
         bound.spread = terms.map(|(slot, factor)| f64::from(factor.abs()) * squares[slot].sqrt()).sum::<f64>() as f32;
+        let exact = coefficients.map(f64::from) == points.coefficients_float64(point);
+        known.push(exact && slots.iter().all(|&slot| squares[slot] <= LONGEST * LONGEST));
         bound.squared_norm = if TERMS == 1 {
             f64::from(coefficients[0]).powi(2) * squares[slots[0]]
         } else {
@@ -166,11 +190,13 @@ fn bound_points<const TERMS: usize>(
     }
     if eight_bits && TERMS > 1 {
         bytes.leave_errors(gathered, dim);
-        for (point, bound) in tile.points.clone().zip(bounds) {
+        for (point, bound) in tile.points.clone().zip(bounds.iter_mut()) {
             points.write(point, gathered, values);
             bound.error = INFLATION * simd::squared_norm_float64(values).sqrt() as f32;
         }
     }
+    let unknown = bounds.iter_mut().zip(known).filter(|(bound, known)| !(*known && bound.is_known()));
+    unknown.for_each(|(bound, _)| bound.forget());
     bytes
 }
 
@@ -199,7 +225,7 @@ impl TileBytes {
 }
 
 /// The mean of a few tiles spread over the points. Any origin gives exact results, so a sample will do, and none is
-/// taken where it would not shorten the rows by much or is not finite.
+/// taken where it would not shorten the rows by much or where differences from it may overflow.
 fn origin<const TERMS: usize>(points: &Points<TERMS>) -> Option<Vec<f32>> {
     let dim = points.dim();
     let tiles = points.tiles();
@@ -216,5 +242,5 @@ fn origin<const TERMS: usize>(points: &Points<TERMS>) -> Option<Vec<f32>> {
     }
     let mean: Vec<f32> = sum.iter().map(|value| (value / count) as f32).collect();
     let worthwhile = simd::squared_norm_float64(&mean) > 0.05 * squares / count;
-    (worthwhile && mean.iter().all(|value| value.is_finite())).then_some(mean)
+    (worthwhile && mean.iter().all(|value| f64::from(value.abs()) <= LONGEST)).then_some(mean)
 }

@@ -5,8 +5,8 @@
 //! neither on how the products were computed nor on the machine, the threads or the tile, and nothing cancels.
 //!
 //! With s(c) = ‖c‖²/2 − ⟨x, c⟩, half the squared distance less ‖x‖²/2, and a product in place of ⟨x, c⟩, centroids whose
-//! s must lie above the highest that the lowest can be are out. How wrong s can be says [`super::error_model`], which
-//! holds above underflow only. On weak clusters (20,000 × 512, k = 256) products in 8 bits leave 4.2 centroids of a point
+//! s must lie above the highest that the lowest can be are out. How wrong s can be says [`super::error_model`]; what lies
+//! so close together that float32 underflows is measured in float64, see [`super::measure`]. On weak clusters (20,000 × 512, k = 256) products in 8 bits leave 4.2 centroids of a point
 //! in the first pass and 1.4 in the eighth; bounds that carry over from pass to pass (Hamerly, Elkan, groups of 16) spared
 //! 0 to 3 %, 7 to 70 % and 0 to 8 % of the distances there, and were left out.
 
@@ -15,6 +15,7 @@ use std::ops::Range;
 use super::approximate::{Approximation, TileBytes};
 use super::centroids::Centroids;
 use super::error_model::{ErrorModel, Precision};
+use super::measure::Measure;
 use crate::gemm;
 use crate::gemm8;
 use crate::points::{Points, Tile};
@@ -29,7 +30,7 @@ pub enum Nearest {
     /// No other one is possible.
     Only(u32),
     /// The squared distance was measured.
-    Measured(u32, f32),
+    Measured(u32, f64),
 }
 
 /// Buffers that are reused from tile to tile.
@@ -42,7 +43,7 @@ pub struct Scratch {
     lower: Vec<f32>,
     candidates: Vec<u32>,
     /// Points that need a measurement, with their limit and their part of the candidates.
-    open: Vec<(usize, f32, Range<usize>)>,
+    open: Vec<(usize, f64, Range<usize>)>,
     row: Vec<f32>,
     values: Vec<f32>,
 }
@@ -63,7 +64,7 @@ impl<const TERMS: usize> Search<'_, '_, TERMS> {
         scratch: &mut Scratch,
         index: usize,
         tile: &Tile,
-        limit: impl Fn(usize) -> f32,
+        limit: impl Fn(usize) -> f64,
         mut found: impl FnMut(usize, Nearest),
     ) {
         let Self { points, approximation, centroids } = self;
@@ -101,10 +102,10 @@ impl<const TERMS: usize> Search<'_, '_, TERMS> {
         tile: &Tile,
         first: usize,
         precision: Precision,
-        limit: &impl Fn(usize) -> f32,
+        limit: &impl Fn(usize) -> f64,
         found: &mut impl FnMut(usize, Nearest),
     ) -> usize {
-        let model = ErrorModel::new(self.points.dim());
+        let model = ErrorModel::new(self.points.dim(), self.points.scale());
         scratch.candidates.clear();
         scratch.open.clear();
         let mut end = tile.points.end;
@@ -113,7 +114,7 @@ impl<const TERMS: usize> Search<'_, '_, TERMS> {
             let candidates = self.rule_out(scratch, point, limit, model, precision);
             match &scratch.candidates[candidates.clone()] {
                 [] => found(point, Nearest::None),
-                &[only] if limit == f32::INFINITY => {
+                &[only] if limit == f64::INFINITY => {
                     scratch.candidates.truncate(candidates.start);
                     found(point, Nearest::Only(only));
                 }
@@ -134,7 +135,7 @@ impl<const TERMS: usize> Search<'_, '_, TERMS> {
         &self,
         scratch: &mut Scratch,
         point: usize,
-        limit: f32,
+        limit: f64,
         model: ErrorModel,
         precision: Precision,
     ) -> Range<usize> {
@@ -142,20 +143,22 @@ impl<const TERMS: usize> Search<'_, '_, TERMS> {
         let Scratch { products, lower, candidates, .. } = scratch;
         let padded = centroids.half_norms.len();
         let bound = &approximation.bounds[point];
-        let margin = model.margin(bound, precision);
+        let coefficients = points.coefficients(point);
+        let magnitude = coefficients.iter().map(|coefficient| coefficient.abs()).sum();
+        let margin = model.margin(bound, magnitude, precision);
         let highest = simd::lower_bounds(
             &centroids.half_norms,
-            points.coefficients(point),
+            coefficients,
             points.slots(point).map(|slot| &products[slot * padded..(slot + 1) * padded]),
             [&centroids.norms, &centroids.errors, &centroids.squares],
             margin.factors,
             lower,
         );
-        let highest = highest.min(((f64::from(limit) - bound.squared_norm) / 2.0) as f32);
+        let highest = highest.min(((limit - bound.squared_norm) / 2.0) as f32);
         // Finite, so that the columns that fill the last panel are never found.
         let highest = (highest + 2.0 * margin.slack).min(f32::MAX);
         let start = candidates.len();
-        simd::at_most(lower, highest, candidates);
+        simd::not_above(lower, highest, centroids.count(), candidates);
         start..candidates.len()
     }
 
@@ -170,20 +173,33 @@ impl<const TERMS: usize> Search<'_, '_, TERMS> {
     /// Measures the candidates of the open points.
     fn measure(&self, scratch: &mut Scratch, tile: &Tile, found: &mut impl FnMut(usize, Nearest)) {
         let Self { points, centroids, .. } = *self;
+        let (vectors, measure) = (centroids.vectors(), Measure::new(points.dim(), points.scale()));
         let Scratch { candidates, open, row, values, .. } = scratch;
         for (index, (point, limit, range)) in open.iter().enumerate() {
             if let Some((ahead, ..)) = open.get(index + 1) {
                 points.prefetch(tile, *ahead);
             }
-            let values = points.read(tile, *point, row, values);
             let mut nearest = (u32::MAX, *limit);
             let candidates = &candidates[range.clone()];
-            let centroid = |index: usize| centroids.row(candidates[index] as usize);
-            each_squared_distance(values, candidates.len(), centroid, |index, distance| {
-                if distance < nearest.1 {
-                    nearest = (candidates[index], distance);
+            let centroid = |index: usize| vectors.row(candidates[index] as usize);
+            let mut vanished = false;
+            let in_float32 = points.read(tile, *point, row, values);
+            each_squared_distance(in_float32, candidates.len(), centroid, |index, distance| {
+                vanished |= measure.vanishes(distance);
+                if f64::from(distance) < nearest.1 {
+                    nearest = (candidates[index], f64::from(distance));
                 }
             });
+            if vanished {
+                nearest = (u32::MAX, *limit);
+                let unscaled = points.read_unscaled(tile, *point, row, values);
+                for &candidate in candidates {
+                    let distance = measure.in_float64(unscaled, vectors.unscaled_row(candidate as usize));
+                    if distance < nearest.1 {
+                        nearest = (candidate, distance);
+                    }
+                }
+            }
             found(*point, if nearest.0 == u32::MAX { Nearest::None } else { Nearest::Measured(nearest.0, nearest.1) });
         }
     }

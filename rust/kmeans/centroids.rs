@@ -4,15 +4,16 @@ use std::sync::OnceLock;
 
 use super::approximate::Approximation;
 use super::error_model::INFLATION;
+use super::measure::Vectors;
 use crate::gemm::{self, Packed};
 use crate::gemm8::{Packed8, quantize, stride};
 use crate::simd;
 
 #[derive(Debug)]
 pub struct Centroids {
-    pub values: Vec<f32>,
+    vectors: Vectors,
     dim: usize,
-    /// Measured from the origin of the points.
+    /// Scaled as the points are, and measured from their origin.
     centred: Vec<f32>,
     /// ‖c‖²/2, infinite for the columns that fill the last panel.
     pub half_norms: Vec<f32>,
@@ -27,12 +28,14 @@ pub struct Centroids {
 }
 
 impl Centroids {
-    pub fn new(values: Vec<f32>, dim: usize, approximation: &Approximation) -> Self {
-        let mut centred = values.clone();
+    /// `values` as they were before the points were multiplied by `scale`.
+    pub fn new(values: Vec<f32>, dim: usize, scale: f32, approximation: &Approximation) -> Self {
+        let vectors = Vectors::new(values, dim, scale);
+        let mut centred = vectors.scaled().to_vec();
         if let Some(origin) = &approximation.origin {
             centred.chunks_exact_mut(dim).for_each(|centroid| simd::subtract(centroid, origin));
         }
-        let count = values.len() / dim;
+        let count = centred.len() / dim;
         let padded = count.next_multiple_of(gemm::PANEL);
         let mut half_norms = vec![f32::INFINITY; padded];
         let (mut norms, mut squares) = (vec![0.0; padded], vec![0.0; padded]);
@@ -44,15 +47,19 @@ impl Centroids {
         }
         let mut errors = vec![0.0; padded];
         let eight_bits = approximation.eight_bits.then(|| round(&centred, dim, &mut errors));
-        Self { values, dim, centred, half_norms, norms, errors, squares, eight_bits, float32: OnceLock::new() }
+        Self { vectors, dim, centred, half_norms, norms, errors, squares, eight_bits, float32: OnceLock::new() }
     }
 
     pub fn count(&self) -> usize {
-        self.values.len() / self.dim
+        self.centred.len() / self.dim
     }
 
-    pub fn row(&self, cluster: usize) -> &[f32] {
-        &self.values[cluster * self.dim..(cluster + 1) * self.dim]
+    pub fn into_vectors(self) -> Vectors {
+        self.vectors
+    }
+
+    pub fn vectors(&self) -> &Vectors {
+        &self.vectors
     }
 
     /// For products in float32; packed when first asked for.

@@ -2,15 +2,18 @@
 
 use std::ops::Range;
 
+use rayon::prelude::*;
+
 use super::approximate::Approximation;
 use super::assign::{Nearest, Scratch, Search};
 use super::centroids::Centroids;
 use super::init::seed;
+use super::measure::Measure;
 use super::params::{CACHE_BYTES, Init, Metric, Params};
 use super::update::{Changes, Move, Sums, UNASSIGNED};
 use crate::error::{Error, Result};
 use crate::matrix::Rows;
-use crate::points::Points;
+use crate::points::{Points, Tile};
 use crate::progress::Progress;
 use crate::rng::{Purpose, Stream};
 use crate::simd;
@@ -50,23 +53,22 @@ pub fn fit<const TERMS: usize>(mut points: Points<TERMS>, params: &Params, progr
     params.check(points.count(), points.dim())?;
     let dim = points.dim();
     let tiles = points.tiles().len();
-    progress.start(tiles * (2 + super::init::PASSES + params.max_iterations));
+    progress.start(tiles.saturating_mul(params.max_iterations.saturating_add(2 + super::init::PASSES)));
 
-    let (approximation, scale) = prepare(&mut points, params.metric, params.cache_bytes, progress)?;
+    let given = match &params.init {
+        Init::PlusPlus => [].as_slice(),
+        Init::Centroids(given) => given,
+    };
+    let approximation = prepare(&mut points, given, params.metric, params.cache_bytes, progress)?;
     let mut first = match &params.init {
         Init::PlusPlus => seed(&points, &approximation, params, progress)?,
-        Init::Centroids(given) => given.iter().map(|value| value * scale).collect(),
+        Init::Centroids(given) => given.clone(),
     };
     if params.metric == Metric::Cosine {
         normalize_rows("init", &mut first, dim)?;
     }
-    let mut state = State {
-        labels: vec![UNASSIGNED; points.count()],
-        sums: Sums::new(params.clusters, dim),
-        centroids: Centroids::new(first, dim, &approximation),
-        points,
-        approximation,
-    };
+    let sums = Sums::new(params.clusters, dim);
+    let mut state = State::new(points, approximation, first, sums);
 
     let mut inertia = Vec::new();
     let mut converged = false;
@@ -75,10 +77,10 @@ pub fn fit<const TERMS: usize>(mut points: Points<TERMS>, params: &Params, progr
     let mut active = params.batch_size.map_or(tiles, |batch| batch.div_ceil(tiles_size(&state.points)).clamp(1, tiles));
     while !converged && inertia.len() < params.max_iterations {
         let changed = state.assign(0..active, progress)?;
-        inertia.push(state.sums.inertia(&state.centroids, &state.approximation));
+        inertia.push(state.sums.inertia(state.centroids.vectors(), &state.approximation));
         labels_settled = changed == 0 && active == tiles;
         let refilled = state.refill_empty(0..active, progress)?;
-        let shifts = state.update(params.metric);
+        let shifts = state.update(params.metric)?;
         if active == tiles {
             // The same in every pass over all points.
             let threshold =
@@ -92,7 +94,7 @@ pub fn fit<const TERMS: usize>(mut points: Points<TERMS>, params: &Params, progr
     let squared_distances =
         if labels_settled { state.squared_distances(0..tiles, progress)? } else { state.measure(progress)? };
     progress.finish();
-    Ok(state.finish(params.metric, scale, squared_distances, inertia, converged))
+    Ok(state.finish(params.metric, squared_distances, inertia, converged))
 }
 
 /// Clusters rows, each with the weight given for it. Mini-batches take the rows in random order.
@@ -144,32 +146,28 @@ pub fn assign<const TERMS: usize>(
         return Err(Error::NonFiniteRow { array: "centroids", row: index / dim });
     }
     progress.start(2 * points.tiles().len());
-    let (approximation, scale) = prepare(&mut points, metric, CACHE_BYTES, progress)?;
-    let mut centroids: Vec<f32> = centroids.iter().map(|value| value * scale).collect();
+    let approximation = prepare(&mut points, centroids, metric, CACHE_BYTES, progress)?;
+    let mut centroids = centroids.to_vec();
     if metric == Metric::Cosine {
         normalize_rows("centroids", &mut centroids, dim)?;
     }
-    let mut state = State {
-        labels: Vec::new(),
-        sums: Sums::new(0, dim),
-        centroids: Centroids::new(centroids, dim, &approximation),
-        points,
-        approximation,
-    };
+    let mut state = State::new(points, approximation, centroids, Sums::new(0, dim));
     let squared_distances = state.measure(progress)?;
     progress.finish();
-    let clustering = state.finish(metric, scale, squared_distances, Vec::new(), true);
+    let clustering = state.finish(metric, squared_distances, Vec::new(), true);
     Ok((clustering.labels, clustering.distances))
 }
 
-/// Rounds the points to 8 bits; gives them unit length for [`Metric::Cosine`], or else, where their squares would leave
-/// the range of float32, multiplies them by a power of two, which is returned.
+/// Rounds the points to 8 bits; gives them unit length for [`Metric::Cosine`], or else, where the squares of points or of
+/// the `centroids` given would leave the range of float32, multiplies them by a power of two.
 fn prepare<const TERMS: usize>(
     points: &mut Points<TERMS>,
+    centroids: &[f32],
     metric: Metric,
     cache_bytes: usize,
     progress: &Progress,
-) -> Result<(Approximation, f32)> {
+) -> Result<Approximation> {
+    let dim = points.dim();
     // Pairs need no origin: the coefficients of a margin loss sum to zero. Unit vectors have theirs.
     let centred = metric == Metric::Euclidean && TERMS == 1;
     let mut approximation = Approximation::new(points, centred, cache_bytes, progress)?;
@@ -177,25 +175,27 @@ fn prepare<const TERMS: usize>(
     if metric == Metric::Cosine {
         let factors: Vec<f32> = norms().map(|norm| norm.recip() as f32).collect();
         if let Some(point) = factors.iter().position(|factor| !factor.is_finite()) {
-            return Err(Error::ZeroPoint { point: points.number(point) });
+            let zero = approximation.bounds[point].squared_norm == 0.0;
+            let point = points.number(point);
+            return Err(if zero { Error::ZeroPoint { point } } else { Error::TooShort { point } });
         }
-        points.scale(&factors);
-        approximation.scale(&factors);
-        return Ok((approximation, 1.0));
+        points.multiply(&factors)?;
+        approximation.multiply(&factors);
+        return Ok(approximation);
     }
-    let largest = norms().fold(0.0, f64::max);
+    let origin = approximation.origin_or_zero(dim);
+    let lengths = centroids.chunks_exact(dim).map(|centroid| simd::squared_distance_float64(centroid, &origin).sqrt());
+    let largest = norms().chain(lengths).fold(0.0, f64::max);
     if largest == 0.0 || SAFE_NORMS.contains(&largest) {
-        return Ok((approximation, 1.0));
+        return Ok(approximation);
     }
-    let scale = (-largest.log2().round()).clamp(-126.0, 126.0).exp2() as f32;
-    let factors = vec![scale; points.count()];
-    points.scale(&factors);
-    Ok((Approximation::new(points, false, cache_bytes, progress)?, scale))
+    points.set_scale((-largest.log2().round()).clamp(-126.0, 126.0).exp2() as f32);
+    Approximation::new(points, false, cache_bytes, progress)
 }
 
 fn normalize_rows(array: &'static str, centroids: &mut [f32], dim: usize) -> Result<()> {
     for (row, centroid) in centroids.chunks_exact_mut(dim).enumerate() {
-        let norm = simd::squared_norm_float64(centroid).sqrt() as f32;
+        let norm = simd::squared_norm_float64(centroid).sqrt();
         if norm.is_nan() || norm <= 0.0 {
             return Err(Error::argument(
                 array,
@@ -203,9 +203,22 @@ fn normalize_rows(array: &'static str, centroids: &mut [f32], dim: usize) -> Res
                 format!("zero in row {row}"),
             ));
         }
-        centroid.iter_mut().for_each(|value| *value /= norm);
+        if (norm as f32).is_normal() {
+            let norm = norm as f32;
+            centroid.iter_mut().for_each(|value| *value /= norm);
+        } else {
+            centroid.iter_mut().for_each(|value| *value = (f64::from(*value) / norm) as f32);
+        }
     }
     Ok(())
+}
+
+/// Checks that every point of a tile got a label, which one that is not finite does not.
+fn assigned<const TERMS: usize>(points: &Points<TERMS>, tile: &Tile, labels: &[u32]) -> Result<()> {
+    match labels.iter().position(|&label| label == UNASSIGNED) {
+        Some(index) => Err(points.changed(tile.points.start + index)),
+        None => Ok(()),
+    }
 }
 
 fn tiles_size<const TERMS: usize>(points: &Points<TERMS>) -> usize {
@@ -232,7 +245,13 @@ struct State<'a, const TERMS: usize> {
     sums: Sums,
 }
 
-impl<const TERMS: usize> State<'_, TERMS> {
+impl<'a, const TERMS: usize> State<'a, TERMS> {
+    /// With the first `centroids`, as they were before the points were scaled.
+    fn new(points: Points<'a, TERMS>, approximation: Approximation, centroids: Vec<f32>, sums: Sums) -> Self {
+        let centroids = Centroids::new(centroids, points.dim(), points.scale(), &approximation);
+        Self { labels: vec![UNASSIGNED; points.count()], sums, centroids, points, approximation }
+    }
+
     /// Assigns the points of some tiles and brings the sums up to date; returns how many labels changed.
     fn assign(&mut self, tiles: Range<usize>, progress: &Progress) -> Result<usize> {
         let mut changed = 0;
@@ -251,7 +270,7 @@ impl<const TERMS: usize> State<'_, TERMS> {
                     scratch,
                     index,
                     tile,
-                    |_| f32::INFINITY,
+                    |_| f64::INFINITY,
                     |point, nearest| {
                         let label = &mut labels[point - tile.points.start];
                         if let Nearest::Only(to) | Nearest::Measured(to, _) = nearest
@@ -262,6 +281,7 @@ impl<const TERMS: usize> State<'_, TERMS> {
                         }
                     },
                 );
+                assigned(points, tile, labels)?;
                 progress.advance(1)?;
                 Ok(Changes::new(points, tile, moves))
             })?;
@@ -274,28 +294,32 @@ impl<const TERMS: usize> State<'_, TERMS> {
     }
 
     /// Assigns all points without sums; returns their squared distances.
-    fn measure(&mut self, progress: &Progress) -> Result<Vec<f32>> {
+    fn measure(&mut self, progress: &Progress) -> Result<Vec<f64>> {
         let Self { points, approximation, centroids, .. } = self;
         let search = Search { points, approximation, centroids };
-        let mut found = vec![(UNASSIGNED, f32::NAN); points.count()];
-        points.visit(0..points.tiles().len(), &mut found, Scratch::default, |scratch, index, tile, found| {
-            let start = tile.points.start;
-            // Below a limit every nearest centroid is measured.
-            search.tile(
-                scratch,
-                index,
-                tile,
-                |_| f32::MAX,
-                |point, nearest| {
-                    if let Nearest::Measured(label, distance) = nearest {
-                        found[point - start] = (label, distance);
-                    }
-                },
-            );
-            progress.advance(1)
-        })?;
-        let squared_distances;
-        (self.labels, squared_distances) = found.into_iter().unzip();
+        let mut squared_distances = vec![f64::NAN; points.count()];
+        let tiles = 0..points.tiles().len();
+        let labels =
+            points.visit(tiles, &mut squared_distances, Scratch::default, |scratch, index, tile, distances| {
+                let start = tile.points.start;
+                let mut labels = vec![UNASSIGNED; tile.points.len()];
+                // Below a limit every nearest centroid is measured.
+                search.tile(
+                    scratch,
+                    index,
+                    tile,
+                    |_| f64::MAX,
+                    |point, nearest| {
+                        if let Nearest::Measured(label, distance) = nearest {
+                            (labels[point - start], distances[point - start]) = (label, distance);
+                        }
+                    },
+                );
+                assigned(points, tile, &labels)?;
+                progress.advance(1)?;
+                Ok(labels)
+            })?;
+        self.labels = labels.concat();
         Ok(squared_distances)
     }
 
@@ -317,54 +341,63 @@ impl<const TERMS: usize> State<'_, TERMS> {
     }
 
     /// Moves the centroids; returns the squared length of each one's way.
-    fn update(&mut self, metric: Metric) -> Vec<f64> {
-        let (values, shifts) = self.sums.centroids(metric, &self.centroids);
-        self.centroids = Centroids::new(values, self.points.dim(), &self.approximation);
-        shifts
+    ///
+    /// # Errors
+    /// If rows are not finite any more.
+    fn update(&mut self, metric: Metric) -> Result<Vec<f64>> {
+        let Self { points, approximation, centroids, sums, .. } = self;
+        let values = sums.centroids(metric, centroids.vectors(), points.scale());
+        if let Some(index) = values.iter().position(|value| !value.is_finite()) {
+            let cluster = (index / points.dim()) as u32;
+            let point = self.labels.iter().position(|&label| label == cluster).unwrap_or_default();
+            return Err(points.changed(point));
+        }
+        let moved = Centroids::new(values, points.dim(), points.scale(), approximation);
+        let measure = Measure::new(points.dim(), points.scale());
+        let way = |cluster| measure.between(moved.vectors(), cluster, centroids.vectors(), cluster);
+        let shifts = (0..moved.count()).into_par_iter().map(way).collect();
+        self.centroids = moved;
+        Ok(shifts)
     }
 
     /// Of each point to its centroid, from the differences.
-    fn squared_distances(&self, tiles: Range<usize>, progress: &Progress) -> Result<Vec<f32>> {
+    fn squared_distances(&self, tiles: Range<usize>, progress: &Progress) -> Result<Vec<f64>> {
         let Self { points, centroids, labels, .. } = self;
         let end = points.tiles()[tiles.clone()].last().map_or(0, |tile| tile.points.end);
         let mut distances = vec![0.0; end];
+        let measure = Measure::new(points.dim(), points.scale());
         let start = || (vec![0.0; points.dim()], vec![0.0; points.dim()]);
         points.visit(tiles, &mut distances, start, |(row, values), _, tile, distances| {
             for (point, distance) in tile.points.clone().zip(distances) {
-                let values = points.read(tile, point, row, values);
-                *distance = simd::squared_distance(values, centroids.row(labels[point] as usize));
+                let centroid = (centroids.vectors(), labels[point] as usize);
+                *distance = measure.of_point(points, tile, point, centroid, (row, values));
+                if !distance.is_finite() {
+                    return Err(points.changed(point));
+                }
             }
             progress.advance(1)
         })?;
         Ok(distances)
     }
 
-    fn finish(
-        self,
-        metric: Metric,
-        scale: f32,
-        squared_distances: Vec<f32>,
-        mut inertia: Vec<f64>,
-        converged: bool,
-    ) -> Clustering {
-        let weighted = |(point, &distance): (usize, &f32)| self.points.weight(point) * f64::from(distance);
+    fn finish(self, metric: Metric, squared_distances: Vec<f64>, mut inertia: Vec<f64>, converged: bool) -> Clustering {
+        let weighted = |(point, distance): (usize, &f64)| self.points.weight(point) * distance;
         let iterations = inertia.len();
         inertia.push(squared_distances.iter().enumerate().map(weighted).sum());
-        let mut centroids = self.centroids.values;
         let distances = match metric {
             Metric::Euclidean => {
                 // Exact, as the scale is a power of two, unless the result itself leaves the range of float32.
-                let inverse = f64::from(scale).recip();
+                let inverse = f64::from(self.points.scale()).recip();
                 inertia.iter_mut().for_each(|inertia| *inertia *= inverse * inverse);
-                centroids.iter_mut().for_each(|value| *value = (f64::from(*value) * inverse) as f32);
-                squared_distances.iter().map(|distance| (f64::from(*distance).sqrt() * inverse) as f32).collect()
+                squared_distances.iter().map(|distance| (distance.sqrt() * inverse) as f32).collect()
             }
             // ‖x − c‖² = 2 − 2⟨x, c⟩ for unit vectors.
             Metric::Cosine => {
                 inertia.iter_mut().for_each(|inertia| *inertia /= 2.0);
-                squared_distances.iter().map(|distance| distance / 2.0).collect()
+                squared_distances.iter().map(|distance| (distance / 2.0) as f32).collect()
             }
         };
+        let centroids = self.centroids.into_vectors().into_unscaled();
         let labels = self.labels.into_iter().map(u32::cast_signed).collect();
         Clustering { centroids, labels, distances, inertia, iterations, converged }
     }

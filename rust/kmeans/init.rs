@@ -11,6 +11,7 @@ use rayon::prelude::*;
 use super::approximate::Approximation;
 use super::assign::{Nearest, Scratch, Search};
 use super::centroids::Centroids;
+use super::measure::{Measure, Vectors};
 use super::params::Params;
 use crate::error::Result;
 use crate::points::Points;
@@ -44,7 +45,7 @@ fn trials(clusters: usize) -> usize {
     2 + (clusters as f64).ln() as usize
 }
 
-/// Picks the first centroids among the points; row-major.
+/// Picks the first centroids among the points; row-major, and as they are before [`Points::scale`].
 ///
 /// # Errors
 /// If the computation was cancelled.
@@ -81,13 +82,15 @@ fn seed_from<const TERMS: usize>(
     } else {
         oversample(points, approximation, clusters, seed, progress)?
     };
-    greedy(&write(points, &drawn), points.dim(), &weights, clusters, seed, progress)
+    let drawn = Vectors::new(write(points, &drawn), points.dim(), points.scale());
+    let picks = greedy(&drawn, Measure::new(points.dim(), points.scale()), &weights, clusters, seed, progress)?;
+    Ok(picks.into_iter().flat_map(|pick| drawn.unscaled_row(pick)).copied().collect())
 }
 
 /// The nearest drawn point of each point, and the squared distance to it.
 #[derive(Clone, Copy)]
 struct Closest {
-    distance: f32,
+    distance: f64,
     drawn: u32,
 }
 
@@ -100,7 +103,7 @@ fn oversample<const TERMS: usize>(
     seed: u64,
     progress: &Progress,
 ) -> Result<(Vec<usize>, Vec<f64>)> {
-    let mut closest = vec![Closest { distance: f32::MAX, drawn: 0 }; points.count()];
+    let mut closest = vec![Closest { distance: f64::MAX, drawn: 0 }; points.count()];
     let weights: Vec<f64> = (0..points.count()).map(|point| points.weight(point)).collect();
     let mut drawn = vec![race(&weights, &Stream::new(seed, Purpose::Seeding, 0), 0)];
     let mut first = 0;
@@ -113,7 +116,7 @@ fn oversample<const TERMS: usize>(
         first = drawn.len();
         let stream = Stream::new(seed, Purpose::Oversampling, round as u32);
         let expected = clusters as f64;
-        let cost = |point: usize| points.weight(point) * f64::from(closest[point].distance);
+        let cost = |point: usize| points.weight(point) * closest[point].distance;
         let chosen = |point: &usize| stream.uniform(*point as u64) < expected * (cost(*point) / potential);
         drawn.extend((0..points.count()).filter(chosen));
         if drawn.len() == first {
@@ -138,13 +141,12 @@ fn measure<const TERMS: usize>(
     closest: &mut [Closest],
     progress: &Progress,
 ) -> Result<f64> {
-    let dim = points.dim();
-    let centroids = Centroids::new(write(points, &drawn[first..]), dim, approximation);
+    let centroids = Centroids::new(write(points, &drawn[first..]), points.dim(), points.scale(), approximation);
     let search = Search { points, approximation, centroids: &centroids };
     let tiles = 0..points.tiles().len();
     let costs = points.visit(tiles, closest, Scratch::default, |scratch, index, tile, closest| {
         let start = tile.points.start;
-        let limits: Vec<f32> = closest.iter().map(|closest| closest.distance).collect();
+        let limits: Vec<f64> = closest.iter().map(|closest| closest.distance).collect();
         search.tile(
             scratch,
             index,
@@ -157,16 +159,13 @@ fn measure<const TERMS: usize>(
             },
         );
         progress.advance(1)?;
-        let costs = closest
-            .iter()
-            .enumerate()
-            .map(|(point, closest)| points.weight(start + point) * f64::from(closest.distance));
+        let costs = closest.iter().enumerate().map(|(point, closest)| points.weight(start + point) * closest.distance);
         Ok(costs.sum::<f64>())
     })?;
     Ok(costs.into_iter().sum())
 }
 
-/// The drawn points, row-major.
+/// The drawn points before they are scaled, row-major.
 fn write<const TERMS: usize>(points: &Points<TERMS>, drawn: &[usize]) -> Vec<f32> {
     let dim = points.dim();
     let mut values = vec![0.0; drawn.len() * dim];
@@ -177,47 +176,53 @@ fn write<const TERMS: usize>(points: &Points<TERMS>, drawn: &[usize]) -> Vec<f32
     values
 }
 
-/// Greedy k-means++ over the rows of `values`.
+/// Greedy k-means++ over vectors; returns the picks.
 fn greedy(
-    values: &[f32],
-    dim: usize,
+    vectors: &Vectors,
+    measure: Measure,
     weights: &[f64],
     clusters: usize,
     seed: u64,
     progress: &Progress,
-) -> Result<Vec<f32>> {
-    let row = |point: usize| &values[point * dim..(point + 1) * dim];
+) -> Result<Vec<usize>> {
     let trials = trials(clusters);
-    let mut closest = vec![f32::INFINITY; weights.len()];
-    let mut centroids = Vec::with_capacity(clusters * dim);
+    let mut closest = vec![f64::INFINITY; weights.len()];
+    let mut picks = Vec::with_capacity(clusters);
     for cluster in 0..clusters {
         progress.check()?;
         let stream = Stream::new(seed, Purpose::Seeding, cluster as u32 + 1);
         let costs: Vec<f64> = if cluster == 0 {
             weights.to_vec()
         } else {
-            closest.iter().zip(weights).map(|(distance, weight)| f64::from(*distance) * weight).collect()
+            closest.iter().zip(weights).map(|(distance, weight)| distance * weight).collect()
         };
         let trials = 0..if cluster == 0 { 1 } else { trials } as u64;
         // Where every point coincides with a centroid, any will do.
-        let drawn: Vec<usize> = if costs.iter().all(|&cost| cost <= 0.0) {
-            trials.map(|trial| stream.below(trial, weights.len())).collect()
-        } else {
+        let drawn: Vec<usize> = if costs.iter().any(|&cost| cost > 0.0) {
             trials.map(|trial| race(&costs, &stream, trial)).collect()
+        } else {
+            trials.map(|trial| stream.below(trial, weights.len())).collect()
         };
         // min(closest so far, distance to the trial), trial after trial for each point.
         let mut distances = vec![0.0; weights.len() * drawn.len()];
         distances.par_chunks_exact_mut(drawn.len()).with_min_len(64).enumerate().for_each(|(point, distances)| {
             each_squared_distance(
-                row(point),
+                vectors.row(point),
                 drawn.len(),
-                |trial| row(drawn[trial]),
-                |trial, distance| distances[trial] = distance.min(closest[point]),
+                |trial| vectors.row(drawn[trial]),
+                |trial, distance| {
+                    let exact = if measure.vanishes(distance) {
+                        measure.in_float64(vectors.unscaled_row(point), vectors.unscaled_row(drawn[trial]))
+                    } else {
+                        f64::from(distance)
+                    };
+                    distances[trial] = exact.min(closest[point]);
+                },
             );
         });
         let potential = |trial: usize| -> f64 {
             let of_trial = distances.iter().skip(trial).step_by(drawn.len());
-            of_trial.zip(weights).map(|(distance, weight)| f64::from(*distance) * weight).sum()
+            of_trial.zip(weights).map(|(distance, weight)| distance * weight).sum()
         };
         let potentials: Vec<f64> = (0..drawn.len()).map(potential).collect();
         let best =
@@ -225,9 +230,9 @@ fn greedy(
         for (closest, distances) in closest.iter_mut().zip(distances.chunks_exact(drawn.len())) {
             *closest = distances[best];
         }
-        centroids.extend_from_slice(row(drawn[best]));
+        picks.push(drawn[best]);
     }
-    Ok(centroids)
+    Ok(picks)
 }
 
 /// An index, drawn in proportion to `costs`: the first to arrive where each takes an exponential time at the rate of its

@@ -10,6 +10,7 @@ mod centroids;
 mod error_model;
 mod fit;
 mod init;
+mod measure;
 mod params;
 mod update;
 

@@ -3,7 +3,7 @@
 use rayon::prelude::*;
 
 use super::approximate::Approximation;
-use super::centroids::Centroids;
+use super::measure::Vectors;
 use super::params::Metric;
 use crate::points::{Points, Tile};
 use crate::simd;
@@ -39,8 +39,8 @@ impl Changes {
         let mut shares = Vec::with_capacity(2 * TERMS * moves.len());
         for &Move { point, from, to } in &moves {
             let weight = points.weight(point);
-            for (slot, coefficient) in points.slots(point).into_iter().zip(points.coefficients(point)) {
-                let share = weight * f64::from(coefficient);
+            for (slot, coefficient) in points.slots(point).into_iter().zip(points.coefficients_float64(point)) {
+                let share = weight * coefficient;
                 shares.push((to, slot, share));
                 if from != UNASSIGNED {
                     shares.push((from, slot, -share));
@@ -152,7 +152,7 @@ impl Sums {
 
     /// Σ w ‖x − c‖² of all points that are in a cluster, without looking at them: Σ w ‖x‖² − 2 Σⱼ ⟨Sⱼ, cⱼ⟩ + Σⱼ Wⱼ ‖cⱼ‖²,
     /// all measured from the origin.
-    pub fn inertia(&self, centroids: &Centroids, approximation: &Approximation) -> f64 {
+    pub fn inertia(&self, centroids: &Vectors, approximation: &Approximation) -> f64 {
         let origin = approximation.origin_or_zero(self.dim);
         let mut inertia = self.squared_norms.iter().sum::<f64>();
         for (cluster, (sum, weight)) in self.sums.chunks_exact(self.dim).zip(&self.weights).enumerate() {
@@ -193,9 +193,9 @@ impl Sums {
         points: &Points<TERMS>,
         empty: &[u32],
         labels: &[u32],
-        squared_distances: &[f32],
+        squared_distances: &[f64],
     ) -> Vec<Move> {
-        let cost = |point: usize| points.weight(point) * f64::from(squared_distances[point]);
+        let cost = |point: usize| points.weight(point) * squared_distances[point];
         let mut farthest: Vec<usize> = (0..labels.len()).filter(|&point| points.weight(point) > 0.0).collect();
         farthest.sort_by(|&left, &right| cost(right).total_cmp(&cost(left)));
         let mut counts = self.counts.clone();
@@ -211,33 +211,29 @@ impl Sums {
         moves
     }
 
-    /// The centroids, and the squared length of the way that each went from `previous`.
+    /// The centroids, as they are before the points are multiplied by `scale`.
     ///
     /// The mean of a cluster; with [`Metric::Cosine`] its direction. An empty cluster, or a spherical one whose points
     /// cancel out, keeps the centroid that it had.
-    pub fn centroids(&self, metric: Metric, previous: &Centroids) -> (Vec<f32>, Vec<f64>) {
+    pub fn centroids(&self, metric: Metric, previous: &Vectors, scale: f32) -> Vec<f32> {
         let mut values = vec![0.0; self.sums.len()];
-        let shifts = values
-            .par_chunks_exact_mut(self.dim)
-            .enumerate()
-            .map(|(cluster, centroid)| {
-                let sum = &self.sums[cluster * self.dim..(cluster + 1) * self.dim];
-                let divisor = match metric {
-                    _ if self.counts[cluster] == 0 => 0.0,
-                    Metric::Euclidean => self.weights[cluster],
-                    Metric::Cosine => sum.iter().map(|value| value * value).sum::<f64>().sqrt(),
-                };
-                if divisor > 0.0 {
-                    for (value, sum) in centroid.iter_mut().zip(sum) {
-                        *value = (sum / divisor) as f32;
-                    }
-                } else {
-                    centroid.copy_from_slice(previous.row(cluster));
-                }
-                f64::from(simd::squared_distance(centroid, previous.row(cluster)))
-            })
-            .collect();
-        (values, shifts)
+        let inverse = f64::from(scale).recip();
+        values.par_chunks_exact_mut(self.dim).enumerate().for_each(|(cluster, centroid)| {
+            let sum = &self.sums[cluster * self.dim..(cluster + 1) * self.dim];
+            let divisor = match metric {
+                _ if self.counts[cluster] == 0 => 0.0,
+                Metric::Euclidean => self.weights[cluster],
+                Metric::Cosine => sum.iter().map(|value| value * value).sum::<f64>().sqrt(),
+            };
+            if divisor <= 0.0 {
+                centroid.copy_from_slice(previous.unscaled_row(cluster));
+                return;
+            }
+            for (value, sum) in centroid.iter_mut().zip(sum) {
+                *value = (sum / divisor * inverse) as f32;
+            }
+        });
+        values
     }
 
     /// The squared standard error of each centroid, σ²/(n − 1), infinite for clusters of one point.

@@ -33,6 +33,8 @@ pub struct Tile {
 pub struct Points<'a, const TERMS: usize> {
     rows: Rows<'a>,
     coefficients: Vec<[f32; TERMS]>,
+    /// What every point is multiplied by; a power of two.
+    scale: f32,
     /// Where the terms of a point lie among the rows gathered for its tile.
     slots: Vec<[u16; TERMS]>,
     tiles: Vec<Tile>,
@@ -57,6 +59,7 @@ impl<'a> Points<'a, 1> {
         Self {
             rows,
             coefficients: vec![[1.0]; count],
+            scale: 1.0,
             slots: (0..count).map(|point| [(point % TILE_ROWS) as u16]).collect(),
             tiles: (0..count).step_by(TILE_ROWS).map(tile).collect(),
             tile_rows: order,
@@ -91,6 +94,9 @@ impl<'a> Points<'a, 2> {
     /// # Errors
     /// If the two lists differ in length, or a pair refers to a row that is not there, or a coefficient is not finite.
     pub fn from_pairs(rows: Rows<'a>, pairs: &[[i64; 2]], coefficients: &[[f32; 2]]) -> Result<Self> {
+        if rows.dim() == 0 {
+            return Err(Error::shape("rows", "(n, d) with d >= 1", format!("({}, 0)", rows.count())));
+        }
         if pairs.len() != coefficients.len() {
             let expected = format!("({}, 2), as `pairs` has", pairs.len());
             return Err(Error::shape("coefficients", expected, format!("({}, 2)", coefficients.len())));
@@ -138,7 +144,7 @@ impl<'a, const TERMS: usize> Points<'a, TERMS> {
             sort_slots(&mut slots[first_point..], &mut tile_rows[first_row..]);
             tiles.push(Tile { points: first_point..count, rows: first_row..tile_rows.len() });
         }
-        Self { rows, coefficients, slots, tiles, tile_rows, weights: None }
+        Self { rows, coefficients, scale: 1.0, slots, tiles, tile_rows, weights: None }
     }
 
     pub fn count(&self) -> usize {
@@ -153,8 +159,14 @@ impl<'a, const TERMS: usize> Points<'a, TERMS> {
         &self.tiles
     }
 
+    /// What the rows of a point are multiplied by.
     pub fn coefficients(&self, point: usize) -> [f32; TERMS] {
-        self.coefficients[point]
+        self.coefficients[point].map(|coefficient| self.scale * coefficient)
+    }
+
+    /// The same where float32 cannot hold it.
+    pub fn coefficients_float64(&self, point: usize) -> [f64; TERMS] {
+        self.coefficients[point].map(|coefficient| f64::from(self.scale) * f64::from(coefficient))
     }
 
     pub fn slots(&self, point: usize) -> [usize; TERMS] {
@@ -162,10 +174,27 @@ impl<'a, const TERMS: usize> Points<'a, TERMS> {
     }
 
     /// Multiplies each point by its factor.
-    pub fn scale(&mut self, factors: &[f32]) {
+    ///
+    /// # Errors
+    /// If a coefficient leaves the range of float32.
+    pub fn multiply(&mut self, factors: &[f32]) -> Result<()> {
         for (coefficients, factor) in self.coefficients.iter_mut().zip(factors) {
             *coefficients = coefficients.map(|coefficient| coefficient * factor);
         }
+        match self.coefficients.iter().position(|own| own.iter().any(|coefficient| !coefficient.is_finite())) {
+            Some(point) => Err(Error::TooShort { point: self.number(point) }),
+            None => Ok(()),
+        }
+    }
+
+    /// What every point is multiplied by.
+    pub fn scale(&self) -> f32 {
+        self.scale
+    }
+
+    /// Multiplies every point by a power of two, which takes nothing from what it is where float32 still holds it.
+    pub fn set_scale(&mut self, scale: f32) {
+        self.scale = scale;
     }
 
     pub fn weighted(&self) -> bool {
@@ -176,14 +205,15 @@ impl<'a, const TERMS: usize> Points<'a, TERMS> {
     pub fn subset(&self, chosen: &[usize]) -> Self {
         let coefficients = chosen.iter().map(|&point| self.coefficients[point]).collect();
         let mut tile = 0;
-        Self::new(self.rows, coefficients, |index| {
+        let subset = Self::new(self.rows, coefficients, |index| {
             let point = chosen[index];
             while self.tiles[tile].points.end <= point {
                 tile += 1;
             }
             let rows = self.rows_of(&self.tiles[tile]);
             self.slots(point).map(|slot| rows[slot])
-        })
+        });
+        Self { scale: self.scale, ..subset }
     }
 
     pub fn weight(&self, point: usize) -> f64 {
@@ -197,6 +227,12 @@ impl<'a, const TERMS: usize> Points<'a, TERMS> {
     /// The distinct rows that a tile needs, in the order of their slots.
     pub fn rows_of(&self, tile: &Tile) -> &[usize] {
         &self.tile_rows[tile.rows.clone()]
+    }
+
+    /// The rows of any one point.
+    pub fn rows_of_point(&self, point: usize) -> [usize; TERMS] {
+        let rows = self.rows_of(self.tile_of(point));
+        self.slots(point).map(|slot| rows[slot])
     }
 
     /// Writes the distinct rows of a tile one after the other.
@@ -236,19 +272,52 @@ impl<'a, const TERMS: usize> Points<'a, TERMS> {
     /// Writes a point of the tile whose rows were gathered.
     pub fn write(&self, point: usize, gathered: &[f32], out: &mut [f32]) {
         simd::combine(out, self.coefficients[point], self.terms(point, gathered));
+        if self.scale != 1.0 {
+            simd::multiply(out, self.scale);
+        }
     }
 
     /// A point of `tile`: the row itself where it is one in float32, else written to `values`. `scratch` holds a row.
     pub fn read<'v>(&'v self, tile: &Tile, point: usize, scratch: &'v mut [f32], values: &'v mut [f32]) -> &'v [f32] {
+        self.read_times(self.scale, tile, point, scratch, values)
+    }
+
+    /// As [`Points::read`], without [`Points::scale`].
+    pub fn read_unscaled<'v>(
+        &'v self,
+        tile: &Tile,
+        point: usize,
+        scratch: &'v mut [f32],
+        values: &'v mut [f32],
+    ) -> &'v [f32] {
+        self.read_times(1.0, tile, point, scratch, values)
+    }
+
+    /// The sum is made first, and then scaled: so what a point is does not depend on the scale.
+    fn read_times<'v>(
+        &'v self,
+        scale: f32,
+        tile: &Tile,
+        point: usize,
+        scratch: &'v mut [f32],
+        values: &'v mut [f32],
+    ) -> &'v [f32] {
         let rows = self.rows_of(tile);
         let mut terms = self.slots(point).into_iter().map(|slot| rows[slot]).zip(self.coefficients[point]);
         let (row, coefficient) = terms.next().expect("a point has a term");
         if TERMS == 1 && coefficient == 1.0 {
-            return self.rows.row(row, values);
+            if scale == 1.0 {
+                return self.rows.row(row, values);
+            }
+            simd::scale(values, scale, self.rows.row(row, scratch));
+            return values;
         }
         simd::scale(values, coefficient, self.rows.row(row, scratch));
         for (row, coefficient) in terms {
             simd::add_scaled(values, coefficient, self.rows.row(row, scratch));
+        }
+        if scale != 1.0 {
+            simd::multiply(values, scale);
         }
         values
     }
@@ -269,10 +338,10 @@ impl<'a, const TERMS: usize> Points<'a, TERMS> {
         &self.tiles[self.tiles.partition_point(|tile| tile.points.end <= point)]
     }
 
-    /// Writes any one point.
+    /// Writes any one point, without [`Points::scale`].
     pub fn write_alone(&self, point: usize, out: &mut [f32]) {
         let (mut scratch, mut values) = (vec![0.0; self.dim()], vec![0.0; self.dim()]);
-        out.copy_from_slice(self.read(self.tile_of(point), point, &mut scratch, &mut values));
+        out.copy_from_slice(self.read_unscaled(self.tile_of(point), point, &mut scratch, &mut values));
     }
 
     /// Writes any one point in float64; `values` is where it is added up, in float32.
@@ -348,6 +417,14 @@ impl<'a, const TERMS: usize> Points<'a, TERMS> {
             }
         }
         Error::Overflow { point: self.number(point) }
+    }
+
+    /// The error for a point that was looked at before and is another one now: what is wrong with it, if anything is.
+    pub fn changed(&self, point: usize) -> Error {
+        match self.not_finite(point) {
+            Error::Overflow { .. } => Error::Changed { point: self.number(point) },
+            error => error,
+        }
     }
 }
 

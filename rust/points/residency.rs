@@ -18,6 +18,11 @@ impl<const TERMS: usize> Points<'_, TERMS> {
         }
     }
 
+    /// How many rows may be read before those of a mapped file are forgotten.
+    pub fn rows_at_once(&self) -> usize {
+        (WINDOW_BYTES / self.rows.row_bytes()).max(1)
+    }
+
     /// From the least to the greatest row of some tiles.
     fn span(&self, tiles: Range<usize>) -> Range<usize> {
         let rows = self.tiles[tiles].iter().flat_map(|tile| self.rows_of(tile));

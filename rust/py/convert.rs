@@ -1,4 +1,5 @@
-//! NumPy arrays to slices and back. Arrays are borrowed as they are, memory maps included, and never copied.
+//! NumPy arrays to slices and back. Arrays are borrowed as they are, memory maps included; only lists of indices are
+//! copied, so that nothing changes them between their check and their use.
 
 use half::slice::HalfBitsSliceExt;
 use half::{bf16, f16};
@@ -20,26 +21,53 @@ pub type Matrix<'py, T> = Borrowed<'py, T, Ix2>;
 
 impl<'py, T: Element, D: Dimension> Borrowed<'py, T, D> {
     /// # Errors
-    /// `TypeError` for another type than an array of `T`, `ValueError` for another shape or layout.
+    /// `TypeError` for another type than an array of `T`, `ValueError` for another shape, layout or alignment.
     pub fn new(name: &str, array: &Bound<'py, PyAny>) -> PyResult<Self> {
-        let untyped = untyped(name, array, D::NDIM.unwrap_or_default())?;
-        let Ok(typed) = array.cast::<PyArray<T, D>>() else {
-            let expected = T::get_dtype(array.py());
-            return Err(wrong_dtype(name, &expected.to_string(), untyped));
-        };
+        let typed = Self::check(name, array)?;
         let borrowed = typed
             .try_readonly()
             .map_err(|_| PyValueError::new_err(format!("`{name}` is the output of another call that still runs")))?;
+        if borrowed.as_slice().is_err() {
+            return Err(unaligned(name));
+        }
         Ok(Self(borrowed))
     }
 
+    /// The array, if it is one of `T` in the layout that is borrowed.
+    fn check<'a>(name: &str, array: &'a Bound<'py, PyAny>) -> PyResult<&'a Bound<'py, PyArray<T, D>>> {
+        let untyped = untyped(name, array, D::NDIM.unwrap_or_default())?;
+        array.cast::<PyArray<T, D>>().map_err(|_| {
+            let expected = T::get_dtype(array.py());
+            wrong_dtype(name, &expected.to_string(), untyped)
+        })
+    }
+
     pub fn slice(&self) -> &[T] {
-        self.0.as_slice().expect("the layout was checked")
+        self.0.as_slice().expect("the layout and the alignment were checked")
     }
 
     pub fn shape(&self) -> &[usize] {
         self.0.shape()
     }
+}
+
+/// What an array of bool says. It is read as bytes, since NumPy lets one hold any: all but zero are true.
+///
+/// # Errors
+/// As [`Borrowed::new`].
+pub fn bools(name: &str, array: &Bound<'_, PyAny>) -> PyResult<Vec<bool>> {
+    // Never read as such.
+    Borrowed::<bool, Ix1>::check(name, array)?;
+    let bytes = Vector::<u8>::new(name, &array.call_method1("view", ("uint8",))?)?;
+    Ok(bytes.slice().iter().map(|&byte| byte != 0).collect())
+}
+
+/// A copy of a list of indices.
+///
+/// # Errors
+/// As [`Borrowed::new`].
+pub fn indices<T: Element + Copy>(name: &str, array: &Bound<'_, PyAny>) -> PyResult<Vec<T>> {
+    Ok(Vector::<T>::new(name, array)?.slice().to_vec())
 }
 
 impl<T: Element> Matrix<'_, T> {
@@ -140,6 +168,20 @@ impl<'py> RowsArray<'py> {
     }
 }
 
+impl RowsArray<'_> {
+    /// Rows that are points each.
+    ///
+    /// # Errors
+    /// If they have no columns: of such rows there may be more than memory has room for labels.
+    pub fn points(&self) -> Result<Rows<'_>> {
+        let rows = self.rows()?;
+        if rows.dim() == 0 {
+            return Err(Error::shape("rows", "(n, d) with d >= 1", format!("({}, 0)", rows.count())));
+        }
+        Ok(rows)
+    }
+}
+
 /// The three arrays that describe pairs.
 pub struct PairArrays<'py> {
     rows: RowsArray<'py>,
@@ -217,12 +259,23 @@ pub fn output<'py>(
     let borrowed = typed
         .try_readwrite()
         .map_err(|error| PyValueError::new_err(format!("`{name}` cannot be written to: {error}")))?;
+    if borrowed.as_slice().is_err() {
+        return Err(unaligned(name));
+    }
     Ok((typed.clone(), borrowed))
+}
+
+/// A float32 matrix of zeros.
+///
+/// # Errors
+/// `MemoryError` or `ValueError` if there cannot be one of this shape.
+pub fn zeros<'py>(py: Python<'py>, shape: [usize; 2]) -> PyResult<Bound<'py, PyAny>> {
+    py.import("numpy")?.call_method1("zeros", (shape, "float32"))
 }
 
 /// A float32 matrix for Python, from its values in row-major order.
 pub fn matrix(py: Python<'_>, values: Vec<f32>, columns: usize) -> PyResult<Py<PyArray2<f32>>> {
-    let rows = values.len() / columns;
+    let rows = values.len() / columns.max(1);
     Ok(values.into_pyarray(py).reshape([rows, columns])?.unbind())
 }
 
@@ -247,6 +300,13 @@ fn untyped<'a, 'py>(
         )));
     }
     Ok(untyped)
+}
+
+fn unaligned(name: &str) -> PyErr {
+    PyValueError::new_err(format!(
+        "`{name}` must be aligned in memory, each number at an address that is a multiple of its size; copy it with \
+         {name}.copy()"
+    ))
 }
 
 fn wrong_dtype(name: &str, expected: &str, array: &Bound<'_, PyUntypedArray>) -> PyErr {

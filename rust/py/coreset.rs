@@ -4,9 +4,10 @@ use numpy::PyArray1;
 use numpy::prelude::*;
 use pyo3::prelude::*;
 
-use super::convert::{PairArrays, RowsArray, Vector};
+use super::convert::{PairArrays, RowsArray, indices};
 use super::limits::LimitArrays;
 use super::run::run;
+use crate::coreset::CACHE_BYTES;
 use crate::progress::Progress;
 
 /// Picks, per cluster, the pairs whose weighted sum comes closest to the cluster's mean.
@@ -20,7 +21,7 @@ use crate::progress::Progress;
 /// way.
 ///
 /// For a cluster of n pairs and a quota q, of which s have a weight, it takes O(n d + q (n d + s d + s^2)) time, the
-/// product n d in bytes and not in numbers, and n d + 8 q (d + s) bytes.
+/// product n d in bytes and not in numbers, and n d + 8 q (d + s) bytes, of which cache_bytes bounds the first term.
 ///
 /// Args:
 ///     rows: (n, d) C-contiguous float32, float16, uint16 (the bits of bfloat16) or int8, whose scales then are in the
@@ -32,6 +33,8 @@ use crate::progress::Progress;
 ///     eligible: (P,) bool: the pairs that may be picked, which alone make up the means; all if None.
 ///     prompts: (P,) int64: the prompt of each pair, any numbers; needed with max_depth alone.
 ///     max_depth: Pairs of one prompt at most; no limit if None. With it the clusters take turns, in ascending order.
+///     cache_bytes: Bytes of pairs in 8 bits that are kept from step to step; pairs beyond are made anew in each step, which
+///         takes about ten times as long. Does not change any bit of the result.
 ///     threads: Threads to use; all cores if None. Does not change any bit of the result.
 ///     progress: Called with (picked, budget) at most ten times a second, and at the end.
 ///
@@ -43,13 +46,17 @@ use crate::progress::Progress;
 ///     TypeError: If an array has another dtype.
 ///     ValueError: If an array has another shape or layout, a pair refers to a row that is not there or not finite, or a
 ///         cluster is negative.
+///     MemoryError: If cache_bytes cannot be had.
 #[pyfunction]
 #[expect(clippy::too_many_arguments, reason = "keywords in Python")]
 #[expect(clippy::type_complexity, reason = "a tuple for Python")]
 #[pyo3(signature = (
-    rows, pairs, coefficients, clusters, budget, *, eligible = None, prompts = None, max_depth = None, threads = None,
-    progress = None
-))]
+    rows, pairs, coefficients, clusters, budget, *, eligible = None, prompts = None, max_depth = None,
+    cache_bytes = CACHE_BYTES, threads = None, progress = None
+),
+    text_signature = "(rows, pairs, coefficients, clusters, budget, *, eligible=None, prompts=None, max_depth=None, \
+                      cache_bytes=1073741824, threads=None, progress=None)"
+)]
 pub fn coreset<'py>(
     py: Python<'py>,
     rows: &Bound<'_, PyAny>,
@@ -60,18 +67,18 @@ pub fn coreset<'py>(
     eligible: Option<&Bound<'_, PyAny>>,
     prompts: Option<&Bound<'_, PyAny>>,
     max_depth: Option<usize>,
+    cache_bytes: usize,
     threads: Option<usize>,
     progress: Option<Py<PyAny>>,
 ) -> PyResult<(Bound<'py, PyArray1<i64>>, Bound<'py, PyArray1<f64>>)> {
     let arrays = PairArrays::new(RowsArray::of_pairs(rows, None)?, pairs, coefficients)?;
     let pairs = arrays.pairs()?;
-    let clusters = Vector::<i32>::new("clusters", clusters)?;
-    let clusters = clusters.slice();
+    let clusters = indices::<i32>("clusters", clusters)?;
     let limit_arrays = LimitArrays::new(eligible, prompts, max_depth)?;
     let limits = limit_arrays.limits();
     let pick = |progress: &Progress| {
         let points = pairs.points()?;
-        crate::coreset::coreset(&points, clusters, budget, limits, progress)
+        crate::coreset::coreset(&points, &clusters, budget, limits, cache_bytes, progress)
     };
     let coreset = run(py, threads, progress.as_ref(), pick)?;
     let picks: Vec<i64> = coreset.picks.into_iter().map(|pick| pick as i64).collect();

@@ -4,7 +4,7 @@ use numpy::PyArray1;
 use numpy::prelude::*;
 use pyo3::prelude::*;
 
-use super::convert::Vector;
+use super::convert::{Vector, indices};
 use super::run::run;
 use crate::depth::{self, Candidates};
 use crate::error::Error;
@@ -56,16 +56,15 @@ pub fn allocate_depth<'py>(
     threads: Option<usize>,
     progress: Option<Py<PyAny>>,
 ) -> PyResult<Bound<'py, PyArray1<bool>>> {
-    let prompts = Vector::<i64>::new("prompts", prompts)?;
-    let clusters = Vector::<i32>::new("clusters", clusters)?;
+    let prompts = indices::<i64>("prompts", prompts)?;
+    let clusters = indices::<i32>("clusters", clusters)?;
     let usefulness = Vector::<f64>::new("usefulness", usefulness)?;
     let weights = cluster_weights.map(|weights| Vector::<f64>::new("cluster_weights", weights)).transpose()?;
     let weights = weights.as_ref().map(|weights| weights.slice());
     if min_depth > 1 {
         return Err(Error::argument("min_depth", "0 or 1", min_depth).into());
     }
-    let candidates =
-        Candidates { prompts: prompts.slice(), clusters: clusters.slice(), usefulness: usefulness.slice() };
+    let candidates = Candidates { prompts: &prompts, clusters: &clusters, usefulness: usefulness.slice() };
     let allocate =
         |progress: &Progress| depth::allocate_depth(candidates, budget, min_depth == 1, max_depth, weights, progress);
     let kept = run(py, threads, progress.as_ref(), allocate)?;

@@ -2,7 +2,7 @@
 
 use pyo3::PyErr;
 use pyo3::create_exception;
-use pyo3::exceptions::{PyKeyboardInterrupt, PyMemoryError, PyOSError, PyValueError};
+use pyo3::exceptions::{PyKeyboardInterrupt, PyMemoryError, PyOSError, PyRuntimeError, PyValueError};
 
 use crate::error::Error;
 
@@ -29,7 +29,8 @@ impl From<Error> for PyErr {
                 }
                 None => PyOSError::new_err(error.to_string()),
             },
-            Error::Memory { .. } => PyMemoryError::new_err(error.to_string()),
+            Error::Memory { .. } | Error::CopyMemory { .. } => PyMemoryError::new_err(error.to_string()),
+            Error::Fault { .. } => PyRuntimeError::new_err(error.to_string()),
             Error::Cancelled => PyKeyboardInterrupt::new_err(()),
             Error::Shape { .. }
             | Error::Argument { .. }
@@ -38,6 +39,8 @@ impl From<Error> for PyErr {
             | Error::NotFinite { .. }
             | Error::Overflow { .. }
             | Error::ZeroPoint { .. }
+            | Error::TooShort { .. }
+            | Error::Changed { .. }
             | Error::RowOutOfRange { .. }
             | Error::ClusterOutOfRange { .. }
             | Error::NotDefinite

@@ -153,7 +153,7 @@ pub fn kmeans(
     progress: Option<Py<PyAny>>,
 ) -> PyResult<KMeansResult> {
     let rows = RowsArray::with_scales("rows", rows, scales)?;
-    let rows = rows.rows()?;
+    let rows = rows.points()?;
     let weights = sample_weight.map(|weights| Vector::<f32>::new("sample_weight", weights)).transpose()?;
     let params = Params {
         clusters: k,
@@ -203,7 +203,7 @@ pub fn assign(
     progress: Option<Py<PyAny>>,
 ) -> PyResult<Assignment> {
     let rows = RowsArray::with_scales("rows", rows, scales)?;
-    let rows = rows.rows()?;
+    let rows = rows.points()?;
     let centroids = Matrix::<f32>::new("centroids", centroids)?;
     if centroids.shape()[0] == 0 || centroids.shape()[1] != rows.dim() {
         let found = format!("{:?}", centroids.shape());

@@ -3,24 +3,24 @@
 use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
 
-use super::convert::Vector;
+use super::convert::{bools, indices};
 use crate::prompts::Limits;
 
-pub struct LimitArrays<'py> {
-    eligible: Option<Vector<'py, bool>>,
-    depth: Option<(Vector<'py, i64>, usize)>,
+pub struct LimitArrays {
+    eligible: Option<Vec<bool>>,
+    depth: Option<(Vec<i64>, usize)>,
 }
 
-impl<'py> LimitArrays<'py> {
+impl LimitArrays {
     /// # Errors
     /// As for any vector, and `TypeError` for a depth without prompts.
     pub fn new(
-        eligible: Option<&Bound<'py, PyAny>>,
-        prompts: Option<&Bound<'py, PyAny>>,
+        eligible: Option<&Bound<'_, PyAny>>,
+        prompts: Option<&Bound<'_, PyAny>>,
         max_depth: Option<usize>,
     ) -> PyResult<Self> {
-        let eligible = eligible.map(|eligible| Vector::new("eligible", eligible)).transpose()?;
-        let prompts = prompts.map(|prompts| Vector::new("prompts", prompts)).transpose()?;
+        let eligible = eligible.map(|eligible| bools("eligible", eligible)).transpose()?;
+        let prompts = prompts.map(|prompts| indices("prompts", prompts)).transpose()?;
         let depth = match (prompts, max_depth) {
             (Some(prompts), Some(max_depth)) => Some((prompts, max_depth)),
             (None, Some(_)) => {
@@ -33,8 +33,8 @@ impl<'py> LimitArrays<'py> {
 
     pub fn limits(&self) -> Limits<'_> {
         Limits {
-            eligible: self.eligible.as_ref().map(|eligible| eligible.slice()),
-            depth: self.depth.as_ref().map(|(prompts, max_depth)| (prompts.slice(), *max_depth)),
+            eligible: self.eligible.as_deref(),
+            depth: self.depth.as_ref().map(|(prompts, max_depth)| (prompts.as_slice(), *max_depth)),
         }
     }
 }

@@ -1,7 +1,8 @@
 //! How every long function runs: detached from the interpreter, on a thread pool, with Ctrl-C and progress.
 
-use std::collections::HashMap;
+use std::any::Any;
 use std::num::NonZero;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -19,8 +20,17 @@ const POLL: Duration = Duration::from_millis(50);
 /// Time between two calls of the progress callback at least.
 const REPORT: Duration = Duration::from_millis(100);
 
-/// Pools by process and number of threads.
-type Pools = HashMap<(u32, usize), Arc<ThreadPool>>;
+/// Threads of one call at most.
+const MAX_THREADS: usize = 1024;
+
+/// Pools that are kept for the next call, the last used last.
+const KEPT_POOLS: usize = 4;
+
+struct Kept {
+    /// The process and the number of threads.
+    key: (u32, usize),
+    pool: Arc<ThreadPool>,
+}
 
 /// Runs `work` on `threads` threads (all cores if none are given) while the calling thread answers signals and calls
 /// `callback(done, total)`.
@@ -44,15 +54,16 @@ pub fn run<T: Send>(
             let (sender, receiver) = channel();
             let progress = &progress;
             scope.spawn(move |_| {
+                // A panic would leave as an exception that `except Exception` does not catch.
+                let result = catch_unwind(AssertUnwindSafe(|| work(progress)));
                 // The receiver outlives the scope's work, so a failure to send cannot happen.
-                let _ = sender.send(work(progress));
+                let _ = sender.send(result.unwrap_or_else(|panic| Err(Error::Fault { message: message(&*panic) })));
             });
             let mut reported = Instant::now();
             loop {
                 match receiver.recv_timeout(POLL) {
                     Ok(result) => return result.map_err(PyErr::from),
-                    // The work panicked; leaving the scope resumes the panic here.
-                    Err(RecvTimeoutError::Disconnected) => return Err(Error::Cancelled.into()),
+                    Err(RecvTimeoutError::Disconnected) => unreachable!("the work always sends a result"),
                     Err(RecvTimeoutError::Timeout) => {
                         let due = reported.elapsed() >= REPORT;
                         let answer = Python::attach(|py| {
@@ -76,19 +87,31 @@ pub fn run<T: Send>(
     Ok(result)
 }
 
-/// The pool of `threads` threads, made when first needed. A forked child has none of its parent's threads, so pools
-/// belong to a process.
+/// What a panic says.
+fn message(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<String>().map(String::as_str).or(panic.downcast_ref::<&str>().copied());
+    text.unwrap_or("no message").to_owned()
+}
+
+/// The pool of `threads` threads, made when it is not among the last few. A forked child has none of its parent's
+/// threads, so pools belong to a process.
 fn pool(threads: Option<usize>) -> PyResult<Arc<ThreadPool>> {
-    static POOLS: Mutex<Option<Pools>> = Mutex::new(None);
+    static POOLS: Mutex<Vec<Kept>> = Mutex::new(Vec::new());
     let threads = match threads {
-        Some(0) => return Err(Error::argument("threads", "at least 1, or None for all cores", 0).into()),
-        Some(threads) => threads,
+        Some(threads @ 1..=MAX_THREADS) => threads,
+        Some(threads) => {
+            let requirement = format!("at least 1 and at most {MAX_THREADS}, or None for all cores");
+            return Err(Error::argument("threads", requirement, threads).into());
+        }
         None => std::thread::available_parallelism().map_or(1, NonZero::get),
     };
+    let key = (std::process::id(), threads);
     let mut pools = POOLS.lock().unwrap_or_else(PoisonError::into_inner);
-    let pools = pools.get_or_insert_default();
-    if let Some(pool) = pools.get(&(std::process::id(), threads)) {
-        return Ok(Arc::clone(pool));
+    if let Some(place) = pools.iter().position(|kept| kept.key == key) {
+        let kept = pools.remove(place);
+        let pool = Arc::clone(&kept.pool);
+        pools.push(kept);
+        return Ok(pool);
     }
     let pool = ThreadPoolBuilder::new()
         .num_threads(threads)
@@ -96,6 +119,12 @@ fn pool(threads: Option<usize>) -> PyResult<Arc<ThreadPool>> {
         .build()
         .map_err(|error| PyRuntimeError::new_err(format!("cannot start {threads} threads: {error}")))?;
     let pool = Arc::new(pool);
-    pools.insert((std::process::id(), threads), Arc::clone(&pool));
+    // Those of a parent have no threads here to end, and would be waited for in vain.
+    pools.extract_if(.., |kept| kept.key.0 != key.0).for_each(std::mem::forget);
+    if pools.len() == KEPT_POOLS {
+        // Its threads end once the last call that runs on it has.
+        pools.remove(0);
+    }
+    pools.push(Kept { key, pool: Arc::clone(&pool) });
     Ok(pool)
 }

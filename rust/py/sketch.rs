@@ -4,7 +4,7 @@ use numpy::PyArray2;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
-use super::convert::{RowsArray, output};
+use super::convert::{RowsArray, output, zeros};
 use super::run::run;
 use crate::sketch::{self, Kind};
 
@@ -102,7 +102,7 @@ impl Sketcher {
         let shape = [gradients.count(), self.dim()];
         let out = match out {
             Some(out) => out.clone(),
-            None => PyArray2::<f32>::zeros(py, shape, false).into_any(),
+            None => zeros(py, shape)?,
         };
         let (array, mut out) = output("out", &out, shape)?;
         let sums = out.as_slice_mut()?;

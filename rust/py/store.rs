@@ -8,7 +8,7 @@ use numpy::{PyArray1, PyUntypedArray};
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 
-use super::convert::{Matrix, Vector};
+use super::convert::{Matrix, Vector, bools};
 use super::run::run;
 use crate::error::{Error, Result};
 use crate::store::format::{Manifest, RECORD_BYTES};
@@ -158,10 +158,9 @@ impl StoreWriter {
         wanted: &Bound<'_, PyAny>,
         progress: Option<Py<PyAny>>,
     ) -> PyResult<()> {
-        let wanted = Vector::<bool>::new("wanted", wanted)?;
-        let wanted = wanted.slice();
+        let wanted = bools("wanted", wanted)?;
         run(py, Some(1), progress.as_ref(), |progress| {
-            self.with(|writer| writer.copy_from(&reader.0, wanted, progress))
+            self.with(|writer| writer.copy_from(&reader.0, &wanted, progress))
         })
     }
 
@@ -319,10 +318,9 @@ impl StoreReader {
         threads: Option<usize>,
         progress: Option<Py<PyAny>>,
     ) -> PyResult<Bound<'py, PyArray1<i64>>> {
-        let wanted = wanted.map(|wanted| Vector::<bool>::new("wanted", wanted)).transpose()?;
-        let wanted = wanted.as_ref().map(Vector::slice);
-        let damaged = run(py, threads, progress.as_ref(), |progress| self.0.verify(wanted, progress))?;
-        Ok(indices(py, damaged))
+        let wanted = wanted.map(|wanted| bools("wanted", wanted)).transpose()?;
+        let damaged = run(py, threads, progress.as_ref(), |progress| self.0.verify(wanted.as_deref(), progress))?;
+        Ok(row_numbers(py, damaged))
     }
 
     /// Checks that rows are as they were written; see verify.
@@ -344,9 +342,8 @@ impl StoreReader {
         threads: Option<usize>,
         progress: Option<Py<PyAny>>,
     ) -> PyResult<()> {
-        let wanted = Vector::<bool>::new("wanted", wanted)?;
-        let wanted = wanted.slice();
-        run(py, threads, progress.as_ref(), |progress| self.0.check(wanted, progress))
+        let wanted = bools("wanted", wanted)?;
+        run(py, threads, progress.as_ref(), |progress| self.0.check(&wanted, progress))
     }
 }
 
@@ -387,13 +384,13 @@ pub fn repair_store(
     let done = run(py, threads, progress.as_ref(), |progress| store::repair(&path, progress))?;
     Ok(StoreRepair {
         mended: done.mended,
-        set_aside: indices(py, done.set_aside).unbind(),
+        set_aside: row_numbers(py, done.set_aside).unbind(),
         lost: done.lost,
         cut_bytes: done.cut,
         count: done.count,
     })
 }
 
-fn indices(py: Python<'_>, rows: Vec<u64>) -> Bound<'_, PyArray1<i64>> {
+fn row_numbers(py: Python<'_>, rows: Vec<u64>) -> Bound<'_, PyArray1<i64>> {
     rows.into_iter().map(|row| row as i64).collect::<Vec<_>>().into_pyarray(py)
 }

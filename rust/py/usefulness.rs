@@ -4,7 +4,7 @@ use numpy::PyArray1;
 use numpy::prelude::*;
 use pyo3::prelude::*;
 
-use super::convert::{Matrix, PairArrays, RowsArray, Vector};
+use super::convert::{Matrix, PairArrays, RowsArray, Vector, indices};
 use super::run::run;
 use crate::error::Error;
 use crate::progress::Progress;
@@ -17,6 +17,8 @@ use crate::usefulness;
 ///         coefficients; memory maps are fine.
 ///     pairs: (P, 2) int64: the two rows of each pair.
 ///     coefficients: (P, 2) float32: a and b of each pair.
+///     finite: Whether every length has to be finite; if not, that of a pair with a row that is not finite is NaN or
+///         infinite.
 ///     threads: Threads to use; all cores if None. Does not change any bit of the result.
 ///     progress: Called with (done, total) at most ten times a second, and at the end.
 ///
@@ -25,20 +27,29 @@ use crate::usefulness;
 ///
 /// Raises:
 ///     TypeError: If an array has another dtype.
-///     ValueError: If an array has another shape or layout, or a pair refers to a row that is not there or not finite.
+///     ValueError: If an array has another shape or layout, or a pair refers to a row that is not there or, where that
+///         matters, not finite.
 #[pyfunction]
-#[pyo3(signature = (rows, pairs, coefficients, *, threads = None, progress = None))]
+#[pyo3(signature = (rows, pairs, coefficients, *, finite = true, threads = None, progress = None))]
 pub fn pair_norms<'py>(
     py: Python<'py>,
     rows: &Bound<'_, PyAny>,
     pairs: &Bound<'_, PyAny>,
     coefficients: &Bound<'_, PyAny>,
+    finite: bool,
     threads: Option<usize>,
     progress: Option<Py<PyAny>>,
 ) -> PyResult<Bound<'py, PyArray1<f32>>> {
     let arrays = PairArrays::new(RowsArray::of_pairs(rows, None)?, pairs, coefficients)?;
     let pairs = arrays.pairs()?;
-    let norms = |progress: &Progress| usefulness::pair_norms(&pairs.points()?, progress);
+    let norms = |progress: &Progress| {
+        let points = pairs.points()?;
+        let norms = usefulness::pair_norms(&points, progress)?;
+        match norms.iter().position(|norm| finite && !norm.is_finite()) {
+            Some(pair) => Err(points.not_finite(pair)),
+            None => Ok(norms),
+        }
+    };
     Ok(run(py, threads, progress.as_ref(), norms)?.into_pyarray(py))
 }
 
@@ -96,13 +107,12 @@ pub fn score_pairs(
         return Err(Error::shape("centroids", format!("(k, {})", pairs.rows.dim()), found).into());
     }
     let centroids = centroids.slice();
-    let labels = Vector::<i32>::new("labels", labels)?;
-    let labels = labels.slice();
+    let labels = indices::<i32>("labels", labels)?;
     let direction = direction.map(|direction| Vector::<f32>::new("direction", direction)).transpose()?;
     let direction = direction.as_ref().map(|direction| direction.slice());
     let score = |progress: &Progress| {
         let points = pairs.points()?;
-        usefulness::score_pairs(&points, centroids, labels, direction, progress)
+        usefulness::score_pairs(&points, centroids, &labels, direction, progress)
     };
     let scores = run(py, threads, progress.as_ref(), score)?;
     Ok(PairScores {

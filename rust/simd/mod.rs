@@ -14,9 +14,9 @@ mod vector;
 pub use element::Element;
 pub use signs::spread_signs;
 pub use vector::{
-    add_scaled, add_scaled_float64, add_scaled_to_float64, at_most, combine, dot, largest_magnitude, lower_bounds,
-    prefetch, round_to_bytes, scale, scale_sums, squared_distance, squared_norm_float64, squared_rest, subtract,
-    subtract_bytes, to_float64,
+    add_scaled, add_scaled_float64, add_scaled_to_float64, combine, dot, largest_magnitude, lower_bounds, multiply,
+    not_above, prefetch, round_to_bytes, scale, scale_sums, squared_distance, squared_distance_float64,
+    squared_norm_float64, squared_rest, subtract, subtract_bytes, to_float64,
 };
 
 use std::sync::atomic::{AtomicU8, Ordering};

@@ -3,6 +3,8 @@
 //! Plain Rust over arrays of a fixed number of lanes. The order of the additions is written down by the lanes and nothing
 //! fuses a multiplication with an addition.
 
+use std::cmp::Ordering;
+
 use super::dispatch;
 use super::register::fold_lanes;
 
@@ -80,6 +82,13 @@ dispatch! {
         for (out, value) in out.iter_mut().zip(values) {
             *out = scale * value;
         }
+    }
+}
+
+dispatch! {
+    /// `values *= factor`.
+    pub fn multiply(values: &mut [f32], factor: f32) {
+        values.iter_mut().for_each(|value| *value *= factor);
     }
 }
 
@@ -166,9 +175,31 @@ dispatch! {
 }
 
 dispatch! {
+    /// The squared Euclidean distance of two vectors of one length in float64, in which no square of float32 numbers
+    /// overflows or vanishes.
+    pub fn squared_distance_float64(left: &[f32], right: &[f32]) -> f64 {
+        const WIDTH: usize = 16;
+        let (left, left_rest) = left.as_chunks::<WIDTH>();
+        let (right, right_rest) = right.as_chunks::<WIDTH>();
+        let mut lanes = [0.0f64; WIDTH];
+        for (left, right) in left.iter().zip(right) {
+            for lane in 0..WIDTH {
+                let difference = f64::from(left[lane]) - f64::from(right[lane]);
+                lanes[lane] += difference * difference;
+            }
+        }
+        for (lane, (left, right)) in left_rest.iter().zip(right_rest).enumerate() {
+            let difference = f64::from(*left) - f64::from(*right);
+            lanes[lane] += difference * difference;
+        }
+        lanes.iter().sum()
+    }
+}
+
+dispatch! {
     /// With `value(j) = offsets[j] - sum of coefficients[t] * terms[t][j]`, which is known up to
     /// `margin(j) = sum of factors[i] * margins[i][j]`: writes the lowest that each can be to `lower` and returns
-    /// the highest that the lowest of all can be.
+    /// the highest that the lowest of all can be. What is not a number bounds nothing.
     pub fn lower_bounds<const TERMS: usize>(
         offsets: &[f32],
         coefficients: [f32; TERMS],
@@ -203,16 +234,18 @@ dispatch! {
 }
 
 dispatch! {
-    /// Appends the indices of the values that are at most `limit`.
-    pub fn at_most(values: &[f32], limit: f32, found: &mut Vec<u32>) {
+    /// Appends the indices, below `count`, of the values that are not above `limit`: of those that are not a number, too.
+    pub fn not_above(values: &[f32], limit: f32, count: usize, found: &mut Vec<u32>) {
         const WIDTH: usize = 16;
         for (index, chunk) in values.as_chunks::<WIDTH>().0.iter().enumerate() {
-            let mut any = false;
+            let mut above = true;
             for lane in 0..WIDTH {
-                any |= chunk[lane] <= limit;
+                above &= chunk[lane] > limit;
             }
-            if any {
-                found.extend((0..WIDTH).filter(|&lane| chunk[lane] <= limit).map(|lane| (index * WIDTH + lane) as u32));
+            if !above {
+                let lanes = 0..WIDTH.min(count.saturating_sub(index * WIDTH));
+                let possible = |lane: &usize| !matches!(chunk[*lane].partial_cmp(&limit), Some(Ordering::Greater));
+                found.extend(lanes.filter(possible).map(|lane| (index * WIDTH + lane) as u32));
             }
         }
     }

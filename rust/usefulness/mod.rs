@@ -9,7 +9,7 @@ use crate::points::Points;
 use crate::progress::Progress;
 use crate::simd;
 use crate::simd::dots::dots;
-use products::{Centroids, Products, Target};
+use products::{Centroids, Products, TRUSTED_SQUARES, Target};
 
 /// Blocks of tiles: fixed, so that sums fold alike on any number of threads.
 const BLOCKS: usize = 64;
@@ -19,8 +19,10 @@ const BLOCKS: usize = 64;
 /// ‖a h_w + b h_l‖² = a²‖h_w‖² + 2ab⟨h_w, h_l⟩ + b²‖h_l‖², so a row is read once for all its pairs. Where the sum
 /// cancels, the pair is formed and measured instead.
 ///
+/// Those of rows that are not finite, or too long for float32, are not finite either.
+///
 /// # Errors
-/// If a row is not finite or the computation was cancelled.
+/// If the computation was cancelled.
 pub fn pair_norms(points: &Points<2>, progress: &Progress) -> Result<Vec<f32>> {
     progress.start(points.tiles().len());
     let start = || (Vec::new(), Products::new(0), vec![0.0; points.dim()]);
@@ -32,17 +34,14 @@ pub fn pair_norms(points: &Points<2>, progress: &Progress) -> Result<Vec<f32>> {
                 expanded.square.sqrt() as f32
             } else {
                 points.write(pair, gathered, values);
-                simd::dot(values, values).sqrt()
+                length(values)
             });
         }
     })?;
     let mut norms = vec![0.0; points.count()];
     let parts = split(&mut norms, blocks.iter().map(|(part, ..)| part.len()));
     parts.into_par_iter().zip(&blocks).for_each(|(norms, (part, ..))| norms.copy_from_slice(part));
-    match norms.par_iter().position_first(|norm| !norm.is_finite()) {
-        Some(pair) => Err(points.not_finite(pair)),
-        None => Ok(norms),
-    }
+    Ok(norms)
 }
 
 /// Cuts a slice into consecutive parts of the given lengths.
@@ -103,10 +102,8 @@ pub fn score_pairs(
                 }
                 None => {
                     points.write(pair, gathered, values);
-                    let centroid = centroids.row(cluster);
-                    let [product, alignment] = dots(values, [centroid, &direction]);
-                    let centrality = f64::from(product) * centroids.inverse_norms[cluster];
-                    [centrality as f32, simd::squared_distance(values, centroid).sqrt(), alignment]
+                    let [product, distance, alignment] = measure(values, centroids.row(cluster), &direction);
+                    [(product * centroids.inverse_norms[cluster]) as f32, distance as f32, alignment as f32]
                 }
             });
         }
@@ -131,6 +128,29 @@ pub fn score_pairs(
         Some(pair) => Err(points.not_finite(pair)),
         None => Ok(scores),
     }
+}
+
+/// The length of a vector: in float64 where float32 cannot hold its square.
+fn length(values: &[f32]) -> f32 {
+    let square = simd::dot(values, values);
+    if TRUSTED_SQUARES.contains(&square) { square.sqrt() } else { simd::squared_norm_float64(values).sqrt() as f32 }
+}
+
+/// ⟨z, c⟩, ‖z − c‖ and ⟨z, u⟩: in float64 where float32 cannot hold the squares.
+fn measure(pair: &[f32], centroid: &[f32], direction: &[f32]) -> [f64; 3] {
+    let square = simd::squared_distance(pair, centroid);
+    let regular = |values: &[f32]| TRUSTED_SQUARES.contains(&simd::dot(values, values));
+    if TRUSTED_SQUARES.contains(&square) && regular(pair) && regular(centroid) {
+        let [product, alignment] = dots(pair, [centroid, direction]);
+        return [product, square.sqrt(), alignment].map(f64::from);
+    }
+    let [pair_doubles, centroid_doubles, direction] = [pair, centroid, direction].map(|values| {
+        let mut doubles = vec![0.0; values.len()];
+        simd::to_float64(values, &mut doubles);
+        doubles
+    });
+    let [product, alignment] = dots(&pair_doubles, [&centroid_doubles, &direction]);
+    [product, simd::squared_distance_float64(pair, centroid).sqrt(), alignment]
 }
 
 fn check(points: &Points<2>, centroids: &[f32], labels: &[i32], direction: Option<&[f32]>) -> Result<()> {

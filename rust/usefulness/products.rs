@@ -12,7 +12,7 @@ use crate::simd::dots::dots;
 const TRUSTED_SHARE: f64 = 1.0 / 16.0;
 
 /// Squared norms whose products neither overflow nor lose digits to subnormal numbers.
-const TRUSTED_SQUARES: RangeInclusive<f32> = 7.9e-31..=1.2e30;
+pub const TRUSTED_SQUARES: RangeInclusive<f32> = 7.9e-31..=1.2e30;
 
 /// Vectors that a row is multiplied with at once: a load of the row serves four products. With two a product took 1.1
 /// times as long, with eight 1.2 times.
@@ -35,8 +35,12 @@ pub struct Centroids<'a> {
 impl<'a> Centroids<'a> {
     pub fn new(values: &'a [f32], dim: usize) -> Self {
         let squares: Vec<f32> = values.chunks_exact(dim).map(|centroid| simd::dot(centroid, centroid)).collect();
-        let inverse = |&square: &f32| if square > 0.0 { f64::from(square).sqrt().recip() } else { 0.0 };
-        let inverse_norms = squares.iter().map(inverse).collect();
+        let inverse = |(centroid, &square): (&[f32], &f32)| {
+            let exact = TRUSTED_SQUARES.contains(&square);
+            let square = if exact { f64::from(square) } else { simd::squared_norm_float64(centroid) };
+            if square > 0.0 { square.sqrt().recip() } else { 0.0 }
+        };
+        let inverse_norms = values.chunks_exact(dim).zip(&squares).map(inverse).collect();
         Self { values, dim, squares, inverse_norms }
     }
 

@@ -1,6 +1,6 @@
 //! The pursuit against its definition, step by step, in float64.
 
-use bpo::coreset::{Coreset, coreset};
+use bpo::coreset::{CACHE_BYTES, Coreset, coreset};
 use bpo::matrix::{Rows, Values};
 use bpo::points::Points;
 use bpo::progress::Progress;
@@ -46,7 +46,7 @@ impl Problem {
                 vector.into_iter().map(f64::from).collect()
             })
             .collect();
-        (coreset(&points, &self.clusters, budget, limits, &Progress::default()).unwrap(), vectors)
+        (coreset(&points, &self.clusters, budget, limits, CACHE_BYTES, &Progress::default()).unwrap(), vectors)
     }
 }
 
@@ -109,6 +109,13 @@ proptest! {
             depth: max_depth.map(|depth| (prompts.as_slice(), depth)),
         };
         let (chosen, _) = problem.choose(budget, limits);
+        // Pairs without a copy, some of them or all, are found by their rows, with the same result.
+        let view = Rows::new(Values::F32(&problem.rows), 30, problem.dim).unwrap();
+        let points = Points::from_pairs(view, &problem.pairs, &problem.coefficients).unwrap();
+        for cache_bytes in [0, problem.dim * count / 3] {
+            let same = coreset(&points, &problem.clusters, budget, limits, cache_bytes, &Progress::default()).unwrap();
+            prop_assert_eq!((&same.picks, &same.weights), (&chosen.picks, &chosen.weights));
+        }
         let usable = |pair: usize| !masked || eligible[pair];
         let available: usize = (0..13)
             .map(|prompt| (0..count).filter(|&pair| prompts[pair] == prompt && usable(pair)).count())

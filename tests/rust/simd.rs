@@ -18,12 +18,13 @@ fn all_kernels(size: usize, seed: u64, first: usize) -> Vec<u64> {
     let signs: Vec<u32> = (0..(first + size).div_ceil(32) as u32).map(|i| philox([i, 0, 0, 0], [0, 0])[0]).collect();
     let mut bits =
         vec![u64::from(simd::largest_magnitude(&left).to_bits()), simd::squared_norm_float64(&left).to_bits()];
+    bits.push(simd::squared_distance_float64(&left, &right).to_bits());
     let mut lower = vec![0.0; size];
     let terms: [&[f32]; 2] = [&left, &right];
     let highest =
         simd::lower_bounds(&offsets, [0.3, -0.7], terms, [&left, &right, &offsets], [0.2, 0.1, 0.05], &mut lower);
     let mut found = Vec::new();
-    simd::at_most(&lower, highest, &mut found);
+    simd::not_above(&lower, highest, size, &mut found);
     bits.push(u64::from(highest.to_bits()));
     bits.extend(found.into_iter().map(u64::from));
     let mut bytes = vec![0; size];
@@ -124,9 +125,16 @@ proptest! {
         let expected = (0..size).map(|index| value(index) + margin(index)).fold(f32::INFINITY, f32::min);
         prop_assert!((highest - expected).abs() < 1e-6);
         let mut found = Vec::new();
-        simd::at_most(&lower, highest, &mut found);
+        simd::not_above(&lower, highest, size, &mut found);
         let expected: Vec<u32> = (0..size as u32).filter(|&index| lower[index as usize] <= highest).collect();
         prop_assert_eq!(found, expected);
+        // What is not a number is not ruled out, and what lies behind the count is not found.
+        let mut lower = vec![f32::INFINITY; size];
+        lower[size / 2] = f32::NAN;
+        lower[size - 1] = f32::NAN;
+        let mut found = Vec::new();
+        simd::not_above(&lower, highest, size - 1, &mut found);
+        prop_assert_eq!(found, [size as u32 / 2]);
     }
 
     #[test]

@@ -48,13 +48,21 @@ class PairClusters:
 # of 160,000 and 320,000 responses with 560,000 and 1,120,000 pairs, and over clusterings of up to 1,000,000 responses
 # mapped from 2 GB, with 125,000 to 3,500,000 pairs.
 _FIXED_BYTES = 160 << 20  # rows of the map that are in hand, and slack
-_BYTES_A_THREAD = 252 * 12  # rows that a thread works on, times the numbers of a sketch
 _BYTES_A_ROW = 250
 _BYTES_A_PAIR = 500
-_BYTES_A_CENTROID = 40  # times the numbers of a sketch
+# Beside these, stages that follow one another take so many for each number of a sketch.
+_BYTES_A_THREAD = 252 * 12  # clustering: rows that a thread works on
+_BYTES_A_CENTROID = 40
+_BYTES_A_PROMPT = 8  # whether prompts agree: the sum of each of 1,000 prompts
+# The core's default of what it keeps from pass to pass.
+_CACHE_BYTES = 1 << 30
+# Candidates of a round of the D-optimal design, and copies of their vectors.
+_CANDIDATES, _COPIES = 1024, 4
 
 
-def memory_needed(n_rows: int, n_pairs: int, dim: int, config: SelectConfig) -> int:
+def memory_needed(
+    n_rows: int, n_pairs: int, dim: int, config: SelectConfig, *, strategy: str = "bpo", budget: int | None = None
+) -> int:
     """Returns the bytes that choosing among pairs takes, beside the data and whatever is kept from pass to pass.
 
     Args:
@@ -62,24 +70,49 @@ def memory_needed(n_rows: int, n_pairs: int, dim: int, config: SelectConfig) -> 
         n_pairs: Their pairs.
         dim: Numbers of a sketch.
         config: Uses ``n_clusters`` and ``threads``.
+        strategy: What chooses; that of a strategy of the user's own is not known.
+        budget: Pairs to choose; all if None.
     """
     threads = config.threads or os.cpu_count() or 1
-    per_number = _BYTES_A_CENTROID * _n_clusters(n_pairs, config) + _BYTES_A_THREAD * threads
-    return _FIXED_BYTES + _BYTES_A_ROW * n_rows + _BYTES_A_PAIR * n_pairs + per_number * dim
+    n_clusters = _n_clusters(n_pairs, config)
+    clustering = (_BYTES_A_CENTROID * n_clusters + _BYTES_A_THREAD * threads) * dim
+    agreement = _BYTES_A_PROMPT * min(n_pairs, 1000) * dim
+    choice = 0
+    if strategy == "coreset":
+        # float64 vectors of the pairs with weight, and their products; about twice as many as a sketch has numbers span
+        # all that a cluster's mean can be made of.
+        of_cluster = min(2 * dim, n_pairs if budget is None else budget)
+        vectors = min(of_cluster * min(threads, n_clusters), n_pairs if budget is None else budget)
+        choice = 8 * vectors * (dim + of_cluster)
+    elif strategy == "d_optimal":
+        choice = 16 * dim**2 + 8 * _COPIES * _CANDIDATES * (dim + _CANDIDATES)
+    return _FIXED_BYTES + _BYTES_A_ROW * n_rows + _BYTES_A_PAIR * n_pairs + max(clustering, agreement, choice)
 
 
-def check_memory(n_rows: int, n_pairs: int, dim: int, config: SelectConfig) -> None:
+def cache_bytes(
+    n_rows: int, n_pairs: int, dim: int, config: SelectConfig, *, strategy: str = "bpo", budget: int | None = None
+) -> int:
+    """Returns the bytes that may be kept from pass to pass: what :func:`memory_needed` leaves of ``max_memory``."""
+    if config.memory_limit is None:
+        return _CACHE_BYTES
+    return max(0, config.memory_limit - memory_needed(n_rows, n_pairs, dim, config, strategy=strategy, budget=budget))
+
+
+def check_memory(
+    n_rows: int, n_pairs: int, dim: int, config: SelectConfig, *, strategy: str = "bpo", budget: int | None = None
+) -> None:
     """Checks that ``SelectConfig.max_memory`` suffices.
 
     Raises:
         ValueError: It does not; the message says what would.
     """
-    needed = memory_needed(n_rows, n_pairs, dim, config)
+    needed = memory_needed(n_rows, n_pairs, dim, config, strategy=strategy, budget=budget)
     if config.memory_limit is not None and needed > config.memory_limit:
         raise ValueError(
             f"SelectConfig.max_memory is {config.memory_limit / 2**20:,.0f} MiB, and choosing among {n_pairs} pairs of "
-            f"{n_rows} responses takes {needed / 2**20:,.0f} MiB. Allow more, or keep fewer prompts (breadth), pairs "
-            "(max_pairs_per_prompt), clusters (n_clusters) or numbers of a sketch (sketch_dim)."
+            f"{n_rows} responses takes {math.ceil(needed / 2**20):,} MiB with strategy={strategy!r}. Allow as much, or "
+            "keep fewer prompts (breadth), pairs (max_pairs_per_prompt), clusters (n_clusters) or numbers of a sketch "
+            "(sketch_dim)."
         )
 
 
@@ -99,8 +132,8 @@ def cluster_pairs(
     Args:
         rows: (R, d), the sketch h of each response, possibly memory-mapped, as in :class:`PairGradients`.
         pairs: (P, 2) int64, rows of the preferred and of the other response.
-        coefficients: (P, 2) float32, a and b of each pair (:func:`bpo.pair_coefficients`); a pair whose are not finite
-            is not usable.
+        coefficients: (P, 2) float32, a and b of each pair (:func:`bpo.pair_coefficients`); a pair whose are not finite,
+            or one of whose rows is not, is not usable.
         config: Uses ``n_clusters``, ``metric``, ``max_iter``, ``max_memory`` and ``threads``.
         seed: Of the k-means++ seeding.
         progress: Called with (done, total) now and then.
@@ -127,10 +160,6 @@ def cluster_pairs(
         raise ValueError("The gradient of every pair is zero or not finite, so there is nothing to cluster.")
     unit = np.ascontiguousarray(coefficients[index] / norms[index, None], dtype=np.float32)
     used = np.ascontiguousarray(pairs[index], dtype=np.int64)
-    cache: dict[str, Any] = {}  # the core's default
-    if config.memory_limit is not None:
-        needed = memory_needed(len(rows), len(pairs), rows.shape[1], config)
-        cache["cache_bytes"] = max(0, config.memory_limit - needed)
     result = _core.pair_kmeans(
         rows,
         used,
@@ -139,9 +168,9 @@ def cluster_pairs(
         metric=config.metric,
         max_iter=config.max_iter,
         seed=seed,
+        cache_bytes=cache_bytes(len(rows), len(pairs), rows.shape[1], config),
         threads=config.threads,
         progress=progress,
-        **cache,
     )
     scores = _core.score_pairs(
         rows, used, unit, result.centroids, result.labels, threads=config.threads, progress=progress

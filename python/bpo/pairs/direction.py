@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _TESTED_PROMPTS = 1000
 _SIGN_DRAWS = 1000
+_ROWS_AT_ONCE = 256
 
 
 def influence(
@@ -59,9 +60,7 @@ def influence(
         members = np.flatnonzero((subtask_of_pair == subtask) & known)
         if len(members) == 0:
             raise ValueError(f"No pair of subtask {subtask} of the target has a usable gradient.")
-        weights, places = wanted.coefficients[members].astype(np.float64) / len(members), wanted.pairs[members]
-        first, second = (weights[:, side] @ widened(wanted.rows[places[:, side]]) for side in (0, 1))
-        mean = first + second
+        mean = _sum(wanted.take(members)) / len(members)
         scores = _core.score_pairs(
             features.rows,
             features.pairs[index],
@@ -74,6 +73,17 @@ def influence(
         # The core takes the direction at unit length.
         best[index] = np.fmax(best[index], scores.alignment * np.float32(np.linalg.norm(mean)))
     return best
+
+
+def _sum(gradients: PairGradients) -> npt.NDArray[np.float64]:
+    """Returns the sum of the gradients of pairs, (d,); rows are widened once each, some at a time."""
+    rows, place = np.unique(gradients.pairs, return_inverse=True)
+    weights = np.bincount(place.ravel(), gradients.coefficients.astype(np.float64).ravel())
+    total = np.zeros(gradients.rows.shape[1])
+    for start in range(0, len(rows), _ROWS_AT_ONCE):
+        part = slice(start, start + _ROWS_AT_ONCE)
+        total += weights[part] @ widened(gradients.rows[rows[part]])
+    return total
 
 
 def prompts_agree(
@@ -100,13 +110,9 @@ def prompts_agree(
         prompts = np.sort(generator.choice(prompts, _TESTED_PROMPTS, replace=False))
     index = np.flatnonzero(usable & np.isin(prompt_of_pair, prompts))
     place = np.searchsorted(prompts, prompt_of_pair[index])
-    rows, pairs = features.rows, features.pairs[index]
-    sums = np.zeros((len(prompts), rows.shape[1]))
+    sums = np.zeros((len(prompts), features.rows.shape[1]))
     for prompt in range(len(prompts)):
-        members = np.flatnonzero(place == prompt)
-        weights = features.coefficients[index[members]].astype(np.float64)
-        for side in (0, 1):
-            sums[prompt] += weights[:, side] @ widened(rows[pairs[members, side]])
+        sums[prompt] = _sum(features.take(index[place == prompt]))
     gram = sums @ sums.T
     signs = generator.choice(np.array([-1.0, 1.0]), (_SIGN_DRAWS - 1, len(prompts)))
     drawn = np.einsum("sp,sp->s", signs @ gram, signs)

@@ -42,10 +42,12 @@ class PairGradients(NamedTuple):
 def pair_norms(
     gradients: PairGradients, threads: int | None, progress: Progress | None = None
 ) -> npt.NDArray[np.float32]:
-    """Returns ‖z‖ of each pair, (P,) float32; NaN where its coefficients are not finite."""
+    """Returns ‖z‖ of each pair, (P,) float32; NaN or infinite where its coefficients or its rows are not finite."""
     finite = np.isfinite(gradients.coefficients.sum(axis=1))
     coefficients = np.where(finite[:, None], gradients.coefficients, 0).astype(np.float32)
-    norms = _core.pair_norms(gradients.rows, gradients.pairs, coefficients, threads=threads, progress=progress)
+    norms = _core.pair_norms(
+        gradients.rows, gradients.pairs, coefficients, finite=False, threads=threads, progress=progress
+    )
     norms[~finite] = np.nan
     return norms
 

@@ -118,7 +118,7 @@ def _select(
 
     # Measure: one sketched gradient a response, and two scalars a pair.
     candidates = kept.inputs.candidates
-    measured, wanted = measure(kept.inputs, pool.goal, source, request)
+    measured, wanted = measure(kept.inputs, pool.goal, source, request, kept.n_pairs)
 
     # Cluster: gradients of pairs at unit length, and what they are worth.
     scored = score(candidates.prompt_of_pair, candidates.score_gaps, kept.inputs.pair_lengths, measured, request)

@@ -285,17 +285,18 @@ def source_of(
     return FromPolicy(policy, request, preconditioner, reference)
 
 
-def measure(kept: Inputs, goal: Goal | None, source: Source, request: Request) -> Measured:
+def measure(kept: Inputs, goal: Goal | None, source: Source, request: Request, budget: int) -> Measured:
     """Measures candidates, and the target where there is one: step 5 of the method.
 
     Raises:
-        MemoryError: What follows takes more than ``SelectConfig.max_memory``.
+        ValueError: What follows takes more than ``SelectConfig.max_memory``.
     """
     if "gradients" not in request.needs:
         return None, None
     dim = request.config.sketch_dim * len(request.config.checkpoints or [None])
-    check_memory(len(kept.candidates.responses), len(kept.candidates.pairs), dim, request.clustering)
     parts = [kept] if goal is None else [kept, goal.inputs]
+    n_rows, n_pairs = (sum(len(getattr(part.candidates, name)) for part in parts) for name in ("responses", "pairs"))
+    check_memory(n_rows, n_pairs, dim, request.clustering, strategy=request.strategy, budget=budget)
     found = source.measure(parts, request.progress)
     return found[0], found[1] if len(found) > 1 else None
 

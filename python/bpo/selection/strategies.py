@@ -10,6 +10,7 @@ import numpy as np
 
 from bpo import _core
 from bpo.data.pairing import ranks_in_prompts
+from bpo.pairs.clustering import cache_bytes
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -215,6 +216,9 @@ def coreset(candidacy: Candidacy) -> Choice:
         candidacy.budget,
         prompts=candidacy.prompt_of_pair[index],
         max_depth=candidacy.config.max_depth,
+        cache_bytes=cache_bytes(
+            len(rows), len(pairs), rows.shape[1], candidacy.config, strategy="coreset", budget=candidacy.budget
+        ),
         threads=candidacy.config.threads,
     )
     return _picked(candidacy, index[picks], weights)

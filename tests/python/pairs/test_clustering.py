@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 
@@ -115,6 +116,74 @@ def test_memory_beyond_a_limit_is_refused_before_the_model_runs(tokenizer, monke
         ValueError, match=r"max_memory is 100 MiB, and choosing among 24 pairs of 16 responses takes 1\d\d"
     ):
         bpo.select(model, rows, budget=8, processing_class=tokenizer, config=config, progress=False)
+
+
+@pytest.mark.parametrize("strategy", ["bpo", "coreset", "d_optimal"])
+def test_the_least_memory_that_is_named_suffices(strategy, tokenizer):
+    """The message counts what the strategy takes: one of d² numbers takes more than the others."""
+    model, rows = tiny_llama(tokenizer), scored_rows(4, 4)
+
+    def choose(max_memory):
+        config = {"sketch_dim": 2048, "threads": 1, "max_memory": max_memory}
+        keywords = {"budget": 8, "strategy": strategy, "processing_class": tokenizer, "progress": False}
+        return bpo.select(model, rows, config=config, **keywords).pairs["fate"].to_pylist()
+
+    with pytest.raises(ValueError, match=f"with strategy='{strategy}'") as refused:
+        choose("100MiB")
+    least = int(re.search(r"takes (\d+) MiB", str(refused.value)).group(1))
+    assert least > 300 if strategy == "d_optimal" else least < 250
+    with pytest.raises(ValueError, match=rf"takes {least} MiB"):
+        choose(f"{least - 1}MiB")
+    assert choose(f"{least}MiB") == choose(None)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts resident memory as Linux does")
+def test_a_coreset_keeps_no_more_copies_than_it_may():
+    """40,000 pairs of 4096 numbers, 160 MB in 8 bits, within 16 MB, with the same result."""
+    code = """
+import numpy as np
+from bpo import _core
+
+def resident():
+    return 1024 * int(open("/proc/self/status").read().partition("RssAnon:")[2].split()[0])
+
+generator = np.random.default_rng(0)
+rows = generator.standard_normal((900, 4096), dtype=np.float32)
+pairs = np.stack(np.divmod(np.arange(40_000) * 7 % 810_000, 900), axis=1)
+coefficients = np.tile(np.float32([0.01, -0.01]), (len(pairs), 1))
+clusters = np.zeros(len(pairs), dtype=np.int32)
+picks = {}
+for cache_bytes in (1 << 20, 1 << 30):
+    before, most = resident(), []
+    picks[cache_bytes] = _core.coreset(
+        rows, pairs, coefficients, clusters, 3, cache_bytes=cache_bytes, threads=1,
+        progress=lambda done, total: most.append(resident()),
+    )
+    print(max(most) - before)
+assert all(np.array_equal(*both) for both in zip(*picks.values()))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    within, without = map(int, done.stdout.split())
+    assert within < 16e6, within
+    assert without > 100e6, without  # the test would see copies
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_pair_with_a_row_that_is_not_finite_is_not_usable(value):
+    generator = np.random.default_rng(0)
+    rows = generator.standard_normal((40, 64)).astype(np.float32)
+    pairs = np.stack([np.arange(39), np.arange(1, 40)], axis=1)
+    coefficients = np.tile(np.float32([-1, 1]), (39, 1))
+    config = SelectConfig(n_clusters=3)
+    unharmed = np.array([pair for pair in range(39) if pair not in (6, 7, 20)])
+    alone = cluster_pairs(rows, pairs[unharmed], coefficients[unharmed], config=config)
+    rows[7, 5] = value
+    coefficients[20] = value
+    found = cluster_pairs(rows, pairs, coefficients, config=config)
+    assert np.flatnonzero(~found.usable).tolist() == [6, 7, 20]
+    assert (found.labels[[6, 7, 20]] == -1).all() and np.isnan(found.centrality[[6, 7, 20]]).all()
+    np.testing.assert_array_equal(found.labels[unharmed], alone.labels)
+    np.testing.assert_array_equal(found.alignment[unharmed], alone.alignment)
 
 
 @pytest.mark.parametrize(
