@@ -90,9 +90,9 @@ def sum_gradients(forward: Forward, plan: Plan, rows: npt.NDArray[np.int64], con
     """
     batch = _Batch(forward, rows, consume)
 
-    def require_gradient(_: nn.Module, __: Any, output: torch.Tensor) -> None:
-        if not output.requires_grad:
-            output.requires_grad_(True)
+    def require_gradient(_: nn.Module, __: Any, output: torch.Tensor) -> torch.Tensor:
+        # A copy, since a leaf must not be changed in place, as some models scale it.
+        return output if output.requires_grad else output.requires_grad_(True).clone()
 
     # The graph starts at the embedded tokens: with all parameters frozen nothing else would need one.
     handles = [forward.model.get_input_embeddings().register_forward_hook(require_gradient)]
