@@ -15,7 +15,8 @@ from torch import nn
 
 from bpo.gradients.capture import Plan, Replay, floating_tensors, map_tensors
 from bpo.gradients.layers import UnsupportedModelError
-from bpo.policy.causal import sees_ahead
+from bpo.gradients.sketching import FINGERPRINT, fingerprint
+from bpo.policy.autograd import differentiate, sees_ahead
 from bpo.policy.logprobs import predicting_positions
 from bpo.policy.models import base_of
 from bpo.system.warn import warn
@@ -42,9 +43,8 @@ _COARSE_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.bfloat16: 0
 # What autograd itself says otherwise in a batch than of its responses alone may show so many times over.
 _NOISE = 8.0
 
-# Numbers in the fingerprint of a gradient, and signs that are drawn once and used over and over.
-_BUCKETS = 64
-_SIGNS = 1 << 16
+# Of what whole gradients are known to: nothing less is missed.
+_EPSILON = torch.finfo(torch.float32).eps
 
 
 def find_plan(features: Features, forward: Forward) -> Plan:
@@ -112,14 +112,22 @@ def _gradient_plan(
     model = forward.model
     calls = _probe(forward, rows)
     plan = _first_plan(features, model, calls)
+    _leave_what_fails(plan, features, forward, rows)
     errors = _self_check(features, forward, plan, rows, truth)
     # A module around may use the parameters of a layer without calling it; else only the whole model will do.
     if errors:
         _to_modules(plan, features.slots, errors, model, calls)
+        _leave_what_fails(plan, features, forward, rows)
         errors = _self_check(features, forward, plan, rows, truth)
     if errors and errors.keys() <= truth.batch.keys():
-        _to_whole_model(plan, features.slots, errors)
+        _only_whole(plan, features.slots, {features.slots[name].offset for name in errors})
         errors = _self_check(features, forward, plan, rows, truth)
+    if plan.whole:
+        warn(
+            f"The gradients of {len(plan.whole)} parameters, such as {next(iter(plan.whole))}, take a forward and a "
+            "backward of the whole model for each response. Leave them out with SelectConfig.parameters if that is too "
+            "slow."
+        )
     return plan, errors
 
 
@@ -257,13 +265,18 @@ def _leave_to_autograd(plan: Plan, replay: Replay | None, slots: dict[str, Slot]
 def _replay_around(
     name: str, model: PreTrainedModel, calls: dict[str, _Call], replays: dict[str, Replay]
 ) -> Replay | None:
-    """The nearest module around a name, itself included, that can be run again for one sample."""
+    """The nearest module around a name, itself included, that can be run again for one sample.
+
+    One that embeds the tokens is no part of the model but most of it.
+    """
+    embeddings = model.get_input_embeddings()
     while name:
+        module = model.get_submodule(name)
+        if module is not embeddings and any(part is embeddings for part in module.modules()):
+            return None
         call = calls.get(name)
         if call is not None and call.separable:
-            return replays.setdefault(
-                name, Replay(name, model.get_submodule(name), call.rules, call.output, call.output_rule)
-            )
+            return replays.setdefault(name, Replay(name, module, call.rules, call.output, call.output_rule))
         name = _parent_of(name)
     return None
 
@@ -292,13 +305,24 @@ def _to_modules(
     _only_whole(plan, slots, {slot.offset for slot in plan.whole.values()})
 
 
-def _to_whole_model(plan: Plan, slots: dict[str, Slot], wrong: Collection[str]) -> None:
-    """Takes parameters by autograd from the whole model, in place of all else."""
-    _only_whole(plan, slots, {slots[name].offset for name in wrong})
-    warn(
-        f"The gradients of {len(wrong)} parameters, such as {next(iter(wrong))}, take a forward and a backward of "
-        "the whole model for each response. Leave them out with SelectConfig.parameters if that is too slow."
-    )
+def _leave_what_fails(plan: Plan, features: Features, forward: Forward, rows: npt.NDArray[np.int64]) -> None:
+    """Leaves to the whole model what modules have that cannot be run again, such as those that keep a state."""
+    if not _fails(plan, features, forward, rows):
+        return
+    for name, replay in list(plan.replays.items()):
+        if _fails(Plan(replays={name: replay}), features, forward, rows):
+            slots = [*replay.parameters.values(), *(s for layer in replay.layers for s in _slots_of(layer).values())]
+            _only_whole(plan, features.slots, {slot.offset for slot in slots})
+
+
+def _fails(plan: Plan, features: Features, forward: Forward, rows: npt.NDArray[np.int64]) -> bool:
+    try:
+        features.catch(forward, plan, rows, lambda *_: None)
+    except (UnsupportedModelError, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception:
+        return True
+    return False
 
 
 def _only_whole(plan: Plan, slots: dict[str, Slot], offsets: set[int]) -> None:
@@ -336,12 +360,14 @@ class _Truth:
         alone: Those of each response, likewise.
         logps: log π of each response alone.
         noise: By parameter, how far the batch is from the sum of its responses, the largest of all alike: rounding.
+        apart: The same of all together, relative to the batch.
     """
 
     batch: dict[str, torch.Tensor]
     alone: list[dict[str, torch.Tensor]]
     logps: list[float]
     noise: dict[str, float]
+    apart: float
 
     @classmethod
     def of(cls, slots: dict[str, Slot], forward: Forward, rows: npt.NDArray[np.int64]) -> _Truth:
@@ -354,11 +380,12 @@ class _Truth:
             found, logp = _by_autograd(forward, known, rows[index : index + 1])
             alone.append(found)
             logps.append(logp)
+        apart = {name: gradient - sum(found[name] for found in alone) for name, gradient in batch.items()}
         largest: dict[str, float] = {}
-        for name, gradient in batch.items():
-            far = float((gradient - sum(found[name] for found in alone)).norm())
-            largest[kind_of(name)] = max(far, largest.get(kind_of(name), 0.0))
-        return cls(batch, alone, logps, {name: largest[kind_of(name)] for name in batch})
+        for name, difference in apart.items():
+            largest[kind_of(name)] = max(float(difference.norm()), largest.get(kind_of(name), 0.0))
+        noise = {name: largest[kind_of(name)] for name in batch}
+        return cls(batch, alone, logps, noise, _norm(apart) / max(_norm(batch), _EPSILON))
 
 
 def _differentiable(parameter: torch.Tensor | None) -> bool:
@@ -368,33 +395,13 @@ def _differentiable(parameter: torch.Tensor | None) -> bool:
 def _by_autograd(
     forward: Forward, slots: dict[str, Slot], rows: npt.NDArray[np.int64]
 ) -> tuple[dict[str, torch.Tensor], float]:
-    """Fingerprints of the gradients of some parameters over a batch, one gradient in memory at a time; and log π."""
-    found = {name: torch.zeros(_BUCKETS) for name in slots}
-    parameters = {name: forward.model.get_parameter(name) for name in slots}
-    before = {name: parameter.grad for name, parameter in parameters.items()}
+    """Fingerprints of what is kept of the gradients of a batch; and its log π."""
+    found = {name: torch.zeros(FINGERPRINT) for name in slots}
 
-    def keep(name: str, parameter: torch.Tensor) -> None:
-        assert parameter.grad is not None
-        found[name] = _fingerprint(slots[name].keep(parameter.grad))[0]
-        parameter.grad = None
+    def keep(name: str, gradient: torch.Tensor) -> None:
+        found[name] = fingerprint(slots[name].keep(gradient))[0]
 
-    handles = []
-    try:
-        for name, parameter in parameters.items():
-            parameter.grad = None
-            parameter.requires_grad_(True)
-            handles.append(parameter.register_post_accumulate_grad_hook(functools.partial(keep, name)))
-        with torch.enable_grad():
-            logp = forward.logps(rows).logps.sum()
-            if logp.requires_grad:
-                logp.backward()  # type: ignore[no-untyped-call]
-    finally:
-        for handle in handles:
-            handle.remove()
-        for name, parameter in parameters.items():
-            parameter.requires_grad_(False)
-            parameter.grad = before[name]
-    return found, float(logp.detach())
+    return found, differentiate(forward, list(slots), rows, keep)
 
 
 def _self_check(
@@ -415,66 +422,57 @@ def _self_check(
         if not error <= tolerance * norm + floor:
             errors[name] = max(error / norm if norm > 0 else float("inf"), errors.get(name, 0.0))
 
+    _check_independent(truth, logps, coarse)
+    usable = True
     for index, wanted in enumerate(alone):
-        _check_logps(float(logps[index]), truth.logps[index], coarse)
-        whole = sum(float(gradient.square().sum()) for gradient in wanted.values()) ** 0.5
+        whole = _norm(wanted)
         if not (np.isfinite(whole) and whole > 0):
-            return {}  # NaN and zero gradients are flagged in the store and named later
+            usable = False  # NaN and zero gradients are flagged in the store and named later
+            continue
         for name, gradient in wanted.items():
             floor = _NOISE * truth.noise[name] if name in truth.noise else coarse * whole
-            check(name, caught[name][index], gradient, floor + torch.finfo(torch.float32).eps * whole)
+            check(name, caught[name][index], gradient, floor + _EPSILON * whole)
     # In one batch the arithmetic is the same up to the layer, so its gradient is, too: no noise hides what it lacks.
     same = {slot.offset for layer in plan.layers for slot in _slots_of(layer).values()}
     same -= {slot.offset for replay in plan.replays.values() for slot in replay.parameters.values()}
-    for name, gradient in truth.batch.items():
+    for name, gradient in truth.batch.items() if usable else ():
         found = caught[name].sum(dim=0)
-        if features.slots[name].offset in same or not found.any():
-            check(name, found, gradient, torch.finfo(torch.float32).eps * whole)
+        if features.slots[name].offset in same or not caught[name].any():
+            check(name, found, gradient, _EPSILON * _norm(truth.batch))
     return errors
 
 
-def _check_logps(together: float, alone: float, tolerance: float) -> None:
-    if not abs(together - alone) <= tolerance * abs(alone) and np.isfinite(alone):
-        raise UnsupportedModelError(
-            f"log π of a response is {together:.6g} in a batch of two, but {alone:.6g} alone: in this model responses "
-            "of one batch act on one another, so no gradient of a single response exists."
-        )
+def _check_independent(truth: _Truth, logps: npt.NDArray[np.float32], tolerance: float) -> None:
+    """Checks that responses are in a batch what they are alone: log π, and their gradients by autograd."""
+    for together, alone in zip(logps.tolist(), truth.logps, strict=True):
+        if np.isfinite(alone) and not abs(together - alone) <= tolerance * abs(alone):
+            what = f"log π of a response is {together:.6g} in a batch of two, but {alone:.6g} alone"
+            break
+    else:
+        if not truth.apart > tolerance:
+            return
+        what = f"gradients in a batch of two differ by {truth.apart:.1e} of themselves from those alone"
+    raise UnsupportedModelError(
+        f"{what}: in this model responses of one batch act on one another, or padding acts on them, so no gradient of "
+        "a single response exists."
+    )
+
+
+def _norm(gradients: dict[str, torch.Tensor]) -> float:
+    return sum(float(gradient.square().sum()) for gradient in gradients.values()) ** 0.5
 
 
 def _caught(
     features: Features, forward: Forward, plan: Plan, rows: npt.NDArray[np.int64]
 ) -> tuple[dict[str, torch.Tensor], npt.NDArray[np.float32]]:
     """Fingerprints of what the plan catches, (n, buckets) for each parameter, and the log-probabilities."""
-    by_offset = {slot.offset: torch.zeros(len(rows), _BUCKETS) for slot in features.slots.values()}
+    by_offset = {slot.offset: torch.zeros(len(rows), FINGERPRINT) for slot in features.slots.values()}
 
     def keep(offset: int, gradients: torch.Tensor, samples: slice) -> None:
-        by_offset[offset][samples] += _fingerprint(gradients)
+        by_offset[offset][samples] += fingerprint(gradients)
 
     logps = features.catch(forward, plan, rows, keep).logps
     return {name: by_offset[slot.offset] for name, slot in features.slots.items()}, logps.cpu().numpy()
-
-
-def _fingerprint(gradients: torch.Tensor) -> torch.Tensor:
-    """Takes (n, size) gradients; returns (n, buckets), on the CPU: linear, and as long as they are but for some 10 %.
-
-    Each number has a random sign and one of the buckets, in which it is added up (a count sketch, whose signs are the
-    product of two, so that few are drawn).
-    """
-    n, size = gradients.shape
-    within, across = _signs(-(-size // _SIGNS))
-    total = torch.zeros(n, _BUCKETS, device=gradients.device)
-    for block, part in enumerate(gradients.split(_SIGNS, dim=1)):
-        signed = part.float() * within[: part.shape[1]].to(part.device)
-        signed = nn.functional.pad(signed, (0, -part.shape[1] % _BUCKETS))
-        total += signed.view(n, -1, _BUCKETS).sum(dim=1) * across[block].to(part.device)
-    return total.cpu()
-
-
-@functools.lru_cache(maxsize=4)
-def _signs(blocks: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random ±1 for the numbers of a block, and for the buckets of each block."""
-    draw = functools.partial(torch.randint, 0, 2, generator=torch.Generator().manual_seed(0), dtype=torch.int8)
-    return 2.0 * draw((_SIGNS,)) - 1, 2.0 * draw((blocks, _BUCKETS)) - 1
 
 
 # Names of parameters and modules.

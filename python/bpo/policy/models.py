@@ -123,7 +123,8 @@ def inference_state(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         for name, module in model.named_modules():
-            module.training = training[name]
+            # Some swap modules on the way.
+            module.training = training.get(name, module.training)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(trainable[name])
 

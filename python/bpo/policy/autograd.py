@@ -1,18 +1,63 @@
-"""Whether the tokens of a model see those after them."""
+"""What autograd itself says of a policy: gradients of its parameters, and whether its tokens see those after them."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
+
     from bpo.policy.logprobs import Forward
 
 # Share of the largest gradient at a token that may come back at later ones: none does, but for rounding.
 _LEAK = 1e-4
+
+
+def differentiate(
+    forward: Forward, names: Sequence[str], rows: npt.NDArray[np.int64], consume: Callable[[str, torch.Tensor], None]
+) -> float:
+    """Differentiates Σ log π over a batch by some parameters, with one gradient in memory at a time.
+
+    Args:
+        forward: A frozen model, and the responses.
+        names: The parameters.
+        rows: (n,) which of the responses form the batch.
+        consume: Receives name and gradient of each parameter that has a part in it.
+
+    Returns:
+        Σ log π.
+    """
+    parameters = {name: forward.model.get_parameter(name) for name in names}
+    before = {name: parameter.grad for name, parameter in parameters.items()}
+
+    def hand_over(name: str, parameter: torch.Tensor) -> None:
+        assert parameter.grad is not None
+        consume(name, parameter.grad)
+        parameter.grad = None
+
+    handles = []
+    try:
+        for name, parameter in parameters.items():
+            parameter.grad = None
+            parameter.requires_grad_(True)
+            handles.append(parameter.register_post_accumulate_grad_hook(functools.partial(hand_over, name)))
+        with torch.enable_grad():
+            logp = forward.logps(rows).logps.sum()
+            if logp.requires_grad:
+                logp.backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(False)
+            parameter.grad = before[name]
+    return float(logp.detach())
 
 
 def sees_ahead(forward: Forward, row: np.int64) -> bool:
@@ -39,8 +84,8 @@ def sees_ahead(forward: Forward, row: np.int64) -> bool:
     norms = torch.zeros(length)
 
     def add(gradient: torch.Tensor) -> None:
-        if gradient.shape[:-1] == (1, length):
-            norms.add_(gradient[0].float().norm(dim=-1).cpu())
+        if gradient.shape[:-1].numel() == length:
+            norms.add_(gradient.reshape(length, -1).float().norm(dim=-1).cpu())
 
     def start_here(_: torch.nn.Module, __: Any, output: torch.Tensor) -> torch.Tensor:
         leaf = output.detach().requires_grad_(True)
