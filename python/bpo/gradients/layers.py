@@ -12,10 +12,6 @@ Consumer = Callable[[int, torch.Tensor, slice], None]
 """Receives the coordinate at which a parameter starts, (n, size) gradients, and the part of the batch they are of."""
 
 
-class UnsupportedModelError(ValueError):
-    """The per-sample gradients of this model cannot be had exactly; the message names the modules or parameters."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Slot:
     """Where the gradient of one parameter lies among the coordinates.

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from bpo.gradients.capture import Plan, Replay, floating_tensors, map_tensors
-from bpo.gradients.layers import UnsupportedModelError
+from bpo.policy.checks import UnsupportedModelError
 from bpo.policy.logprobs import predicting_positions
 from bpo.system.warn import warn
 
