@@ -22,7 +22,7 @@ class Slot:
         left: (k, out) or None. A projection of the outputs, on the device of the parameter.
         right: (r, in), (experts, r, in) or None. A projection of the inputs, likewise: what is kept of the gradient G
             of a weight (out, in) is left · G · rightᵀ.
-        transposed: Whether the parameter is a weight stored as (in, out), as in GPT-2's Conv1D.
+        transposed: Whether the parameter is a weight stored as (in, out), as in GPT-2's Conv1D, or (experts, in, out).
     """
 
     offset: int
@@ -45,7 +45,7 @@ class Slot:
         """Returns what is kept of a whole gradient, (1, size) float32."""
         kept = gradient.float()
         if self.projected and self.transposed:
-            kept = kept.T
+            kept = kept.mT
         if self.left is not None:
             kept = self.left @ kept
         if self.right is not None:
