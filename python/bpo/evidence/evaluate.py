@@ -16,7 +16,8 @@ from bpo.data.tokens import tokenize_candidates
 from bpo.evidence.length_controlled import length_controlled_accuracy
 from bpo.evidence.statistics import clustered_standard_error
 from bpo.policy.logprobs import response_logps
-from bpo.policy.models import inference_state, load_policy, window
+from bpo.policy.models import load_policy, window
+from bpo.policy.state import inference_state
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

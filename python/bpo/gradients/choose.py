@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from bpo.gradients.layers import UnsupportedModelError
 from bpo.gradients.parameters import FreshAdapter, Parameters, matches
 from bpo.gradients.response_embeddings import ResponseEmbeddings
+from bpo.policy.checks import UnsupportedModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -22,8 +22,9 @@ from bpo.gradients.plan import find_plan
 from bpo.gradients.preconditioner import load_preconditioner, preconditioner_path
 from bpo.gradients.sketching import Sketching
 from bpo.policy.logprobs import Forward, check_vocabulary
-from bpo.policy.models import inference_state, load_policy, model_fingerprint, window
+from bpo.policy.models import load_policy, model_fingerprint, window
 from bpo.policy.reference import Reference
+from bpo.policy.state import inference_state
 from bpo.store.gradient_store import FIRST_UNPREDICTED, NONFINITE, ZERO
 from bpo.store.writer import GradientWriter
 from bpo.system.memory import HeapTrimmer, within_memory

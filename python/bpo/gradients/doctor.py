@@ -22,8 +22,9 @@ from bpo.gradients.choose import choose_features
 from bpo.gradients.plan import find_plan, kind_of
 from bpo.gradients.sketching import Sketching
 from bpo.policy.logprobs import Forward, check_vocabulary
-from bpo.policy.models import inference_state, load_policy, window
+from bpo.policy.models import load_policy, window
 from bpo.policy.reference import Reference
+from bpo.policy.state import inference_state
 from bpo.store.gradient_store import EMBEDDED, RECORD, row_bytes
 
 if TYPE_CHECKING:

@@ -12,7 +12,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from bpo.gradients.features import Features
-from bpo.gradients.layers import Embedding, Linear, UnsupportedModelError
+from bpo.gradients.layers import Embedding, Linear
+from bpo.policy.checks import UnsupportedModelError
 from bpo.system.warn import warn
 
 if TYPE_CHECKING:

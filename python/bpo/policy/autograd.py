@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from bpo.policy.checks import UnsupportedModelError, base_of
+
 if TYPE_CHECKING:
     import numpy.typing as npt
 
@@ -47,10 +49,11 @@ def differentiate(
             parameter.grad = None
             parameter.requires_grad_(True)
             handles.append(parameter.register_post_accumulate_grad_hook(functools.partial(hand_over, name)))
-        with torch.enable_grad():
+        with torch.set_grad_enabled(bool(parameters)):
             logp = forward.logps(rows).logps.sum()
             if logp.requires_grad:
-                logp.backward()
+                # Only so far: a tensor of the user's own that requires a gradient gets none.
+                torch.autograd.backward(logp, inputs=list(parameters.values()))
     finally:
         for handle in handles:
             handle.remove()
@@ -60,28 +63,29 @@ def differentiate(
     return float(logp.detach())
 
 
-def sees_ahead(forward: Forward, row: np.int64) -> bool:
-    """Whether log π of the first half of a response depends on tokens after it, or on its own last one.
+def check_causal(forward: Forward, row: np.int64) -> None:
+    """Checks that log π of the first half of a response depends neither on tokens after it nor on its own last one.
 
-    Found by its gradient at the embedded tokens. In a causal model the last token of the half has a part as what is
-    predicted, but its embedding has none.
+    Seen by its gradient at the embedded tokens. In a causal model the last token of the half has a part as what is
+    predicted, but its embedding has none. Of a model that embeds its tokens in another way nothing is said.
 
     Args:
         forward: A frozen model, and the responses.
         row: The response.
 
-    Returns:
-        False also where the model embeds its tokens in another way than by its input embeddings.
+    Raises:
+        UnsupportedModelError: It does, as in an encoder.
     """
     tokenized = forward.tokenized.take(np.array([row]))
     length, start = int(tokenized.lengths[0]), max(int(tokenized.prompt_lengths[0]), 1)
     if length <= start:
-        return False
+        return
     last = start + (length - start - 1) // 2
     weights = np.zeros(int(tokenized.response_lengths[0]), dtype=np.float32)
     weights[: last + 1 - int(tokenized.prompt_lengths[0])] = 1
     half = dataclasses.replace(forward, tokenized=dataclasses.replace(tokenized, weights=[weights]))
     norms = torch.zeros(length)
+    leaves: list[torch.Tensor] = []
 
     def add(gradient: torch.Tensor) -> None:
         if gradient.shape[:-1].numel() == length:
@@ -89,6 +93,7 @@ def sees_ahead(forward: Forward, row: np.int64) -> bool:
 
     def start_here(_: torch.nn.Module, __: Any, output: torch.Tensor) -> torch.Tensor:
         leaf = output.detach().requires_grad_(True)
+        leaves.append(leaf)
         leaf.register_hook(add)  # type: ignore[no-untyped-call]
         return leaf.clone()  # some models scale it in place
 
@@ -96,8 +101,15 @@ def sees_ahead(forward: Forward, row: np.int64) -> bool:
     try:
         with torch.enable_grad():
             logp = half.logps(np.array([0])).logps.sum()
-            if logp.requires_grad:
-                logp.backward()
+            if logp.requires_grad and leaves:
+                torch.autograd.backward(logp, inputs=leaves)
     finally:
         handle.remove()
-    return float(norms[last:].max()) > _LEAK * float(norms.max())
+    if float(norms[last:].max()) > _LEAK * float(norms.max()):
+        base = base_of(forward.model)
+        encoder = getattr(base.config, "is_decoder", None) is False
+        advice = "Set is_decoder=True in its configuration, if it was trained so" if encoder else "Pass a causal model"
+        raise UnsupportedModelError(
+            f"In {type(base).__name__} a token sees those after it, so log π of a response would be read off the "
+            f"response itself. {advice}."
+        )

@@ -13,7 +13,10 @@ from transformers import GenerationConfig
 from bpo.config import SelectConfig
 from bpo.data.candidates import Skipped, report_skipped
 from bpo.data.tokenizers import load_tokenizer, padding_id, token_ids, tokenizer_fingerprint
-from bpo.policy.models import base_of, inference_state, load_policy, model_fingerprint, window
+from bpo.policy.checks import base_of
+from bpo.policy.logprobs import input_device, known_id
+from bpo.policy.models import load_policy, model_fingerprint, window
+from bpo.policy.state import inference_state
 from bpo.responses.sources import Sampled, random_stream
 from bpo.system.memory import within_memory
 from bpo.system.warn import warn
@@ -55,7 +58,7 @@ class ModelSource:
                 skipped.add(reason, f"row {row.row}")
                 continue
             fitting.append(row)
-            self.prompt_ids.append(ids or [padding_id(self.tokenizer)])
+            self.prompt_ids.append(ids or [known_id(self.model, padding_id(self.tokenizer))])
         report_skipped(skipped, "skip")
         if not fitting:
             raise ValueError(f"No prompt can be responded to; lower max_new_tokens.\n{skipped.describe()}")
@@ -102,8 +105,8 @@ class ModelSource:
 
     def _generate(self, rows: Sequence[PromptResponses], batch: Sequence[int]) -> list[list[Sampled]]:
         count, longest = self.settings["n_responses"], self.settings["max_new_tokens"]
-        pad = padding_id(self.tokenizer)
-        device = self.model.get_input_embeddings().weight.device
+        pad = known_id(self.model, padding_id(self.tokenizer))
+        device = input_device(self.model)
         width = max(len(self.prompt_ids[index]) for index in batch)
         ids = torch.full((len(batch) * count, width), pad)  # (b·m, t)
         mask = torch.zeros_like(ids)

@@ -18,7 +18,7 @@ from bpo.data.tokens import tokenize_responses
 from bpo.gradients.choose import choose_features
 from bpo.gradients.plan import find_plan
 from bpo.policy.logprobs import Forward, completion_logps
-from bpo.policy.models import inference_state
+from bpo.policy.state import inference_state
 from tiny import TINY, caught, hooked, scored_rows, tiny_gpt2, tiny_llama
 
 MOE = {**TINY, "num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
