@@ -60,9 +60,8 @@ def find_plan(features: Features, forward: Forward) -> Plan:
         The plan.
 
     Raises:
-        UnsupportedModelError: A model that cannot be run on tokens and a mask alone, in which a token sees those after
-            it, or whose output for a response depends on the other responses of its batch; or what is caught of a
-            batch is not that of its responses alone.
+        UnsupportedModelError: A model that tokens and a mask do not run, in which a token sees those after it or
+            responses act on one another; or what is caught of a batch is not that of its responses alone.
     """
     rows = _probe_rows(forward.tokenized)
     with _named(forward.model):
@@ -398,8 +397,9 @@ class _Truth:
 
 def _differentiable(parameter: torch.Tensor | None) -> bool:
     """Whether PyTorch does: not what is quantized, in a form of another library, or elsewhere until it is used."""
-    plain = parameter is not None and type(parameter.data) is torch.Tensor and not parameter.is_meta
-    return plain and parameter.dtype in _TOLERANCE
+    if parameter is None or type(parameter.data) is not torch.Tensor or parameter.is_meta:
+        return False
+    return parameter.dtype in _TOLERANCE
 
 
 def _by_autograd(
@@ -471,7 +471,7 @@ def _check_independent(truth: _Truth, logps: npt.NDArray[np.float32], tolerance:
 
 
 def _norm(gradients: dict[str, torch.Tensor]) -> float:
-    return sum(float(gradient.square().sum()) for gradient in gradients.values()) ** 0.5
+    return float(np.sqrt(sum(float(gradient.square().sum()) for gradient in gradients.values())))
 
 
 def _caught(

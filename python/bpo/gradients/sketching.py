@@ -133,7 +133,7 @@ def fingerprint(gradients: torch.Tensor) -> torch.Tensor:
     n, size = gradients.shape
     within, across = _signs(-(-size // _SIGNS))
     total = torch.zeros(n, FINGERPRINT, device=gradients.device)
-    for block, part in enumerate(gradients.split(_SIGNS, dim=1)):
+    for block, part in enumerate(torch.split(gradients, _SIGNS, dim=1)):
         signed = part.float() * within[: part.shape[1]].to(part.device)
         signed = torch.nn.functional.pad(signed, (0, -part.shape[1] % FINGERPRINT))
         total += signed.view(n, -1, FINGERPRINT).sum(dim=1) * across[block].to(part.device)

@@ -1,11 +1,34 @@
-"""Tiny models of every architecture that transformers lists as a causal language model, by shrinking configurations."""
+"""Tiny models of every architecture that transformers lists as a causal language model, by shrinking configurations.
 
+``python architectures.py FILE TYPE ...`` examines some of them, and adds what it finds to a file.
+"""
+
+import json
+import resource
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
 import torch
 import transformers
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
+
+from bpo import SelectConfig, UnsupportedModelError, read_candidates
+from bpo.data.tokens import tokenize_responses
+from bpo.gradients.choose import choose_features
+from bpo.gradients.plan import find_plan
+from bpo.policy.checks import check_policy
+from bpo.policy.logprobs import Forward
+from bpo.policy.state import inference_state
+from tiny import caught, scored_rows
 
 LISTED = dict(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+MASKED = set(MODEL_FOR_MASKED_LM_MAPPING_NAMES)
 
 _SPARE = 8  # token ids beyond those of the tokenizer, for images and the like
 
@@ -90,6 +113,7 @@ _CHANGES = {
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "dots3_note_text": _DOTS_3_NOTE,
     "dots3_note_vision_encoder": {"num_hidden_layers": 42, "adapter_in_dim": 32, "adapter_out_dim": 32},
+    "dots3_note_audio_encoder": {"adapter_input_size": 32, "adapter_out_dim": 32},
     "gemma3n_text": {
         "num_hidden_layers": 4,
         "layer_types": ["sliding_attention", "full_attention"] * 2,
@@ -183,3 +207,91 @@ def _kinds_of_layers(default, small):
     if kinds and "num_hidden_layers" in small:
         small["num_hidden_layers"] = max(2, len(kinds))
         small["layer_types"] = (kinds * 2)[: small["num_hidden_layers"]]
+
+
+def examine(model, config, tokenized):
+    """What comes of the per-sample gradients of a model, in words; asserts that they are right where they come.
+
+    Every parameter is compared by itself with autograd on each response alone: in float32 to 1e-4 of its own gradient,
+    in bfloat16, where that may be rounding altogether, to a fifth and to a fiftieth of the whole; none may vanish.
+    """
+    single = model.dtype == torch.float32
+    rows = np.arange(len(tokenized.ids))
+    forward = Forward(model, tokenized, 0)
+    try:
+        check_policy(model)
+        features = choose_features(model, config)
+        with inference_state(model), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            plan = find_plan(features, forward)
+            gradients, _ = caught(forward, features, plan, rows)
+    except UnsupportedModelError as error:
+        return f"refused: {error}"
+    with inference_state(model):
+        for row in rows:
+            wanted = autograd(forward, features, row)
+            whole = torch.cat(list(wanted.values())).norm()
+            for name, slot in features.slots.items():
+                found = gradients[row, slot.offset : slot.offset + slot.size]
+                norm, error = wanted[name].norm(), (found - wanted[name]).norm()
+                bound = 1e-4 * norm + 2e-6 * whole if single else 0.2 * norm + 0.02 * whole
+                assert error <= bound, f"{name}: {float(error):.2e} of {float(norm):.2e}, {float(whole):.2e} in all"
+                assert found.any() or norm <= 1e-6 * whole, f"{name} has vanished, {float(norm):.2e}"
+    return "exact" + (f"; the whole model runs again for {len(plan.whole)} parameters" if plan.whole else "")
+
+
+def autograd(forward, features, row):
+    """What is kept of the gradient of every parameter, by autograd on a response alone."""
+    parameters = [forward.model.get_parameter(name) for name in features.slots]
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    logp = forward.logps(np.array([row])).logps.sum()
+    found = torch.autograd.grad(logp, parameters, allow_unused=True)
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    return {
+        name: torch.zeros(slot.size) if gradient is None else slot.keep(gradient)[0]
+        for (name, slot), gradient in zip(features.slots.items(), found, strict=True)
+    }
+
+
+def examine_type(model_type, tokenizer, tokenized, dtype, **changes):
+    """What comes of a model type, by the name of the features; "not built" where no tiny model can be made."""
+    found = {}
+    for features in ("lora", "full"):
+        try:
+            model = build(model_type, tokenizer, dtype, **changes)
+        except Exception as error:  # whatever transformers finds to say
+            reason = f"not built: {type(error).__name__}: {' '.join(str(error).split())}"
+            return {"lora": reason, "full": reason}
+        try:
+            found[features] = examine(model, SelectConfig(features=features, lora_rank=4), tokenized)
+        except Exception as error:
+            found[features] = f"WRONG: {type(error).__name__}: {error}"
+    return found
+
+
+def main(path, model_types):
+    """Examines some model types and adds a line of JSON for each to a file."""
+    from tiny import build_tokenizer
+
+    resource.setrlimit(resource.RLIMIT_AS, (12 << 30, 12 << 30))
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    tokenizer = build_tokenizer()
+    tokenized = tokenize_responses(read_candidates(scored_rows(2, 3)), tokenizer, 256)[0]
+    for model_type in model_types:
+        variants = {model_type: {}}
+        if model_type in MASKED and "is_decoder" in vars(CONFIG_MAPPING[model_type]()):
+            variants[f"{model_type}, is_decoder=True"] = {"is_decoder": True}
+        for name, changes in variants.items():
+            found = {
+                str(dtype).removeprefix("torch."): examine_type(model_type, tokenizer, tokenized, dtype, **changes)
+                for dtype in (torch.float32, torch.bfloat16)
+            }
+            with Path(path).open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"model_type": name, **found}) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])
