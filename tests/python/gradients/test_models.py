@@ -138,6 +138,10 @@ def errors(model, config, tokenized):
             ]
             flat = torch.cat(kept, dim=1)[0]
             assert flat.norm() > 0
+            for name, slot in features.slots.items():  # each by itself, since some are small beside the whole
+                part = slice(slot.offset, slot.offset + slot.size)
+                error = (gradients[row, part] - flat[part]).norm()
+                assert error <= 1e-4 * flat[part].norm() + 2e-6 * flat.norm(), name
             found.append(float((gradients[row] - flat).norm() / flat.norm()))
     return found, plan, features
 
