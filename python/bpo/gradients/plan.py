@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from bpo.gradients.capture import Plan, Replay, floating_tensors, map_tensors
+from bpo.gradients.capture import Plan, Replay, backward, floating_tensors, map_tensors
 from bpo.policy.causal import sees_ahead
 from bpo.policy.checks import UnsupportedModelError, base_of
 from bpo.policy.logprobs import predicting_positions
@@ -164,6 +164,7 @@ def _probe(forward: Forward, rows: npt.NDArray[np.int64]) -> dict[str, _Call]:
     size, width = len(rows), int(forward.tokenized.lengths[rows].max())
     n_predicting = int(predicting_positions(forward.tokenized, rows).sum())
     calls: dict[str, _Call] = {}
+    leaves: list[torch.Tensor] = []
 
     def rule(tensor: torch.Tensor) -> str:
         first = tensor.shape[0] if tensor.dim() else 0
@@ -181,14 +182,17 @@ def _probe(forward: Forward, rows: npt.NDArray[np.int64]) -> dict[str, _Call]:
                     # Called in ways that cannot be told apart.
                     calls[name] = _Call([], 0, "shared", head=False, plain=False)
 
-            leaf = isinstance(output, torch.Tensor) and output.is_leaf and output.is_floating_point()
+            if isinstance(output, torch.Tensor) and output.is_leaf and output.is_floating_point():
+                # No leaf goes on to the model, which may change it in place, nor one of the user's into the graph.
+                leaves.append(output.detach().requires_grad_(True))
+                output = leaves[-1].clone()
             for index, tensor in enumerate(floating_tensors(output)):
                 if not tensor.requires_grad and tensor.is_leaf:
-                    tensor.requires_grad_(True)
+                    leaves.append(tensor.requires_grad_(True))
                 if tensor.requires_grad:
                     call = _Call(rules, index, rule(tensor), head, isinstance(output, torch.Tensor))
                     tensor.register_hook(functools.partial(note, call))  # type: ignore[no-untyped-call]
-            return output.clone() if leaf else output  # leaves must not be changed in place
+            return output
 
         return hook
 
@@ -199,7 +203,7 @@ def _probe(forward: Forward, rows: npt.NDArray[np.int64]) -> dict[str, _Call]:
     ]
     try:
         with torch.enable_grad():
-            forward.logps(rows).logps.sum().backward()  # type: ignore[no-untyped-call]
+            backward(forward.logps(rows).logps, leaves)
     finally:
         for handle in handles:
             handle.remove()
@@ -361,7 +365,9 @@ class _Truth:
 
 
 def _differentiable(parameter: torch.Tensor | None) -> bool:
-    return parameter is not None and type(parameter.data) is torch.Tensor and parameter.dtype in _TOLERANCE
+    if parameter is None or parameter.is_meta:
+        return False
+    return type(parameter.data) is torch.Tensor and parameter.dtype in _TOLERANCE
 
 
 def _by_autograd(
@@ -385,8 +391,8 @@ def _by_autograd(
             handles.append(parameter.register_post_accumulate_grad_hook(functools.partial(keep, name)))
         with torch.enable_grad():
             logp = forward.logps(rows).logps.sum()
-            if logp.requires_grad:
-                logp.backward()  # type: ignore[no-untyped-call]
+            if logp.requires_grad and parameters:
+                torch.autograd.backward(logp, inputs=[*parameters.values()])
     finally:
         for handle in handles:
             handle.remove()

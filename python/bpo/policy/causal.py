@@ -37,6 +37,7 @@ def sees_ahead(forward: Forward, row: np.int64) -> bool:
     weights[: last + 1 - int(tokenized.prompt_lengths[0])] = 1
     half = dataclasses.replace(forward, tokenized=dataclasses.replace(tokenized, weights=[weights]))
     norms = torch.zeros(length)
+    leaves: list[torch.Tensor] = []
 
     def add(gradient: torch.Tensor) -> None:
         if gradient.shape[:-1] == (1, length):
@@ -44,6 +45,7 @@ def sees_ahead(forward: Forward, row: np.int64) -> bool:
 
     def start_here(_: torch.nn.Module, __: Any, output: torch.Tensor) -> torch.Tensor:
         leaf = output.detach().requires_grad_(True)
+        leaves.append(leaf)
         leaf.register_hook(add)  # type: ignore[no-untyped-call]
         return leaf.clone()  # some models scale it in place
 
@@ -51,8 +53,8 @@ def sees_ahead(forward: Forward, row: np.int64) -> bool:
     try:
         with torch.enable_grad():
             logp = half.logps(np.array([0])).logps.sum()
-            if logp.requires_grad:
-                logp.backward()
+            if logp.requires_grad and leaves:
+                torch.autograd.backward(logp, inputs=leaves)
     finally:
         handle.remove()
     return float(norms[last:].max()) > _LEAK * float(norms.max())

@@ -188,10 +188,8 @@ def kept_value(model: torch.nn.Module, name: str) -> torch.Tensor:
     return value
 
 
-def device_of(module: torch.nn.Module) -> torch.device:
-    """Returns where a module that owns a weight computes: that of its weight, unless accelerate brings it elsewhere."""
-    for hook in _hooks(module):
-        if getattr(hook, "execution_device", None) is not None:
-            return torch.device(hook.execution_device)
-    weight: torch.Tensor = module.weight  # type: ignore[assignment]
-    return weight.device
+def device_of(module: torch.nn.Module, parameter: torch.Tensor) -> torch.device:
+    """Returns where a module computes with its own parameter: where that is, unless accelerate brings it elsewhere."""
+    devices = (getattr(hook, "execution_device", None) for hook in _hooks(module))
+    device = next((device for device in devices if device is not None), None)
+    return parameter.device if device is None else torch.device(device)

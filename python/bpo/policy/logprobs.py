@@ -75,7 +75,8 @@ def vocabulary(model: PreTrainedModel) -> int:
 
 def input_device(model: PreTrainedModel) -> torch.device:
     """Returns where a model takes its token ids."""
-    return device_of(model.get_input_embeddings())
+    table = model.get_input_embeddings()
+    return device_of(table, table.weight)
 
 
 def predicting_positions(tokenized: TokenizedResponses, rows: npt.NDArray[np.int64]) -> torch.Tensor:

@@ -27,19 +27,14 @@ def inference_state(model: PreTrainedModel) -> Iterator[None]:
             # Compiled code may have been made without our hooks, and then never calls them.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         found = _Found(model)
-        try:
-            # Not by eval(), which some adapters merge their weights in.
-            for module in list(model.modules()):
-                module.training = False
-            for parameter in model.parameters():
-                parameter.requires_grad_(False)
-            yield
-        finally:
-            try:
-                found.restore()
-            except BaseException:  # Ctrl-C in the middle
-                found.restore()
-                raise
+        for _ in range(2):  # the second finishes where Ctrl-C comes in the first
+            stack.callback(found.restore)
+        # Not by eval(), which some adapters merge their weights in.
+        for module in list(model.modules()):
+            module.training = False
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        yield
 
 
 class _Found:
