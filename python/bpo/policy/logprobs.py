@@ -124,8 +124,8 @@ class Forward:
 
     def autocasting(self) -> contextlib.AbstractContextManager[Any]:
         """The arithmetic of the pass, as a context."""
-        if self.autocast is None:  # nor that of a caller, of which no store would tell
-            return torch.autocast(self.device.type, enabled=False)
+        if self.autocast is None:
+            return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.autocast)
 
     def logps(self, rows: npt.NDArray[np.int64]) -> CompletionLogps:

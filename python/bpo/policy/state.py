@@ -15,14 +15,16 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def inference_state(model: PreTrainedModel) -> Iterator[None]:
-    """Turns off dropout, compilation and every ``requires_grad`` for the duration; then the model is as it was.
+    """Turns off dropout, compilation, autocast and every ``requires_grad``; afterwards the model is as it was.
 
-    What was there before stands again afterwards, also after an error or Ctrl-C: attributes of every module (a patched
+    What was there before stands there again, also after an error or Ctrl-C: attributes of every module (a patched
     ``forward``, caches, active adapters), hooks, parameters and buffers as objects, settings, and random states.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.random.fork_rng(_cuda_devices(model), device_type="cuda"))
+        for kind in {"cpu", *(parameter.device.type for parameter in model.parameters())} - {"meta"}:
+            stack.enter_context(torch.autocast(kind, enabled=False))  # a caller's, of which no store would tell
         if "torch._dynamo" in sys.modules:  # else nothing is compiled, and the import takes seconds
             # Compiled code may have been made without our hooks, and then never calls them.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
