@@ -11,13 +11,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from bpo.policy.autograd import differentiate
 from bpo.policy.checks import UnsupportedModelError
 from bpo.policy.logprobs import CompletionLogps, predicting_positions
 
@@ -110,9 +111,13 @@ def sum_gradients(forward: Forward, plan: Plan, rows: npt.NDArray[np.int64], con
         backward(result.logps, [*beginnings, *batch.beginnings])
     if plan.whole:
         for index in range(len(rows)):
-            alone, _ = by_autograd(forward, plan.whole, rows[index : index + 1])
-            for name, gradient in alone.items():
-                consume(plan.whole[name].offset, gradient, slice(index, index + 1))
+            own = slice(index, index + 1)
+
+            def keep(name: str, gradient: torch.Tensor, own: slice = own) -> None:
+                consume(plan.whole[name].offset, plan.whole[name].keep(gradient), own)
+
+            with _checkpointed(forward.model):
+                differentiate(forward, list(plan.whole), rows[own], keep)
     return CompletionLogps(result.logps.detach(), result.log_weights)
 
 
@@ -126,9 +131,10 @@ def graph_from_embeddings(model: PreTrainedModel) -> Iterator[list[torch.Tensor]
     beginnings: list[torch.Tensor] = []
 
     def hook(_: nn.Module, __: Any, output: torch.Tensor) -> torch.Tensor:
-        if output.requires_grad:  # by a hook of the user's, or inside a graph of theirs
+        begun = begin_graph(output, beginnings)
+        if begun is output:  # inside a graph of the user's
             beginnings.append(output)
-        return begin_graph(output, beginnings)
+        return begun
 
     handle = model.get_input_embeddings().register_forward_hook(hook)
     try:
@@ -140,9 +146,10 @@ def graph_from_embeddings(model: PreTrainedModel) -> Iterator[list[torch.Tensor]
 def begin_graph(output: torch.Tensor, beginnings: list[torch.Tensor]) -> torch.Tensor:
     """Returns an output that has a graph: its own, else one that begins here.
 
-    No leaf is given to the model, which may go on in place, as CTRL scales its embeddings.
+    No leaf is given to the model, which may go on in place, as CTRL scales its embeddings; and none of the user's is
+    where it begins.
     """
-    if output.requires_grad:
+    if output.requires_grad and not output.is_leaf:
         return output
     beginnings.append(output.detach().requires_grad_(True))
     return beginnings[-1].clone()
@@ -158,38 +165,6 @@ def backward(logps: torch.Tensor, beginnings: list[torch.Tensor]) -> None:
     torch.autograd.backward(logps.sum(), inputs=beginnings)
     for tensor in beginnings:
         tensor.grad = None
-
-
-def by_autograd(
-    forward: Forward, slots: Mapping[str, Slot], row: npt.NDArray[np.int64]
-) -> tuple[dict[str, torch.Tensor], float]:
-    """Takes the gradients of some parameters from a forward and a backward of the whole model over one response.
-
-    Args:
-        forward: A model with frozen parameters, and responses.
-        slots: The parameters, by name.
-        row: (1,) the response.
-
-    Returns:
-        What is kept of each gradient, (1, size) float32, without those of parameters that have no part in it; and the
-        log-probability of the response.
-    """
-    parameters = [forward.model.get_parameter(name) for name in slots]
-    for parameter in parameters:
-        parameter.requires_grad_(True)
-    try:
-        with torch.enable_grad(), _checkpointed(forward.model):
-            logps = forward.logps(row).logps
-            gradients = torch.autograd.grad(logps.sum(), parameters, allow_unused=True)
-    finally:
-        for parameter in parameters:
-            parameter.requires_grad_(False)
-    kept = {
-        name: slots[name].keep(gradient)
-        for name, gradient in zip(slots, gradients, strict=True)
-        if gradient is not None
-    }
-    return kept, float(logps.detach())
 
 
 class _Batch:

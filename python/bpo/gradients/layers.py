@@ -70,9 +70,15 @@ class Linear:
     bias: Slot | None = None
 
     @property
+    def slots(self) -> dict[str, Slot]:
+        """Where its gradients lie, by the name of the parameter."""
+        slots = {f"{self.name}.weight": self.weight, f"{self.name}.bias": self.bias}
+        return {name: slot for name, slot in slots.items() if slot is not None}
+
+    @property
     def largest(self) -> int:
         """Coordinates of the largest gradient."""
-        return max(slot.size for slot in (self.weight, self.bias) if slot is not None)
+        return max(slot.size for slot in self.slots.values())
 
     def remember(self, x: torch.Tensor) -> torch.Tensor | None:
         """Takes the (n, t, in) inputs; returns what the gradient needs of them."""
@@ -108,6 +114,11 @@ class Embedding:
     name: str
     module: nn.Embedding
     weight: Slot
+
+    @property
+    def slots(self) -> dict[str, Slot]:
+        """Where its gradient lies, by the name of the parameter."""
+        return {f"{self.name}.weight": self.weight}
 
     @property
     def largest(self) -> int:

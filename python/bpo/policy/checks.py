@@ -100,12 +100,10 @@ def check_kind(config: Any, kind: type | None = None) -> None:
     Raises:
         UnsupportedModelError: It is not.
     """
-    name = next(iter(getattr(config, "architectures", None) or ()), type(config).__name__)
-    if kind is None:
-        kind = getattr(transformers, name, None)
-    else:
-        name = kind.__name__
-    takes = inspect.signature(kind.forward).parameters if hasattr(kind, "forward") else ()
+    saved = next(iter(getattr(config, "architectures", None) or ()), type(config).__name__)
+    name = saved if kind is None else kind.__name__
+    forward = getattr(kind or getattr(transformers, saved, None), "forward", None)
+    takes = () if forward is None else inspect.signature(forward).parameters
     if getattr(config, "is_encoder_decoder", False) or "decoder_input_ids" in takes:
         raise UnsupportedModelError(
             f"{name} is an encoder-decoder, whose prompts and responses are not one sequence. {_WHAT_IS_NEEDED}."
@@ -125,7 +123,11 @@ def check_kind(config: Any, kind: type | None = None) -> None:
 def _is_encoder(config: Any) -> bool:
     """Whether an architecture that fills in text has not been made a decoder, as BERT can be."""
     decoder = getattr(config, "is_decoder", None)
-    return decoder is False and not getattr(config, "causal", False) and type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING
+    return (
+        decoder is False
+        and not getattr(config, "causal", False)
+        and type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING
+    )
 
 
 def _check_whole(model: torch.nn.Module) -> None:
