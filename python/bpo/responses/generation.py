@@ -14,7 +14,7 @@ from bpo.config import SelectConfig
 from bpo.data.candidates import Skipped, report_skipped
 from bpo.data.tokenizers import load_tokenizer, padding_id, token_ids, tokenizer_fingerprint
 from bpo.policy.checks import base_of
-from bpo.policy.logprobs import input_device, known_id
+from bpo.policy.logprobs import check_vocabulary, input_device, known_id, takes
 from bpo.policy.models import load_policy, model_fingerprint, window
 from bpo.policy.state import inference_state
 from bpo.responses.sources import Sampled, random_stream
@@ -66,6 +66,7 @@ class ModelSource:
             fitting.append(row)
             self.prompt_ids.append(ids or [self._pad])
         report_skipped(skipped, "skip")
+        check_vocabulary(self.model, self.prompt_ids)
         if not fitting:
             raise ValueError(f"No prompt can be responded to; lower max_new_tokens.\n{skipped.describe()}")
         return fitting
@@ -127,16 +128,17 @@ class ModelSource:
         return [index for index in batch if len(self.prompt_ids[index]) == len(longest)]
 
     def _next_logits(self, prompt: Sequence[int], width: int) -> torch.Tensor:
-        """Returns the (v,) logits after a prompt that is padded to a width."""
+        """Returns the (v,) logits after a prompt that is padded to a width, as ``generate`` pads."""
         ids, mask = self._padded([prompt], width)
-        settings = GenerationConfig(max_new_tokens=1, do_sample=False, pad_token_id=self._pad, use_cache=True)
-        given: Any = {"output_logits": True, "return_dict_in_generate": True}
-        done = self.model.generate(input_ids=ids, attention_mask=mask, generation_config=settings, **given)
-        logits: torch.Tensor = done.logits[0][0].float()
+        inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+        if takes(self.model, "position_ids"):
+            inputs["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        with torch.no_grad():
+            logits: torch.Tensor = self.model(**inputs).logits[0, -1].float()
         return logits
 
     def _padded(self, prompts: Sequence[Sequence[int]], width: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns (n, width) token ids and attention mask of prompts, padded at the left, where the model takes them."""
+        """Returns (n, width) token ids and attention mask of prompts padded at the left, where the model takes them."""
         ids = torch.full((len(prompts), width), self._pad, dtype=torch.long, device="cpu")
         mask = torch.zeros_like(ids)
         for place, prompt in enumerate(prompts):
