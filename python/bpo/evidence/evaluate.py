@@ -205,7 +205,9 @@ def policy_logps(
     bar = tqdm(total=int(tokenized.lengths.sum()), desc=stage, unit="token", unit_scale=True, disable=not progress)
     with inference_state(policy), bar:
         check_vocabulary(policy, tokenized.ids)
-        check_causal(Forward.of(policy, tokenized, tokenizer, config), np.argsort(tokenized.lengths)[len(tokenized.ids) // 2])
+        check_causal(
+            Forward.of(policy, tokenized, tokenizer, config), np.argsort(tokenized.lengths)[len(tokenized.ids) // 2]
+        )
         return response_logps(
             policy,
             tokenized,

@@ -42,7 +42,7 @@ def inference_state(model: PreTrainedModel) -> Iterator[None]:
 class _Found:
     """The state of a model, to which it can be brought back any number of times.
 
-    Tensors are told by identity: nothing writes into parameters or buffers.
+    Parameters are told by identity, since no pass writes into them; buffers, in which some count, are copied.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -51,6 +51,7 @@ class _Found:
             self._hold(vars(module))
         for config in _settings(model):
             self._hold(vars(config))
+        self._buffers = [(b, b._version, b.clone()) for b in model.buffers() if not b.is_meta and not b.is_inference()]
         self._parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
 
     def _hold(self, attributes: dict[str, Any]) -> None:
@@ -66,6 +67,10 @@ class _Found:
             if not _same(container, contents):
                 container.clear()
                 container.extend(contents) if isinstance(container, list) else container.update(contents)
+        for buffer, version, values in self._buffers:
+            if buffer._version != version:
+                with torch.no_grad():
+                    buffer.copy_(values)
         for parameter, requires_grad, grad in self._parameters:
             if parameter.requires_grad != requires_grad:
                 parameter.requires_grad_(requires_grad)

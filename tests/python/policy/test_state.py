@@ -1,6 +1,7 @@
 """After every public call the user's model is the model they gave: each attribute, hook, bit and random state."""
 
 import contextlib
+import copy
 import os
 import sys
 
@@ -194,11 +195,47 @@ def test_a_reference_is_as_it_was(tokenizer):
 
 def test_a_model_that_draws_at_random_leaves_the_random_state(tokenizer):
     model = tiny_llama(tokenizer)
-    model.model.layers[0].register_forward_hook(lambda module, args, output: torch.rand(3) is None)
-    state = torch.get_rng_state()
-    with inference_state(model):
-        torch.rand(5)
-    assert torch.equal(state, torch.get_rng_state())
+
+    def draw(module, args, output):
+        torch.rand(3)
+
+    model.model.layers[0].register_forward_hook(draw)
+    before = snapshot(model)
+    stored(model, ROWS, tokenizer)
+    assert_unchanged(before, snapshot(model))
+
+
+def test_what_a_layer_counts_in_a_buffer_is_put_back(tokenizer):
+    model = tiny_llama(tokenizer)
+    norm = model.model.norm
+    norm.register_buffer("calls", torch.zeros(1))
+    norm.register_buffer("largest", torch.full((32,), torch.nan), persistent=False)
+
+    def count(module, args, output):
+        module.calls.add_(1)
+        module.largest.copy_(output[0, 0].detach())
+
+    norm.register_forward_hook(count)
+    for call in list(CALLS.values()) if LONG else [CALLS["select"], CALLS["sample"]]:
+        before = snapshot(model, tokenizer)
+        call(model, processing_class=tokenizer)
+        assert_unchanged(before, snapshot(model, tokenizer))
+
+
+def test_what_a_tokenizer_was_called_with_last_stays(tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    model = tiny_llama(tokenizer)
+    tokenizer(["one two three", "four"], truncation=True, max_length=3, padding="max_length")
+    tokenizer.padding_side, tokenizer.truncation_side = "left", "left"
+    backend = tokenizer.backend_tokenizer
+    before = snapshot(model, tokenizer), backend.truncation, backend.padding
+    assert backend.truncation is not None and backend.padding is not None
+    for call in (CALLS["select"], CALLS["sample"]):
+        call(model, processing_class=tokenizer)
+        assert_unchanged(before[0], snapshot(model, tokenizer))
+    chats = scored_rows(2, 2, conversational=True)
+    bpo.select(model, chats, budget=2, processing_class=tokenizer, config=FAST, progress=False)
+    assert (backend.truncation, backend.padding) == before[1:]
 
 
 def test_what_a_pass_takes_away_or_adds_is_put_back(tokenizer):
