@@ -178,7 +178,7 @@ def embed_with_policy(
         (n, e) float32.
     """
     from bpo.policy.checks import base_of
-    from bpo.policy.logprobs import pad_right
+    from bpo.policy.logprobs import check_vocabulary, pad_right
     from bpo.policy.state import inference_state
 
     # The decoder below the output head: logits are not needed.
@@ -188,6 +188,7 @@ def embed_with_policy(
         ids, mask = pad_right(model, [prompt_ids[row] for row in rows], pad_id)
         return decoder(input_ids=ids, attention_mask=mask, use_cache=False)[0], mask
 
+    check_vocabulary(model, prompt_ids)
     lengths = np.array([len(ids) for ids in prompt_ids], dtype=np.int64)
     with inference_state(model):
         means = _means(lengths, tokens_per_batch, forward, progress)

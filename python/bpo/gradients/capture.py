@@ -131,9 +131,10 @@ def graph_from_embeddings(model: PreTrainedModel) -> Iterator[list[torch.Tensor]
     beginnings: list[torch.Tensor] = []
 
     def hook(_: nn.Module, __: Any, output: torch.Tensor) -> torch.Tensor:
-        if output.requires_grad:  # by a hook of the user's, or inside a graph of theirs
+        begun = begin_graph(output, beginnings)
+        if begun is output:  # inside a graph of the user's
             beginnings.append(output)
-        return begin_graph(output, beginnings)
+        return begun
 
     handle = model.get_input_embeddings().register_forward_hook(hook)
     try:
@@ -145,9 +146,10 @@ def graph_from_embeddings(model: PreTrainedModel) -> Iterator[list[torch.Tensor]
 def begin_graph(output: torch.Tensor, beginnings: list[torch.Tensor]) -> torch.Tensor:
     """Returns an output that has a graph: its own, else one that begins here.
 
-    No leaf is given to the model, which may go on in place, as CTRL scales its embeddings.
+    No leaf is given to the model, which may go on in place, as CTRL scales its embeddings; and none of the user's is
+    where it begins.
     """
-    if output.requires_grad:
+    if output.requires_grad and not output.is_leaf:
         return output
     beginnings.append(output.detach().requires_grad_(True))
     return beginnings[-1].clone()

@@ -130,7 +130,7 @@ def collect(
     Returns:
         The store, open for reading.
     """
-    check_vocabulary(model, tokenized)
+    check_vocabulary(model, tokenized.ids)
     # Decided before freezing, since what is trainable says what the features are.
     features = choose_features(model, config)
     precondition = None if preconditioner is None else load_preconditioner(preconditioner, model, features)

@@ -192,7 +192,7 @@ def doctor(
         tokenizer = load_tokenizer(model, processing_class, config)
         policy = load_policy(model, config)
         kept, tokenized = tokenize_configured(candidates, tokenizer, window(policy, config), config)
-        check_vocabulary(policy, tokenized)
+        check_vocabulary(policy, tokenized.ids)
         features = choose_features(policy, config)
         reference = Reference.of(policy, config)
         with inference_state(policy):

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from bpo.gradients.features import Features
 from bpo.gradients.layers import Embedding, Linear
-from bpo.policy.checks import UnsupportedModelError
+from bpo.policy.checks import UnsupportedModelError, device_of
 from bpo.system.warn import warn
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class FreshAdapter(Features):
                 continue
             if is_linear(module) and matches(f"{name}.weight", patterns):
                 out_features, in_features = _linear_shape(module)
-                a = _uniform(seed, name, (rank, in_features)).to(module.weight.device)
+                a = _uniform(seed, name, (rank, in_features)).to(device_of(module, module.weight))
                 transposed = not isinstance(module, nn.Linear)
                 slot = self._slot(f"{name}.weight", (out_features, rank), right=a, transposed=transposed)
                 self.layers.append(Linear(name, module, slot))

@@ -13,7 +13,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from bpo.gradients.capture import Plan, Replay, backward, begin_graph, floating_tensors, map_tensors
+from bpo.gradients.capture import (
+    Plan,
+    Replay,
+    backward,
+    begin_graph,
+    floating_tensors,
+    graph_from_embeddings,
+    map_tensors,
+)
 from bpo.gradients.sketching import FINGERPRINT, fingerprint
 from bpo.policy.autograd import check_causal, differentiate
 from bpo.policy.checks import UnsupportedModelError
@@ -207,8 +215,9 @@ def _probe(forward: Forward, rows: npt.NDArray[np.int64]) -> dict[str, _Call]:
         if name
     ]
     try:
-        with torch.enable_grad():
-            backward(forward.logps(rows).logps, beginnings)
+        with torch.enable_grad(), graph_from_embeddings(forward.model) as embedded:
+            logps = forward.logps(rows).logps
+            backward(logps, [*embedded, *beginnings])
     finally:
         for handle in handles:
             handle.remove()

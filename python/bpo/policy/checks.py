@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -68,7 +70,7 @@ def check_policy(model: Any) -> None:
     """
     check_model(model)
     base = base_of(model)
-    check_kind(base.config, type(base).__name__)
+    check_kind(base.config, type(base))
     if base.base_model is base and base.get_output_embeddings() is None and type(base).__name__.endswith("Model"):
         raise UnsupportedModelError(
             f"{type(base).__name__} gives hidden states and no distribution of the next token. {_WHAT_IS_NEEDED}."
@@ -88,18 +90,21 @@ def check_policy(model: Any) -> None:
             )
 
 
-def check_kind(config: Any, name: str | None = None) -> None:
+def check_kind(config: Any, kind: type | None = None) -> None:
     """Checks by its configuration, before it is loaded, that a model is a causal language model.
 
     Args:
         config: The configuration.
-        name: Name of the class; by default the one that was saved.
+        kind: The class of the model; by default the one that was saved.
 
     Raises:
         UnsupportedModelError: It is not.
     """
-    name = name or next(iter(getattr(config, "architectures", None) or ()), type(config).__name__)
-    if getattr(config, "is_encoder_decoder", False):
+    saved = next(iter(getattr(config, "architectures", None) or ()), type(config).__name__)
+    name = saved if kind is None else kind.__name__
+    forward = getattr(kind or getattr(transformers, saved, None), "forward", None)
+    takes = () if forward is None else inspect.signature(forward).parameters
+    if getattr(config, "is_encoder_decoder", False) or "decoder_input_ids" in takes:
         raise UnsupportedModelError(
             f"{name} is an encoder-decoder, whose prompts and responses are not one sequence. {_WHAT_IS_NEEDED}."
         )
@@ -117,10 +122,12 @@ def check_kind(config: Any, name: str | None = None) -> None:
 
 def _is_encoder(config: Any) -> bool:
     """Whether an architecture that fills in text has not been made a decoder, as BERT can be."""
-    from transformers import MODEL_FOR_MASKED_LM_MAPPING
-
     decoder = getattr(config, "is_decoder", None)
-    return decoder is False and not getattr(config, "causal", False) and type(config) in MODEL_FOR_MASKED_LM_MAPPING
+    return (
+        decoder is False
+        and not getattr(config, "causal", False)
+        and type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING
+    )
 
 
 def _check_whole(model: torch.nn.Module) -> None:
@@ -188,10 +195,8 @@ def kept_value(model: torch.nn.Module, name: str) -> torch.Tensor:
     return value
 
 
-def device_of(module: torch.nn.Module) -> torch.device:
-    """Returns where a module that owns a weight computes: that of its weight, unless accelerate brings it elsewhere."""
-    for hook in _hooks(module):
-        if getattr(hook, "execution_device", None) is not None:
-            return torch.device(hook.execution_device)
-    weight: torch.Tensor = module.weight  # type: ignore[assignment]
-    return weight.device
+def device_of(module: torch.nn.Module, parameter: torch.Tensor) -> torch.device:
+    """Returns where a module computes with its own parameter: where that is, unless accelerate brings it elsewhere."""
+    devices = (getattr(hook, "execution_device", None) for hook in _hooks(module))
+    device = next((device for device in devices if device is not None), None)
+    return parameter.device if device is None else torch.device(device)

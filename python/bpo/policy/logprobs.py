@@ -75,7 +75,8 @@ def vocabulary(model: PreTrainedModel) -> int:
 
 def input_device(model: PreTrainedModel) -> torch.device:
     """Returns where a model takes its token ids."""
-    return device_of(model.get_input_embeddings())
+    table = model.get_input_embeddings()
+    return device_of(table, table.weight)
 
 
 def predicting_positions(tokenized: TokenizedResponses, rows: npt.NDArray[np.int64]) -> torch.Tensor:
@@ -123,8 +124,8 @@ class Forward:
 
     def autocasting(self) -> contextlib.AbstractContextManager[Any]:
         """The arithmetic of the pass, as a context."""
-        if self.autocast is None:  # nor that of a caller, of which no store would tell
-            return torch.autocast(self.device.type, enabled=False)
+        if self.autocast is None:
+            return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.autocast)
 
     def logps(self, rows: npt.NDArray[np.int64]) -> CompletionLogps:
@@ -154,7 +155,7 @@ def completion_logps(
     size, width = input_ids.shape
     predicting = predicting_positions(tokenized, rows)
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
-    if _takes(model, "position_ids"):
+    if takes(model, "position_ids"):
         # A row of positions a sample, since learned position embeddings could not be told apart by sample otherwise.
         inputs["position_ids"] = torch.arange(width, device=input_ids.device).expand(size, -1)
     with _head_sees_only(model, predicting):
@@ -243,7 +244,7 @@ def score_tokens(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Ten
     return logps, weights
 
 
-def _takes(model: PreTrainedModel, argument: str) -> bool:
+def takes(model: PreTrainedModel, argument: str) -> bool:
     """Whether a forward pass takes an argument; a patched one that passes all on takes what its class does."""
     base = base_of(model)
     given = inspect.signature(base.forward).parameters
@@ -251,14 +252,14 @@ def _takes(model: PreTrainedModel, argument: str) -> bool:
     return argument in given or (passes_on and argument in inspect.signature(type(base).forward).parameters)
 
 
-def check_vocabulary(model: PreTrainedModel, tokenized: TokenizedResponses) -> None:
+def check_vocabulary(model: PreTrainedModel, sequences: Sequence[Sequence[int]]) -> None:
     """Checks that the model knows every token.
 
     Raises:
         ValueError: A token id beyond the model's embeddings: the tokenizer belongs to another model.
     """
     known = vocabulary(model)
-    largest = max(max(ids) for ids in tokenized.ids)
+    largest = max((max(ids, default=0) for ids in sequences), default=0)
     if largest >= known:
         raise ValueError(
             f"The tokenizer gives token {largest}, but {type(model).__name__} has embeddings for {known} tokens only: "
@@ -287,8 +288,11 @@ def response_logps(
 
     Returns:
         (R,) float32.
+
+    Raises:
+        ValueError: A token that the model does not know.
     """
-    check_vocabulary(model, tokenized)
+    check_vocabulary(model, tokenized.ids)
     forward = Forward(model, tokenized, pad_id, autocast)
     logps = np.zeros(len(tokenized.ids), dtype=np.float32)
     trim = HeapTrimmer()

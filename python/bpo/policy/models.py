@@ -142,7 +142,7 @@ def _positions(model: Any, config: SelectConfig) -> int | None:
         check_model(model)
         model_config = model.config
     positions: int | None = getattr(model_config.get_text_config(), "max_position_embeddings", None)
-    return positions
+    return positions if positions is not None and positions > 0 else None  # XLNet says -1
 
 
 def model_fingerprint(model: PreTrainedModel) -> str:

@@ -80,7 +80,7 @@ class Reference:
             ValueError: It does not.
         """
         if self.model is not None:
-            check_vocabulary(self.model, tokenized)
+            check_vocabulary(self.model, tokenized.ids)
 
     def logps(
         self,

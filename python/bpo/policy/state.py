@@ -15,37 +15,34 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def inference_state(model: PreTrainedModel) -> Iterator[None]:
-    """Turns off dropout, compilation and every ``requires_grad`` for the duration; then the model is as it was.
+    """Turns off dropout, compilation, autocast and every ``requires_grad``; afterwards the model is as it was.
 
-    What was there before stands again afterwards, also after an error or Ctrl-C: attributes of every module (a patched
+    What was there before stands there again, also after an error or Ctrl-C: attributes of every module (a patched
     ``forward``, caches, active adapters), hooks, parameters and buffers as objects, settings, and random states.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.random.fork_rng(_cuda_devices(model), device_type="cuda"))
+        for kind in {"cpu", *(parameter.device.type for parameter in model.parameters())} - {"meta"}:
+            stack.enter_context(torch.autocast(kind, enabled=False))  # a caller's, of which no store would tell
         if "torch._dynamo" in sys.modules:  # else nothing is compiled, and the import takes seconds
             # Compiled code may have been made without our hooks, and then never calls them.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         found = _Found(model)
-        try:
-            # Not by eval(), which some adapters merge their weights in.
-            for module in list(model.modules()):
-                module.training = False
-            for parameter in model.parameters():
-                parameter.requires_grad_(False)
-            yield
-        finally:
-            try:
-                found.restore()
-            except BaseException:  # Ctrl-C in the middle
-                found.restore()
-                raise
+        for _ in range(2):  # the second finishes where Ctrl-C comes in the first
+            stack.callback(found.restore)
+        # Not by eval(), which some adapters merge their weights in.
+        for module in list(model.modules()):
+            module.training = False
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        yield
 
 
 class _Found:
     """The state of a model, to which it can be brought back any number of times.
 
-    Tensors are told by identity: nothing writes into parameters or buffers.
+    Parameters are told by identity, since no pass writes into them; buffers, in which some count, are copied.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -54,6 +51,7 @@ class _Found:
             self._hold(vars(module))
         for config in _settings(model):
             self._hold(vars(config))
+        self._buffers = [(b, b._version, b.clone()) for b in model.buffers() if not b.is_meta and not b.is_inference()]
         self._parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
 
     def _hold(self, attributes: dict[str, Any]) -> None:
@@ -69,6 +67,10 @@ class _Found:
             if not _same(container, contents):
                 container.clear()
                 container.extend(contents) if isinstance(container, list) else container.update(contents)
+        for buffer, version, values in self._buffers:
+            if buffer._version != version:
+                with torch.no_grad():
+                    buffer.copy_(values)
         for parameter, requires_grad, grad in self._parameters:
             if parameter.requires_grad != requires_grad:
                 parameter.requires_grad_(requires_grad)

@@ -13,7 +13,7 @@ from bpo.config import SelectConfig
 from bpo.data.batches import batches_by_tokens
 from bpo.data.tokenizers import joined, load_tokenizer, token_ids, tokenizer_fingerprint
 from bpo.policy.checks import check_model, unwrapped
-from bpo.policy.logprobs import pad_right, vocabulary
+from bpo.policy.logprobs import check_vocabulary, pad_right, vocabulary
 from bpo.policy.models import model_fingerprint
 from bpo.policy.state import inference_state
 from bpo.responses.scorer import Score, Scorer
@@ -101,6 +101,7 @@ class RewardModel(Scorer):
         return token_ids(self.tokenizer, text, row.row, row.template_kwargs)
 
     def _logits(self, sequences: Sequence[Sequence[int]]) -> list[float]:
+        check_vocabulary(self.model, sequences)
         config = self.model.config.get_text_config()
         # The model finds the end of a sequence as its last token that is not the pad token. Without one, or with one
         # that has no embedding, it takes the last: any token fills that no sequence has.
