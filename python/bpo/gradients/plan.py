@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,7 +22,7 @@ from bpo.gradients.capture import (
     map_tensors,
 )
 from bpo.gradients.sketching import FINGERPRINT, fingerprint
-from bpo.policy.autograd import check_causal, differentiate
+from bpo.policy.autograd import check_causal, differentiate, named_errors
 from bpo.policy.checks import UnsupportedModelError
 from bpo.policy.logprobs import predicting_positions
 from bpo.system.warn import warn
@@ -72,7 +71,7 @@ def find_plan(features: Features, forward: Forward) -> Plan:
             responses act on one another; or what is caught of a batch is not that of its responses alone.
     """
     rows = _probe_rows(forward.tokenized)
-    with _named(forward.model):
+    with named_errors(forward.model):
         features.learn_shapes(forward, rows)
         truth = _Truth.of(features.slots, forward, rows)
         if features.layers or features.loose:
@@ -84,20 +83,6 @@ def find_plan(features: Features, forward: Forward) -> Plan:
     if errors:
         raise UnsupportedModelError(features.refusal(errors))
     return plan
-
-
-@contextlib.contextmanager
-def _named(model: PreTrainedModel) -> Iterator[None]:
-    """Says of which model an error is that comes out of its code."""
-    try:
-        yield
-    except (UnsupportedModelError, torch.OutOfMemoryError, MemoryError):
-        raise
-    except Exception as error:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} cannot be run and differentiated on two short responses, from token ids and an "
-            f"attention mask alone: {type(error).__name__}: {error}"
-        ) from error
 
 
 def _gradient_plan(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,11 +15,30 @@ from bpo.policy.checks import UnsupportedModelError, base_of
 
 if TYPE_CHECKING:
     import numpy.typing as npt
+    from transformers import PreTrainedModel
 
     from bpo.policy.logprobs import Forward
 
 # Share of the largest gradient at a token that may come back at later ones: none does, but for rounding.
 _LEAK = 1e-4
+
+
+@contextlib.contextmanager
+def named_errors(model: PreTrainedModel) -> Iterator[None]:
+    """Says of which model an error is that comes out of its code, but for want of memory.
+
+    Raises:
+        UnsupportedModelError: Any such error.
+    """
+    try:
+        yield
+    except (UnsupportedModelError, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot be run and differentiated on two short responses, from token ids and an "
+            f"attention mask alone: {type(error).__name__}: {error}"
+        ) from error
 
 
 def differentiate(
