@@ -25,10 +25,10 @@ SECONDS := 60
 SAME := target/same
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-rust test-python same lint bench count fuzz torture docs wheel clean
+.PHONY: help setup demo test test-rust test-python same lint bench count fuzz torture architectures docs wheel clean
 
 help: ## List the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 setup: $(VENV)/.installed ## Virtual environment with the wheel, its dependencies and the tools
 
@@ -89,6 +89,10 @@ torture: $(VENV)/.installed ## Hundreds of kills, interrupts and losses of power
 	  tests/python/responses/test_hostile.py tests/python/core/test_core_arguments.py tests/python/selection/test_saved.py \
 	  tests/python/system/test_signals.py tests/python/training/test_rounds.py -s
 	$(MAKE) fuzz
+
+architectures: $(VENV)/.installed ## Gradients of all causal language models that transformers lists, and their table; an hour, goes on where it was
+	@mkdir -p target
+	BPO_ALL_MODELS=target/architectures.jsonl BPO_WRITE_DOCS=1 $(BIN)/python -m pytest tests/python/gradients/test_architectures.py
 
 docs: $(VENV)/.installed ## Write the tables of docs/ from what the tests find, and the picture of the rooms from the imports
 	$(BIN)/python docs/rooms.py

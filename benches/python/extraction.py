@@ -43,13 +43,13 @@ import transformers
 
 import bpo
 from bpo import _core
-from bpo.policy.batches import batches_by_tokens
 from bpo.data.tokenizers import padding_id
 from bpo.data.tokens import TokenizedResponses, tokenize_candidates
 from bpo.gradients.capture import Plan, sum_gradients
 from bpo.gradients.choose import choose_features
 from bpo.gradients.plan import find_plan
 from bpo.gradients.sketching import Sketching
+from bpo.policy.batches import batches_by_tokens
 from bpo.policy.logprobs import Forward, completion_logps
 from bpo.policy.models import inference_state
 from peers import Row, optional, peak_memory, printed, shown_time, spread

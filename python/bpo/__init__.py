@@ -30,12 +30,12 @@ if TYPE_CHECKING:
     from bpo.gradients.collect import collect_gradients as collect_gradients
     from bpo.gradients.doctor import Diagnosis as Diagnosis
     from bpo.gradients.doctor import doctor as doctor
-    from bpo.gradients.layers import UnsupportedModelError as UnsupportedModelError
     from bpo.pairs.clustering import PairClusters as PairClusters
     from bpo.pairs.clustering import cluster_pairs as cluster_pairs
     from bpo.pairs.length import LengthEffect as LengthEffect
     from bpo.pairs.length import length_effect as length_effect
     from bpo.pairs.losses import pair_coefficients as pair_coefficients
+    from bpo.policy.checks import UnsupportedModelError as UnsupportedModelError
     from bpo.responses.client import ChatError as ChatError
     from bpo.responses.client import ChatServer as ChatServer
     from bpo.responses.judge import Judge as Judge
@@ -68,7 +68,7 @@ _LAZY = {
     "allocate_depth": "bpo._core",
     "compress_breadth": "bpo.breadth.compress",
     "near_duplicates": "bpo.breadth.duplicates",
-    "UnsupportedModelError": "bpo.gradients.layers",
+    "UnsupportedModelError": "bpo.policy.checks",
     "ChatError": "bpo.responses.client",
     "ChatServer": "bpo.responses.client",
     "PairClusters": "bpo.pairs.clustering",

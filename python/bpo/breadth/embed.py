@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from bpo.data.rows import load_rows
 from bpo.data.values import prompt_text
 from bpo.policy.batches import batches_by_tokens
-from bpo.system.model_paths import check_path, naming
+from bpo.system.paths import check_path, naming
 from bpo.system.warn import warn
 
 if TYPE_CHECKING:
@@ -178,17 +178,18 @@ def embed_with_policy(
     Returns:
         (n, e) float32.
     """
-    from bpo.policy.logprobs import pad_right
-    from bpo.policy.models import base_of, inference_state
+    from bpo.policy.checks import base_of
+    from bpo.policy.logprobs import check_vocabulary, pad_right
+    from bpo.policy.state import inference_state
 
-    device = model.get_input_embeddings().weight.device
     # The decoder below the output head: logits are not needed.
     decoder = base_of(model).base_model
 
     def forward(rows: npt.NDArray[np.int64]) -> tuple[Any, Any]:
-        ids, mask = (tensor.to(device) for tensor in pad_right([prompt_ids[row] for row in rows], pad_id))
+        ids, mask = pad_right(model, [prompt_ids[row] for row in rows], pad_id)
         return decoder(input_ids=ids, attention_mask=mask, use_cache=False)[0], mask
 
+    check_vocabulary(model, prompt_ids)
     lengths = np.array([len(ids) for ids in prompt_ids], dtype=np.int64)
     with inference_state(model):
         means = _means(lengths, tokens_per_batch, forward, progress)

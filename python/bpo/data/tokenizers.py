@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bpo.system.model_paths import check_path, naming
+from bpo.system.paths import check_path, naming
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from transformers import PreTrainedTokenizerBase
 
     from bpo.config import SelectConfig
@@ -98,13 +101,30 @@ def token_ids(
     add_generation_prompt: bool = False,
 ) -> list[int]:
     """Returns the token ids of text or of messages, which go through the chat template; errors name the row."""
+    with _as_it_was(processing_class):
+        return _token_ids(processing_class, text, row, {**settings, "add_generation_prompt": add_generation_prompt})
+
+
+def _token_ids(processing_class: PreTrainedTokenizerBase, text: Text, row: int, settings: dict[str, Any]) -> list[int]:
     if isinstance(text, list):
         try:
-            encoded = processing_class.apply_chat_template(
-                text, tokenize=True, return_dict=True, add_generation_prompt=add_generation_prompt, **settings
-            )
+            encoded = processing_class.apply_chat_template(text, tokenize=True, return_dict=True, **settings)
         except Exception as error:  # templates are programs: they raise what they like
             roles = [message["role"] for message in text]
             raise ValueError(f"Row {row}: the chat template fails on the roles {roles}: {error}") from error
         return list(encoded["input_ids"])
     return list(processing_class(text=text)["input_ids"])
+
+
+@contextlib.contextmanager
+def _as_it_was(processing_class: PreTrainedTokenizerBase) -> Iterator[None]:
+    """Puts back what a fast tokenizer keeps of the truncation and padding that it was called with last."""
+    backend = getattr(processing_class, "backend_tokenizer", None)
+    truncation, padding = getattr(backend, "truncation", None), getattr(backend, "padding", None)
+    try:
+        yield
+    finally:
+        if truncation is not None:
+            backend.enable_truncation(**truncation)  # type: ignore[union-attr]
+        if padding is not None:
+            backend.enable_padding(**padding)  # type: ignore[union-attr]

@@ -15,8 +15,10 @@ from bpo.data.tokenizers import load_tokenizer, padding_id
 from bpo.data.tokens import tokenize_candidates
 from bpo.evidence.length_controlled import length_controlled_accuracy
 from bpo.evidence.statistics import clustered_standard_error
-from bpo.policy.logprobs import response_logps
-from bpo.policy.models import inference_state, load_policy, window
+from bpo.policy.autograd import check_causal
+from bpo.policy.logprobs import Forward, check_vocabulary, response_logps
+from bpo.policy.models import load_policy, window
+from bpo.policy.state import inference_state
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -196,9 +198,16 @@ def policy_logps(
 
     Returns:
         (S,) float32.
+
+    Raises:
+        UnsupportedModelError: A model in which a token sees those after it.
     """
     bar = tqdm(total=int(tokenized.lengths.sum()), desc=stage, unit="token", unit_scale=True, disable=not progress)
     with inference_state(policy), bar:
+        check_vocabulary(policy, tokenized.ids)
+        check_causal(
+            Forward.of(policy, tokenized, tokenizer, config), np.argsort(tokenized.lengths)[len(tokenized.ids) // 2]
+        )
         return response_logps(
             policy,
             tokenized,

@@ -11,14 +11,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from bpo.gradients.layers import UnsupportedModelError
+from bpo.policy.autograd import differentiate
+from bpo.policy.checks import UnsupportedModelError
 from bpo.policy.logprobs import CompletionLogps, predicting_positions
 
 if TYPE_CHECKING:
@@ -72,12 +73,18 @@ class Plan:
     replays: dict[str, Replay] = dataclasses.field(default_factory=dict)
     whole: dict[str, Slot] = dataclasses.field(default_factory=dict)
 
+    def all_layers(self) -> Iterator[tuple[Layer, Replay | None]]:
+        """Yields each layer with the replay that it is caught in, None for the pass over the batch."""
+        yield from ((layer, None) for layer in self.layers)
+        for replay in self.replays.values():
+            yield from ((layer, replay) for layer in replay.layers)
+
 
 def sum_gradients(forward: Forward, plan: Plan, rows: npt.NDArray[np.int64], consume: Consumer) -> CompletionLogps:
     """Runs one forward and one backward over a batch and hands every parameter's per-sample gradients to ``consume``.
 
     Args:
-        forward: A model with frozen parameters (see :func:`bpo.policy.models.inference_state`) and responses. Where it
+        forward: A model with frozen parameters (see :func:`bpo.policy.state.inference_state`) and responses. Where it
             has gradient checkpointing enabled, its layers keep their inputs only and are computed again on the way
             back.
         plan: Which gradients to form, and how.
@@ -89,63 +96,75 @@ def sum_gradients(forward: Forward, plan: Plan, rows: npt.NDArray[np.int64], con
         The log-probabilities of the responses, without gradient.
     """
     batch = _Batch(forward, rows, consume)
-
-    def require_gradient(_: nn.Module, __: Any, output: torch.Tensor) -> None:
-        if not output.requires_grad:
-            output.requires_grad_(True)
-
-    # The graph starts at the embedded tokens: with all parameters frozen nothing else would need one.
-    handles = [forward.model.get_input_embeddings().register_forward_hook(require_gradient)]
-    handles += [layer.module.register_forward_hook(batch.layer_hook(layer, None)) for layer in plan.layers]
-    for replay in plan.replays.values():
-        handles.append(replay.module.register_forward_hook(batch.replay_hook(replay), with_kwargs=True))
-        handles += [layer.module.register_forward_hook(batch.layer_hook(layer, replay)) for layer in replay.layers]
-    try:
-        with torch.enable_grad(), _checkpointed(forward.model):
-            result = forward.logps(rows)
-            batch.on_the_way = False
-            result.logps.sum().backward()  # type: ignore[no-untyped-call]
-    finally:
-        for handle in handles:
-            handle.remove()
+    with contextlib.ExitStack() as stack:
+        beginnings = stack.enter_context(graph_from_embeddings(forward.model))
+        for layer, inside in plan.all_layers():
+            handle = layer.module.register_forward_hook(batch.layer_hook(layer, inside), with_kwargs=True)
+            stack.callback(handle.remove)
+        for replay in plan.replays.values():
+            handle = replay.module.register_forward_hook(batch.replay_hook(replay), with_kwargs=True)
+            stack.callback(handle.remove)
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(_checkpointed(forward.model))
+        result = forward.logps(rows)
+        batch.on_the_way = False
+        backward(result.logps, [*beginnings, *batch.beginnings])
     if plan.whole:
         for index in range(len(rows)):
-            alone, _ = by_autograd(forward, plan.whole, rows[index : index + 1])
-            for name, gradient in alone.items():
-                consume(plan.whole[name].offset, gradient, slice(index, index + 1))
+            own = slice(index, index + 1)
+
+            def keep(name: str, gradient: torch.Tensor, own: slice = own) -> None:
+                consume(plan.whole[name].offset, plan.whole[name].keep(gradient), own)
+
+            with _checkpointed(forward.model):
+                differentiate(forward, list(plan.whole), rows[own], keep)
     return CompletionLogps(result.logps.detach(), result.log_weights)
 
 
-def by_autograd(
-    forward: Forward, slots: Mapping[str, Slot], row: npt.NDArray[np.int64]
-) -> tuple[dict[str, torch.Tensor], float]:
-    """Takes the gradients of some parameters from a forward and a backward of the whole model over one response.
+@contextlib.contextmanager
+def graph_from_embeddings(model: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
+    """Starts the graph at the embedded tokens: with all parameters frozen nothing else would need one.
 
-    Args:
-        forward: A model with frozen parameters, and responses.
-        slots: The parameters, by name.
-        row: (1,) the response.
-
-    Returns:
-        What is kept of each gradient, (1, size) float32, without those of parameters that have no part in it; and the
-        log-probability of the response.
+    Yields:
+        The tensors at which graphs begin, filled as the model runs.
     """
-    parameters = [forward.model.get_parameter(name) for name in slots]
-    for parameter in parameters:
-        parameter.requires_grad_(True)
+    beginnings: list[torch.Tensor] = []
+
+    def hook(_: nn.Module, __: Any, output: torch.Tensor) -> torch.Tensor:
+        begun = begin_graph(output, beginnings)
+        if begun is output:  # inside a graph of the user's
+            beginnings.append(output)
+        return begun
+
+    handle = model.get_input_embeddings().register_forward_hook(hook)
     try:
-        with torch.enable_grad(), _checkpointed(forward.model):
-            logps = forward.logps(row).logps
-            gradients = torch.autograd.grad(logps.sum(), parameters, allow_unused=True)
+        yield beginnings
     finally:
-        for parameter in parameters:
-            parameter.requires_grad_(False)
-    kept = {
-        name: slots[name].keep(gradient)
-        for name, gradient in zip(slots, gradients, strict=True)
-        if gradient is not None
-    }
-    return kept, float(logps.detach())
+        handle.remove()
+
+
+def begin_graph(output: torch.Tensor, beginnings: list[torch.Tensor]) -> torch.Tensor:
+    """Returns an output that has a graph: its own, else one that begins here.
+
+    No leaf is given to the model, which may go on in place, as CTRL scales its embeddings; and none of the user's is
+    where it begins.
+    """
+    if output.requires_grad and not output.is_leaf:
+        return output
+    beginnings.append(output.detach().requires_grad_(True))
+    return beginnings[-1].clone()
+
+
+def backward(logps: torch.Tensor, beginnings: list[torch.Tensor]) -> None:
+    """Differentiates the sum of log-probabilities for what hooks catch on the way.
+
+    Only as far as the beginnings of graphs: a tensor of the user's own that requires a gradient gets none.
+    """
+    if not beginnings or not logps.requires_grad:
+        raise UnsupportedModelError("The log-probabilities of this model cannot be differentiated: it has no graph.")
+    torch.autograd.backward(logps.sum(), inputs=beginnings)
+    for tensor in beginnings:
+        tensor.grad = None
 
 
 class _Batch:
@@ -158,21 +177,30 @@ class _Batch:
         self.width = int(forward.tokenized.lengths[rows].max())
         self.predicting = predicting_positions(forward.tokenized, rows)
         self.n_predicting = int(self.predicting.sum())
+        self.beginnings: list[torch.Tensor] = []
         self.on_the_way = True  # afterwards, hooks see what gradient checkpointing computes again: known already
         self.replay: Replay | None = None  # the module that is being run again …
         self.sample = 0  # … and for which sample
 
-    def layer_hook(self, layer: Layer, inside: Replay | None) -> Callable[..., None]:
+    def layer_hook(self, layer: Layer, inside: Replay | None) -> Callable[..., torch.Tensor | None]:
         """A forward hook that catches what the gradients of a layer need."""
 
-        def hook(_: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
-            if self.replay is not inside or (inside is None and not self.on_the_way):
-                return
+        def hook(
+            _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor
+        ) -> torch.Tensor | None:
+            if self.replay is not inside or (inside is None and not self.on_the_way) or not torch.is_grad_enabled():
+                return None
+            given: torch.Tensor = next(iter((*args, *kwargs.values())))
             if not output.requires_grad:
-                output.requires_grad_(True)
+                if given.requires_grad:
+                    raise UnsupportedModelError(
+                        f"{layer.name}: {type(layer.module).__name__} gives back nothing to differentiate, so that no "
+                        "gradient reaches what lies below it. Pass the model with layers that can be trained through."
+                    )
+                output = begin_graph(output, self.beginnings)
             size = self.size if inside is None else 1
             first = 0 if inside is None else self.sample
-            x = self._by_sample(args[0].detach(), size)
+            x = self._by_sample(given.detach(), size)
             with torch.autocast(self.forward.device.type, enabled=False):
                 remembered = None if x is None else layer.remember(x)
 
@@ -180,7 +208,7 @@ class _Batch:
                 by_sample = self._by_sample(gradient, size)
                 if x is None or by_sample is None:
                     raise UnsupportedModelError(
-                        f"{layer.name}: its input has shape {tuple(args[0].shape)}, in which {size} samples of "
+                        f"{layer.name}: its input has shape {tuple(given.shape)}, in which {size} samples of "
                         f"{self.width} tokens cannot be told apart, although on two short responses they could. Leave "
                         "it out with SelectConfig.parameters."
                     )
@@ -192,6 +220,7 @@ class _Batch:
                         self.consume(offset, gradients, slice(first + part.start, first + part.stop))
 
             output.register_hook(on_gradient)  # type: ignore[no-untyped-call]
+            return output
 
         return hook
 
@@ -212,15 +241,17 @@ class _Batch:
             return padded
         return None
 
-    def replay_hook(self, replay: Replay) -> Callable[..., None]:
+    def replay_hook(self, replay: Replay) -> Callable[..., Any]:
         """A forward hook that records a call, to run it again for each sample once its output gradient is known."""
 
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             if self.replay is not None or not self.on_the_way:
-                return
+                return None
             tensor = floating_tensors(output)[replay.output]
-            if not tensor.requires_grad:
-                tensor.requires_grad_(True)
+            if tensor is output:
+                output = tensor = begin_graph(output, self.beginnings)
+            elif not tensor.requires_grad:
+                self.beginnings.append(tensor.requires_grad_(True))
             inputs = map_tensors((args, kwargs), torch.Tensor.detach)
 
             def on_gradient(gradient: torch.Tensor) -> None:
@@ -233,6 +264,7 @@ class _Batch:
                     self._run_again(replay, leaves, inputs, gradient, index)
 
             tensor.register_hook(on_gradient)  # type: ignore[no-untyped-call]
+            return output
 
         return hook
 
@@ -247,9 +279,12 @@ class _Batch:
             args, kwargs = map_tensors((args, kwargs), _as_leaf)
             map_tensors((args, kwargs), lambda tensor: targets.append(tensor) if tensor.requires_grad else None)
         self.replay, self.sample = replay, index
+        begun = len(self.beginnings)
         try:
             with torch.enable_grad(), self.forward.autocasting():
                 outputs = torch.func.functional_call(replay.module, leaves, args, kwargs)
+            targets += self.beginnings[begun:]
+            del self.beginnings[begun:]
             output = floating_tensors(outputs)[replay.output]
             own = self._cut(gradient, replay.output_rule, index)
             gradients = torch.autograd.grad(output, targets, own.reshape(output.shape), allow_unused=True)
@@ -273,18 +308,21 @@ def _checkpointed(model: PreTrainedModel) -> Iterator[None]:
     """Honours gradient checkpointing where the model has it enabled, also outside training mode."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    layers = [
-        module
-        for module in model.modules()
-        if isinstance(module, GradientCheckpointingLayer) and getattr(module, "gradient_checkpointing", False)
-    ]
-    for layer in layers:
-        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
-    try:
+    with contextlib.ExitStack() as stack:
+        for layer in list(model.modules()):
+            if isinstance(layer, GradientCheckpointingLayer) and getattr(layer, "gradient_checkpointing", False):
+                # What others put there (accelerate's hooks, patches) is what runs, and what stands there afterwards.
+                stack.callback(_put_back, layer, "forward", layer.__dict__.get("forward"))
+                layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
         yield
-    finally:
-        for layer in layers:
-            del layer.__dict__["forward"]
+
+
+def _put_back(module: nn.Module, name: str, attribute: Any) -> None:
+    """Has an instance attribute again as it was, None for none."""
+    if attribute is None:
+        module.__dict__.pop(name, None)
+    else:
+        module.__dict__[name] = attribute
 
 
 def _as_leaf(tensor: torch.Tensor) -> torch.Tensor:

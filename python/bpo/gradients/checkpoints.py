@@ -17,7 +17,7 @@ from bpo.policy.logprobs import Forward
 from bpo.policy.models import load_policy
 from bpo.policy.reference import Reference
 from bpo.store.gradient_store import GradientStore
-from bpo.system.model_paths import check_path
+from bpo.system.paths import check_path
 
 if TYPE_CHECKING:
     import os

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from bpo.gradients.layers import UnsupportedModelError
 from bpo.gradients.parameters import FreshAdapter, Parameters, matches
 from bpo.gradients.response_embeddings import ResponseEmbeddings
+from bpo.policy.checks import UnsupportedModelError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from transformers import PreTrainedModel
 
     from bpo.config import SelectConfig
@@ -35,7 +37,9 @@ def choose_features(model: PreTrainedModel, config: SelectConfig) -> Features:
             _check_adapters(model)
         return ResponseEmbeddings(model)
     if config.features == "lora" and peft_config is None:
-        return FreshAdapter(model, config.lora_rank, config.sketch_seed, config.parameters)
+        adapter = FreshAdapter(model, config.lora_rank, config.sketch_seed, config.parameters)
+        _check_at_hand(model, adapter.loose)
+        return adapter
     names = [name for name, _ in model.named_parameters()]
     if config.features == "lora":
         names = _adapter_parameters(model)
@@ -51,7 +55,18 @@ def choose_features(model: PreTrainedModel, config: SelectConfig) -> Features:
             "features='lora', which needs the layers' inputs and outputs only, or leave it out with "
             "SelectConfig.parameters."
         )
+    _check_at_hand(model, names)
     return Parameters(model, names, config.factor_dim, config.sketch_seed)
+
+
+def _check_at_hand(model: PreTrainedModel, names: Iterable[str]) -> None:
+    """Refuses parameters that autograd would have to see, but accelerate brings for each forward and takes away."""
+    away = [name for name in names if model.get_parameter(name).is_meta]
+    if away:
+        raise UnsupportedModelError(
+            f"{away[0]} is offloaded by accelerate, so that it has no gradient of its own. Load the model without "
+            "offloading it, differentiate features='lora', or leave it out with SelectConfig.parameters."
+        )
 
 
 def _adapter_parameters(model: PreTrainedModel) -> list[str]:

@@ -22,8 +22,9 @@ from bpo.gradients.preconditioner import load_preconditioner, preconditioner_pat
 from bpo.gradients.sketching import Sketching
 from bpo.policy.batches import first_batch, storage_order
 from bpo.policy.logprobs import Forward, check_vocabulary
-from bpo.policy.models import inference_state, load_policy, model_fingerprint, window
+from bpo.policy.models import load_policy, model_fingerprint, window
 from bpo.policy.reference import Reference
+from bpo.policy.state import inference_state
 from bpo.store.gradient_store import FIRST_UNPREDICTED, NONFINITE, ZERO
 from bpo.store.writer import GradientWriter
 from bpo.system.memory import HeapTrimmer, within_memory
@@ -129,7 +130,7 @@ def collect(
     Returns:
         The store, open for reading.
     """
-    check_vocabulary(model, tokenized)
+    check_vocabulary(model, tokenized.ids)
     # Decided before freezing, since what is trainable says what the features are.
     features = choose_features(model, config)
     precondition = None if preconditioner is None else load_preconditioner(preconditioner, model, features)

@@ -22,8 +22,9 @@ from bpo.gradients.plan import find_plan, kind_of
 from bpo.gradients.sketching import Sketching
 from bpo.policy.batches import batches_by_tokens
 from bpo.policy.logprobs import Forward, check_vocabulary
-from bpo.policy.models import inference_state, load_policy, window
+from bpo.policy.models import load_policy, window
 from bpo.policy.reference import Reference
+from bpo.policy.state import inference_state
 from bpo.store.gradient_store import EMBEDDED, RECORD, row_bytes
 
 if TYPE_CHECKING:
@@ -191,7 +192,7 @@ def doctor(
         tokenizer = load_tokenizer(model, processing_class, config)
         policy = load_policy(model, config)
         kept, tokenized = tokenize_configured(candidates, tokenizer, window(policy, config), config)
-        check_vocabulary(policy, tokenized)
+        check_vocabulary(policy, tokenized.ids)
         features = choose_features(policy, config)
         reference = Reference.of(policy, config)
         with inference_state(policy):

@@ -50,28 +50,13 @@ class Features:
         """Hands the coordinates of a batch of responses to ``consume``; see :func:`sum_gradients`."""
         return sum_gradients(forward, plan, rows, consume)
 
-    def exact(
-        self, forward: Forward, row: npt.NDArray[np.int64], names: Sequence[str]
-    ) -> tuple[dict[str, torch.Tensor], float] | None:
-        """Takes the coordinates of a response in a way that knows nothing of plans; None where there is no such way.
-
-        Args:
-            forward: The model these features are of, frozen, and the responses.
-            row: (1,) the response.
-            names: Slots.
-
-        Returns:
-            The coordinates of each slot, (1, size) float32 on the CPU; and the log-probability of the response.
-        """
-        return None
-
     def refusal(self, errors: Mapping[str, float]) -> str:
         """Says that what is caught in a batch is not what responses have alone: name → relative error."""
         worst = sorted(errors, key=lambda name: -errors[name])[:5]
         named = ", ".join(f"{name} ({errors[name]:.1e})" for name in worst)
         return (
             f"The per-sample gradients of {len(errors)} parameters are not those of the responses alone: {named} "
-            "(error relative to the whole gradient). Leave their modules out with SelectConfig.parameters."
+            "(error relative to its own). Leave their modules out with SelectConfig.parameters."
         )
 
     def warn_of_gaps(self, model: PreTrainedModel) -> None:

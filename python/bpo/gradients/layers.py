@@ -12,10 +12,6 @@ Consumer = Callable[[int, torch.Tensor, slice], None]
 """Receives the coordinate at which a parameter starts, (n, size) gradients, and the part of the batch they are of."""
 
 
-class UnsupportedModelError(ValueError):
-    """The per-sample gradients of this model cannot be had exactly; the message names the modules or parameters."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Slot:
     """Where the gradient of one parameter lies among the coordinates.
@@ -26,7 +22,7 @@ class Slot:
         left: (k, out) or None. A projection of the outputs, on the device of the parameter.
         right: (r, in), (experts, r, in) or None. A projection of the inputs, likewise: what is kept of the gradient G
             of a weight (out, in) is left · G · rightᵀ.
-        transposed: Whether the parameter is a weight stored as (in, out), as in GPT-2's Conv1D.
+        transposed: Whether the parameter is a weight stored as (in, out), as in GPT-2's Conv1D, or (experts, in, out).
     """
 
     offset: int
@@ -49,7 +45,7 @@ class Slot:
         """Returns what is kept of a whole gradient, (1, size) float32."""
         kept = gradient.float()
         if self.projected and self.transposed:
-            kept = kept.T
+            kept = kept.mT
         if self.left is not None:
             kept = self.left @ kept
         if self.right is not None:
@@ -74,9 +70,15 @@ class Linear:
     bias: Slot | None = None
 
     @property
+    def slots(self) -> dict[str, Slot]:
+        """Where its gradients lie, by the name of the parameter."""
+        slots = {f"{self.name}.weight": self.weight, f"{self.name}.bias": self.bias}
+        return {name: slot for name, slot in slots.items() if slot is not None}
+
+    @property
     def largest(self) -> int:
         """Coordinates of the largest gradient."""
-        return max(slot.size for slot in (self.weight, self.bias) if slot is not None)
+        return max(slot.size for slot in self.slots.values())
 
     def remember(self, x: torch.Tensor) -> torch.Tensor | None:
         """Takes the (n, t, in) inputs; returns what the gradient needs of them."""
@@ -112,6 +114,11 @@ class Embedding:
     name: str
     module: nn.Embedding
     weight: Slot
+
+    @property
+    def slots(self) -> dict[str, Slot]:
+        """Where its gradient lies, by the name of the parameter."""
+        return {f"{self.name}.weight": self.weight}
 
     @property
     def largest(self) -> int:

@@ -7,21 +7,19 @@ import hashlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
-from bpo.gradients.capture import by_autograd
 from bpo.gradients.features import Features
-from bpo.gradients.layers import Embedding, Linear, UnsupportedModelError
+from bpo.gradients.layers import Embedding, Linear
+from bpo.policy.checks import UnsupportedModelError, device_of
 from bpo.system.warn import warn
 
 if TYPE_CHECKING:
-    import numpy.typing as npt
     from transformers import PreTrainedModel
 
     from bpo.gradients.layers import Slot
-    from bpo.policy.logprobs import Forward
 
 
 # Norms, biases and the like stay below this share of the weights.
@@ -58,7 +56,7 @@ class FreshAdapter(Features):
                 continue
             if is_linear(module) and matches(f"{name}.weight", patterns):
                 out_features, in_features = _linear_shape(module)
-                a = _uniform(seed, name, (rank, in_features)).to(module.weight.device)
+                a = _uniform(seed, name, (rank, in_features)).to(device_of(module, module.weight))
                 transposed = not isinstance(module, nn.Linear)
                 slot = self._slot(f"{name}.weight", (out_features, rank), right=a, transposed=transposed)
                 self.layers.append(Linear(name, module, slot))
@@ -66,9 +64,12 @@ class FreshAdapter(Features):
             for attribute, parameter in module.named_parameters(recurse=False):
                 full_name = f"{name}.{attribute}"
                 if _is_fused_experts(module, parameter) and matches(full_name, patterns):
-                    experts, out_features, in_features = parameter.shape
+                    transposed = getattr(module, "is_transposed", False) is True
+                    experts, *sides = parameter.shape
+                    out_features, in_features = reversed(sides) if transposed else sides
                     a = _uniform(seed, full_name, (experts, rank, in_features)).to(parameter.device)
-                    self.loose[full_name] = self._slot(full_name, (experts, out_features, rank), right=a)
+                    shape = (experts, out_features, rank)
+                    self.loose[full_name] = self._slot(full_name, shape, right=a, transposed=transposed)
         if not self.slots:
             raise UnsupportedModelError(
                 f"{type(model).__name__} has no linear layers to put an adapter on"
@@ -157,29 +158,24 @@ class Parameters(Features):
         described = {"kind": "parameters", "names": _digest(self.slots), "coordinates": self.dim}
         return described if self.factor_dim is None else {**described, "factor_dim": self.factor_dim}
 
-    def exact(
-        self, forward: Forward, row: npt.NDArray[np.int64], names: Sequence[str]
-    ) -> tuple[dict[str, torch.Tensor], float]:
-        """Takes the gradients of a response by autograd; see :meth:`Features.exact`."""
-        kept, logp = by_autograd(forward, {name: self.slots[name] for name in names}, row)
-        return {
-            name: kept[name].cpu() if name in kept else torch.zeros(1, self.slots[name].size) for name in names
-        }, logp
-
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear layer, quantized or not, or GPT-2's Conv1D."""
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+    """Whether a module is a linear layer by its class, quantized or not, or GPT-2's Conv1D."""
+    return isinstance(module, (nn.Linear, Conv1D))
 
 
 def _has_closed_form(module: nn.Module) -> bool:
     """Whether the module is a linear layer that does nothing but its product: a subclass may scale or quantize."""
-    return type(module).forward is nn.Linear.forward or type(module).__name__ == "Conv1D"
+    return type(module).forward in (nn.Linear.forward, Conv1D.forward)
 
 
 def _is_fused_experts(module: nn.Module, parameter: nn.Parameter) -> bool:
-    """Whether a parameter holds the weights of several experts, (experts, ·, ·); convolutions have three sides, too."""
-    return parameter.dim() == 3 and not isinstance(module, nn.modules.conv._ConvNd)
+    """Whether a parameter holds a weight for each of the experts that its module says it has, (experts, ·, ·).
+
+    Convolutions, tables of positions and others have three sides, too.
+    """
+    experts = getattr(module, "num_experts", None)
+    return parameter.dim() == 3 and parameter.shape[0] == experts and min(parameter.shape) > 1
 
 
 def _linear_shape(module: nn.Module) -> tuple[int, int]:

@@ -10,9 +10,8 @@ from torch import nn
 
 from bpo.gradients.capture import Plan
 from bpo.gradients.features import Features
-from bpo.gradients.layers import UnsupportedModelError
+from bpo.policy.checks import UnsupportedModelError, base_of
 from bpo.policy.logprobs import predicting_positions
-from bpo.policy.models import base_of
 from bpo.store.gradient_store import EMBEDDED
 
 if TYPE_CHECKING:

@@ -12,11 +12,11 @@ import torch
 
 from bpo.data.tokenizers import padding_id
 from bpo.policy.batches import batches_by_tokens
-from bpo.policy.models import base_of
+from bpo.policy.checks import base_of, device_of
 from bpo.system.memory import HeapTrimmer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     import numpy.typing as npt
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -44,15 +44,39 @@ class CompletionLogps:
     log_weights: torch.Tensor
 
 
-def pad_right(sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns (n, t) int64 token ids and attention mask; causal attention keeps padding at the right from mattering."""
+def pad_right(
+    model: PreTrainedModel, sequences: Sequence[Sequence[int]], pad_id: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns (n, t) int64 token ids and attention mask, where the model takes them.
+
+    Causal attention keeps padding at the right from mattering, so that any token may fill the place of a ``pad_id``
+    that the model has no embedding for.
+    """
     width = max(len(sequence) for sequence in sequences)
-    input_ids = torch.full((len(sequences), width), pad_id, dtype=torch.long)
-    attention_mask = torch.zeros((len(sequences), width), dtype=torch.long)
+    input_ids = torch.full((len(sequences), width), known_id(model, pad_id), dtype=torch.long, device="cpu")
+    attention_mask = torch.zeros_like(input_ids)
     for index, sequence in enumerate(sequences):
-        input_ids[index, : len(sequence)] = torch.tensor(sequence)
+        input_ids[index, : len(sequence)] = torch.tensor(sequence, dtype=torch.long, device="cpu")
         attention_mask[index, : len(sequence)] = 1
-    return input_ids, attention_mask
+    device = input_device(model)
+    return input_ids.to(device), attention_mask.to(device)
+
+
+def known_id(model: PreTrainedModel, pad_id: int) -> int:
+    """Returns the id that fills batches in place of a pad token, which a tokenizer may have beyond the embeddings."""
+    return pad_id if 0 <= pad_id < vocabulary(model) else 0
+
+
+def vocabulary(model: PreTrainedModel) -> int:
+    """Returns for how many tokens a model has embeddings."""
+    size: int = model.get_input_embeddings().weight.shape[0]
+    return size
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Returns where a model takes its token ids."""
+    table = model.get_input_embeddings()
+    return device_of(table, table.weight)
 
 
 def predicting_positions(tokenized: TokenizedResponses, rows: npt.NDArray[np.int64]) -> torch.Tensor:
@@ -96,8 +120,7 @@ class Forward:
     @property
     def device(self) -> torch.device:
         """Where the model takes its input."""
-        device: torch.device = self.model.get_input_embeddings().weight.device
-        return device
+        return input_device(self.model)
 
     def autocasting(self) -> contextlib.AbstractContextManager[Any]:
         """The arithmetic of the pass, as a context."""
@@ -128,15 +151,13 @@ def completion_logps(
     Returns:
         The log-probabilities.
     """
-    input_ids, attention_mask = pad_right([tokenized.ids[row] for row in rows], pad_id)
+    input_ids, attention_mask = pad_right(model, [tokenized.ids[row] for row in rows], pad_id)
     size, width = input_ids.shape
     predicting = predicting_positions(tokenized, rows)
-    device = model.get_input_embeddings().weight.device
-    input_ids, attention_mask = input_ids.to(device), attention_mask.to(device)
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
-    if "position_ids" in _forward_arguments(model):
+    if takes(model, "position_ids"):
         # A row of positions a sample, since learned position embeddings could not be told apart by sample otherwise.
-        inputs["position_ids"] = torch.arange(width, device=device).expand(size, -1)
+        inputs["position_ids"] = torch.arange(width, device=input_ids.device).expand(size, -1)
     with _head_sees_only(model, predicting):
         logits = model(**inputs).logits
     predicting = predicting.to(logits.device)
@@ -149,7 +170,7 @@ def completion_logps(
         # The first token of a sequence has a weight, too, but nothing predicts it.
         weights = [tokenized.weights[row][int(tokenized.prompt_lengths[row] == 0) :] for row in rows]
         token_logps = token_logps * torch.from_numpy(np.concatenate(weights)).to(logits.device)
-    zeros = torch.zeros(predicting.shape, device=logits.device)
+    zeros = torch.zeros(predicting.shape, dtype=torch.float32, device=logits.device)
     # Summed row by row of a padded matrix, which is deterministic on a GPU, too.
     tokens = predicting.sum(dim=1).clamp(min=1)
     return CompletionLogps(
@@ -188,7 +209,7 @@ class _TokenLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Takes (m, vocabulary) logits and (m,) targets; returns log π and log π − log Σ_v π_v², (m,) float32."""
-        normalizer = torch.empty(len(logits), device=logits.device)
+        normalizer = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
         agreement = torch.empty_like(normalizer)  # log Σ_v π_v²
         for start in range(0, len(logits), _LOGIT_ROWS):
             part = slice(start, start + _LOGIT_ROWS)
@@ -223,18 +244,22 @@ def score_tokens(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Ten
     return logps, weights
 
 
-def _forward_arguments(model: PreTrainedModel) -> Collection[str]:
-    return inspect.signature(base_of(model).forward).parameters.keys()
+def takes(model: PreTrainedModel, argument: str) -> bool:
+    """Whether a forward pass takes an argument; a patched one that passes all on takes what its class does."""
+    base = base_of(model)
+    given = inspect.signature(base.forward).parameters
+    passes_on = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in given.values())
+    return argument in given or (passes_on and argument in inspect.signature(type(base).forward).parameters)
 
 
-def check_vocabulary(model: PreTrainedModel, tokenized: TokenizedResponses) -> None:
+def check_vocabulary(model: PreTrainedModel, sequences: Sequence[Sequence[int]]) -> None:
     """Checks that the model knows every token.
 
     Raises:
         ValueError: A token id beyond the model's embeddings: the tokenizer belongs to another model.
     """
-    known = model.get_input_embeddings().weight.shape[0]
-    largest = max(max(ids) for ids in tokenized.ids)
+    known = vocabulary(model)
+    largest = max((max(ids, default=0) for ids in sequences), default=0)
     if largest >= known:
         raise ValueError(
             f"The tokenizer gives token {largest}, but {type(model).__name__} has embeddings for {known} tokens only: "
@@ -263,8 +288,11 @@ def response_logps(
 
     Returns:
         (R,) float32.
+
+    Raises:
+        ValueError: A token that the model does not know.
     """
-    check_vocabulary(model, tokenized)
+    check_vocabulary(model, tokenized.ids)
     forward = Forward(model, tokenized, pad_id, autocast)
     logps = np.zeros(len(tokenized.ids), dtype=np.float32)
     trim = HeapTrimmer()

@@ -1,8 +1,7 @@
-"""Policies: loading by path, freezing, and fingerprints that tell two of them apart."""
+"""Policies: loading by path, and fingerprints that tell two of them apart."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 from pathlib import Path
@@ -11,11 +10,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bpo.choices import NO_MODELS
-from bpo.system.model_paths import check_path, is_adapter, naming
+from bpo.policy.checks import (
+    UnsupportedModelError,
+    base_of,
+    check_kind,
+    check_model,
+    check_policy,
+    kept_value,
+    unwrapped,
+)
+from bpo.system.paths import check_path, is_adapter, naming
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from transformers import PreTrainedModel
 
     from bpo.config import SelectConfig
@@ -35,53 +41,85 @@ _VOLATILE_ADAPTER = {
 }
 
 
-def base_of(model: PreTrainedModel) -> PreTrainedModel:
-    """Returns the model inside a ``PeftModel``, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def check_model(model: Any) -> None:
-    """Checks that an object given as a model is one.
-
-    Raises:
-        TypeError: It is not.
-    """
-    if not isinstance(model, torch.nn.Module) or not hasattr(model, "get_input_embeddings"):
-        raise TypeError(
-            f"model must be a path, a hub id, a PreTrainedModel or a PeftModel, not {type(model).__name__}."
-        )
-
-
 def load_policy(model: Any, config: SelectConfig) -> PreTrainedModel:
     """Returns the model object given, or loads a causal language model (or a saved PEFT adapter) by path or hub id.
+
+    Of an object that ``torch.compile`` or data parallelism has wrapped, the model inside.
 
     Raises:
         FileNotFoundError: A path that does not exist, or that holds no model.
         OSError: A hub id that cannot be loaded.
         TypeError: Something that is no model.
+        UnsupportedModelError: A model that is no policy: see :func:`bpo.policy.checks.check_policy`.
     """
     if not isinstance(model, (str, Path)):
-        check_model(model)
+        model = unwrapped(model)
+        check_policy(model)
         return model
-    from transformers import AutoModelForCausalLM
-
     name = check_path(str(model))
     try:
         device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:
         raise ValueError(f"SelectConfig.device={config.device!r} is no device: {error}") from None
-    # transformers loads a directory with an adapter_config.json as base model plus adapter, but not as a PeftModel.
-    loader = AutoModelForCausalLM
-    if is_adapter(name):
-        from peft import AutoPeftModelForCausalLM
-
-        loader = AutoPeftModelForCausalLM
-    dtype = getattr(torch, config.dtype)
     with naming(name):
-        policy = loader.from_pretrained(name, dtype=dtype, trust_remote_code=config.trust_remote_code).to(device)
+        policy = _load(name, config).to(device)
     if config.gradient_checkpointing:
         policy.gradient_checkpointing_enable()
     return policy
+
+
+def _load(name: str, config: SelectConfig) -> Any:
+    """Loads a causal language model or an adapter of one, and nothing that would be half of one."""
+    from transformers import AutoModelForCausalLM
+
+    settings: dict[str, Any] = {
+        "dtype": getattr(torch, config.dtype),
+        "trust_remote_code": config.trust_remote_code,
+    }
+    saved = _saved_config(name, config)
+    check_kind(saved)
+    # transformers loads a directory with an adapter_config.json as base model plus adapter, but not as a PeftModel.
+    if is_adapter(name):
+        from peft import AutoPeftModelForCausalLM
+
+        _check_adapter(name)
+        return AutoPeftModelForCausalLM.from_pretrained(name, **settings)
+    if not (config.trust_remote_code or type(saved) in AutoModelForCausalLM._model_mapping):
+        raise UnsupportedModelError(
+            f"{name} is a model of type {saved.model_type}, which AutoModelForCausalLM does not load. If it is a "
+            "causal language model, load it with its own class and pass the object."
+        )
+    loaded, info = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **settings)
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise UnsupportedModelError(
+            f"{name} is no whole causal language model: it has no trained weights for {', '.join(missing[:5])}"
+            + (f" and {len(missing) - 5} more." if len(missing) > 5 else ".")
+        )
+    return loaded
+
+
+def _check_adapter(name: str) -> None:
+    """Refuses adapters that were trained for something else."""
+    from peft import PeftConfig
+
+    task = getattr(PeftConfig.from_pretrained(name), "task_type", None)
+    task = getattr(task, "value", task)
+    if task not in (None, "CAUSAL_LM"):
+        raise UnsupportedModelError(
+            f"{name} is an adapter of task_type {task}: a policy is a causal language model (CAUSAL_LM)."
+        )
+
+
+def _saved_config(name: str, config: SelectConfig) -> Any:
+    """The configuration of a saved model, or of that below a saved adapter."""
+    from transformers import AutoConfig
+
+    if is_adapter(name):
+        from peft import PeftConfig
+
+        name = PeftConfig.from_pretrained(name).base_model_name_or_path
+    return AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code)
 
 
 def window(model: Any, config: SelectConfig) -> int | None:
@@ -95,37 +133,16 @@ def window(model: Any, config: SelectConfig) -> int | None:
 def _positions(model: Any, config: SelectConfig) -> int | None:
     """Returns how many positions a model was made for, None where it does not say."""
     if isinstance(model, (str, Path)):
-        from transformers import AutoConfig
-
         name = check_path(str(model))
-        if is_adapter(name):
-            from peft import PeftConfig
-
-            name = PeftConfig.from_pretrained(name).base_model_name_or_path
         with naming(name):
-            model_config = AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code)
+            model_config = _saved_config(name, config)
+        check_kind(model_config)
     else:
+        model = unwrapped(model)
         check_model(model)
         model_config = model.config
     positions: int | None = getattr(model_config.get_text_config(), "max_position_embeddings", None)
-    return positions
-
-
-@contextlib.contextmanager
-def inference_state(model: PreTrainedModel) -> Iterator[None]:
-    """Turns off dropout and freezes every parameter for the duration, and restores both."""
-    training = {name: module.training for name, module in model.named_modules()}
-    trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    model.eval()
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for name, module in model.named_modules():
-            module.training = training[name]
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(trainable[name])
+    return positions if positions is not None and positions > 0 else None  # XLNet says -1
 
 
 def model_fingerprint(model: PreTrainedModel) -> str:
@@ -149,7 +166,8 @@ def model_fingerprint(model: PreTrainedModel) -> str:
     for name, tensor in model.state_dict().items():
         if isinstance(tensor, torch.Tensor):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.reshape(-1).contiguous().cpu().view(torch.uint8).numpy().data)
+            value = kept_value(model, name) if tensor.is_meta else tensor
+            digest.update(value.reshape(-1).contiguous().cpu().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

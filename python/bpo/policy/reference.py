@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from bpo.policy.logprobs import check_vocabulary
-from bpo.policy.models import inference_state, load_policy, model_fingerprint
+from bpo.policy.models import load_policy, model_fingerprint
+from bpo.policy.state import inference_state
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -79,7 +80,7 @@ class Reference:
             ValueError: It does not.
         """
         if self.model is not None:
-            check_vocabulary(self.model, tokenized)
+            check_vocabulary(self.model, tokenized.ids)
 
     def logps(
         self,

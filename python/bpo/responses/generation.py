@@ -13,7 +13,10 @@ from transformers import GenerationConfig
 from bpo.config import SelectConfig
 from bpo.data.candidates import Skipped, report_skipped
 from bpo.data.tokenizers import load_tokenizer, padding_id, token_ids, tokenizer_fingerprint
-from bpo.policy.models import base_of, inference_state, load_policy, model_fingerprint, window
+from bpo.policy.checks import base_of
+from bpo.policy.logprobs import check_vocabulary, input_device, known_id, takes
+from bpo.policy.models import load_policy, model_fingerprint, window
+from bpo.policy.state import inference_state
 from bpo.responses.client import ChatError
 from bpo.responses.sources import Sampled, random_stream
 from bpo.system.memory import within_memory
@@ -23,6 +26,10 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from bpo.responses.prompts import PromptResponses
+
+
+# Largest change of the logits by padding at the left that is rounding, relative to the largest of them.
+_PADDING_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
 
 
 class ModelSource:
@@ -38,6 +45,8 @@ class ModelSource:
         self.size = self.at_once = max(1, batch_size // settings["n_responses"])
         self.window = window(self.model, SelectConfig(max_length=None))
         self.prompt_ids: list[list[int]] = []
+        self._pad = known_id(self.model, padding_id(self.tokenizer))
+        self._padding_matters: bool | None = None  # not known before two lengths meet
         self.failures: list[str] = []
 
     def describe(self) -> dict[str, Any]:
@@ -60,8 +69,9 @@ class ModelSource:
                 skipped.add(reason, f"row {row.row}")
                 continue
             fitting.append(row)
-            self.prompt_ids.append(ids or [padding_id(self.tokenizer)])
+            self.prompt_ids.append(ids or [self._pad])
         report_skipped(skipped, "skip")
+        check_vocabulary(self.model, self.prompt_ids)
         if not fitting:
             raise ValueError(f"No prompt can be responded to; lower max_new_tokens.\n{skipped.describe()}")
         return fitting
@@ -90,7 +100,7 @@ class ModelSource:
         """Generates for a batch, in parts where memory does not suffice for all of it."""
         sampled: list[list[Sampled]] = []
         while len(sampled) < len(batch):
-            part = batch[len(sampled) : len(sampled) + self.at_once]
+            part = self._together(batch[len(sampled) : len(sampled) + self.at_once])
             done, error = within_memory(self._generate, rows, part)
             if done is not None:
                 sampled += done
@@ -105,17 +115,47 @@ class ModelSource:
             warn(f"Memory does not suffice for {len(part)} prompts at once; going on with {self.at_once}.")
         return sampled
 
+    def _together(self, batch: Sequence[int]) -> Sequence[int]:
+        """Returns those at the beginning of a batch, the longest first, that do not change one another.
+
+        Where padding at the left moves what comes after it, as in RWKV's states and BART's positions, only prompts of
+        equal length go together.
+        """
+        shortest, longest = self.prompt_ids[batch[-1]], self.prompt_ids[batch[0]]
+        if len(shortest) == len(longest):
+            return batch
+        if self._padding_matters is None:
+            alone, padded = (self._next_logits(shortest, width) for width in (len(shortest), len(longest)))
+            precision = _PADDING_TOLERANCE.get(self.model.dtype, _PADDING_TOLERANCE[torch.bfloat16])
+            self._padding_matters = not bool((alone - padded).abs().max() <= precision * alone.abs().max())
+        if not self._padding_matters:
+            return batch
+        return [index for index in batch if len(self.prompt_ids[index]) == len(longest)]
+
+    def _next_logits(self, prompt: Sequence[int], width: int) -> torch.Tensor:
+        """Returns the (v,) logits after a prompt that is padded to a width, as ``generate`` pads."""
+        ids, mask = self._padded([prompt], width)
+        inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+        if takes(self.model, "position_ids"):
+            inputs["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        with torch.no_grad():
+            logits: torch.Tensor = self.model(**inputs).logits[0, -1].float()
+        return logits
+
+    def _padded(self, prompts: Sequence[Sequence[int]], width: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns (n, width) token ids and attention mask of prompts padded at the left, where the model takes them."""
+        ids = torch.full((len(prompts), width), self._pad, dtype=torch.long, device="cpu")
+        mask = torch.zeros_like(ids)
+        for place, prompt in enumerate(prompts):
+            ids[place, width - len(prompt) :] = torch.tensor(prompt, dtype=torch.long, device="cpu")
+            mask[place, width - len(prompt) :] = 1
+        device = input_device(self.model)
+        return ids.to(device), mask.to(device)
+
     def _generate(self, rows: Sequence[PromptResponses], batch: Sequence[int]) -> list[list[Sampled]]:
         count, longest = self.settings["n_responses"], self.settings["max_new_tokens"]
-        pad = padding_id(self.tokenizer)
-        device = self.model.get_input_embeddings().weight.device
         width = max(len(self.prompt_ids[index]) for index in batch)
-        ids = torch.full((len(batch) * count, width), pad)  # (b·m, t)
-        mask = torch.zeros_like(ids)
-        for place, index in enumerate(batch):
-            prompt = torch.tensor(self.prompt_ids[index])
-            ids[place * count : (place + 1) * count, width - len(prompt) :] = prompt
-            mask[place * count : (place + 1) * count, width - len(prompt) :] = 1
+        ids, mask = self._padded([self.prompt_ids[index] for index in batch for _ in range(count)], width)  # (b·m, t)
         uniforms = np.stack(
             [
                 random_stream(self.settings["seed"], rows[index].key, response, longest)
@@ -126,11 +166,15 @@ class ModelSource:
         draws = OwnStreams(uniforms, width, self.settings["temperature"], self.settings["top_p"])
         ends = _end_tokens(self.model, self.tokenizer)
         tokens = self.model.generate(
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
+            input_ids=ids,
+            attention_mask=mask,
             # Greedy, over scores of which the processor leaves one: the token that it drew.
             generation_config=GenerationConfig(
-                do_sample=False, max_new_tokens=longest, eos_token_id=ends or None, pad_token_id=pad, use_cache=True
+                do_sample=False,
+                max_new_tokens=longest,
+                eos_token_id=ends or None,
+                pad_token_id=self._pad,
+                use_cache=True,
             ),
             logits_processor=[draws],
         )

@@ -12,10 +12,12 @@ import torch
 from bpo.config import SelectConfig
 from bpo.data.tokenizers import joined, load_tokenizer, token_ids, tokenizer_fingerprint
 from bpo.policy.batches import batches_by_tokens
-from bpo.policy.logprobs import pad_right
-from bpo.policy.models import check_model, inference_state, model_fingerprint
+from bpo.policy.checks import check_model, unwrapped
+from bpo.policy.logprobs import check_vocabulary, pad_right, vocabulary
+from bpo.policy.models import model_fingerprint
+from bpo.policy.state import inference_state
 from bpo.responses.scorer import Score, Scorer, reason_of
-from bpo.system.model_paths import check_path, is_adapter, naming
+from bpo.system.paths import check_path, is_adapter, naming
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -57,7 +59,7 @@ class RewardModel(Scorer):
     ) -> None:
         config = SelectConfig.of(config)
         self.tokenizer = load_tokenizer(model, processing_class, config)
-        self.model = _load(model, config) if isinstance(model, (str, Path)) else model
+        self.model = _load(model, config) if isinstance(model, (str, Path)) else unwrapped(model)
         check_model(self.model)
         labels = getattr(self.model.config, "num_labels", None)
         if labels != 1:
@@ -108,22 +110,21 @@ class RewardModel(Scorer):
             return [], reason_of(error)
 
     def _logits(self, sequences: Sequence[Sequence[int]]) -> list[float]:
+        check_vocabulary(self.model, sequences)
         config = self.model.config.get_text_config()
-        embeddings = self.model.get_input_embeddings().weight
-        pad = config.pad_token_id
-        # The model finds the end of a sequence as its last token that is not the pad token; without one it takes the
-        # last, for which any token will do that no sequence has.
-        used = {token for sequence in sequences for token in sequence}
-        known = pad is not None and 0 <= pad < len(embeddings)
-        filler = pad if known else next(token for token in itertools.count() if token not in used)
-        ids, mask = pad_right(sequences, filler)
-        device = embeddings.device
-        config.pad_token_id = filler
-        try:
-            with inference_state(self.model), torch.no_grad():
-                logits = self.model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
-        finally:
-            config.pad_token_id = pad
+        # The model finds the end of a sequence as its last token that is not the pad token. Without one, or with one
+        # that has no embedding, it takes the last: any token fills that no sequence has.
+        filler = config.pad_token_id
+        if filler is None or not 0 <= filler < vocabulary(self.model):
+            used = {token for sequence in sequences for token in sequence}
+            filler = next((token for token in range(vocabulary(self.model)) if token not in used), None)
+        if filler is None and len(sequences) > 1:
+            return [logit for sequence in sequences for logit in self._logits([sequence])]
+        with inference_state(self.model), torch.no_grad():
+            if filler is not None:
+                config.pad_token_id = filler  # put back with all else
+            ids, mask = pad_right(self.model, sequences, filler or 0)
+            logits = self.model(input_ids=ids, attention_mask=mask).logits
         values: list[float] = logits.float().squeeze(-1).tolist()
         return values
 

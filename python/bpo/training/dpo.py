@@ -11,7 +11,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 
 from bpo.config import SelectConfig
 from bpo.data.tokenizers import load_tokenizer
-from bpo.system.model_paths import is_adapter
+from bpo.system.paths import is_adapter
 from bpo.training.load import adapter_to_train, load_to_train
 from bpo.training.weighting import WeightedDPOConfig, WeightedDPOTrainer
 

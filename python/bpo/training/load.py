@@ -8,7 +8,7 @@ from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM
 from trl import DPOConfig
 
-from bpo.system.model_paths import check_path, is_adapter, naming
+from bpo.system.paths import check_path, is_adapter, naming
 
 if TYPE_CHECKING:
     from bpo.training.config import BPOConfig

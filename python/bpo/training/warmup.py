@@ -21,7 +21,7 @@ from bpo.data.tokenizers import load_tokenizer
 from bpo.policy.models import plain
 from bpo.selection.select import select
 from bpo.system.files import read_json, write_whole
-from bpo.system.model_paths import check_path, is_adapter
+from bpo.system.paths import check_path, is_adapter
 from bpo.training.load import adapter_to_train
 
 _WARM_UP = "warm_up.json"

@@ -15,7 +15,7 @@ from bpo.gradients.choose import choose_features
 from bpo.gradients.plan import find_plan
 from bpo.gradients.sketching import Sketching
 from bpo.policy.logprobs import Forward
-from bpo.policy.models import inference_state
+from bpo.policy.state import inference_state
 from bpo.system.memory import is_out_of_memory
 from tiny import caught, hooked, scored_rows, stored, tiny_llama
 

@@ -18,7 +18,7 @@ from bpo.data.tokens import tokenize_responses
 from bpo.gradients.choose import choose_features
 from bpo.gradients.plan import find_plan
 from bpo.policy.logprobs import Forward, completion_logps
-from bpo.policy.models import inference_state
+from bpo.policy.state import inference_state
 from tiny import TINY, caught, hooked, scored_rows, tiny_gpt2, tiny_llama
 
 MOE = {**TINY, "num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
@@ -138,6 +138,10 @@ def errors(model, config, tokenized):
             ]
             flat = torch.cat(kept, dim=1)[0]
             assert flat.norm() > 0
+            for name, slot in features.slots.items():  # each by itself, since some are small beside the whole
+                part = slice(slot.offset, slot.offset + slot.size)
+                error = (gradients[row, part] - flat[part]).norm()
+                assert error <= 1e-4 * flat[part].norm() + 2e-6 * flat.norm(), name
             found.append(float((gradients[row] - flat).norm() / flat.norm()))
     return found, plan, features
 

@@ -16,7 +16,8 @@ from bpo.data.tokens import tokenize_responses
 from bpo.gradients.choose import choose_features
 from bpo.gradients.preconditioner import load_preconditioner
 from bpo.policy.logprobs import completion_logps
-from bpo.policy.models import inference_state, load_policy
+from bpo.policy.models import load_policy
+from bpo.policy.state import inference_state
 from tiny import scored_rows, tiny_llama
 
 ROWS = scored_rows(2, 3)

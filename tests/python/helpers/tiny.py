@@ -75,7 +75,7 @@ def hooked(model, features, tokenized, rows, pad_id=0):
     """Full gradients and log-probabilities of a batch, by the hooks."""
     from bpo.gradients.plan import find_plan
     from bpo.policy.logprobs import Forward
-    from bpo.policy.models import inference_state
+    from bpo.policy.state import inference_state
 
     forward = Forward(model, tokenized, pad_id)
     with inference_state(model):

@@ -17,7 +17,7 @@ from bpo.config import SelectConfig
 from bpo.evidence.compare.yaml_file import read_yaml
 from bpo.evidence.win_rates import ScorerConfig
 from bpo.selection.strategies import STRATEGIES
-from bpo.system.model_paths import check_path, is_adapter
+from bpo.system.paths import check_path, is_adapter
 from bpo.training.dpo import dpo_config, dpo_config_fields
 from bpo.training.settings import SHARED
 
