@@ -72,6 +72,27 @@ def test_the_gradients_are_those_of_the_plain_model(kind, checkpointing, tokeniz
     assert_unchanged(before, snapshot(model, tokenizer))
 
 
+def test_no_compiled_code_runs_or_is_made(tokenizer):
+    """It may have been made without our hooks, which then would see nothing."""
+    ran = []
+
+    def backend(graph, inputs):
+        ran.append("made")
+        return lambda *given: ran.append("run") or graph.forward(*given)
+
+    model = tiny_llama(tokenizer)
+    wanted = stored(model, ROWS, tokenizer).sketches()
+    for layer in model.model.layers:
+        layer.compile(backend=backend)
+    model(input_ids=torch.tensor([[5, 6, 7]]), use_cache=False)
+    assert "run" in ran
+    ran.clear()
+    np.testing.assert_array_equal(stored(model, ROWS, tokenizer).sketches(), wanted)
+    assert not ran
+    model(input_ids=torch.tensor([[5, 6, 7]]), use_cache=False)
+    assert ran
+
+
 @pytest.mark.parametrize("kind", WRAPPED if LONG else ["in part", "compiled"])
 def test_whatever_else_runs_a_model_runs_it_wrapped(kind, tokenizer, tmp_path):
     plain = tiny_llama(tokenizer)
