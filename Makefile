@@ -87,7 +87,7 @@ torture: $(VENV)/.installed ## Hundreds of kills, interrupts and losses of power
 	BPO_POWER_LOSSES=20000 cargo test --release --quiet --test store no_loss_of_power -- --nocapture
 	BPO_TORTURE=200 $(BIN)/python -m pytest tests/python/store/test_store_kill.py tests/python/responses/test_kill_rows.py \
 	  tests/python/responses/test_hostile.py tests/python/core/test_core_arguments.py tests/python/selection/test_saved.py \
-	  tests/python/system/test_signals.py tests/python/training/test_rounds.py -s
+	  tests/python/system/test_signals.py tests/python/training/test_rounds.py tests/python/policy -s
 	$(MAKE) fuzz
 
 architectures: $(VENV)/.installed ## Gradients of all causal language models that transformers lists, and their table; an hour, goes on where it was
