@@ -51,15 +51,20 @@ class FreshAdapter(Features):
         self.rank = rank
         self._patterns = patterns
         head = model.get_output_embeddings()
+        of_weight: dict[int, Slot] = {}  # layers that share a weight, as Zamba's do, share its adapter
         for name, module in model.named_modules():
             if module is head:
                 continue
             if is_linear(module) and matches(f"{name}.weight", patterns):
+                if id(module.weight) in of_weight:
+                    self.layers.append(Linear(name, module, of_weight[id(module.weight)]))
+                    continue
                 out_features, in_features = _linear_shape(module)
                 a = _uniform(seed, name, (rank, in_features)).to(device_of(module, module.weight))
                 transposed = not isinstance(module, nn.Linear)
                 slot = self._slot(f"{name}.weight", (out_features, rank), right=a, transposed=transposed)
                 self.layers.append(Linear(name, module, slot))
+                of_weight[id(module.weight)] = slot
                 continue
             for attribute, parameter in module.named_parameters(recurse=False):
                 full_name = f"{name}.{attribute}"

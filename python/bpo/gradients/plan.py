@@ -373,7 +373,7 @@ class _Truth:
     @classmethod
     def of(cls, slots: dict[str, Slot], forward: Forward, rows: npt.NDArray[np.int64]) -> _Truth:
         """Runs the responses together and each alone."""
-        parameters = dict(forward.model.named_parameters())
+        parameters = dict(forward.model.named_parameters(remove_duplicate=False))
         known = {name: slot for name, slot in slots.items() if _differentiable(parameters.get(name))}
         batch, _ = _by_autograd(forward, known, rows)
         alone, logps = [], []

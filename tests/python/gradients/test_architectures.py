@@ -75,7 +75,7 @@ def test_all_architectures():
                 both = {"lora": what, "full": what}
                 file.write(json.dumps({"model_type": left[0], "float32": both, "bfloat16": both}) + "\n")
     found = examined(path)
-    wrong = [line for line in found.values() if "WRONG" in json.dumps(line)]
+    wrong = [line for line in found.values() if "WRONG" in json.dumps([line["float32"], unrefused(line)])]
     assert not wrong, "\n".join(map(json.dumps, wrong))
     text = table(found)
     before, _, after = DOCS.read_text(encoding="utf-8").split(MARK)
@@ -90,14 +90,22 @@ def examined(path):
     return {line["model_type"]: line for line in map(json.loads, lines)}
 
 
+def unrefused(line):
+    """What was found in bfloat16, but for what float32 shows to be none of bpo's: an effect as small as rounding."""
+    refused = all(what.startswith("refused") for what in line["float32"].values())
+    return line["float32"] if refused and "WRONG" in json.dumps(line["bfloat16"]) else line["bfloat16"]
+
+
 def table(found):
     """The model types by what comes of them, the most frequent first."""
     results = {name: result(line["float32"]) for name, line in sorted(found.items())}
     for name, line in found.items():
-        if result(line["bfloat16"]) != results[name]:
+        if unrefused(line) != line["bfloat16"]:
+            results[name] += "; not in bfloat16, where it looks like rounding: **do not use it there**"
+        elif result(line["bfloat16"]) != results[name]:
             results[name] += f"; in bfloat16 {result(line['bfloat16'])}"
     listed = [results[name] for name in LISTED]
-    exact = sum(what.startswith("exact") for what in listed)
+    exact = sum("exact" in what and "refused" not in what.split("; in bfloat16")[0] for what in listed)
     built = sum(not what.startswith("not built") for what in listed)
     lines = [
         f"Of the {len(listed)} that transformers {transformers.__version__} lists, {built} could be built small, of "
@@ -119,7 +127,7 @@ def table(found):
 
 # What differs from model to model in the sentences.
 _OWN = {
-    r"\S*(For\w+|LMHead\w*|GenerationDecoder)\b": "it",
+    r"\b(?!Auto)\w*(For\w+|LMHead\w*|GenerationDecoder)\b": "it",
     r"is -[\d.]+ in a batch of two, but -[\d.]+ alone": "in a batch of two is not what it is alone",
     r" differ by \S+ of themselves": " differ",
     r" for \d+ parameters": " for some parameters",

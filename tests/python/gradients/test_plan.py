@@ -1,5 +1,7 @@
 """How gradients are caught: each parameter is checked by itself, and what is no layer is had in another way."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from architectures import autograd
 from bpo import SelectConfig, UnsupportedModelError, read_candidates
 from bpo.data.tokens import tokenize_responses
 from bpo.gradients.choose import choose_features
-from bpo.gradients.plan import find_plan
+from bpo.gradients.plan import _self_check, _Truth, find_plan
 from bpo.gradients.sketching import fingerprint
 from bpo.policy.logprobs import Forward
 from bpo.policy.state import inference_state
@@ -165,12 +167,41 @@ def test_a_token_that_sees_ahead_is_found(tokenizer, tokenized):
 
 
 def test_padding_that_matters_is_found(tokenizer, tokenized):
+    """By the gradients, where log π hardly changes."""
     model = tiny_llama(tokenizer)
     norm = model.model.norm
     inner = norm.forward
-    norm.forward = lambda x: inner(x) * (1 + x.shape[1] / 20)
-    with pytest.raises(UnsupportedModelError, match="or padding acts on them"):
+    norm.forward = lambda x: inner(x) * (1 + 0.035 * x.shape[1] / 20)
+    with pytest.raises(UnsupportedModelError, match=r"gradients in a batch of two differ .* or padding acts on them"):
         errors(model, tokenized)
+
+
+def test_no_noise_hides_what_is_lost(tokenizer, tokenized):
+    """In rounding of any size, a parameter that the plan does not catch is named, and so is one that it half does."""
+    model = tiny_llama(tokenizer)
+    features = choose_features(model, SelectConfig(features="full", parameters=["*.mlp.*"]))
+    forward, rows = Forward(model, tokenized, 0), np.array([0, 1])
+    with inference_state(model):
+        plan = find_plan(features, forward)
+        truth = _Truth.of(features.slots, forward, rows)
+        noisy = dataclasses.replace(truth, noise=dict.fromkeys(truth.noise, 1e9))
+        assert _self_check(features, forward, plan, rows, noisy) == {}
+        lost = plan.layers.pop(0)
+        halved = plan.layers[0].slots.keys()
+        doubled = {name: 2 * found if name in halved else found for name, found in noisy.batch.items()}
+        noisy = dataclasses.replace(noisy, batch=doubled)
+        assert _self_check(features, forward, plan, rows, noisy).keys() == lost.slots.keys() | halved
+
+
+def test_layers_that_share_a_weight_share_its_adapter(tokenizer, tokenized):
+    """As Zamba's: modules of their own around one parameter."""
+    model = tiny_llama(tokenizer)
+    first, second = (layer.mlp for layer in model.model.layers)
+    second.up_proj.weight = first.up_proj.weight
+    found, plan = errors(model, tokenized)
+    assert "model.layers.1.mlp.up_proj.weight" not in found
+    assert max(found.values()) < 1e-4
+    assert not plan.replays and not plan.whole
 
 
 class Stateful(nn.Module):
