@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from bpo.data.candidates import Skipped, report_skipped
-from bpo.data.columns import column_error, read_template_kwargs
+from bpo.data.columns import check_prompt_is_named, column_error, read_template_kwargs
 from bpo.data.preferences import preference_texts
 from bpo.data.rows import load_rows
 from bpo.data.scored import Item, as_response, row_items
@@ -110,7 +110,9 @@ def read_responses(dataset: Any, *, prompts_only: bool = False) -> list[PromptRe
     pairs = {"chosen", "rejected"} <= set(names)
     prompt_column = "prompt" if "prompt" in names else "instruction"
     column = None if pairs else next((name for name in ("responses", "completions") if name in names), None)
-    if not pairs and prompt_column not in names:
+    if pairs:
+        check_prompt_is_named(names)
+    elif prompt_column not in names:
         raise ValueError(column_error(names))
     if not pairs and column is None and not prompts_only:
         raise ValueError(f"The columns {names} hold no responses: {column_error(names)}")

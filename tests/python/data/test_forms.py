@@ -128,8 +128,9 @@ def test_no_prompt_is_made_where_one_is_missing(form, missing):
 @pytest.mark.parametrize("name", ["question", "instruction", "input", "query"])
 def test_a_prompt_under_another_name_is_refused_by_name(name):
     row = {name: "2+2?", "chosen": "It is 4", "rejected": "It is 5"}
-    with pytest.raises(ValueError, match=rf"dataset.rename_column\('{name}', 'prompt'\)"):
-        read_candidates([row])
+    for read in (read_candidates, read_responses):
+        with pytest.raises(ValueError, match=rf"dataset.rename_column\('{name}', 'prompt'\)"):
+            read([row])
     assert read_candidates([{**row, "prompt": "2+3?"}]).prompts == ["2+3?"]
 
 
