@@ -223,7 +223,10 @@ def as_ref_logp(value: Any) -> float:
     Raises:
         UnusableError: No finite number.
     """
-    number = math.nan if is_missing(value) else as_number(value)
+    try:
+        number = math.nan if is_missing(value) else as_number(value)
+    except UnusableError as error:
+        raise UnusableError("reference log-probability is not a number", error.got) from None
     if not math.isfinite(number):
         raise UnusableError("reference log-probability missing, NaN or infinite")
     return number

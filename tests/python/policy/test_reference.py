@@ -147,11 +147,11 @@ def test_what_does_not_fit_the_tokens_is_set_aside_and_named(tokenizer):
         ({"prompt": "p", "responses": ["a", "b"], "scores": [1, 0]}, "needs the columns ref_logps"),
         (
             {"prompt": "p", "responses": ["a", "b"], "scores": [1, 0], "ref_logps": [-1.0]},
-            "2 responses but 1 ref_logps",
+            r"column 'ref_logps': not one value a response \(row 0: 2 responses, 1 values\)",
         ),
         (
             {"prompt": "p", "chosen": "a", "rejected": "b", "ref_chosen_logps": "x", "ref_rejected_logps": 0},
-            "Row 0, column 'ref_chosen_logps': str 'x' is not a number",
+            r"reference log-probability is not a number \(row 0: str 'x'\)",
         ),
     ],
 )
