@@ -34,7 +34,10 @@ from pathlib import Path
 from bpo.system.locks import FileLock
 
 lock = FileLock.beside(Path(sys.argv[1]))
+running, runs = os.pipe()
 child = os.fork() if "child" in sys.argv else 1
+if "child" in sys.argv:
+    os.read(running, 1) if child else os.write(runs, b".")  # until it runs, it has its part in the lock
 if child:
     print(child, flush=True)
 sys.stdin.read()
