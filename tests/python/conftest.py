@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 # Ctrl-C is ignored by what a script starts in its background, and by all that these start in turn.
@@ -20,9 +21,12 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
 
 import pytest
 import torch
+from tqdm import tqdm
 
 from tiny import build_tokenizer, scored_rows, tiny_llama
 
+# That of tqdm is shared with forked children, and one that is killed while it holds it would stop all others for good.
+tqdm.set_lock(threading.RLock())
 torch.set_num_threads(1)  # on models this small more threads cost more than they give
 
 
