@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from bpo.policy.autograd import differentiate
+from bpo.policy.autograd import begin_graph, differentiate, graph_from_embeddings
 from bpo.policy.checks import UnsupportedModelError
 from bpo.policy.logprobs import CompletionLogps, predicting_positions
 
@@ -119,40 +119,6 @@ def sum_gradients(forward: Forward, plan: Plan, rows: npt.NDArray[np.int64], con
             with _checkpointed(forward.model):
                 differentiate(forward, list(plan.whole), rows[own], keep)
     return CompletionLogps(result.logps.detach(), result.log_weights)
-
-
-@contextlib.contextmanager
-def graph_from_embeddings(model: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
-    """Starts the graph at the embedded tokens: with all parameters frozen nothing else would need one.
-
-    Yields:
-        The tensors at which graphs begin, filled as the model runs.
-    """
-    beginnings: list[torch.Tensor] = []
-
-    def hook(_: nn.Module, __: Any, output: torch.Tensor) -> torch.Tensor:
-        begun = begin_graph(output, beginnings)
-        if begun is output:  # inside a graph of the user's
-            beginnings.append(output)
-        return begun
-
-    handle = model.get_input_embeddings().register_forward_hook(hook)
-    try:
-        yield beginnings
-    finally:
-        handle.remove()
-
-
-def begin_graph(output: torch.Tensor, beginnings: list[torch.Tensor]) -> torch.Tensor:
-    """Returns an output that has a graph: its own, else one that begins here.
-
-    No leaf is given to the model, which may go on in place, as CTRL scales its embeddings; and none of the user's is
-    where it begins.
-    """
-    if output.requires_grad and not output.is_leaf:
-        return output
-    beginnings.append(output.detach().requires_grad_(True))
-    return beginnings[-1].clone()
 
 
 def backward(logps: torch.Tensor, beginnings: list[torch.Tensor]) -> None:

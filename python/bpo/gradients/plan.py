@@ -16,13 +16,11 @@ from bpo.gradients.capture import (
     Plan,
     Replay,
     backward,
-    begin_graph,
     floating_tensors,
-    graph_from_embeddings,
     map_tensors,
 )
 from bpo.gradients.sketching import FINGERPRINT, fingerprint
-from bpo.policy.autograd import check_causal, differentiate, named_errors
+from bpo.policy.autograd import begin_graph, check_causal, differentiate, graph_from_embeddings, named_errors
 from bpo.policy.checks import UnsupportedModelError
 from bpo.policy.logprobs import predicting_positions
 from bpo.system.warn import warn
@@ -303,7 +301,7 @@ def _to_modules(
 
 def _leave_what_fails(plan: Plan, features: Features, forward: Forward, rows: npt.NDArray[np.int64]) -> None:
     """Leaves to the whole model what modules have that cannot be run again, such as those that keep a state."""
-    if not _fails(plan, features, forward, rows):
+    if not plan.replays or not _fails(plan, features, forward, rows):
         return
     for name, replay in list(plan.replays.items()):
         if _fails(Plan(replays={name: replay}), features, forward, rows):

@@ -83,6 +83,40 @@ def differentiate(
     return float(logp.detach())
 
 
+@contextlib.contextmanager
+def graph_from_embeddings(model: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
+    """Starts the graph at the embedded tokens: with all parameters frozen nothing else would need one.
+
+    Yields:
+        The tensors at which graphs begin, filled as the model runs.
+    """
+    beginnings: list[torch.Tensor] = []
+
+    def hook(_: torch.nn.Module, __: Any, output: torch.Tensor) -> torch.Tensor:
+        begun = begin_graph(output, beginnings)
+        if begun is output:  # inside a graph of the user's
+            beginnings.append(output)
+        return begun
+
+    handle = model.get_input_embeddings().register_forward_hook(hook)
+    try:
+        yield beginnings
+    finally:
+        handle.remove()
+
+
+def begin_graph(output: torch.Tensor, beginnings: list[torch.Tensor]) -> torch.Tensor:
+    """Returns an output that has a graph: its own, else one that begins here.
+
+    No leaf is given to the model, which may go on in place, as CTRL scales its embeddings; and none of the user's is
+    where it begins.
+    """
+    if output.requires_grad and not output.is_leaf:
+        return output
+    beginnings.append(output.detach().requires_grad_(True))
+    return beginnings[-1].clone()
+
+
 def check_causal(forward: Forward, row: np.int64) -> None:
     """Checks that log π of the first half of a response depends neither on tokens after it nor on its own last one.
 
@@ -105,26 +139,12 @@ def check_causal(forward: Forward, row: np.int64) -> None:
     weights[: last + 1 - int(tokenized.prompt_lengths[0])] = 1
     half = dataclasses.replace(forward, tokenized=dataclasses.replace(tokenized, weights=[weights]))
     norms = torch.zeros(length)
-    leaves: list[torch.Tensor] = []
-
-    def add(gradient: torch.Tensor) -> None:
-        if gradient.shape[:-1].numel() == length:
-            norms.add_(gradient.reshape(length, -1).float().norm(dim=-1).cpu())
-
-    def start_here(_: torch.nn.Module, __: Any, output: torch.Tensor) -> torch.Tensor:
-        leaf = output.detach().requires_grad_(True)
-        leaves.append(leaf)
-        leaf.register_hook(add)  # type: ignore[no-untyped-call]
-        return leaf.clone()  # some models scale it in place
-
-    handle = forward.model.get_input_embeddings().register_forward_hook(start_here)
-    try:
-        with torch.enable_grad():
-            logp = half.logps(np.array([0])).logps.sum()
-            if logp.requires_grad and leaves:
-                torch.autograd.backward(logp, inputs=leaves)
-    finally:
-        handle.remove()
+    with torch.enable_grad(), graph_from_embeddings(forward.model) as embedded:
+        logp = half.logps(np.array([0])).logps.sum()
+        gradients = torch.autograd.grad(logp, embedded, allow_unused=True) if logp.requires_grad and embedded else ()
+    for gradient in gradients:
+        if gradient is not None and gradient.shape[:-1].numel() == length:
+            norms += gradient.reshape(length, -1).float().norm(dim=-1).cpu()
     if float(norms[last:].max()) > _LEAK * float(norms.max()):
         base = base_of(forward.model)
         encoder = getattr(base.config, "is_decoder", None) is False
