@@ -12,7 +12,7 @@ import numpy as np
 
 from bpo.data.candidates import Candidates, Skipped
 from bpo.data.pairing import largest_gaps, pairs_of_scores
-from bpo.data.values import UnusableError, add_text, as_weights, content_hash
+from bpo.data.values import UnusableError, add_text, as_weights, content_hash, most_are_messages
 
 if TYPE_CHECKING:
     import hashlib
@@ -149,7 +149,7 @@ class Groups:
     def _of_one_form(self, prompts: npt.NDArray[np.int64], rows: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
         """Which entries have prompts of the form that most have, (E,) bool; names the rows of the others."""
         chat = np.array([isinstance(prompt, list) for prompt in self._prompts], dtype=bool)[prompts]
-        most = bool(2 * chat.sum() > len(chat) or (2 * chat.sum() == len(chat) and chat[:1].any()))
+        most = most_are_messages(chat)
         for row in np.unique(rows[chat != most]).tolist():
             self.skipped.add(f"the prompt is {_FORMS[not most]}, but most are {_FORMS[most]}", f"row {row}")
         usable: npt.NDArray[np.bool_] = chat == most

@@ -172,6 +172,12 @@ def _message(message: Mapping[str, Any], column: str) -> dict[str, Any]:
     return kept
 
 
+def most_are_messages(messages: Sequence[bool] | npt.NDArray[np.bool_]) -> bool:
+    """Whether most prompts are messages, of which each is told; as many of both are what the first one is."""
+    twice = 2 * int(np.count_nonzero(messages))
+    return twice > len(messages) or (twice == len(messages) > 0 and bool(messages[0]))
+
+
 def says_nothing(text: Text) -> bool:
     """Whether a response is empty: no text, no message, or messages without content or tool calls."""
     if isinstance(text, str):

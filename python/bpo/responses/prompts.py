@@ -25,6 +25,7 @@ from bpo.data.values import (
     is_blank,
     is_messages,
     is_missing,
+    most_are_messages,
     shorten,
 )
 
@@ -178,7 +179,7 @@ def _prompt_and_items(
 def _of_one_form(found: dict[bytes, PromptResponses], skipped: Skipped) -> dict[bytes, PromptResponses]:
     """Keeps the prompts of the form that most have, text or messages, and names the others."""
     chat = {key: isinstance(prompt.prompt, list) for key, prompt in found.items()}
-    most = 2 * sum(chat.values()) > len(chat) or (2 * sum(chat.values()) == len(chat) and any(list(chat.values())[:1]))
+    most = most_are_messages(list(chat.values()))
     for key, other in chat.items():
         if other != most:
             skipped.add("some prompts are text and some are messages: this is not as most are", f"row {found[key].row}")
