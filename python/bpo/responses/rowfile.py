@@ -77,8 +77,7 @@ class RowFile:
         try:
             self._read(self.path)  # what others have written until now
             if not self._written(self.path):
-                with _naming(self.path):
-                    self._write_manifest(self._manifest["settings"])
+                self._write_manifest(self._manifest["settings"])
             elif self.path.stat().st_size > self._whole:
                 os.truncate(self.path, self._whole)  # a line that an interrupted run left unfinished
         except BaseException:
@@ -199,8 +198,7 @@ class RowFile:
     def _append(self, path: Path, line: bytes) -> None:
         if (path.stat().st_size if path.exists() else 0) != self._whole:
             # Removed, cut or written to by something else, or a row that could not be taken back.
-            with _naming(path):
-                write_whole(path, b"".join(map(_line, self.rows.values())).decode())
+            write_whole(path, b"".join(map(_line, self.rows.values())).decode())
             self._whole = path.stat().st_size
         with _naming(path), path.open("ab", buffering=0) as file:
             rest = memoryview(line)

@@ -54,8 +54,7 @@ class Workers:
         for worker in self._workers[: len(waiting)]:
             worker.give(waiting.pop())
         while waiting and len(self._workers) < self._jobs:
-            self._workers.append(_Worker(self._attempt, cores() // self._jobs))
-            self._workers[-1].give(waiting.pop())
+            self._begin(waiting.pop())
         while busy := [worker for worker in self._workers if worker.busy]:
             ready = multiprocessing.connection.wait([worker.connection for worker in busy])
             for worker in (each for each in busy if each.connection in ready):
@@ -63,11 +62,16 @@ class Workers:
                 if worker.died:
                     self._workers.remove(worker)
                     if waiting:
-                        self._workers.append(_Worker(self._attempt, cores() // self._jobs))
-                        self._workers[-1].give(waiting.pop())
+                        self._begin(waiting.pop())
                 elif waiting:
                     worker.give(waiting.pop())
                 yield task, answer
+
+    def _begin(self, task: Any) -> None:
+        """Begins a task in a new process."""
+        worker = _Worker(self._attempt, cores() // self._jobs)
+        self._workers.append(worker)
+        worker.give(task)
 
 
 def cores() -> int:
@@ -121,8 +125,9 @@ def _serve(connection: Any, attempt: Callable[[Any], Any], threads: int, parent:
     """Works until told to end, or until whoever would tell it is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent ends its workers
     for name in ("SIGTERM", "SIGHUP"):
-        if signal.getsignal(getattr(signal, name, signal.SIGTERM)) == signal.SIG_DFL:
-            signal.signal(getattr(signal, name), lambda *_: sys.exit(1))  # so that temporary files go
+        signum = getattr(signal, name, None)  # Windows has no SIGHUP
+        if signum is not None and signal.getsignal(signum) == signal.SIG_DFL:
+            signal.signal(signum, lambda *_: sys.exit(1))  # so that temporary files go
     _end_with(parent)
     import torch
 
