@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 
 import torch
@@ -40,6 +41,16 @@ class Slot:
     def projected(self) -> bool:
         """Whether a projection of the gradient is kept."""
         return self.left is not None or self.right is not None
+
+    @functools.cached_property
+    def narrow_left(self) -> torch.Tensor | None:
+        """``left`` in bfloat16, None where that would change it."""
+        return _narrow(self.left)
+
+    @functools.cached_property
+    def narrow_right(self) -> torch.Tensor | None:
+        """``right`` in bfloat16, None where that would change it."""
+        return _narrow(self.right)
 
     def keep(self, gradient: torch.Tensor) -> torch.Tensor:
         """Returns what is kept of a whole gradient, (1, size) float32."""
@@ -84,21 +95,19 @@ class Linear:
         """Takes the (n, t, in) inputs; returns what the gradient needs of them."""
         if self.weight is None:
             return None
-        return x if self.weight.right is None else x.float() @ self.weight.right.T
+        return x if self.weight.right is None else _project(x, self.weight.right, self.weight.narrow_right)
 
     def gradients(self, remembered: torch.Tensor | None, gradient: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
         """Takes (n', t, out) output gradients; yields offset and (n', size) gradients."""
-        gradient = gradient.float()
         if self.bias is not None:
-            yield self.bias.offset, gradient.sum(dim=1)
+            yield self.bias.offset, gradient.sum(dim=1, dtype=torch.float32)
         if self.weight is not None:
             assert remembered is not None
-            remembered = remembered.float()
             if self.weight.left is not None:
-                gradient = gradient @ self.weight.left.T
+                gradient = _project(gradient, self.weight.left, self.weight.narrow_left)
             swap = self.weight.transposed and not self.weight.projected
             first, second = (remembered, gradient) if swap else (gradient, remembered)
-            yield self.weight.offset, torch.bmm(first.transpose(1, 2), second).flatten(1)
+            yield self.weight.offset, _outer(first, second).flatten(1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,9 +149,51 @@ class Embedding:
             yield self.weight.offset, torch.bmm(left.transpose(1, 2), right).flatten(1)
             return
         rows = torch.zeros(gradient.shape[0], *self.weight.shape, device=gradient.device)
-        for index in range(gradient.shape[0]):
-            rows[index].index_add_(0, ids[index], gradient[index])
+        samples = torch.arange(gradient.shape[0], device=gradient.device)[:, None].expand_as(ids)
+        # In the same order every time, also on a GPU, as index_add is not.
+        rows.index_put_((samples, ids), gradient, accumulate=True)
         yield self.weight.offset, rows.flatten(1)
 
 
 Layer = Linear | Embedding
+
+
+def _project(x: torch.Tensor, matrix: torch.Tensor, narrow: torch.Tensor | None) -> torch.Tensor:
+    """Takes (n, t, in) and (k, in), also in bfloat16 if that is the same; returns their product (n, t, k).
+
+    Where a GPU has bfloat16, as float32 the numbers would have to be written and read again, which takes four times as
+    long. The product is rounded to bfloat16 then, as everything is in such a model.
+    """
+    if narrow is not None and _on_tensor_cores(x):
+        return nn.functional.linear(x, narrow)
+    return x.float() @ matrix.T
+
+
+def _outer(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Takes (n, t, a) and (n, t, b); returns Σ_t first_t second_tᵀ, (n, a, b) float32."""
+    first = first.transpose(1, 2)
+    if first.dtype == second.dtype and _on_tensor_cores(first) and _widens(first.device):
+        return torch.bmm(first, second, out_dtype=torch.float32)
+    return torch.bmm(first.float(), second.float())
+
+
+def _on_tensor_cores(tensor: torch.Tensor) -> bool:
+    return tensor.is_cuda and tensor.dtype == torch.bfloat16
+
+
+@functools.cache
+def _widens(device: torch.device) -> bool:
+    """Whether PyTorch gives products of bfloat16 as they are added up, in float32: from 2.8 on, on CUDA."""
+    few = torch.zeros(1, 8, 8, dtype=torch.bfloat16, device=device)
+    try:
+        torch.bmm(few, few, out_dtype=torch.float32)
+    except (TypeError, RuntimeError):
+        return False
+    return True
+
+
+def _narrow(matrix: torch.Tensor | None) -> torch.Tensor | None:
+    if matrix is None:
+        return None
+    narrow = matrix.bfloat16()
+    return narrow if torch.equal(narrow.float(), matrix) else None

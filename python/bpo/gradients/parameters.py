@@ -201,9 +201,9 @@ def _generator(seed: int, name: str) -> torch.Generator:
 
 
 def _uniform(seed: int, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """PEFT's first values of A."""
+    """PEFT's first values of A, rounded to bfloat16, so that they are the same in models of that type."""
     bound = shape[-1] ** -0.5
-    return torch.empty(shape).uniform_(-bound, bound, generator=_generator(seed, name))
+    return torch.empty(shape).uniform_(-bound, bound, generator=_generator(seed, name)).bfloat16().float()
 
 
 def _signs(seed: int, name: str, shape: tuple[int, int]) -> torch.Tensor:
