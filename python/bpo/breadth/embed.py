@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from bpo.data.rows import load_rows
 from bpo.data.values import prompt_text
-from bpo.policy.batches import batches_by_tokens
+from bpo.policy.batches import in_batches, longest_first
 from bpo.system.paths import check_path, naming
 from bpo.system.warn import warn
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     import numpy.typing as npt
+    import torch
 
     from bpo.data.candidates import Candidates
     from bpo.data.rows import Rows
@@ -146,7 +147,7 @@ def _mean_of_encoder(
     with naming(embedder):
         tokenizer = AutoTokenizer.from_pretrained(embedder, trust_remote_code=trust_remote_code)
         model = AutoModel.from_pretrained(embedder, trust_remote_code=trust_remote_code).eval()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
     longest = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", longest), longest)
     lengths = np.array([len(ids) for ids in tokenizer(texts, truncation=True, max_length=longest)["input_ids"]])
@@ -157,11 +158,16 @@ def _mean_of_encoder(
         ).to(device)
         return model(**encoded).last_hidden_state, encoded["attention_mask"]
 
-    return _unit(_means(lengths, _ENCODER_TOKENS_PER_BATCH, forward, progress))
+    return _unit(_means(lengths, _ENCODER_TOKENS_PER_BATCH, forward, progress, device))
 
 
 def embed_with_policy(
-    model: Any, prompt_ids: Sequence[Sequence[int]], pad_id: int, *, tokens_per_batch: int = 1024, progress: bool = True
+    model: Any,
+    prompt_ids: Sequence[Sequence[int]],
+    pad_id: int,
+    *,
+    tokens_per_batch: int | None = None,
+    progress: bool = True,
 ) -> npt.NDArray[np.float32]:
     """Embeds prompts as the mean of the policy's own last hidden states, less the mean of all prompts, at unit length.
 
@@ -172,14 +178,14 @@ def embed_with_policy(
         model: A causal language model.
         prompt_ids: (n,) token ids of each prompt.
         pad_id: Padding token.
-        tokens_per_batch: Padded tokens of one forward.
+        tokens_per_batch: Padded tokens of one forward; ``None`` for what suits the device.
         progress: Whether to show a progress bar.
 
     Returns:
         (n, e) float32.
     """
     from bpo.policy.checks import base_of
-    from bpo.policy.logprobs import check_vocabulary, pad_right
+    from bpo.policy.logprobs import check_vocabulary, input_device, pad_right
     from bpo.policy.state import inference_state
 
     # The decoder below the output head: logits are not needed.
@@ -192,39 +198,44 @@ def embed_with_policy(
     check_vocabulary(model, prompt_ids)
     lengths = np.array([len(ids) for ids in prompt_ids], dtype=np.int64)
     with inference_state(model):
-        means = _means(lengths, tokens_per_batch, forward, progress)
+        means = _means(lengths, tokens_per_batch, forward, progress, input_device(model))
     return _unit(means - means.mean(axis=0, dtype=np.float64))
 
 
 def _means(
     lengths: npt.NDArray[np.int64],
-    tokens_per_batch: int,
+    tokens_per_batch: int | None,
     forward: Callable[[npt.NDArray[np.int64]], tuple[Any, Any]],
     progress: bool,
+    device: torch.device,
 ) -> npt.NDArray[np.float32]:
     """Means over positions of hidden states.
 
     Args:
         lengths: (n,) tokens of each text.
-        tokens_per_batch: Padded tokens of one forward.
+        tokens_per_batch: Padded tokens of one forward; None for what suits the device.
         forward: From the indices of a batch to its (b, t, e) hidden states and (b, t) attention mask.
         progress: Whether to show a progress bar.
+        device: Where they run.
 
     Returns:
         (n, e) float32.
     """
     import torch
 
-    batches = batches_by_tokens(lengths, tokens_per_batch)
-    pooled = []
+    def run(rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        hidden, mask = forward(rows)
+        hidden = hidden.float()
+        weights = mask.to(hidden).unsqueeze(-1)
+        mean: npt.NDArray[np.float32] = ((hidden * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)).cpu().numpy()
+        return mean
+
+    batches, pooled = [], []
     bar = tqdm(total=len(lengths), desc="Prompts", unit="prompt", disable=not progress)
     with torch.inference_mode(), bar:
-        for rows in batches:
-            hidden, mask = forward(rows)
-            hidden = hidden.float()
-            weights = mask.to(hidden).unsqueeze(-1)
-            mean = (hidden * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
-            pooled.append(mean.cpu().numpy())
+        for rows, mean in in_batches(run, longest_first(lengths), lengths, tokens_per_batch, device):
+            batches.append(rows)
+            pooled.append(mean)
             bar.update(len(rows))
     embeddings = np.empty((len(lengths), pooled[0].shape[1]), dtype=np.float32)
     embeddings[np.concatenate(batches)] = np.concatenate(pooled)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from tqdm.auto import tqdm
 from bpo.data.tokenizers import tokenizer_fingerprint
 from bpo.gradients.collect import collect
 from bpo.gradients.preconditioner import preconditioner_path
-from bpo.policy.batches import batches_by_tokens
+from bpo.policy.batches import in_batches, longest_first
 from bpo.policy.logprobs import Forward
 from bpo.policy.models import load_policy
 from bpo.policy.reference import Reference
@@ -97,9 +98,10 @@ def collect_reference(
             disable=not progress,
         )
         with bar:
-            for batch in batches_by_tokens(tokenized.lengths[index], config.tokens_per_batch):
-                rows = index[batch]
-                logps[rows] = source.logps(forward, rows)
+            run = functools.partial(source.logps, forward)
+            order = index[longest_first(tokenized.lengths[index])]
+            for rows, done in in_batches(run, order, tokenized.lengths, config.tokens_per_batch, forward.device):
+                logps[rows] = done
                 bar.update(int(tokenized.lengths[rows].sum()))
     return Reference("known", source.fingerprint, known=logps)
 

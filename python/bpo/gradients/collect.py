@@ -20,15 +20,14 @@ from bpo.gradients.choose import choose_features
 from bpo.gradients.plan import find_plan
 from bpo.gradients.preconditioner import load_preconditioner, preconditioner_path
 from bpo.gradients.sketching import Sketching
-from bpo.policy.batches import first_batch, storage_order
+from bpo.policy.batches import in_batches, storage_order
 from bpo.policy.logprobs import Forward, check_vocabulary
 from bpo.policy.models import load_policy, model_fingerprint, window
 from bpo.policy.reference import Reference
 from bpo.policy.state import inference_state
 from bpo.store.gradient_store import FIRST_UNPREDICTED, NONFINITE, ZERO
 from bpo.store.writer import GradientWriter
-from bpo.system.memory import HeapTrimmer, within_memory
-from bpo.system.warn import warn
+from bpo.system.memory import HeapTrimmer
 
 if TYPE_CHECKING:
     import os
@@ -211,7 +210,7 @@ def _add(
     writer: GradientWriter,
     extraction: _Extraction,
     missing: npt.NDArray[np.int64],
-    tokens_per_batch: int,
+    tokens_per_batch: int | None,
     bar: tqdm[Any],
 ) -> None:
     """Adds the rows of the missing sequences to a store; the bar counts those that no crash takes away."""
@@ -277,38 +276,26 @@ class _Extraction:
     sketching: Sketching
     precondition: Preconditioner | None
 
-    def run(self, missing: npt.NDArray[np.int64], budget: int) -> Iterator[_Done]:
+    def run(self, missing: npt.NDArray[np.int64], tokens_per_batch: int | None) -> Iterator[_Done]:
         """Yields the batches in the order given.
 
-        One whose sketches are under way comes once the next one has gone through the model. A batch that does not fit
-        into memory is halved, and so are those after it.
+        One whose sketches are under way comes once the next one has gone through the model, or is on its way there.
         """
-        tokenized = self.forward.tokenized
+        lengths, device = self.forward.tokenized.lengths, self.forward.device
         previous: _Done | None = None
-        remaining = missing
-        while len(remaining):
-            size = first_batch(tokenized.lengths[remaining], budget)
-            done, error = within_memory(self._batch, remaining[:size])
-            if done is None:
-                longest = int(tokenized.lengths[remaining[:size]].max())
-                if size == 1:
-                    prompt = self.candidates.prompt_of_response[tokenized.response_of[remaining[0]]]
-                    row = self.candidates.prompt_rows[prompt]
-                    raise MemoryError(
-                        f"Memory does not suffice for one sequence of {longest} tokens (row {row}): {error}\nLower "
-                        "SelectConfig.max_length, set gradient_checkpointing, or load the model in a smaller dtype."
-                    )
-                budget = longest * (size // 2)
-                warn(f"Memory does not suffice for {size} sequences of {longest} tokens; going on with {size // 2}.")
-                continue
+        for _, done in in_batches(self._batch, missing, lengths, tokens_per_batch, device, self._name):
             if previous is not None:
                 yield previous
-            previous, remaining = done, remaining[size:]
+            previous = done
             if not done.sketches.under_way:
                 yield done
                 previous = None
         if previous is not None:
             yield previous
+
+    def _name(self, sequence: np.int64) -> str:
+        prompt = self.candidates.prompt_of_response[self.forward.tokenized.response_of[sequence]]
+        return f" (row {self.candidates.prompt_rows[prompt]})"
 
     def _batch(self, rows: npt.NDArray[np.int64]) -> _Done:
         sketches = self.sketching.batch(len(rows))

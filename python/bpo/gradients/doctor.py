@@ -20,7 +20,7 @@ from bpo.data.tokens import tokenize_configured
 from bpo.gradients.choose import choose_features
 from bpo.gradients.plan import find_plan, kind_of
 from bpo.gradients.sketching import Sketching
-from bpo.policy.batches import batches_by_tokens
+from bpo.policy.batches import batch_tokens, batches_by_tokens
 from bpo.policy.logprobs import Forward, check_vocabulary
 from bpo.policy.models import load_policy, window
 from bpo.policy.reference import Reference
@@ -243,7 +243,8 @@ class _Trial:
         self._features = features
         self._plan = plan
         self._config = config
-        self._batches = batches_by_tokens(forward.tokenized.lengths, config.tokens_per_batch)
+        tokens = batch_tokens(config.tokens_per_batch, forward.device)
+        self._batches = batches_by_tokens(forward.tokenized.lengths, tokens)
         self._timed: dict[int, float] = {}  # index of the batch → seconds
         self._touched: set[int] = set()  # offsets of parameters with a gradient other than zero
         self.looked_at = self.unusable = 0

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from bpo.data.tokenizers import padding_id
-from bpo.policy.batches import batches_by_tokens
+from bpo.policy.batches import in_batches, longest_first
 from bpo.policy.checks import base_of, device_of
 from bpo.system.memory import HeapTrimmer
 
@@ -272,7 +272,7 @@ def response_logps(
     tokenized: TokenizedResponses,
     pad_id: int,
     *,
-    tokens_per_batch: int = 1024,
+    tokens_per_batch: int | None = None,
     autocast: torch.dtype | None = None,
     on_batch: Callable[[int], object] | None = None,
 ) -> npt.NDArray[np.float32]:
@@ -282,7 +282,7 @@ def response_logps(
         model: A causal language model.
         tokenized: Token ids of the responses.
         pad_id: Padding token.
-        tokens_per_batch: Padded tokens of one forward.
+        tokens_per_batch: Padded tokens of one forward; ``None`` for what suits the device.
         autocast: Type of the arithmetic under autocast; None for that of the weights.
         on_batch: Called after each batch with its tokens.
 
@@ -296,10 +296,16 @@ def response_logps(
     forward = Forward(model, tokenized, pad_id, autocast)
     logps = np.zeros(len(tokenized.ids), dtype=np.float32)
     trim = HeapTrimmer()
+    lengths = tokenized.lengths
+
+    def run(rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        found: npt.NDArray[np.float32] = forward.logps(rows).logps.cpu().numpy()
+        return found
+
     with torch.inference_mode():
-        for rows in batches_by_tokens(tokenized.lengths, tokens_per_batch):
-            logps[rows] = forward.logps(rows).logps.cpu().numpy()
+        for rows, found in in_batches(run, longest_first(lengths), lengths, tokens_per_batch, forward.device):
+            logps[rows] = found
             if on_batch is not None:
-                on_batch(int(tokenized.lengths[rows].sum()))
+                on_batch(int(lengths[rows].sum()))
             trim()
     return logps

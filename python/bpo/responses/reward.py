@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,9 +12,9 @@ import torch
 
 from bpo.config import SelectConfig
 from bpo.data.tokenizers import joined, load_tokenizer, token_ids, tokenizer_fingerprint
-from bpo.policy.batches import batches_by_tokens
+from bpo.policy.batches import in_batches, longest_first
 from bpo.policy.checks import check_model, unwrapped
-from bpo.policy.logprobs import check_vocabulary, pad_right, vocabulary
+from bpo.policy.logprobs import check_vocabulary, input_device, pad_right, vocabulary
 from bpo.policy.models import model_fingerprint
 from bpo.policy.state import inference_state
 from bpo.responses.scorer import Score, Scorer, reason_of
@@ -21,6 +22,8 @@ from bpo.system.paths import check_path, is_adapter, naming
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
+
+    import numpy.typing as npt
 
     from bpo.responses.prompts import PromptResponses
 
@@ -91,9 +94,10 @@ class RewardModel(Scorer):
             ]
             fitting = np.array([index for index, score in enumerate(scores) if score.error is None], dtype=np.int64)
             lengths = np.array([len(sequence) for sequence in sequences], dtype=np.int64)
-            for batch in batches_by_tokens(lengths[fitting], self.tokens_per_batch):
-                logits = self._logits([sequences[index] for index in fitting[batch]])
-                for index, logit in zip(fitting[batch], logits, strict=True):
+            order = fitting[longest_first(lengths[fitting])]
+            run = functools.partial(self._logits, sequences)
+            for batch, logits in in_batches(run, order, lengths, self.tokens_per_batch, input_device(self.model)):
+                for index, logit in zip(batch, logits, strict=True):
                     scores[index] = Score.of(logit)
             given = iter(scores)
             for index, row in enumerate(chunk, start=start):
@@ -109,7 +113,8 @@ class RewardModel(Scorer):
         except Exception as error:
             return [], reason_of(error)
 
-    def _logits(self, sequences: Sequence[Sequence[int]]) -> list[float]:
+    def _logits(self, all_sequences: Sequence[Sequence[int]], batch: npt.NDArray[np.int64]) -> list[float]:
+        sequences = [all_sequences[index] for index in batch]
         check_vocabulary(self.model, sequences)
         config = self.model.config.get_text_config()
         # The model finds the end of a sequence as its last token that is not the pad token. Without one, or with one
@@ -119,7 +124,7 @@ class RewardModel(Scorer):
             used = {token for sequence in sequences for token in sequence}
             filler = next((token for token in range(vocabulary(self.model)) if token not in used), None)
         if filler is None and len(sequences) > 1:
-            return [logit for sequence in sequences for logit in self._logits([sequence])]
+            return [logit for index in batch for logit in self._logits(all_sequences, np.array([index]))]
         with inference_state(self.model), torch.no_grad():
             if filler is not None:
                 config.pad_token_id = filler  # put back with all else

@@ -121,7 +121,7 @@ def test_a_second_call_runs_no_model(select, warmed, model, tmp_path, monkeypatc
     # Of a store that is lost, the gradients are computed again, and not the reference.
     shutil.rmtree(tmp_path / "store" / names[1])
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints, "batches_by_tokens", refuse)
+        patch.setattr(checkpoints, "in_batches", refuse)
         again = select(**settings)
     monkeypatch.setattr(type(model), "forward", refuse)
     for selection in (again, select(**settings)):

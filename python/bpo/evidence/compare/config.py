@@ -139,8 +139,8 @@ class CompareConfig:
         training: Fields of TRL's ``DPOConfig``, with its defaults, and ``peft``: fields of PEFT's ``LoraConfig``, or
             None to train every weight. By default LoRA of rank 8 on every linear layer.
         evaluate: ``max_pairs_per_prompt`` (held-out pairs of a prompt, those with the largest score gap; all by
-            default), ``tokens_per_batch`` (default 1024) and ``bf16`` (off by default: it rounds off as much as a short
-            training changes).
+            default), ``tokens_per_batch`` and ``bf16`` (off by default: it rounds off as much as a short training
+            changes).
         scorer: What says which of two responses is better, for the win rate of each trained policy against the starting
             policy on responses to held-out prompts: one of ``function`` (``MODULE:FUNCTION`` of a prompt and a
             response), ``reward_model`` (path) and ``judge`` (address of a server, with ``model``, its name there, and
@@ -307,7 +307,7 @@ class CompareConfig:
     def _check_evaluate(self) -> None:
         fields = ("max_pairs_per_prompt", "tokens_per_batch", "bf16")
         _check_names("evaluate.", self.evaluate, fields)
-        values = {"max_pairs_per_prompt": None, "tokens_per_batch": 1024, "bf16": False, **self.evaluate}
+        values = {"max_pairs_per_prompt": None, "tokens_per_batch": None, "bf16": False, **self.evaluate}
         with _field("evaluate"):
             SelectConfig(**values)
         object.__setattr__(self, "evaluate", values)
