@@ -48,10 +48,10 @@ from bpo.data.tokens import TokenizedResponses, tokenize_candidates
 from bpo.gradients.capture import Plan, sum_gradients
 from bpo.gradients.choose import choose_features
 from bpo.gradients.plan import find_plan
-from bpo.gradients.sketching import Sketching
 from bpo.policy.batches import batches_by_tokens
 from bpo.policy.logprobs import Forward, completion_logps
 from bpo.policy.state import inference_state
+from bpo.sketching.batches import Sketching
 from peers import Row, optional, peak_memory, printed, shown_time, spread
 
 DEMO = Path(__file__).resolve().parents[2] / "demo"

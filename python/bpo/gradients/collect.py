@@ -19,12 +19,12 @@ from bpo.data.tokens import tokenize_configured
 from bpo.gradients.choose import choose_features
 from bpo.gradients.plan import find_plan
 from bpo.gradients.preconditioner import load_preconditioner, preconditioner_path
-from bpo.gradients.sketching import Sketching
 from bpo.policy.batches import in_batches, storage_order
 from bpo.policy.logprobs import Forward, check_vocabulary
 from bpo.policy.models import load_policy, model_fingerprint, window
 from bpo.policy.reference import Reference
 from bpo.policy.state import inference_state
+from bpo.sketching.batches import Sketching
 from bpo.store.gradient_store import FIRST_UNPREDICTED, NONFINITE, ZERO
 from bpo.store.writer import GradientWriter
 from bpo.system.memory import HeapTrimmer
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from bpo.gradients.capture import Plan
     from bpo.gradients.features import Features
     from bpo.gradients.preconditioner import Preconditioner
-    from bpo.gradients.sketching import SketchBatch
+    from bpo.sketching.batches import SketchBatch
     from bpo.store.gradient_store import GradientStore
 
 

@@ -19,12 +19,12 @@ from bpo.data.tokenizers import load_tokenizer
 from bpo.data.tokens import tokenize_configured
 from bpo.gradients.choose import choose_features
 from bpo.gradients.plan import find_plan, kind_of
-from bpo.gradients.sketching import Sketching
 from bpo.policy.batches import batch_tokens, batches_by_tokens
 from bpo.policy.logprobs import Forward, check_vocabulary
 from bpo.policy.models import load_policy, window
 from bpo.policy.reference import Reference
 from bpo.policy.state import inference_state
+from bpo.sketching.batches import Sketching
 from bpo.store.gradient_store import EMBEDDED, RECORD, row_bytes
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from bpo.gradients.capture import Plan
     from bpo.gradients.features import Features
-    from bpo.gradients.sketching import SketchBatch
+    from bpo.sketching.batches import SketchBatch
 
 
 # Batches whose time is measured, evenly over those of the run, while there is time.

@@ -19,10 +19,10 @@ from bpo.gradients.capture import (
     floating_tensors,
     map_tensors,
 )
-from bpo.gradients.sketching import FINGERPRINT, fingerprint
 from bpo.policy.autograd import begin_graph, check_causal, differentiate, graph_from_embeddings, named_errors
 from bpo.policy.checks import UnsupportedModelError
 from bpo.policy.logprobs import predicting_positions
+from bpo.sketching.fingerprint import FINGERPRINT, fingerprint
 from bpo.system.warn import warn
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""How batches go through the model: memory, precision, checkpointing, sketches beside the model."""
+"""How batches go through the model: memory, precision, checkpointing."""
 
 import subprocess
 import sys
@@ -9,11 +9,10 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from bpo import SelectConfig, _core, read_candidates
+from bpo import SelectConfig, read_candidates
 from bpo.data.tokens import tokenize_responses
 from bpo.gradients.choose import choose_features
 from bpo.gradients.plan import find_plan
-from bpo.gradients.sketching import Sketching
 from bpo.policy.logprobs import Forward
 from bpo.policy.state import inference_state
 from bpo.system.memory import is_out_of_memory
@@ -114,19 +113,6 @@ def test_out_of_memory_halves_the_batch_and_changes_nothing(tokenizer):
 def test_other_errors_are_not_taken_for_memory():
     assert not is_out_of_memory(RuntimeError("shapes do not match"))
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
-
-
-def test_sketching_beside_the_model_gives_the_same_bits():
-    generator = torch.Generator().manual_seed(0)
-    pieces = [(offset, torch.randn(5, 700, generator=generator)) for offset in range(0, 7000, 700)]
-    results = []
-    for beside in (False, True):
-        with Sketching(_core.Sketcher(64, seed=1), 1, beside=beside) as sketching:
-            batch = sketching.batch(5)
-            for offset, piece in pieces:
-                batch.consume(offset, piece, slice(0, 5))
-            results.append(batch.rows())
-    np.testing.assert_array_equal(results[0], results[1])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")

@@ -12,7 +12,6 @@ from bpo import SelectConfig, UnsupportedModelError, read_candidates
 from bpo.data.tokens import tokenize_responses
 from bpo.gradients.choose import choose_features
 from bpo.gradients.plan import _self_check, _Truth, find_plan
-from bpo.gradients.sketching import fingerprint
 from bpo.policy.logprobs import Forward
 from bpo.policy.state import inference_state
 from tiny import caught, scored_rows, tiny_llama
@@ -257,17 +256,3 @@ def test_an_error_of_the_model_is_a_sentence(tokenizer, tokenized):
     model.model.norm.register_forward_pre_hook(fail)
     with pytest.raises(UnsupportedModelError, match=r"LlamaForCausalLM cannot be run .* AttributeError: no such thing"):
         errors(model, tokenized)
-
-
-def test_fingerprints_are_linear_and_as_long_as_gradients():
-    generator = torch.Generator().manual_seed(0)
-    for size in (1, 7, 64, 65, 1 << 16, 200_000):
-        one, other = torch.randn(2, 3, size, generator=generator)
-        torch.testing.assert_close(
-            fingerprint(one + 2 * other), fingerprint(one) + 2 * fingerprint(other), rtol=1e-4, atol=1e-2
-        )
-        ratio = fingerprint(one).norm(dim=1) / one.norm(dim=1)
-        assert (ratio - 1).abs().max() < (1e-5 if size <= 64 else 0.35)
-    # Blocks that cancel one another where they lie over one another do not here.
-    block = torch.randn(1, 1 << 16, generator=generator)
-    assert fingerprint(torch.cat([block, -block], dim=1)).norm() > 0.5 * block.norm()
