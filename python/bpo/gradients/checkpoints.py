@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +22,7 @@ from bpo.system.paths import check_path
 if TYPE_CHECKING:
     import os
 
+    import numpy.typing as npt
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from bpo.config import SelectConfig
@@ -98,7 +98,11 @@ def collect_reference(
             disable=not progress,
         )
         with bar:
-            run = functools.partial(source.logps, forward)
+
+            def run(rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+                found: npt.NDArray[np.float32] = source.logps(forward, rows).cpu().numpy()
+                return found
+
             order = index[longest_first(tokenized.lengths[index])]
             for rows, done in in_batches(run, order, tokenized.lengths, config.tokens_per_batch, forward.device):
                 logps[rows] = done

@@ -24,6 +24,7 @@ from bpo.policy.logprobs import Forward, check_vocabulary
 from bpo.policy.models import load_policy, model_fingerprint, window
 from bpo.policy.reference import Reference
 from bpo.policy.state import inference_state
+from bpo.policy.transfer import Fetched
 from bpo.sketching.batches import Sketching
 from bpo.store.gradient_store import FIRST_UNPREDICTED, NONFINITE, ZERO
 from bpo.store.writer import GradientWriter
@@ -233,7 +234,7 @@ def _append(writer: GradientWriter, done: _Done, candidates: Candidates, tokeniz
     """Appends one row a response of a batch; returns how many rows are committed."""
     rows, sketch = done.rows, done.sketches.rows()
     responses = tokenized.response_of[rows]
-    logps, ref_logps = done.logps, done.ref_logps
+    logps, ref_logps = done.logps.numpy(), done.ref_logps.numpy()
     # A row whose squared norm overflows is as useless to k-means as an infinite one.
     with np.errstate(over="ignore", invalid="ignore"):
         finite = np.isfinite(np.square(sketch).sum(axis=1)) & np.isfinite(logps) & np.isfinite(ref_logps)
@@ -249,19 +250,19 @@ def _append(writer: GradientWriter, done: _Done, candidates: Candidates, tokeniz
         ref_logps=ref_logps,
         lengths=tokenized.response_lengths[rows],
         flags=flags,
-        log_weights=done.log_weights,
+        log_weights=done.log_weights.numpy(),
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class _Done:
-    """One batch that went through the model; its sketches may still be under way."""
+    """One batch that went through the model, or is on its way there; its numbers may still be under way."""
 
     rows: npt.NDArray[np.int64]
     sketches: SketchBatch
-    logps: npt.NDArray[np.float32]
-    ref_logps: npt.NDArray[np.float32]
-    log_weights: npt.NDArray[np.float32]
+    logps: Fetched
+    ref_logps: Fetched
+    log_weights: Fetched
 
 
 @dataclasses.dataclass
@@ -306,6 +307,6 @@ class _Extraction:
             sketches.consume(offset, gradients, samples)
 
         result = self.features.catch(self.forward, self.plan, rows, consume)
-        logps = result.logps.cpu().numpy()
-        ref_logps = self.reference.logps(self.forward, rows, logps)
-        return _Done(rows, sketches, logps, ref_logps, result.log_weights.cpu().numpy())
+        sketches.finish()
+        ref_logps = self.reference.logps(self.forward, rows, result.logps)
+        return _Done(rows, sketches, Fetched(result.logps), Fetched(ref_logps), Fetched(result.log_weights))

@@ -272,7 +272,7 @@ class _Trial:
         begin = time.perf_counter()
         sketches = sketching.batch(len(rows))
         result = self._features.catch(self._forward, self._plan, rows, sketches.consume)
-        self._reference.logps(self._forward, rows, result.logps.cpu().numpy())
+        self._reference.logps(self._forward, rows, result.logps)
         together = sketches.rows()
         self._timed[index] = time.perf_counter() - begin
         self.looked_at += len(rows)

@@ -86,8 +86,8 @@ class Reference:
         self,
         forward: Forward,
         rows: npt.NDArray[np.int64],
-        policy_logps: npt.NDArray[np.float32] | None = None,
-    ) -> npt.NDArray[np.float32]:
+        policy_logps: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Returns log π_ref of some sequences.
 
         Args:
@@ -96,17 +96,17 @@ class Reference:
             policy_logps: (n,) their log-probabilities under the policy.
 
         Returns:
-            (n,) float32.
+            (n,) float32, where they come from: on the device of a model.
         """
         if self.source == "policy":
             assert policy_logps is not None
             return policy_logps
         if self.source == "columns":
             assert forward.tokenized.ref_logps is not None
-            return forward.tokenized.ref_logps[rows].astype(np.float32)
+            return torch.from_numpy(forward.tokenized.ref_logps[rows].astype(np.float32))
         if self.source == "known":
             assert self.known is not None
-            return self.known[rows]
+            return torch.from_numpy(self.known[rows])
         assert self.model is not None
         with contextlib.ExitStack() as stack:
             # Outside disable_adapter, which leaves the adapter trainable.
@@ -117,6 +117,4 @@ class Reference:
                 stack.callback(self.model.set_adapter, self.model.active_adapter)
                 self.model.set_adapter(self.adapter)
             stack.enter_context(torch.inference_mode())
-            result = dataclasses.replace(forward, model=self.model).logps(rows)
-            logps: npt.NDArray[np.float32] = result.logps.cpu().numpy()
-        return logps
+            return dataclasses.replace(forward, model=self.model).logps(rows).logps
