@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bpo.policy.autograd import begin_graph, differentiate, graph_from_embeddings
 from bpo.policy.checks import UnsupportedModelError
+from bpo.policy.head import Positions, chunk_in_flight
 from bpo.policy.logprobs import CompletionLogps, predicting_positions
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from bpo.gradients.layers import Consumer, Layer, Slot
+    from bpo.policy.head import Chunk
     from bpo.policy.logprobs import Forward
 
 
@@ -141,8 +143,7 @@ class _Batch:
         self.consume = consume
         self.size = len(rows)
         self.width = int(forward.tokenized.lengths[rows].max())
-        self.predicting = predicting_positions(forward.tokenized, rows)
-        self.n_predicting = int(self.predicting.sum())
+        self.every = Positions.of(predicting_positions(forward.tokenized, rows)).all()
         self.beginnings: list[torch.Tensor] = []
         self.on_the_way = True  # afterwards, hooks see what gradient checkpointing computes again: known already
         self.replay: Replay | None = None  # the module that is being run again …
@@ -164,14 +165,15 @@ class _Batch:
                         "gradient reaches what lies below it. Pass the model with layers that can be trained through."
                     )
                 output = begin_graph(output, self.beginnings)
-            size = self.size if inside is None else 1
-            first = 0 if inside is None else self.sample
-            x = self._by_sample(given.detach(), size)
+            chunk = chunk_in_flight() or self.every
+            samples = chunk.samples if inside is None else slice(self.sample, self.sample + 1)
+            size = samples.stop - samples.start
+            x = self._by_sample(given.detach(), size, chunk)
             with torch.autocast(self.forward.device.type, enabled=False):
                 remembered = None if x is None else layer.remember(x)
 
             def on_gradient(gradient: torch.Tensor) -> None:
-                by_sample = self._by_sample(gradient, size)
+                by_sample = self._by_sample(gradient, size, chunk)
                 if x is None or by_sample is None:
                     raise UnsupportedModelError(
                         f"{layer.name}: its input has shape {tuple(given.shape)}, in which {size} samples of "
@@ -183,14 +185,14 @@ class _Batch:
                     part = slice(start, min(start + step, size))
                     kept = None if remembered is None else remembered[part]
                     for offset, gradients in layer.gradients(kept, by_sample[part]):  # type: ignore[arg-type]
-                        self.consume(offset, gradients, slice(first + part.start, first + part.stop))
+                        self.consume(offset, gradients, slice(samples.start + part.start, samples.start + part.stop))
 
             output.register_hook(on_gradient)  # type: ignore[no-untyped-call]
             return output
 
         return hook
 
-    def _by_sample(self, tensor: torch.Tensor, size: int) -> torch.Tensor | None:
+    def _by_sample(self, tensor: torch.Tensor, size: int, chunk: Chunk) -> torch.Tensor | None:
         """Returns (n, t, features), or (n, t) of token ids, of a tensor that may have samples and positions as one.
 
         None where samples cannot be told apart. That is no error until a gradient comes: DoRA shows its layers a unit
@@ -201,10 +203,8 @@ class _Batch:
             return tensor.reshape(size, -1, *features)
         if tensor.shape[:-1] == (size * self.width,):
             return tensor.view(size, self.width, *features)
-        if tensor.shape[:-1] == (1, self.n_predicting):  # the output head sees the predicting positions only
-            padded = tensor.new_zeros(*self.predicting.shape, *features)
-            padded[self.predicting.to(tensor.device)] = tensor[0]
-            return padded
+        if tensor.shape[:-1] == (1, len(chunk.places)):  # the output head sees predicting positions only
+            return chunk.by_sample(tensor)
         return None
 
     def replay_hook(self, replay: Replay) -> Callable[..., Any]:

@@ -21,6 +21,7 @@ from bpo.gradients.capture import (
 )
 from bpo.policy.autograd import begin_graph, check_causal, differentiate, graph_from_embeddings, named_errors
 from bpo.policy.checks import UnsupportedModelError
+from bpo.policy.head import chunk_in_flight
 from bpo.policy.logprobs import predicting_positions
 from bpo.sketching.fingerprint import FINGERPRINT, fingerprint
 from bpo.system.warn import warn
@@ -174,7 +175,9 @@ def _probe(forward: Forward, rows: npt.NDArray[np.int64]) -> dict[str, _Call]:
             rules: list[str] = []
             map_tensors((args, kwargs), lambda given: rules.append(rule(given)))
             given = next(iter((*args, *kwargs.values())), None)
-            head = isinstance(given, torch.Tensor) and given.shape[:-1] == (1, n_predicting)
+            chunk = chunk_in_flight()
+            n_seen = n_predicting if chunk is None else len(chunk.places)
+            head = isinstance(given, torch.Tensor) and given.shape[:-1] == (1, n_seen)
 
             def note(call: _Call, _: torch.Tensor) -> None:
                 if calls.setdefault(name, call) != call:

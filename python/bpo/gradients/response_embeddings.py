@@ -11,6 +11,7 @@ from torch import nn
 from bpo.gradients.capture import Plan
 from bpo.gradients.features import Features
 from bpo.policy.checks import UnsupportedModelError, base_of
+from bpo.policy.head import sent
 from bpo.policy.logprobs import predicting_positions
 from bpo.store.gradient_store import EMBEDDED
 
@@ -57,6 +58,8 @@ class ResponseEmbeddings(Features):
     def learn_shapes(self, forward: Forward, rows: npt.NDArray[np.int64]) -> None:
         """Learns from some responses how many numbers an embedding has."""
         if not self.slots:
+            with torch.inference_mode():
+                forward.logps(rows)  # what is found out once about a model may take a second run of it
             sizes: list[int] = []
             self.catch(forward, Plan(), rows, lambda _, embeddings, __: sizes.append(embeddings.shape[1]))
             self._slot("last hidden state", sizes[:1])
@@ -74,7 +77,7 @@ class ResponseEmbeddings(Features):
                     f"{type(self._decoder).__name__}: its output has shape {tuple(hidden.shape)}, in which {len(rows)} "
                     f"samples of {width} tokens cannot be told apart."
                 )
-            mask = predicting.to(hidden.device)[..., None]
+            mask = sent(predicting, hidden.device)[..., None]
             # Filled, not multiplied: padding may be NaN.
             total = hidden[:, :-1].float().masked_fill(~mask, 0).sum(dim=1)
             caught.append(total / mask.sum(dim=1).clamp(min=1))

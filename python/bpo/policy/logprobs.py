@@ -13,20 +13,17 @@ import torch
 from bpo.data.tokenizers import padding_id
 from bpo.policy.batches import in_batches, longest_first
 from bpo.policy.checks import base_of, device_of
+from bpo.policy.head import Positions, score_positions, sent
 from bpo.system.memory import HeapTrimmer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     import numpy.typing as npt
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from bpo.config import SelectConfig
     from bpo.data.tokens import TokenizedResponses
-
-
-# Rows of logits that are widened to float32 at a time: 64 MB for a vocabulary of 128,000.
-_LOGIT_ROWS = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,14 +49,22 @@ def pad_right(
     Causal attention keeps padding at the right from mattering, so that any token may fill the place of a ``pad_id``
     that the model has no embedding for.
     """
+    device = input_device(model)
+    input_ids, attention_mask = _padded(model, sequences, pad_id)
+    return sent(input_ids, device), sent(attention_mask, device)
+
+
+def _padded(
+    model: PreTrainedModel, sequences: Sequence[Sequence[int]], pad_id: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same on the CPU."""
     width = max(len(sequence) for sequence in sequences)
     input_ids = torch.full((len(sequences), width), known_id(model, pad_id), dtype=torch.long, device="cpu")
     attention_mask = torch.zeros_like(input_ids)
     for index, sequence in enumerate(sequences):
         input_ids[index, : len(sequence)] = torch.tensor(sequence, dtype=torch.long, device="cpu")
         attention_mask[index, : len(sequence)] = 1
-    device = input_device(model)
-    return input_ids.to(device), attention_mask.to(device)
+    return input_ids, attention_mask
 
 
 def known_id(model: PreTrainedModel, pad_id: int) -> int:
@@ -139,8 +144,8 @@ def completion_logps(
 ) -> CompletionLogps:
     """Runs the model once over some responses.
 
-    The output head sees the positions that predict a response and no others, so that no logits of prompts or padding
-    are computed or kept.
+    The output head sees the positions that predict a response and no others, a chunk of them at a time where that is
+    known to be the same (see :mod:`bpo.policy.head`). Nothing here waits for a GPU.
 
     Args:
         model: A causal language model.
@@ -151,97 +156,24 @@ def completion_logps(
     Returns:
         The log-probabilities.
     """
-    input_ids, attention_mask = pad_right(model, [tokenized.ids[row] for row in rows], pad_id)
-    size, width = input_ids.shape
-    predicting = predicting_positions(tokenized, rows)
-    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+    input_ids, attention_mask = _padded(model, [tokenized.ids[row] for row in rows], pad_id)
+    positions = Positions.of(predicting_positions(tokenized, rows))
+    targets = input_ids.flatten()[positions.index + 1]
+    device = input_device(model)
+    inputs = {"input_ids": sent(input_ids, device), "attention_mask": sent(attention_mask, device), "use_cache": False}
     if takes(model, "position_ids"):
         # A row of positions a sample, since learned position embeddings could not be told apart by sample otherwise.
-        inputs["position_ids"] = torch.arange(width, device=input_ids.device).expand(size, -1)
-    with _head_sees_only(model, predicting):
-        logits = model(**inputs).logits
-    predicting = predicting.to(logits.device)
-    # Some models reach their logits in another way than through their output head.
-    reduced = logits.shape[:2] == (1, int(predicting.sum()))
-    logits = logits[0] if reduced else logits[:, :-1][predicting]
-    targets = input_ids[:, 1:].to(logits.device)[predicting]
-    token_logps, agreements = score_tokens(logits, targets)
+        inputs["position_ids"] = torch.arange(input_ids.shape[1], device=device).expand(len(rows), -1)
+    token_logps, agreements = score_positions(model, inputs, positions, targets)
     if tokenized.weights is not None:
         # The first token of a sequence has a weight, too, but nothing predicts it.
         weights = [tokenized.weights[row][int(tokenized.prompt_lengths[row] == 0) :] for row in rows]
-        token_logps = token_logps * torch.from_numpy(np.concatenate(weights)).to(logits.device)
-    zeros = torch.zeros(predicting.shape, dtype=torch.float32, device=logits.device)
-    # Summed row by row of a padded matrix, which is deterministic on a GPU, too.
-    tokens = predicting.sum(dim=1).clamp(min=1)
+        token_logps = token_logps * sent(torch.from_numpy(np.concatenate(weights)), token_logps.device)
+    tokens = torch.from_numpy(positions.counts).clamp(min=1)
     return CompletionLogps(
-        logps=zeros.masked_scatter(predicting, token_logps).sum(dim=1),
-        log_weights=zeros.masked_scatter(predicting, agreements).sum(dim=1) / tokens,
+        logps=positions.sums(token_logps),
+        log_weights=positions.sums(agreements) / sent(tokens, agreements.device),
     )
-
-
-@contextlib.contextmanager
-def _head_sees_only(model: PreTrainedModel, predicting: torch.Tensor) -> Iterator[None]:
-    """Reduces the (n, t, features) input of the output head to (1, predicting positions, features)."""
-
-    def reduce(_: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        hidden = args[0]
-        if hidden.shape[:-1] != (predicting.shape[0], predicting.shape[1] + 1):
-            return None
-        return (hidden[:, :-1][predicting.to(hidden.device)][None], *args[1:])
-
-    head = model.get_output_embeddings()
-    if head is None:
-        yield
-        return
-    handle = head.register_forward_pre_hook(reduce)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-class _TokenLogps(torch.autograd.Function):
-    """Log-softmax at the targets, in float32 but without a float32 copy of the logits.
-
-    Beside the logits themselves, only their gradient is ever as large as they are.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Takes (m, vocabulary) logits and (m,) targets; returns log π and log π − log Σ_v π_v², (m,) float32."""
-        normalizer = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
-        agreement = torch.empty_like(normalizer)  # log Σ_v π_v²
-        for start in range(0, len(logits), _LOGIT_ROWS):
-            part = slice(start, start + _LOGIT_ROWS)
-            wide = logits[part].float()
-            largest = wide.amax(dim=-1, keepdim=True)
-            powers = wide.sub(largest).exp_()
-            total = powers.sum(dim=-1).log()
-            normalizer[part] = largest[:, 0] + total
-            agreement[part] = powers.square_().sum(dim=-1).log() - 2 * total
-        logps = logits.gather(-1, targets[:, None])[:, 0].float() - normalizer
-        weights = logps - agreement
-        ctx.save_for_backward(logits, targets, normalizer)
-        ctx.mark_non_differentiable(weights)
-        return logps, weights
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor, None]:
-        """∂ log π(target) / ∂ logits = one-hot(target) − π."""
-        logits, targets, normalizer = ctx.saved_tensors
-        out = torch.empty_like(logits)
-        for start in range(0, len(logits), _LOGIT_ROWS):
-            part = slice(start, start + _LOGIT_ROWS)
-            wide = torch.exp(logits[part].float() - normalizer[part, None]).mul_(-gradient[part, None])
-            wide.scatter_add_(1, targets[part, None], gradient[part, None].float())
-            out[part] = wide
-        return out, None
-
-
-def score_tokens(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns log π and log π − log Σ_v π_v² of (m,) targets under (m, vocabulary) logits, (m,) float32 each."""
-    logps, weights = _TokenLogps.apply(logits, targets)
-    return logps, weights
 
 
 def takes(model: PreTrainedModel, argument: str) -> bool:
