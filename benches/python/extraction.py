@@ -51,7 +51,7 @@ from bpo.gradients.plan import find_plan
 from bpo.gradients.sketching import Sketching
 from bpo.policy.batches import batches_by_tokens
 from bpo.policy.logprobs import Forward, completion_logps
-from bpo.policy.models import inference_state
+from bpo.policy.state import inference_state
 from peers import Row, optional, peak_memory, printed, shown_time, spread
 
 DEMO = Path(__file__).resolve().parents[2] / "demo"
