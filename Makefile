@@ -25,7 +25,7 @@ SECONDS := 60
 SAME := target/same
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-rust test-python same lint bench count fuzz torture architectures docs wheel clean
+.PHONY: help setup demo test test-rust test-python same lint bench gpu count fuzz torture architectures docs wheel clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -69,6 +69,9 @@ bench: $(VENV)/.installed ## Benchmarks in short mode: criterion and pytest for 
 	  --benchmark-max-time=0.3
 	$(BIN)/python benches/python/peers.py $(ARGS)
 	$(BIN)/python benches/python/extraction.py --short
+
+gpu: $(VENV)/.installed ## Whether the GPU's gradients are right, and how fast they come, in under 8 minutes; ARGS='--only fast --output FOLDER'
+	$(BIN)/python benches/python/gpu.py $(ARGS)
 
 count: ## Instructions of each kernel under callgrind, where the clock is too noisy (needs valgrind)
 	@binary=$$(cargo bench --bench count --no-run 2>&1 | sed -n 's/.*(\(.*count-.*\))/\1/p'); \
