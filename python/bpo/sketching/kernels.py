@@ -86,7 +86,7 @@ def _term(value: tl.tensor, sign: tl.tensor, scale: tl.tensor) -> tl.tensor:
 @triton.jit(do_not_specialize=["visits", "begins", "slices"])  # type: ignore[untyped-decorator]
 def add(
     table: tl.tensor,
-    slices: tl.tensor,  # where in the table: (address, stride, first row, width, positions of the first block before it,
+    slices: tl.tensor,  # where in the table: (address, stride, first row, width, positions of the first block before,
     # first sign, signs of a repetition, first rotation, blocks) of each slice
     begins: tl.tensor,  # where in the table: the first visit of each row, and the end of the last
     visits: tl.tensor,  # where in the table: the slices that each row meets

@@ -90,6 +90,32 @@ def test_seeds_and_blocks_differ(device):
     assert len(found) == 6
 
 
+def philox(counter, key):
+    """Philox4x32-10 by integers that do not end."""
+    for _ in range(10):
+        even, odd = 0xD2511F53 * counter[0], 0xCD9E8D57 * counter[2]
+        low = 0xFFFFFFFF
+        counter = [odd >> 32 ^ counter[1] ^ key[0], odd & low, even >> 32 ^ counter[3] ^ key[1], even & low]
+        key = [(key[0] + 0x9E3779B9) & low, (key[1] + 0xBB67AE85) & low]
+    return counter
+
+
+def test_rotations_take_all_bits(device):
+    """Also the few of them that only matter where there are many outputs."""
+    from bpo.sketching import kernels
+
+    outputs, count, first, seed, draws = (1 << 24) - 3, 2048, (7 << 32) - 500, 0xF123456789ABCDEF, 256
+    table = [seed - (1 << 64), 2, 3, first, count, 0, 0, *[0] * (count // draws)]
+    words = [philox([n % 2**32, n >> 32, 3, 2], [seed % 2**32, seed >> 32]) for n in range(first, first + count)]
+    wanted = [((low | high << 32) * outputs) >> 64 for low, high, *_ in words]
+    assert wanted != [(high * outputs) >> 32 for _, high, *_ in words]
+    found = torch.zeros(count, dtype=torch.int32, device=device)
+    signs = torch.zeros(1, dtype=torch.int32, device=device)
+    settings = {"outputs": outputs, "draws": draws, "enable_fp_fusion": False}
+    kernels.draw[(count // draws,)](torch.tensor(table, device=device), 1, 7, signs, found, **settings)
+    assert found.tolist() == wanted
+
+
 def test_slices_of_a_batch_in_the_order_given(device):
     """Layers come last first, in parts of the batch, some more than once; few and many go into one launch."""
     sketcher = _core.Sketcher(48, seed=5)
