@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
+from typing import Literal
 
 import torch
 from torch import nn
@@ -95,7 +96,7 @@ class Linear:
         """Takes the (n, t, in) inputs; returns what the gradient needs of them."""
         if self.weight is None:
             return None
-        return x if self.weight.right is None else _project(x, self.weight.right, self.weight.narrow_right)
+        return x if self.weight.right is None else _project(x, self.weight, "right")
 
     def gradients(self, remembered: torch.Tensor | None, gradient: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
         """Takes (n', t, out) output gradients; yields offset and (n', size) gradients."""
@@ -104,7 +105,7 @@ class Linear:
         if self.weight is not None:
             assert remembered is not None
             if self.weight.left is not None:
-                gradient = _project(gradient, self.weight.left, self.weight.narrow_left)
+                gradient = _project(gradient, self.weight, "left")
             swap = self.weight.transposed and not self.weight.projected
             first, second = (remembered, gradient) if swap else (gradient, remembered)
             yield self.weight.offset, _outer(first, second).flatten(1)
@@ -158,14 +159,18 @@ class Embedding:
 Layer = Linear | Embedding
 
 
-def _project(x: torch.Tensor, matrix: torch.Tensor, narrow: torch.Tensor | None) -> torch.Tensor:
-    """Takes (n, t, in) and (k, in), also in bfloat16 if that is the same; returns their product (n, t, k).
+def _project(x: torch.Tensor, slot: Slot, side: Literal["left", "right"]) -> torch.Tensor:
+    """Takes (n, t, in) and a slot's (k, in) projection; returns their product (n, t, k).
 
     Where a GPU has bfloat16, as float32 the numbers would have to be written and read again, which takes four times as
     long. The product is rounded to bfloat16 then, as everything is in such a model.
     """
-    if narrow is not None and _on_tensor_cores(x):
-        return nn.functional.linear(x, narrow)
+    if _on_tensor_cores(x):
+        narrow = slot.narrow_left if side == "left" else slot.narrow_right
+        if narrow is not None:
+            return nn.functional.linear(x, narrow)
+    matrix = slot.left if side == "left" else slot.right
+    assert matrix is not None
     return x.float() @ matrix.T
 
 

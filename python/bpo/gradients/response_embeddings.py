@@ -11,8 +11,8 @@ from torch import nn
 from bpo.gradients.capture import Plan
 from bpo.gradients.features import Features
 from bpo.policy.checks import UnsupportedModelError, base_of
-from bpo.policy.head import sent
 from bpo.policy.logprobs import predicting_positions
+from bpo.policy.transfer import sent
 from bpo.store.gradient_store import EMBEDDED
 
 if TYPE_CHECKING:

@@ -20,6 +20,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from bpo.policy.checks import base_of
+from bpo.policy.softmax import score_tokens
+from bpo.policy.transfer import sent
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -30,9 +32,6 @@ if TYPE_CHECKING:
 # What the logits of a chunk may take in float32. Products of fewer rows would not use an accelerator fully.
 CPU_CHUNK_BYTES = 64 << 20
 ACCELERATOR_CHUNK_BYTES = 512 << 20
-
-# Rows of logits that are widened to float32 at a time: 64 MB for a vocabulary of 128,000.
-_LOGIT_ROWS = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,13 +135,6 @@ def chunk_in_flight() -> Chunk | None:
     return _IN_FLIGHT.get()
 
 
-def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Returns a tensor of the CPU on a device, without waiting for what the device is doing."""
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
-
-
 @dataclasses.dataclass(frozen=True)
 class _Tail:
     """What a model does to the output of its head: scales it, and caps it softly.
@@ -212,7 +204,7 @@ def score_positions(
         targets: (m,) int64, on the CPU: the token that each predicts.
 
     Returns:
-        What :func:`score_tokens` does.
+        What :func:`bpo.policy.softmax.score_tokens` does.
     """
     head = model.get_output_embeddings()
     if head is None or not len(positions.index):
@@ -392,47 +384,3 @@ class _OnePass(torch.autograd.Function):
         """Each position has its own log-probability, so its gradient is that times what comes back."""
         (own,) = ctx.saved_tensors
         return (own * gradient[:, None].to(own.device)).to(own.dtype), None, None
-
-
-class _TokenLogps(torch.autograd.Function):
-    """Log-softmax at the targets, in float32 but without a float32 copy of the logits.
-
-    Beside the logits themselves, only their gradient is ever as large as they are.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Takes (m, vocabulary) logits and (m,) targets; returns log π and log π − log Σ_v π_v², (m,) float32."""
-        normalizer = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
-        agreement = torch.empty_like(normalizer)  # log Σ_v π_v²
-        for start in range(0, len(logits), _LOGIT_ROWS):
-            part = slice(start, start + _LOGIT_ROWS)
-            wide = logits[part].float()
-            largest = wide.amax(dim=-1, keepdim=True)
-            powers = wide.sub(largest).exp_()
-            total = powers.sum(dim=-1).log()
-            normalizer[part] = largest[:, 0] + total
-            agreement[part] = powers.square_().sum(dim=-1).log() - 2 * total
-        logps = logits.gather(-1, targets[:, None])[:, 0].float() - normalizer
-        weights = logps - agreement
-        ctx.save_for_backward(logits, targets, normalizer)
-        ctx.mark_non_differentiable(weights)
-        return logps, weights
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor, None]:
-        """∂ log π(target) / ∂ logits = one-hot(target) − π."""
-        logits, targets, normalizer = ctx.saved_tensors
-        out = torch.empty_like(logits)
-        for start in range(0, len(logits), _LOGIT_ROWS):
-            part = slice(start, start + _LOGIT_ROWS)
-            wide = torch.exp(logits[part].float() - normalizer[part, None]).mul_(-gradient[part, None])
-            wide.scatter_add_(1, targets[part, None], gradient[part, None].float())
-            out[part] = wide
-        return out, None
-
-
-def score_tokens(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns log π and log π − log Σ_v π_v² of (m,) targets under (m, vocabulary) logits, (m,) float32 each."""
-    logps, weights = _TokenLogps.apply(logits, targets)
-    return logps, weights

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,7 +14,8 @@ import torch
 from bpo.data.tokenizers import padding_id
 from bpo.policy.batches import in_batches, longest_first
 from bpo.policy.checks import base_of, device_of
-from bpo.policy.head import Positions, score_positions, sent
+from bpo.policy.head import Positions, score_positions
+from bpo.policy.transfer import sent
 from bpo.system.memory import HeapTrimmer
 
 if TYPE_CHECKING:
@@ -24,6 +26,13 @@ if TYPE_CHECKING:
 
     from bpo.config import SelectConfig
     from bpo.data.tokens import TokenizedResponses
+
+
+# Models that SDPA serves as well without an attention mask, or not; see :func:`try_without_mask`.
+_UNMASKED: weakref.WeakKeyDictionary[torch.nn.Module, bool] = weakref.WeakKeyDictionary()
+
+# Largest relative difference of log π with a mask and without one, by the precision of the arithmetic.
+_MASK_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-7}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,11 +165,16 @@ def completion_logps(
     Returns:
         The log-probabilities.
     """
+    unmasked = _by_sdpa(model) and _UNMASKED.get(model, False)
+    if unmasked and pad_id == getattr(base_of(model).config, "pad_token_id", None):
+        pad_id = int(pad_id == 0)  # some models warn of pad tokens without a mask
     input_ids, attention_mask = _padded(model, [tokenized.ids[row] for row in rows], pad_id)
     positions = Positions.of(predicting_positions(tokenized, rows))
     targets = input_ids.flatten()[positions.index + 1]
     device = input_device(model)
-    inputs = {"input_ids": sent(input_ids, device), "attention_mask": sent(attention_mask, device), "use_cache": False}
+    inputs = {"input_ids": sent(input_ids, device), "use_cache": False}
+    if not unmasked:
+        inputs["attention_mask"] = sent(attention_mask, device)
     if takes(model, "position_ids"):
         # A row of positions a sample, since learned position embeddings could not be told apart by sample otherwise.
         inputs["position_ids"] = torch.arange(input_ids.shape[1], device=device).expand(len(rows), -1)
@@ -174,6 +188,35 @@ def completion_logps(
         logps=positions.sums(token_logps),
         log_weights=positions.sums(agreements) / sent(tokens, agreements.device),
     )
+
+
+def try_without_mask(forward: Forward, rows: npt.NDArray[np.int64]) -> None:
+    """Finds out whether a model needs attention masks, on some short responses; leaves them out from now on if not.
+
+    Padding at the right of causal attention changes nothing before it, but SDPA has its fast kernels for no mask only.
+
+    Args:
+        forward: The model, in the state in which it will run.
+        rows: (n,) which responses; if they are of one length, nothing is found out.
+    """
+    model = forward.model
+    if model in _UNMASKED or not _by_sdpa(model) or len(set(forward.tokenized.lengths[rows].tolist())) == 1:
+        return
+    same = False
+    try:
+        with torch.no_grad():
+            masked = forward.logps(rows).logps
+            _UNMASKED[model] = True
+            tolerance = _MASK_TOLERANCE.get(forward.autocast or model.dtype, 0.02)
+            same = torch.allclose(forward.logps(rows).logps, masked, rtol=tolerance, atol=tolerance)
+    except Exception:  # a model that has to have one; what else is wrong comes up again
+        pass
+    finally:
+        _UNMASKED[model] = same
+
+
+def _by_sdpa(model: PreTrainedModel) -> bool:
+    return getattr(base_of(model).config, "_attn_implementation", None) == "sdpa"
 
 
 def takes(model: PreTrainedModel, argument: str) -> bool:
@@ -229,6 +272,7 @@ def response_logps(
     logps = np.zeros(len(tokenized.ids), dtype=np.float32)
     trim = HeapTrimmer()
     lengths = tokenized.lengths
+    try_without_mask(forward, np.argsort(lengths, kind="stable")[[0, len(lengths) // 2]])
 
     def run(rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         found: npt.NDArray[np.float32] = forward.logps(rows).logps.cpu().numpy()

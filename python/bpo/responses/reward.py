@@ -95,7 +95,7 @@ class RewardModel(Scorer):
             fitting = np.array([index for index, score in enumerate(scores) if score.error is None], dtype=np.int64)
             lengths = np.array([len(sequence) for sequence in sequences], dtype=np.int64)
             order = fitting[longest_first(lengths[fitting])]
-            run = functools.partial(self._logits, sequences)
+            run = functools.partial(self._logits_of, sequences)
             for batch, logits in in_batches(run, order, lengths, self.tokens_per_batch, input_device(self.model)):
                 for index, logit in zip(batch, logits, strict=True):
                     scores[index] = Score.of(logit)
@@ -113,8 +113,10 @@ class RewardModel(Scorer):
         except Exception as error:
             return [], reason_of(error)
 
-    def _logits(self, all_sequences: Sequence[Sequence[int]], batch: npt.NDArray[np.int64]) -> list[float]:
-        sequences = [all_sequences[index] for index in batch]
+    def _logits_of(self, sequences: Sequence[Sequence[int]], batch: npt.NDArray[np.int64]) -> list[float]:
+        return self._logits([sequences[index] for index in batch])
+
+    def _logits(self, sequences: Sequence[Sequence[int]]) -> list[float]:
         check_vocabulary(self.model, sequences)
         config = self.model.config.get_text_config()
         # The model finds the end of a sequence as its last token that is not the pad token. Without one, or with one
@@ -124,7 +126,7 @@ class RewardModel(Scorer):
             used = {token for sequence in sequences for token in sequence}
             filler = next((token for token in range(vocabulary(self.model)) if token not in used), None)
         if filler is None and len(sequences) > 1:
-            return [logit for index in batch for logit in self._logits(all_sequences, np.array([index]))]
+            return [logit for sequence in sequences for logit in self._logits([sequence])]
         with inference_state(self.model), torch.no_grad():
             if filler is not None:
                 config.pad_token_id = filler  # put back with all else

@@ -14,7 +14,7 @@ from bpo.choices import REFUSED_LOSSES
 from bpo.config import SelectConfig
 from bpo.data.columns import WEIGHT_COLUMN, pair_weight
 from bpo.pairs.losses import batch_losses
-from bpo.policy.head import score_tokens
+from bpo.policy.softmax import score_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

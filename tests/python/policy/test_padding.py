@@ -9,6 +9,7 @@ from transformers import (
     BartConfig,
     BartForCausalLM,
     LlamaConfig,
+    LlamaForCausalLM,
     LlamaForSequenceClassification,
     RwkvConfig,
     RwkvForCausalLM,
@@ -142,3 +143,59 @@ def test_a_reward_models_tokens_are_checked(tokenizer):
         bpo.score_responses(
             [{"prompt": "one", "responses": [" two"]}], bpo.RewardModel(model, tokenizer), progress=False
         )
+
+
+class NeedsMask(LlamaForCausalLM):
+    """A model that is another one without a mask, or none."""
+
+    refuses = False
+
+    def forward(self, input_ids=None, attention_mask=None, **named):
+        if attention_mask is None and self.refuses:
+            raise ValueError("Give me a mask.")
+        if attention_mask is None:
+            input_ids = torch.ones_like(input_ids)
+        return super().forward(input_ids=input_ids, attention_mask=attention_mask, **named)
+
+
+def masks_given(model, run):
+    """Whether each call of a model was given a mask; only those of batches with padding count."""
+    given = []
+
+    def note(_, args, kwargs):
+        if kwargs["input_ids"].shape[0] > 2:
+            given.append("attention_mask" in kwargs)
+
+    handle = model.register_forward_pre_hook(note, with_kwargs=True)
+    run()
+    handle.remove()
+    return given
+
+
+@pytest.mark.parametrize("features", ["lora", "embeddings"])
+def test_causal_attention_runs_without_a_mask(features, tokenizer):
+    model = tiny_llama(tokenizer)
+    given = masks_given(model, lambda: stored(model, ROWS, tokenizer, tokens_per_batch=200, features=features))
+    assert given
+    assert not any(given)
+    eager = tiny_llama(tokenizer)
+    eager.set_attn_implementation("eager")
+    given = masks_given(eager, lambda: stored(eager, ROWS, tokenizer, tokens_per_batch=200, features=features))
+    assert given
+    assert all(given)
+
+
+@pytest.mark.parametrize("refuses", [True, False])
+def test_a_model_that_needs_its_mask_has_it(refuses, tokenizer):
+    plain = tiny_llama(tokenizer)
+    model = NeedsMask(plain.config)
+    model.load_state_dict(plain.state_dict())
+    model.refuses = refuses
+    expected = stored(plain, ROWS, tokenizer, tokens_per_batch=200, sketch_dtype="float32").sketches()
+    found = []
+    given = masks_given(
+        model,
+        lambda: found.append(stored(model, ROWS, tokenizer, tokens_per_batch=200, sketch_dtype="float32").sketches()),
+    )
+    assert all(given)
+    np.testing.assert_allclose(found[0], expected, rtol=1e-3, atol=1e-5)
