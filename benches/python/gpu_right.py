@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import inspect
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -16,12 +15,13 @@ import peft
 import torch
 
 import bpo
-import extraction
 from bpo import _core
 from bpo.gradients.choose import choose_features
 from bpo.policy.autograd import differentiate
 from bpo.policy.logprobs import Forward
 from bpo.policy.state import inference_state
+from bpo.sketching.batches import Sketching
+from extraction import RANK
 from gpu_setting import SHAPES, Card, Data, Measurement, Shape, extracted, settings, twins
 from peers import Row
 
@@ -30,16 +30,6 @@ TOLERANCE = {"float32": 1e-3, "TF32": 2e-2, "bfloat16": 2e-1, "bfloat16 autocast
 
 
 # Sketches
-
-
-def open_sketching(sketcher: Any, *, on_device: bool | None = None) -> Any:
-    """bpo's Sketching on the device, through pinned memory, or by its own choice; None where it has no such choice."""
-    choices = inspect.signature(extraction.Sketching.__init__).parameters
-    if on_device is None:
-        return extraction.Sketching(sketcher, None)
-    if "on_device" in choices:
-        return extraction.Sketching(sketcher, None, on_device=on_device)
-    return None if on_device else extraction.Sketching(sketcher, None, beside=True)
 
 
 def sketches(card: Card) -> Iterator[Row]:
@@ -56,12 +46,12 @@ def sketches(card: Card) -> Iterator[Row]:
         for part in parts:
             sketcher.sketch(part.numpy(), offset, expected)
             offset += part.shape[1]
-        for on_device, way in ((True, "on the device"), (False, "through pinned memory")):
+        ways = {"on the device": True, "through pinned memory": False}
+        if kind != "sparse" or not card.there:
+            del ways["on the device"]  # there is no such way
+        for way, on_device in ways.items():
             name = f"sketch {way}, {kind}, {nnz} a coordinate"
-            sketching = open_sketching(sketcher, on_device=on_device)
-            if sketching is None:
-                yield Row(name, "not there", "the core", "")
-                continue
+            sketching = Sketching(sketcher, None, on_device=on_device, beside=True)
             with sketching:
                 batch = sketching.batch(5)
                 offset = 11
@@ -134,7 +124,7 @@ def features(card: Card, shape: Shape) -> Iterator[Row]:
 
 def with_adapter(model: Any, *, autocast_adapter_dtype: bool = False) -> Any:
     """The model with an adapter on every linear layer but the head, B not zero, as after some training."""
-    chosen = peft.LoraConfig(r=extraction.RANK, lora_alpha=extraction.RANK, target_modules="all-linear")
+    chosen = peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear")
     adapted = peft.get_peft_model(model, chosen, autocast_adapter_dtype=autocast_adapter_dtype).eval()
     generator = torch.Generator().manual_seed(1)
     for name, parameter in adapted.named_parameters():
