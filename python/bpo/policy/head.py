@@ -179,6 +179,7 @@ def _settings(model: PreTrainedModel) -> tuple[float, ...]:
 
 def _tail_of(given: torch.Tensor, made: torch.Tensor, settings: tuple[float, ...]) -> _Tail | None:
     """What makes logits of what took the place of a head's output, None where nothing known does."""
+    given = given.to(made.device)
     scales = [(None, None), *((value, None) for value in settings), *((None, value) for value in settings)]
     for cap, (factor, divisor), early in itertools.product((None, *settings), scales, (False, True)):
         tail = _Tail(made.dtype, early, factor, divisor, cap)
