@@ -114,13 +114,14 @@ class CardMethods(Methods):
         return self._chosen[method]
 
     def _go_through(self, method: str, model: Any, batches: Batches, *, sketched: bool) -> None:
-        """What gradients.collect does, but for the store."""
+        """What gradients.collect does, but for the store: a batch is waited for once the next has gone through."""
         features, plan, sketcher = self._plan(method, model)
         with inference_state(model), open_sketching(sketcher) as sketching:
             previous, forward = None, Forward(model, batches.tokenized, self.data.pad_id)
             for rows in batches:
                 sketches = sketching.batch(len(rows))
                 result = features.catch(forward, plan, rows, sketches.consume if sketched else lambda *_: None)
+                getattr(sketches, "finish", int)()  # newer sketches start their way to the host
                 result.logps.cpu()
                 if previous is not None:
                     previous.rows()
