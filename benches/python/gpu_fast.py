@@ -120,7 +120,7 @@ class CardMethods(Methods):
         return self._chosen[method]
 
     def _go_through(self, method: str, model: Any, batches: Batches, *, sketched: bool) -> None:
-        """What gradients.collect does, but for the store."""
+        """What gradients.collect does, but for the store: a batch is waited for once the next has gone through."""
         features, plan, sketcher = self._plan(method, model)
         with inference_state(model), Sketching(sketcher, None) as sketching:
             previous, forward = None, Forward(model, batches.tokenized, self.data.pad_id)

@@ -52,16 +52,22 @@ def sketches(card: Card) -> Iterator[Row]:
         for way, on_device in ways.items():
             name = f"sketch {way}, {kind}, {nnz} a coordinate"
             sketching = Sketching(sketcher, None, on_device=on_device, beside=True)
-            with sketching:
-                batch = sketching.batch(5)
-                offset = 11
-                for part in parts:
-                    for samples in (slice(0, 2), slice(2, 5)):
-                        batch.consume(offset, part[samples].to(card.device), samples)
-                    offset += part.shape[1]
-                found = batch.rows()
-            different = int((np.asarray(found).view(np.uint32) != expected.view(np.uint32)).sum())
-            yield exact(name, f"{different} of {expected.size} numbers differ", "the core", different == 0)
+            with guarded(name) as rows, sketching:
+                found = sketched(sketching, parts, card.device)
+                different = int((found.view(np.uint32) != expected.view(np.uint32)).sum())
+                rows.append(exact(name, f"{different} of {expected.size} numbers differ", "the core", different == 0))
+            yield from rows
+
+
+def sketched(sketching: Sketching, parts: list[torch.Tensor], device: str) -> np.ndarray:
+    """The sketches of gradients that come in two parts of the batch, one range of coordinates after the other."""
+    batch = sketching.batch(5)
+    offset = 11
+    for part in parts:
+        for samples in (slice(0, 2), slice(2, 5)):
+            batch.consume(offset, part[samples].to(device), samples)
+        offset += part.shape[1]
+    return batch.rows()
 
 
 # Gradients
@@ -94,7 +100,7 @@ def precisions(card: Card, shape: Shape) -> Iterator[Row]:
     for precision, tolerance in TOLERANCE.items():
         name = f"gradients of {shape.name} in {precision}"
         with guarded(name) as rows, arithmetic(precision):
-            used = copy.deepcopy(model).bfloat16() if precision == "bfloat16" else model
+            used = in_bfloat16(model) if precision == "bfloat16" else model
             found = extracted(used, data, bf16="autocast" in precision, tokens_per_batch=1024)
             rows.append(near(name, found, expected, "float64 on the CPU", tolerance))
         yield from rows
@@ -122,6 +128,14 @@ def features(card: Card, shape: Shape) -> Iterator[Row]:
     yield from rows
 
 
+def in_bfloat16(model: Any) -> Any:
+    """A copy whose weights are in bfloat16; the frequencies of positions stay as they are, as in a model so loaded."""
+    copied = copy.deepcopy(model)
+    for parameter in copied.parameters():
+        parameter.data = parameter.data.bfloat16()
+    return copied
+
+
 def with_adapter(model: Any, *, autocast_adapter_dtype: bool = False) -> Any:
     """The model with an adapter on every linear layer but the head, B not zero, as after some training."""
     chosen = peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear")
@@ -144,7 +158,7 @@ def batches(card: Card, shape: Shape) -> Iterator[Row]:
     for precision, tolerance in (("float32", 1e-3), ("bfloat16", 2e-1)):
         place = f"{shape.name} in {precision}"
         with guarded(f"batch sizes of {place}") as rows, arithmetic(precision):
-            used = copy.deepcopy(model).bfloat16() if precision == "bfloat16" else model
+            used = in_bfloat16(model) if precision == "bfloat16" else model
             alone = extracted(used, data, tokens_per_batch=1)
             mixed = extracted(used, data, tokens_per_batch=300)
             large = extracted(used, data, tokens_per_batch=16384)
@@ -181,7 +195,7 @@ def selection(card: Card, shape: Shape) -> Iterator[Row]:
         expected = pairs(copy.deepcopy(model).cpu())
     for precision in TOLERANCE:
         with guarded(f"pairs of {shape.name} in {precision}") as rows, arithmetic(precision):
-            used = copy.deepcopy(model).bfloat16() if precision == "bfloat16" else model
+            used = in_bfloat16(model) if precision == "bfloat16" else model
             share = len(expected & pairs(used, bf16="autocast" in precision)) / len(expected)
             goal = 1.0 if precision == "float32" else None
             name = f"pairs selected by {shape.name} in {precision}"
