@@ -50,6 +50,7 @@ class Replay:
         output_rule: How that one is cut to a sample.
         parameters: Name of a parameter within the module to its slot: differentiated by autograd.
         layers: Layers within the module: they give their gradients as elsewhere, but see one sample only.
+        vectorized: Whether to try to run it for all samples in one go, each with its own parameters, by ``vmap``.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Replay:
     output_rule: str
     parameters: dict[str, Slot] = dataclasses.field(default_factory=dict)
     layers: list[Layer] = dataclasses.field(default_factory=list)
+    vectorized: bool = True
 
 
 @dataclasses.dataclass
@@ -169,7 +171,7 @@ class _Batch:
             samples = chunk.samples if inside is None else slice(self.sample, self.sample + 1)
             size = samples.stop - samples.start
             x = self._by_sample(given.detach(), size, chunk)
-            with torch.autocast(self.forward.device.type, enabled=False):
+            with self._exactly():
                 remembered = None if x is None else layer.remember(x)
 
             def on_gradient(gradient: torch.Tensor) -> None:
@@ -191,6 +193,11 @@ class _Batch:
             return output
 
         return hook
+
+    def _exactly(self) -> contextlib.AbstractContextManager[Any]:
+        """The arithmetic of the tensors at hand; entering autocast takes as long as a small product."""
+        kind = self.forward.device.type
+        return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
 
     def _by_sample(self, tensor: torch.Tensor, size: int, chunk: Chunk) -> torch.Tensor | None:
         """Returns (n, t, features), or (n, t) of token ids, of a tensor that may have samples and positions as one.
@@ -226,13 +233,60 @@ class _Batch:
                     for name, parameter in replay.module.named_parameters(remove_duplicate=False)
                     if name in replay.parameters
                 }
-                for index in range(self.size):
-                    self._run_again(replay, leaves, inputs, gradient, index)
+                if replay.layers or not replay.vectorized or not self._run_vectorized(replay, leaves, inputs, gradient):
+                    for index in range(self.size):
+                        self._run_again(replay, leaves, inputs, gradient, index)
 
             tensor.register_hook(on_gradient)  # type: ignore[no-untyped-call]
             return output
 
         return hook
+
+    def _run_vectorized(
+        self, replay: Replay, leaves: dict[str, torch.Tensor], inputs: Any, gradient: torch.Tensor
+    ) -> bool:
+        """Runs a module again for all samples in one go; False, once and for all, where ``vmap`` cannot."""
+        given: list[torch.Tensor] = []
+        map_tensors(inputs, given.append)
+        stacked = [self._stacked(tensor, rule) for tensor, rule in zip(given, replay.rules, strict=True)]
+        dims = tuple(None if rule == "shared" else 0 for rule in replay.rules)
+
+        def differentiated(own: torch.Tensor, *cut: torch.Tensor) -> dict[str, torch.Tensor]:
+            tensors = iter(cut)
+            args, kwargs = map_tensors(inputs, lambda _: next(tensors))
+
+            def run(leaves: dict[str, torch.Tensor]) -> torch.Tensor:
+                outputs = torch.func.functional_call(replay.module, leaves, args, kwargs)
+                return floating_tensors(outputs)[replay.output]
+
+            output, backward, *_ = torch.func.vjp(run, leaves)
+            found: dict[str, torch.Tensor] = backward(own.reshape(output.shape))[0]
+            return found
+
+        self.replay = replay
+        try:
+            with self.forward.autocasting():
+                own = self._stacked(gradient, replay.output_rule)
+                gradients = torch.func.vmap(differentiated, in_dims=(0, *dims))(own, *stacked)
+        except (torch.OutOfMemoryError, MemoryError):
+            raise
+        except Exception:  # what a module does may depend on its numbers, or have no form for several samples
+            replay.vectorized = False
+            return False
+        finally:
+            self.replay = None
+        for name, found in gradients.items():
+            slot = replay.parameters[name]
+            self.consume(slot.offset, slot.keep_each(found), slice(0, self.size))
+        return True
+
+    def _stacked(self, tensor: torch.Tensor, rule: str) -> torch.Tensor:
+        """Returns a tensor with the samples as a dimension of their own in front, each as it is cut elsewhere."""
+        if rule == "samples":
+            return tensor[:, None]
+        if rule == "tokens":
+            return tensor.reshape(self.size, self.width, *tensor.shape[1:])
+        return tensor
 
     def _run_again(
         self, replay: Replay, leaves: dict[str, torch.Tensor], inputs: Any, gradient: torch.Tensor, index: int

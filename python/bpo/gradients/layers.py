@@ -55,6 +55,10 @@ class Slot:
 
     def keep(self, gradient: torch.Tensor) -> torch.Tensor:
         """Returns what is kept of a whole gradient, (1, size) float32."""
+        return self.keep_each(gradient[None])
+
+    def keep_each(self, gradient: torch.Tensor) -> torch.Tensor:
+        """Returns what is kept of whole gradients, stacked; (n, size) float32."""
         kept = gradient.float()
         if self.projected and self.transposed:
             kept = kept.mT
@@ -62,7 +66,7 @@ class Slot:
             kept = self.left @ kept
         if self.right is not None:
             kept = kept @ self.right.transpose(-1, -2)
-        return kept.reshape(1, -1)
+        return kept.flatten(1)
 
 
 @dataclasses.dataclass(frozen=True)
