@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -28,6 +29,12 @@ from tiny import build_tokenizer, scored_rows, tiny_llama
 # That of tqdm is shared with forked children, and one that is killed while it holds it would stop all others for good.
 tqdm.set_lock(threading.RLock())
 torch.set_num_threads(1)  # on models this small more threads cost more than they give
+
+
+def pytest_collection_finish():
+    """Has the collections of garbage, one after every training, leave out the modules: millions of objects."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
