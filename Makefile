@@ -58,7 +58,7 @@ lint: $(VENV)/.installed ## Formatting, clippy, ruff, mypy, stubtest, the order 
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --python-executable $(BIN)/python
-	$(BIN)/stubtest bpo._core
+	$(BIN)/stubtest --mypy-config-file pyproject.toml bpo._core
 	PYTHONPATH=python $(BIN)/lint-imports
 	$(BIN)/python tests/contract.py
 	$(BIN)/python docs/rooms.py --check
