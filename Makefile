@@ -22,6 +22,8 @@ FUZZ_FLAGS := --cfg fuzzing -Cpasses=sancov-module \
 FUZZ_HOST = $(shell rustc --print host-tuple)
 FUZZ_TARGET := target/fuzz
 SECONDS := 60
+# Processes that share the tests in Python, a file at a time and at most 8, of about 1 GB each; 0 runs all in pytest itself.
+WORKERS ?= $(shell nproc 2> /dev/null || sysctl -n hw.logicalcpu)
 SAME := target/same
 
 .DEFAULT_GOAL := help
@@ -41,7 +43,8 @@ test-rust:
 	cargo test --quiet
 
 test-python: $(VENV)/.installed
-	$(BIN)/python -m pytest $(if $(ROOM),$(ROOM_TESTS) || test $$? = 5,tests/python --pyargs bpo)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 8 --dist loadfile \
+	  $(if $(ROOM),$(ROOM_TESTS) || test $$? = 5,tests/python --pyargs bpo)
 
 # Only dist/ and the dependencies of the working tree are used; the commit is built with a cargo directory of its own.
 same: $(VENV)/.installed ## Whether the working tree behaves as a commit does, byte for byte: make same BASE=COMMIT

@@ -15,6 +15,8 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# On models this small more threads cost more than they give, and far more where processes share the tests.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Programs that tests start find the helpers, too.
 os.environ["PYTHONPATH"] = os.pathsep.join(
     filter(None, [str(Path(__file__).with_name("helpers")), os.environ.get("PYTHONPATH")])
@@ -28,7 +30,7 @@ from tiny import build_tokenizer, scored_rows, tiny_llama
 
 # That of tqdm is shared with forked children, and one that is killed while it holds it would stop all others for good.
 tqdm.set_lock(threading.RLock())
-torch.set_num_threads(1)  # on models this small more threads cost more than they give
+torch.set_num_threads(1)
 
 
 def pytest_collection_finish():
