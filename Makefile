@@ -23,6 +23,7 @@ FUZZ_HOST = $(shell rustc --print host-tuple)
 FUZZ_TARGET := target/fuzz
 SECONDS := 60
 # Processes that share the tests in Python, a file at a time and at most 8, of about 1 GB each; 0 runs all in pytest itself.
+# In the order of the files: the fewest tests of a file are the slowest, and would come last.
 WORKERS ?= $(shell nproc 2> /dev/null || sysctl -n hw.logicalcpu)
 SAME := target/same
 
@@ -44,7 +45,7 @@ test-rust:
 	cargo test --quiet
 
 test-python: $(VENV)/.installed
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 8 --dist loadfile \
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 8 --dist loadfile --no-loadscope-reorder \
 	  $(if $(ROOM),$(ROOM_TESTS) || test $$? = 5,tests/python --pyargs bpo)
 
 # Only dist/ and the dependencies of the working tree are used; the commit is built with a cargo directory of its own.
