@@ -39,6 +39,10 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+def pytest_sessionfinish():
+    gc.unfreeze()  # else libraries take what they find at the end of the program for leaks, and say so
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     return build_tokenizer()
