@@ -73,14 +73,18 @@ PEERS = (
 class CardMethods(Methods):
     """Those of extraction.py and more, on a model of random weights. Each takes batches and goes through them once."""
 
-    def __init__(self, card: Card, shape: Shape, data: Data, *, four_bits: bool = False) -> None:
+    def __init__(self, card: Card, shape: Shape, data: Data, *, four_bits: bool = False, liger: bool = False) -> None:
         dtype = card.choose("bfloat16", "float32")
         super().__init__(data, dtype, argparse.Namespace(threads=None, model=None))
-        self.card, self.shape, self.four_bits = card, shape, four_bits
+        self.card, self.shape, self.four_bits, self.liger = card, shape, four_bits, liger
         self._chosen: dict[str, tuple[Any, Any, Any]] = {}
 
     def _load(self) -> Any:
         model = self.shape.build(self.device, getattr(torch, self.dtype))
+        if self.liger:
+            from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+            _apply_liger_kernel_to_instance(model, fused_linear_cross_entropy=False)
         return in_four_bits(model) if self.four_bits else model
 
     @functools.cached_property
@@ -247,14 +251,14 @@ def rates(
     seconds: float,
     per_batch: int = TOKENS_PER_BATCH,
     goal: float | None = None,
-    four_bits: bool = False,
+    **load: bool,
 ) -> Iterator[Row]:
     """Rates of several methods that take turns, and the peak memory of each over the first batch."""
     shape, end = shape.on(card), time.time() + min(seconds, card.left)
     data = Data.make(card, shape, lengths, tokens=card.choose(tokens, 400))
-    sides = CardMethods(card, shape, data, four_bits=four_bits)
+    sides = CardMethods(card, shape, data, **load)
     all_batches = Batches(lengths, data.tokenized, card.choose(per_batch, 256))
-    place = f"{shape.name}, {lengths}"
+    place = f"{shape.name}, {lengths}" + "".join(f", {name}" for name in load)
     yield Row(f"{place}: batches", f"{len(list(all_batches))} of {all_batches.tokens_per_batch}", "", str(all_batches))
     peaks: dict[str, float] = {}
     for method in methods:
@@ -265,6 +269,17 @@ def rates(
     yield from compared(card, place, sides, found, goal)
     yield from peaks_compared(card, place, peaks)
     yield from shares(card, place, found)
+
+
+def with_liger(shape: Shape, card: Card, **settings: Any) -> Iterator[Row]:
+    """Rates of a model with Liger's kernels, which are put into the code of its class, too, and taken out again."""
+    from transformers.models.llama import modeling_llama
+
+    before = dict(vars(modeling_llama))
+    try:
+        yield from rates(card, shape, methods=("plain", "extract"), liger=True, **settings)
+    finally:
+        vars(modeling_llama).update(before)
 
 
 def part_of(batches: Batches, method: str) -> Batches:
@@ -463,13 +478,17 @@ def measurements() -> dict[str, Measurement]:
         return functools.partial(rates, shape=shape, lengths=lengths, methods=methods, **chosen)
 
     found = {
-        "1B long": measure(one, "long", whole, tokens=49_000, seconds=60, goal=0.45),
+        "1B long": measure(one, "long", whole, tokens=49_000, seconds=85, goal=0.45),
         "profile 1B": functools.partial(profile, shape=one, lengths="long", tokens=30_000),
-        "135M demo": measure(small, "demo", whole, tokens=98_000, seconds=40, goal=0.20),
+        "135M demo": measure(small, "demo", whole, tokens=98_000, seconds=45, goal=0.20),
+        "7B long": measure(seven, "long", (*short, "dpo_step"), tokens=16_000, seconds=30, per_batch=4096, goal=0.45),
         "profile 135M": functools.partial(profile, shape=small, lengths="demo", tokens=50_000),
+        "1B long, with Liger": functools.partial(with_liger, one, lengths="long", tokens=49_000, seconds=20),
+        "batch sizes 135M": functools.partial(
+            batch_sizes, shape=small, lengths="demo", tokens=130_000, sizes=(16384, 32768, 65536)
+        ),
         "0.5B long": measure(half, "long", whole, tokens=49_000, seconds=35),
         "1B demo": measure(one, "demo", (*short, "dpo_step"), tokens=65_000, seconds=20, goal=0.45),
-        "7B long": measure(seven, "long", (*short, "dpo_step"), tokens=16_000, seconds=30, per_batch=4096, goal=0.45),
         "135M long": measure(small, "long", short, tokens=100_000, seconds=15, goal=0.20),
         "batch sizes 1B": functools.partial(
             batch_sizes, shape=one, lengths="long", tokens=65_000, sizes=(8192, 16384, 32768)
@@ -477,6 +496,8 @@ def measurements() -> dict[str, Measurement]:
     }
     if not torch.cuda.is_available():  # one of each kind
         return {name: found[name] for name in ("1B long", "profile 1B", "0.5B long", "7B long", "batch sizes 1B")}
+    if not optional("liger_kernel"):
+        del found["1B long, with Liger"]
     if optional("bitsandbytes"):
         found["7B in 4 bits, long"] = measure(
             seven, "long", ("plain", "extract"), tokens=16_000, seconds=20, per_batch=4096, four_bits=True

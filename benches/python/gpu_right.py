@@ -290,13 +290,9 @@ def measurements() -> dict[str, Measurement]:
     tiny, small = SHAPES["tiny"], SHAPES["135M"]
     if not torch.cuda.is_available():  # both would be tiny
         small = tiny
-    return {
-        "sketches": sketches,
-        **{f"precisions {s.name}": functools.partial(precisions, shape=s) for s in (tiny, small)},
-        f"selection {small.name}": functools.partial(selection, shape=small),
-        f"batches {small.name}": functools.partial(batches, shape=small),
-        "halving": functools.partial(halving, shape=small),
-        **{f"features {s.name}": functools.partial(features, shape=s) for s in (tiny, small)},
-        "selection tiny": functools.partial(selection, shape=tiny),
-        "batches tiny": functools.partial(batches, shape=tiny),
-    }
+    measured = {"sketches": sketches}
+    for shape in dict.fromkeys((tiny, small)):
+        parts = {"features": features, "precisions": precisions, "batches": batches, "selection": selection}
+        measured |= {f"{name} {shape.name}": functools.partial(part, shape=shape) for name, part in parts.items()}
+        measured.setdefault("halving", functools.partial(halving, shape=small))
+    return measured
