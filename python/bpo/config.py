@@ -113,7 +113,7 @@ class SelectConfig:
             the bytes), or ``"int8"`` (a quarter), the latter and float16 with a scale for each response.
             docs/store-format.md has the measured effect of each.
         tokens_per_batch: Tokens, padding included, of one forward and backward; halved where memory does not suffice.
-            ``None`` is 1024 on a CPU and 16384 on a GPU, which waits for the interpreter with fewer.
+            ``None`` is 1024 on a CPU, and 4096 to 32768 on a GPU, the more the smaller the model.
         bf16: Whether the model runs under bfloat16 autocast, TRL's name and, there, the default. Sketches are float32.
         gradient_checkpointing: Whether a model given by path recomputes its layers on the way back, TRL's name: slower,
             less memory. A model object is used as it is set up.

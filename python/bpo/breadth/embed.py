@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from bpo.data.rows import load_rows
 from bpo.data.values import prompt_text
-from bpo.policy.batches import in_batches, longest_first
+from bpo.policy.batches import batch_tokens, in_batches, longest_first
 from bpo.system.paths import check_path, naming
 from bpo.system.warn import warn
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     import numpy.typing as npt
-    import torch
 
     from bpo.data.candidates import Candidates
     from bpo.data.rows import Rows
@@ -147,7 +146,7 @@ def _mean_of_encoder(
     with naming(embedder):
         tokenizer = AutoTokenizer.from_pretrained(embedder, trust_remote_code=trust_remote_code)
         model = AutoModel.from_pretrained(embedder, trust_remote_code=trust_remote_code).eval()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device)
     longest = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", longest), longest)
     lengths = np.array([len(ids) for ids in tokenizer(texts, truncation=True, max_length=longest)["input_ids"]])
@@ -158,7 +157,7 @@ def _mean_of_encoder(
         ).to(device)
         return model(**encoded).last_hidden_state, encoded["attention_mask"]
 
-    return _unit(_means(lengths, _ENCODER_TOKENS_PER_BATCH, forward, progress, device))
+    return _unit(_means(lengths, _ENCODER_TOKENS_PER_BATCH, forward, progress))
 
 
 def embed_with_policy(
@@ -178,14 +177,14 @@ def embed_with_policy(
         model: A causal language model.
         prompt_ids: (n,) token ids of each prompt.
         pad_id: Padding token.
-        tokens_per_batch: Padded tokens of one forward; ``None`` for what suits the device.
+        tokens_per_batch: Padded tokens of one forward; ``None`` for what suits the model where it is.
         progress: Whether to show a progress bar.
 
     Returns:
         (n, e) float32.
     """
     from bpo.policy.checks import base_of
-    from bpo.policy.logprobs import check_vocabulary, input_device, pad_right
+    from bpo.policy.logprobs import check_vocabulary, pad_right
     from bpo.policy.state import inference_state
 
     # The decoder below the output head: logits are not needed.
@@ -198,25 +197,23 @@ def embed_with_policy(
     check_vocabulary(model, prompt_ids)
     lengths = np.array([len(ids) for ids in prompt_ids], dtype=np.int64)
     with inference_state(model):
-        means = _means(lengths, tokens_per_batch, forward, progress, input_device(model))
+        means = _means(lengths, batch_tokens(tokens_per_batch, model), forward, progress)
     return _unit(means - means.mean(axis=0, dtype=np.float64))
 
 
 def _means(
     lengths: npt.NDArray[np.int64],
-    tokens_per_batch: int | None,
+    tokens_per_batch: int,
     forward: Callable[[npt.NDArray[np.int64]], tuple[Any, Any]],
     progress: bool,
-    device: torch.device,
 ) -> npt.NDArray[np.float32]:
     """Means over positions of hidden states.
 
     Args:
         lengths: (n,) tokens of each text.
-        tokens_per_batch: Padded tokens of one forward; None for what suits the device.
+        tokens_per_batch: Padded tokens of one forward.
         forward: From the indices of a batch to its (b, t, e) hidden states and (b, t) attention mask.
         progress: Whether to show a progress bar.
-        device: Where they run.
 
     Returns:
         (n, e) float32.
@@ -233,7 +230,7 @@ def _means(
     batches, pooled = [], []
     bar = tqdm(total=len(lengths), desc="Prompts", unit="prompt", disable=not progress)
     with torch.inference_mode(), bar:
-        for rows, mean in in_batches(run, longest_first(lengths), lengths, tokens_per_batch, device):
+        for rows, mean in in_batches(run, longest_first(lengths), lengths, tokens_per_batch):
             batches.append(rows)
             pooled.append(mean)
             bar.update(len(rows))

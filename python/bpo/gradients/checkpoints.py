@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from bpo.data.tokenizers import tokenizer_fingerprint
 from bpo.gradients.collect import collect
 from bpo.gradients.preconditioner import preconditioner_path
-from bpo.policy.batches import in_batches, longest_first
+from bpo.policy.batches import batch_tokens, in_batches, longest_first
 from bpo.policy.logprobs import Forward
 from bpo.policy.models import load_policy
 from bpo.policy.reference import Reference
@@ -104,7 +104,8 @@ def collect_reference(
                 return found
 
             order = index[longest_first(tokenized.lengths[index])]
-            for rows, done in in_batches(run, order, tokenized.lengths, config.tokens_per_batch, forward.device):
+            tokens = batch_tokens(config.tokens_per_batch, model)
+            for rows, done in in_batches(run, order, tokenized.lengths, tokens):
                 logps[rows] = done
                 bar.update(int(tokenized.lengths[rows].sum()))
     return Reference("known", source.fingerprint, known=logps)

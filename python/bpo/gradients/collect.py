@@ -19,7 +19,7 @@ from bpo.data.tokens import tokenize_configured
 from bpo.gradients.choose import choose_features
 from bpo.gradients.plan import find_plan
 from bpo.gradients.preconditioner import load_preconditioner, preconditioner_path
-from bpo.policy.batches import in_batches, storage_order
+from bpo.policy.batches import batch_tokens, in_batches, storage_order
 from bpo.policy.logprobs import Forward, check_vocabulary
 from bpo.policy.models import load_policy, model_fingerprint, window
 from bpo.policy.reference import Reference
@@ -152,7 +152,7 @@ def collect(
             features.warn_of_gaps(model)
             sketching = stack.enter_context(Sketching.of(config))
             extraction = _Extraction(forward, reference, features, plan, candidates, sketching, precondition)
-            _add(writer, extraction, missing, config.tokens_per_batch, bar)
+            _add(writer, extraction, missing, batch_tokens(config.tokens_per_batch, model), bar)
     return writer.reopen()
 
 
@@ -211,7 +211,7 @@ def _add(
     writer: GradientWriter,
     extraction: _Extraction,
     missing: npt.NDArray[np.int64],
-    tokens_per_batch: int | None,
+    tokens_per_batch: int,
     bar: tqdm[Any],
 ) -> None:
     """Adds the rows of the missing sequences to a store; the bar counts those that no crash takes away."""
@@ -277,14 +277,14 @@ class _Extraction:
     sketching: Sketching
     precondition: Preconditioner | None
 
-    def run(self, missing: npt.NDArray[np.int64], tokens_per_batch: int | None) -> Iterator[_Done]:
+    def run(self, missing: npt.NDArray[np.int64], tokens_per_batch: int) -> Iterator[_Done]:
         """Yields the batches in the order given.
 
         One whose sketches are under way comes once the next one has gone through the model, or is on its way there.
         """
-        lengths, device = self.forward.tokenized.lengths, self.forward.device
+        lengths = self.forward.tokenized.lengths
         previous: _Done | None = None
-        for _, done in in_batches(self._batch, missing, lengths, tokens_per_batch, device, self._name):
+        for _, done in in_batches(self._batch, missing, lengths, tokens_per_batch, self._name):
             if previous is not None:
                 yield previous
             previous = done

@@ -243,7 +243,7 @@ class _Trial:
         self._features = features
         self._plan = plan
         self._config = config
-        tokens = batch_tokens(config.tokens_per_batch, forward.device)
+        tokens = batch_tokens(config.tokens_per_batch, forward.model)
         self._batches = batches_by_tokens(forward.tokenized.lengths, tokens)
         self._timed: dict[int, float] = {}  # index of the batch → seconds
         self._touched: set[int] = set()  # offsets of parameters with a gradient other than zero

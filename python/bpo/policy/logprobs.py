@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from bpo.data.tokenizers import padding_id
-from bpo.policy.batches import in_batches, longest_first
+from bpo.policy.batches import batch_tokens, in_batches, longest_first
 from bpo.policy.checks import base_of, device_of
 from bpo.policy.head import Positions, score_positions
 from bpo.policy.transfer import sent
@@ -257,7 +257,7 @@ def response_logps(
         model: A causal language model.
         tokenized: Token ids of the responses.
         pad_id: Padding token.
-        tokens_per_batch: Padded tokens of one forward; ``None`` for what suits the device.
+        tokens_per_batch: Padded tokens of one forward; ``None`` for what suits the model where it is.
         autocast: Type of the arithmetic under autocast; None for that of the weights.
         on_batch: Called after each batch with its tokens.
 
@@ -279,7 +279,7 @@ def response_logps(
         return found
 
     with torch.inference_mode():
-        for rows, found in in_batches(run, longest_first(lengths), lengths, tokens_per_batch, forward.device):
+        for rows, found in in_batches(run, longest_first(lengths), lengths, batch_tokens(tokens_per_batch, model)):
             logps[rows] = found
             if on_batch is not None:
                 on_batch(int(lengths[rows].sum()))

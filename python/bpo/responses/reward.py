@@ -12,9 +12,9 @@ import torch
 
 from bpo.config import SelectConfig
 from bpo.data.tokenizers import joined, load_tokenizer, token_ids, tokenizer_fingerprint
-from bpo.policy.batches import in_batches, longest_first
+from bpo.policy.batches import batch_tokens, in_batches, longest_first
 from bpo.policy.checks import check_model, unwrapped
-from bpo.policy.logprobs import check_vocabulary, input_device, pad_right, vocabulary
+from bpo.policy.logprobs import check_vocabulary, pad_right, vocabulary
 from bpo.policy.models import model_fingerprint
 from bpo.policy.state import inference_state
 from bpo.responses.scorer import Score, Scorer, reason_of
@@ -70,7 +70,7 @@ class RewardModel(Scorer):
                 f"A reward model gives one logit, this model has num_labels={labels}; turn its logits into a score "
                 "with a function of your own."
             )
-        self.tokens_per_batch = config.tokens_per_batch
+        self.tokens_per_batch = batch_tokens(config.tokens_per_batch, self.model)
 
     def describe(self) -> dict[str, Any]:
         """Returns the hashes of weights and tokenizer."""
@@ -96,7 +96,7 @@ class RewardModel(Scorer):
             lengths = np.array([len(sequence) for sequence in sequences], dtype=np.int64)
             order = fitting[longest_first(lengths[fitting])]
             run = functools.partial(self._logits_of, sequences)
-            for batch, logits in in_batches(run, order, lengths, self.tokens_per_batch, input_device(self.model)):
+            for batch, logits in in_batches(run, order, lengths, self.tokens_per_batch):
                 for index, logit in zip(batch, logits, strict=True):
                     scores[index] = Score.of(logit)
             given = iter(scores)

@@ -21,7 +21,7 @@ def test_batches_that_do_not_fit_are_halved_and_so_are_those_after_them():
 
     order = longest_first(LENGTHS)
     with pytest.warns(UserWarning, match="4 sequences of 9 tokens; going on with 2"):
-        done = list(in_batches(run, order, LENGTHS, 40, torch.device("cpu")))
+        done = list(in_batches(run, order, LENGTHS, 40))
     assert [rows.tolist() for rows, _ in done] == batches
     assert np.concatenate([rows for rows, _ in done]).tolist() == order.tolist()
     assert all(found == LENGTHS[rows].sum() for rows, found in done)
@@ -29,7 +29,7 @@ def test_batches_that_do_not_fit_are_halved_and_so_are_those_after_them():
 
 
 def test_what_is_falsy_is_a_result():
-    results = [found for _, found in in_batches(lambda rows: 0, np.arange(3), LENGTHS, 1, torch.device("cpu"))]
+    results = [found for _, found in in_batches(lambda rows: 0, np.arange(3), LENGTHS, 1)]
     assert results == [0, 0, 0]
 
 
@@ -37,7 +37,7 @@ def test_a_single_sequence_without_memory_is_named():
     def run(rows):
         raise MemoryError("no more")
 
-    found = in_batches(run, np.array([5, 0]), LENGTHS, 1, torch.device("cpu"), lambda row: f" (row {row})")
+    found = in_batches(run, np.array([5, 0]), LENGTHS, 1, lambda row: f" (row {row})")
     with pytest.raises(
         MemoryError, match=r"one sequence of 9 tokens \(row 5\): no more\nLower SelectConfig.max_length"
     ):
@@ -49,13 +49,15 @@ def test_other_errors_are_not_taken_for_want_of_memory():
         raise RuntimeError("shapes differ")
 
     with pytest.raises(RuntimeError, match="shapes differ"):
-        next(in_batches(run, np.arange(2), LENGTHS, 100, torch.device("cpu")))
+        next(in_batches(run, np.arange(2), LENGTHS, 100))
 
 
 def test_by_default_the_device_says_how_many_tokens():
     assert bpo.SelectConfig().tokens_per_batch is None
-    assert batch_tokens(None, torch.device("cpu")) == 1024
-    assert batch_tokens(None, torch.device("cuda")) == 16384
-    assert batch_tokens(7, torch.device("cuda")) == 7
+    model = torch.nn.Linear(2, 2)
+    assert batch_tokens(None, model) == 1024
+    assert batch_tokens(7, model) == 7
+    if torch.cuda.is_available():
+        assert batch_tokens(None, model.cuda()) == 32768
     with pytest.raises(ValueError, match="tokens_per_batch must be a whole number"):
         bpo.SelectConfig(tokens_per_batch=0)
