@@ -235,7 +235,9 @@ class _Batch:
                     for name, parameter in replay.module.named_parameters(remove_duplicate=False)
                     if name in replay.parameters
                 }
-                if replay.layers or not replay.vectorized or not self._run_vectorized(replay, leaves, inputs, gradient):
+                fits = 4 * self.size * sum(leaf.numel() for leaf in leaves.values()) <= _GRADIENT_BUFFER_BYTES
+                vectorized = replay.vectorized and not replay.layers and fits
+                if not vectorized or not self._run_vectorized(replay, leaves, inputs, gradient):
                     for index in range(self.size):
                         self._run_again(replay, leaves, inputs, gradient, index)
 

@@ -55,10 +55,13 @@ class Slot:
 
     def keep(self, gradient: torch.Tensor) -> torch.Tensor:
         """Returns what is kept of a whole gradient, (1, size) float32."""
-        return self.keep_each(gradient[None])
+        return self._kept(gradient).reshape(1, -1)
 
-    def keep_each(self, gradient: torch.Tensor) -> torch.Tensor:
-        """Returns what is kept of whole gradients, stacked; (n, size) float32."""
+    def keep_each(self, gradients: torch.Tensor) -> torch.Tensor:
+        """Returns what is kept of n whole gradients, one after the other; (n, size) float32."""
+        return self._kept(gradients).flatten(1)
+
+    def _kept(self, gradient: torch.Tensor) -> torch.Tensor:
         kept = gradient.float()
         if self.projected and self.transposed:
             kept = kept.mT
@@ -66,7 +69,7 @@ class Slot:
             kept = self.left @ kept
         if self.right is not None:
             kept = kept @ self.right.transpose(-1, -2)
-        return kept.flatten(1)
+        return kept
 
 
 @dataclasses.dataclass(frozen=True)

@@ -213,7 +213,9 @@ def score_positions(
     known, settings = _TAILS.setdefault(model, {}), _settings(model)
     kind = inputs["input_ids"].device.type
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    key = (weakref.ref(head), settings, autocast, torch.is_inference_mode_enabled())
+    forward = base_of(model).forward  # which may have been patched since
+    code = id(getattr(forward, "__func__", forward))
+    key = (weakref.ref(head), code, settings, autocast, torch.is_inference_mode_enabled())
     if not all(parameter.is_floating_point() for parameter in head.parameters()):
         known[key] = None  # quantized: what it gives back may depend on what comes together
     if key not in known or known[key] is not None:

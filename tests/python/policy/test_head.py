@@ -316,3 +316,19 @@ def test_low_precision_is_that_of_the_model(tokenizer, tokenized, small_chunks):
     rows = np.arange(len(tokenized.ids))
     found, truth = completion_logps(model, tokenized, rows, 0).logps, wanted(model.float(), tokenized, rows)
     torch.testing.assert_close(found, truth, rtol=0.05, atol=0.5)
+
+
+def test_a_model_that_is_patched_later_is_looked_at_again(tokenizer, tokenized, small_chunks):
+    model = tiny_llama(tokenizer)
+    rows = np.arange(len(tokenized.ids))
+    assert_as_wanted(model, tokenized, rows)
+    before, plain = completion_logps(model, tokenized, rows, 0).logps, model.forward
+
+    def sharper(*args, **kwargs):
+        found = plain(*args, **kwargs)
+        found.logits = 3.7 * found.logits
+        return found
+
+    model.forward = sharper
+    assert not torch.allclose(completion_logps(model, tokenized, rows, 0).logps, before)
+    assert_as_wanted(model, tokenized, rows)
