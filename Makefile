@@ -27,9 +27,6 @@ SECONDS := 60
 WORKERS ?= $(shell nproc 2> /dev/null || sysctl -n hw.logicalcpu)
 SAME := target/same
 
-# cargo is no make, and warns of a job server that it cannot reach.
-unexport MAKEFLAGS
-
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-rust test-python same lint lint-rust lint-python bench gpu count fuzz torture architectures docs \
   wheel clean

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft
 import torch
 
 import bpo
@@ -78,6 +79,7 @@ class CardMethods(Methods):
         super().__init__(data, dtype, argparse.Namespace(threads=None, model=None))
         self.card, self.shape, self.four_bits, self.liger = card, shape, four_bits, liger
         self._chosen: dict[str, tuple[Any, Any, Any]] = {}
+        self._directory = tempfile.TemporaryDirectory()
 
     def _load(self) -> Any:
         model = self.shape.build(self.device, getattr(torch, self.dtype))
@@ -170,11 +172,11 @@ class CardMethods(Methods):
             handle.remove()
 
     def dpo_step(self, batches: Batches) -> None:
-        """TRL's loss of pairs, and its gradient: the policy with its adapter, and without one as the reference."""
+        """TRL's loss of pairs, and its gradient: the policy with a fresh adapter, and without it as the reference."""
         trainer = self._trainer
         for rows in batches:
-            even = rows[: len(rows) // 2 * 2] if len(rows) > 1 else np.repeat(rows, 2)
-            model = self.adapted
+            even = np.resize(rows, len(rows) + len(rows) % 2)  # each has an other one
+            model = trainer.model
             input_ids, attention_mask = pad_right(model, [batches.tokenized.ids[row] for row in even], self.data.pad_id)
             positions = torch.arange(input_ids.shape[1], device=input_ids.device)
             prompts = torch.from_numpy(batches.tokenized.prompt_lengths[even]).to(input_ids.device)
@@ -190,14 +192,14 @@ class CardMethods(Methods):
 
     @functools.cached_property
     def _trainer(self) -> Any:
-        """TRL's trainer around the adapted model, of which only the loss is used: the model is not wrapped."""
+        """TRL's trainer, of which only the loss is used."""
         from datasets import Dataset
         from trl import DPOConfig, DPOTrainer
 
         row = self.data.rows[0]
         pair = {"prompt": row["prompt"], "chosen": row["responses"][0], "rejected": row["responses"][1]}
         arguments = DPOConfig(
-            output_dir=tempfile.mkdtemp(),
+            output_dir=self._directory.name,
             report_to="none",
             bf16=self.card.there,
             use_cpu=not self.card.there,
@@ -205,7 +207,11 @@ class CardMethods(Methods):
             max_length=None,
         )
         return DPOTrainer(
-            self.adapted, args=arguments, train_dataset=Dataset.from_list([pair]), processing_class=self.data.tokenizer
+            self._load(),
+            args=arguments,
+            train_dataset=Dataset.from_list([pair]),
+            processing_class=self.data.tokenizer,
+            peft_config=peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear"),
         )
 
     def flops(self, tokenized: Any) -> float:
@@ -295,21 +301,23 @@ def take_turns(
 ) -> dict[str, list[tuple[float, int, float]]]:
     """(seconds, tokens, FLOP) of each method in each round, until five rounds are done or time is out.
 
-    Back and forth, so that nobody always follows the same one.
+    Back and forth, so that nobody always follows the same one; first the two that matter most, then the others. Before,
+    each goes through all of its batches once: the first of a shape takes long.
     """
     parts = {method: part_of(batches, method) for method in methods}
     found: dict[str, list[tuple[float, int, float]]] = {method: [] for method in methods}
-    for turn in range(sides.card.choose(ROUNDS, 2)):
-        for method in methods[:: -1 if turn % 2 else 1]:
-            if turn >= FEWER_ROUNDS.get(method, ROUNDS):
-                continue
-            if turn and time.time() > end:
-                return found
-            start = sides.now()
-            told = getattr(sides, method)(parts[method])
-            seconds = sides.now() - start if told is None else told
-            tokenized = parts[method].tokenized
-            found[method].append((seconds, int(tokenized.lengths.sum()), sides.flops(tokenized)))
+    for some in (methods[:2], methods[2:]):
+        for method in some:
+            getattr(sides, method)(parts[method])
+        for turn in range(sides.card.choose(ROUNDS, 2)):
+            for method in some[:: -1 if turn % 2 else 1]:
+                if turn >= FEWER_ROUNDS.get(method, ROUNDS) or (turn and time.time() > end):
+                    continue
+                start = sides.now()
+                told = getattr(sides, method)(parts[method])
+                seconds = sides.now() - start if told is None else told
+                tokenized = parts[method].tokenized
+                found[method].append((seconds, int(tokenized.lengths.sum()), sides.flops(tokenized)))
     return found
 
 
@@ -334,7 +342,7 @@ def compared(
         shown = rate(found[against.ours]), against.name, rate(found[against.peer])
         yield Row(name, *shown, spread(ratios), card.goal(against.goal))
     for method, runs in found.items():
-        if method in (*OURS, "plain", "dpo_step"):
+        if method in (*OURS, "plain"):
             reached = [flops / seconds / card.matmul_rate for seconds, _, flops in runs]
             name = f"{place}: {OURS.get(method, method)}, share of the card's bf16 rate"
             limit = f"{card.matmul_rate / 1e12:.0f} TFLOP/s"
@@ -343,7 +351,8 @@ def compared(
 
 
 def rate(runs: list[tuple[float, int, float]]) -> str:
-    return f"{statistics.median(tokens / seconds for seconds, tokens, _ in runs):,.0f} tokens/s"
+    median = statistics.median(tokens / seconds for seconds, tokens, _ in runs)
+    return f"{median:,.0f} tokens/s, {len(runs)} rounds"
 
 
 def shares(card: Card, place: str, found: dict[str, list[tuple[float, int, float]]]) -> Iterator[Row]:

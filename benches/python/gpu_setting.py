@@ -68,10 +68,15 @@ class Card:
 
     @functools.cached_property
     def matmul_rate(self) -> float:
-        """FLOP/s of a large product in bfloat16."""
+        """FLOP/s of a large product in bfloat16, once a run: a worker that comes later finds the card warm."""
+        found = self.output / "matmul-rate"
+        if found.exists():
+            return float(found.read_text())
         size = self.matmul_size
         left, right = (torch.randn(size, size, device=self.device, dtype=torch.bfloat16) for _ in range(2))
-        return 2 * size**3 / self._median_seconds(lambda: left @ right)
+        rate = 2 * size**3 / self._median_seconds(lambda: left @ right)
+        found.write_text(repr(rate))
+        return rate
 
     @functools.cached_property
     def copy_rate(self) -> float:

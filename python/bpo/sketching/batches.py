@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,8 @@ class SketchBatch:
         self._sketching = sketching
         self._size = size
         self._sums: DeviceSums | HostSums | None = None
+        # Layers on several devices hand over their gradients from a thread each.
+        self._lock = threading.Lock()
 
     def consume(self, offset: int, gradients: torch.Tensor, samples: slice) -> None:
         """Adds the sketch of (n', size) gradients that start at a coordinate, of a part of the batch.
@@ -40,9 +43,10 @@ class SketchBatch:
             TypeError: Gradients of another dtype.
             ValueError: Another number of rows than samples, or coordinates beyond 2^62.
         """
-        if self._sums is None:
-            self._sums = self._sketching.sums(self._size, gradients.device)
-        self._sums.add(offset, gradients, samples)
+        with self._lock:
+            if self._sums is None:
+                self._sums = self._sketching.sums(self._size, gradients.device)
+            self._sums.add(offset, gradients, samples)
 
     def finish(self) -> None:
         """Says that there are no more gradients; on a GPU the sketches start their way to the host."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import threading
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,6 +11,7 @@ import torch
 
 from bpo import _core
 from bpo.sketching.tables import Tables
+from bpo.system.memory import is_out_of_memory
 from bpo.system.warn import warn
 
 if TYPE_CHECKING:
@@ -67,10 +67,10 @@ def _fault(device: torch.device, kind: str, dim: int, nnz: int) -> tuple[str | N
     try:
         from bpo.sketching import kernels
     except ImportError as error:
-        return f"Triton is not installed ({error})", True
+        return f"Triton is not installed ({error})", device.type != "cuda"
     on_cpu = device.type == "cpu"
     if on_cpu != kernels.INTERPRETED:
-        return "Triton serves a GPU, or a CPU where TRITON_INTERPRET=1", True
+        return "Triton serves a GPU, or a CPU where TRITON_INTERPRET=1", on_cpu
     sketcher = _core.Sketcher(dim, seed=2**64 - 59, nnz=nnz)
     generator = np.random.default_rng(0)
     widths = {9: min(2 * dim // nnz + 77, 5000), 2**33: 300}
@@ -82,9 +82,9 @@ def _fault(device: torch.device, kind: str, dim: int, nnz: int) -> tuple[str | N
             sketcher.sketch(part, offset, wanted)
             sums.add(offset, torch.from_numpy(part).to(device), slice(0, 2))
         found = sums.rows()
-    except torch.OutOfMemoryError:
-        raise  # of the batch at hand
     except Exception as error:  # whatever Triton, its compiler or the driver raises
+        if is_out_of_memory(error):
+            raise  # there will be some for a smaller batch
         return f"{type(error).__name__}: {' '.join(str(error).split())}", False
     if not np.array_equal(found.view(np.uint32), wanted.view(np.uint32)):
         return "its sketches differ from those of the core", False
@@ -126,14 +126,14 @@ class DeviceSums:
         self._sums = torch.zeros(size, sketcher.dim, device=device)
         self._pending: list[Slice] = []
         self._bytes = 0
-        # Layers on several devices hand over their gradients from a thread each.
-        self._lock = threading.Lock()
         self._rows: torch.Tensor | None = None
         self._copied: torch.cuda.Event | None = None
         self.under_way = True
 
     def add(self, offset: int, gradients: torch.Tensor, samples: slice) -> None:
         """Adds the sketch of (n', size) gradients; those of another device are moved to this one."""
+        if self._rows is not None:
+            raise RuntimeError("The sketches of this batch are finished: no more gradients can be added.")
         first, last, _ = samples.indices(len(self._sums))
         count, width = gradients.shape
         if count != last - first:
@@ -147,22 +147,20 @@ class DeviceSums:
         gradients = gradients.detach().to(self._device, torch.float32, non_blocking=True)
         if gradients.stride(1) != 1:
             gradients = gradients.contiguous()
-        with self._lock:
-            self._pending.append((offset, gradients, first, last))
-            self._bytes += gradients.nbytes
-            if self._bytes > self._most_pending:
-                self._launch()
+        self._pending.append((offset, gradients, first, last))
+        self._bytes += gradients.nbytes
+        if self._bytes > self._most_pending:
+            self._launch()
 
     def finish(self) -> None:
         """Launches what is pending, and starts the copy of the sketches to the host."""
         if self._rows is not None:
             return
-        with self._lock:
-            self._launch()
+        self._launch()
         if self._device.type == "cpu":
             self._rows = self._sums
             return
-        self._rows = torch.empty(self._sums.shape, dtype=torch.float32, pin_memory=True)
+        self._rows = torch.empty(self._sums.shape, dtype=torch.float32, device="cpu", pin_memory=True)
         self._rows.copy_(self._sums, non_blocking=True)
         self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._copied.record(torch.cuda.current_stream(self._device))

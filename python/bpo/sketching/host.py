@@ -50,11 +50,11 @@ class HostSketcher:
         """Adds the sketch of (n', size) gradients to ``out`` once the thread gets there."""
         while self._under_way and (self._bytes > _BYTES_UNDER_WAY or self._under_way[0][0].done()):
             oldest, size = self._under_way.popleft()
-            oldest.result()
             self._bytes -= size
+            oldest.result()
         copied = None
         if gradients.is_cuda:
-            host = torch.empty(gradients.shape, dtype=gradients.dtype, pin_memory=True)
+            host = torch.empty(gradients.shape, dtype=gradients.dtype, device="cpu", pin_memory=True)
             host.copy_(gradients, non_blocking=True)
             copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             # The copy runs where the gradients are, which need not be the current device.
