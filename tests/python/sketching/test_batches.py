@@ -1,5 +1,7 @@
 """Sketches of a batch by the core: at once, or beside the model, with the same bits."""
 
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -83,3 +85,22 @@ def test_what_comes_after_gradients_under_way_waits_for_its_turn():
 def test_the_kernel_is_not_taken_in_silence_for_another():
     with pytest.raises(RuntimeError, match=r"Cannot sketch on cpu with the Triton kernel: Triton"):
         sketches(64, on_device=True)
+
+
+def test_threads_that_hand_over_at_once_lose_nothing():
+    """Layers on several devices have a thread each."""
+    for _ in range(50):
+        with Sketching(_core.Sketcher(64, seed=1), 1, beside=True) as sketching:
+            batch, begin = sketching.batch(5), threading.Barrier(4)
+
+            def hand_over(part, batch=batch, begin=begin):
+                begin.wait()
+                for offset, piece in part:
+                    batch.consume(offset, piece, slice(0, 5))
+
+            threads = [threading.Thread(target=hand_over, args=(PIECES[index::4],)) for index in range(4)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            np.testing.assert_allclose(batch.rows(), by_the_core(64), rtol=1e-4, atol=1e-4)

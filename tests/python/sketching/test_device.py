@@ -164,6 +164,8 @@ def test_bad_input(device):
     for shape, samples in (((3, 0), slice(0, 3)), ((0, 5), slice(1, 1))):
         sums.add(0, torch.ones(shape, device=device), samples)
     assert not sums.rows().any()
+    with pytest.raises(RuntimeError, match="finished"):
+        sums.add(0, torch.zeros(2, 3, device=device), slice(0, 2))
 
 
 def test_a_batch_on_the_device(device):
