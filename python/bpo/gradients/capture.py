@@ -205,7 +205,7 @@ class _Batch:
         None where samples cannot be told apart. That is no error until a gradient comes: DoRA shows its layers a unit
         matrix, too, to see their weights.
         """
-        if tensor.dim() == 3 and tensor.shape[0] == size:
+        if tensor.dim() == 3 and tensor.shape[0] == size and tensor.is_floating_point():
             return tensor
         features = tensor.shape[-1:] if tensor.is_floating_point() else torch.Size()
         if size == 1 or tensor.shape[0] == size:
@@ -252,6 +252,8 @@ class _Batch:
         """Runs a module again for all samples in one go; False, once and for all, where ``vmap`` cannot."""
         given: list[torch.Tensor] = []
         map_tensors(inputs, given.append)
+        if len(given) != len(replay.rules):  # such as no mask for a batch without padding
+            return False
         stacked = [self._stacked(tensor, rule) for tensor, rule in zip(given, replay.rules, strict=True)]
         dims = tuple(None if rule == "shared" else 0 for rule in replay.rules)
 
@@ -267,6 +269,7 @@ class _Batch:
             found: dict[str, torch.Tensor] = backward(own.reshape(output.shape))[0]
             return found
 
+        before = [(vars(module), dict(vars(module)), dict(module._buffers)) for module in replay.module.modules()]
         self.replay = replay
         try:
             with self.forward.autocasting():
@@ -276,9 +279,12 @@ class _Batch:
             raise
         except Exception:  # what a module does may depend on its numbers, or have no form for several samples
             replay.vectorized = False
-            return False
         finally:
             self.replay = None
+            if _put_back_state(before):  # a module that keeps something for later would keep what is for vmap alone
+                replay.vectorized = False
+        if not replay.vectorized:
+            return False
         for name, found in gradients.items():
             slot = replay.parameters[name]
             self.consume(slot.offset, slot.keep_each(found), slice(0, self.size))
@@ -347,6 +353,21 @@ def _put_back(module: nn.Module, name: str, attribute: Any) -> None:
         module.__dict__.pop(name, None)
     else:
         module.__dict__[name] = attribute
+
+
+def _put_back_state(before: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]) -> bool:
+    """Takes the attributes of modules, and what they and the buffers were; has them so again where they are others."""
+    changed = False
+    for attributes, kept, buffers in before:
+        now = {**attributes, **attributes["_buffers"]}
+        wanted = {**kept, **buffers}
+        if now.keys() != wanted.keys() or any(now[name] is not value for name, value in wanted.items()):
+            changed = True
+            attributes.clear()
+            attributes.update(kept)
+            kept["_buffers"].clear()
+            kept["_buffers"].update(buffers)
+    return changed
 
 
 def _as_leaf(tensor: torch.Tensor) -> torch.Tensor:

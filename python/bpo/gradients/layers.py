@@ -157,9 +157,13 @@ class Embedding:
             yield self.weight.offset, torch.bmm(left.transpose(1, 2), right).flatten(1)
             return
         rows = torch.zeros(gradient.shape[0], *self.weight.shape, device=gradient.device)
-        samples = torch.arange(gradient.shape[0], device=gradient.device)[:, None].expand_as(ids)
-        # In the same order every time, also on a GPU, as index_add is not.
-        rows.index_put_((samples, ids), gradient, accumulate=True)
+        # Each adds in the same order every time, where the other does not.
+        if gradient.is_cuda:
+            samples = torch.arange(gradient.shape[0], device=gradient.device)[:, None].expand_as(ids)
+            rows.index_put_((samples, ids), gradient, accumulate=True)
+        else:
+            for index in range(gradient.shape[0]):
+                rows[index].index_add_(0, ids[index], gradient[index])
         yield self.weight.offset, rows.flatten(1)
 
 

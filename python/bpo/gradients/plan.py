@@ -22,7 +22,7 @@ from bpo.gradients.capture import (
 from bpo.policy.autograd import begin_graph, check_causal, differentiate, graph_from_embeddings, named_errors
 from bpo.policy.checks import UnsupportedModelError
 from bpo.policy.head import chunk_in_flight
-from bpo.policy.logprobs import predicting_positions, try_without_mask
+from bpo.policy.logprobs import look_anew, predicting_positions, try_without_mask
 from bpo.sketching.fingerprint import FINGERPRINT, fingerprint
 from bpo.system.warn import warn
 
@@ -71,6 +71,7 @@ def find_plan(features: Features, forward: Forward) -> Plan:
     """
     rows = _probe_rows(forward.tokenized)
     with named_errors(forward.model):
+        look_anew(forward.model)
         try_without_mask(forward, rows)
         features.learn_shapes(forward, rows)
         truth = _Truth.of(features.slots, forward, rows)

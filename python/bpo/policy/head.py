@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import math
 import weakref
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from bpo.policy.checks import base_of
+from bpo.policy.checks import UnsupportedModelError, base_of
 from bpo.policy.softmax import score_tokens
 from bpo.policy.transfer import sent
 
@@ -172,7 +173,8 @@ def _settings(model: PreTrainedModel) -> tuple[float, ...]:
     for part in (config, config.get_text_config()):
         for name, value in vars(part).items():
             known = "logit" in name or "lm_head" in name or name == "output_multiplier"
-            if known and isinstance(value, (int, float)) and not isinstance(value, bool) and value != 0:
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if known and number and value != 0 and math.isfinite(value):
                 found[name] = float(value)
     return tuple(sorted(set(found.values())))
 
@@ -191,6 +193,11 @@ def _tail_of(given: torch.Tensor, made: torch.Tensor, settings: tuple[float, ...
 # What is known of models so far, by what it may depend on beside them. None: all logits at once.
 _Tails = dict[tuple[Any, ...], "_Tail | None"]
 _TAILS: weakref.WeakKeyDictionary[torch.nn.Module, _Tails] = weakref.WeakKeyDictionary()
+
+
+def forget(model: PreTrainedModel) -> None:
+    """Forgets what was found out about a model, which may have changed since: to be called before each run."""
+    _TAILS.pop(model, None)
 
 
 def score_positions(
@@ -213,9 +220,7 @@ def score_positions(
     known, settings = _TAILS.setdefault(model, {}), _settings(model)
     kind = inputs["input_ids"].device.type
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    forward = base_of(model).forward  # which may have been patched since
-    code = id(getattr(forward, "__func__", forward))
-    key = (weakref.ref(head), code, settings, autocast, torch.is_inference_mode_enabled())
+    key = (weakref.ref(head), settings, autocast, torch.is_inference_mode_enabled())
     if not all(parameter.is_floating_point() for parameter in head.parameters()):
         known[key] = None  # quantized: what it gives back may depend on what comes together
     if key not in known or known[key] is not None:
@@ -238,6 +243,11 @@ def score_positions(
 def _score_all(logits: torch.Tensor, positions: Positions, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Scores by all logits at once, of the batch or of the positions."""
     reduced = logits.shape[:-1] == (1, len(positions.index))
+    if not reduced and logits.shape[:-1] != positions.shape:
+        raise UnsupportedModelError(
+            f"The model gives logits of shape {tuple(logits.shape)} for {positions.shape[0]} sequences of "
+            f"{positions.shape[1]} tokens: whatever puts tokens in front of a prompt (prompt tuning) cannot be scored."
+        )
     return score_tokens(logits[0] if reduced else positions.take(logits), sent(targets, logits.device))
 
 
@@ -300,8 +310,9 @@ class _HeadCall:
         self._output = output
         if not self._find_out or not isinstance(output, torch.Tensor) or not output.is_floating_point():
             return None
-        # Any numbers but zero, within what all types hold well.
-        numbers = (torch.arange(output.numel(), dtype=torch.int64) * 389 % 1009 - 504.5) / 64
+        # Of both signs and all sizes that half precision holds, so that a cap is seen wherever it is.
+        places = torch.arange(output.numel(), dtype=torch.int64) * 389 % 1009
+        numbers = (1 - 2 * (places % 2)) * 10.0 ** (places / 1009 * 6.4 - 2)
         self._replaced = numbers.to(output.device, output.dtype).view(output.shape)
         return self._replaced
 

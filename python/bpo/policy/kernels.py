@@ -5,6 +5,8 @@ Written in PyTorch's operations, they would be read and written in float32 some 
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 import triton
 import triton.language as tl
@@ -41,7 +43,10 @@ def _score(
     logarithm = tl.log(total)
     tl.store(normalizers + row, largest + logarithm)
     tl.store(agreements + row, tl.log(squares) - 2 * logarithm)
-    tl.store(logps + row, tl.load(logits + tl.load(targets + row)).to(tl.float32) - (largest + logarithm))
+    target = tl.load(targets + row)
+    known = (target >= 0) & (target < vocabulary)
+    z = tl.load(logits + target, mask=known, other=float("nan")).to(tl.float32)
+    tl.store(logps + row, z - (largest + logarithm))
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -65,11 +70,17 @@ def _differentiate(
 
 
 def score(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Takes (m, vocabulary) logits and (m,) targets; returns log π, log Σ_v exp z_v and log Σ_v π_v², (m,) float32."""
+    """Takes (m, vocabulary) logits and (m,) targets; returns log π, log Σ_v exp z_v and log Σ_v π_v², (m,) float32.
+
+    log π of a target beyond the vocabulary is NaN.
+    """
     logps, normalizers, agreements = torch.empty(3, len(logits), dtype=torch.float32, device=logits.device)
     if len(logits):
         size, stride = logits.shape[1], logits.stride(0)
-        _score[(len(logits),)](logits, targets, logps, normalizers, agreements, size, stride, block=_BLOCK, num_warps=8)
+        with _on(logits.device):
+            _score[(len(logits),)](
+                logits, targets, logps, normalizers, agreements, size, stride, block=_BLOCK, num_warps=8
+            )
     return logps, normalizers, agreements
 
 
@@ -81,5 +92,11 @@ def differentiate(
     if len(logits):
         size, stride = logits.shape[1], logits.stride(0)
         grid = (len(logits), -(-size // _BLOCK))
-        _differentiate[grid](logits, targets, normalizers, upstream, out, size, stride, block=_BLOCK, num_warps=8)
+        with _on(logits.device):
+            _differentiate[grid](logits, targets, normalizers, upstream, out, size, stride, block=_BLOCK, num_warps=8)
     return out
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Triton launches on the current GPU, which need not be the one of the logits."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

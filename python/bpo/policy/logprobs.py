@@ -14,7 +14,7 @@ import torch
 from bpo.data.tokenizers import padding_id
 from bpo.policy.batches import batch_tokens, in_batches, longest_first
 from bpo.policy.checks import base_of, device_of
-from bpo.policy.head import Positions, score_positions
+from bpo.policy.head import Positions, forget, score_positions
 from bpo.policy.transfer import sent
 from bpo.system.memory import HeapTrimmer
 
@@ -154,7 +154,7 @@ def completion_logps(
     """Runs the model once over some responses.
 
     The output head sees the positions that predict a response and no others, a chunk of them at a time where that is
-    known to be the same (see :mod:`bpo.policy.head`). Nothing here waits for a GPU.
+    known to be the same (see :mod:`bpo.policy.head`). Nothing here waits for a GPU, though transformers' masks may.
 
     Args:
         model: A causal language model.
@@ -188,6 +188,12 @@ def completion_logps(
         logps=positions.sums(token_logps),
         log_weights=positions.sums(agreements) / sent(tokens, agreements.device),
     )
+
+
+def look_anew(model: PreTrainedModel) -> None:
+    """Forgets what an earlier run found out about a model, which may have changed since."""
+    forget(model)
+    _UNMASKED.pop(model, None)
 
 
 def try_without_mask(forward: Forward, rows: npt.NDArray[np.int64]) -> None:
@@ -268,11 +274,13 @@ def response_logps(
         ValueError: A token that the model does not know.
     """
     check_vocabulary(model, tokenized.ids)
+    look_anew(model)
     forward = Forward(model, tokenized, pad_id, autocast)
     logps = np.zeros(len(tokenized.ids), dtype=np.float32)
     trim = HeapTrimmer()
     lengths = tokenized.lengths
-    try_without_mask(forward, np.argsort(lengths, kind="stable")[[0, len(lengths) // 2]])
+    if len(lengths):
+        try_without_mask(forward, np.argsort(lengths, kind="stable")[[0, len(lengths) // 2]])
 
     def run(rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         found: npt.NDArray[np.float32] = forward.logps(rows).logps.cpu().numpy()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 
-from bpo.policy.logprobs import check_vocabulary
+from bpo.policy.logprobs import check_vocabulary, look_anew
 from bpo.policy.models import load_policy, model_fingerprint
 from bpo.policy.state import inference_state
 
@@ -74,13 +74,14 @@ class Reference:
         return cls("adapter", f"the policy with its adapter '{adapter}'", policy, adapter)
 
     def check_vocabulary(self, tokenized: TokenizedResponses) -> None:
-        """Checks that the reference knows every token.
+        """Checks, before a run, that the reference knows every token.
 
         Raises:
             ValueError: It does not.
         """
         if self.model is not None:
             check_vocabulary(self.model, tokenized.ids)
+            look_anew(self.model)
 
     def logps(
         self,

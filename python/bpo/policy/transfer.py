@@ -8,10 +8,10 @@ import torch
 
 
 def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Returns a tensor of the CPU on a device."""
+    """Returns a tensor of the CPU on a device. Only memory that is pinned can be let go before it was copied."""
     if device.type == "cuda" and tensor.device.type == "cpu":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 class Fetched:

@@ -12,6 +12,7 @@ from bpo import SelectConfig, UnsupportedModelError, read_candidates
 from bpo.data.tokens import tokenize_responses
 from bpo.gradients import capture
 from bpo.gradients.choose import choose_features
+from bpo.gradients.layers import Embedding, Slot
 from bpo.gradients.plan import _self_check, _Truth, find_plan
 from bpo.policy.logprobs import Forward
 from bpo.policy.state import inference_state
@@ -300,3 +301,68 @@ def test_what_cannot_run_in_one_go_runs_one_by_one(tokenizer, tokenized):
     assert not plan.replays["model.layers.1.input_layernorm"].vectorized
     assert plan.replays["model.layers.0.input_layernorm"].vectorized
     assert not plan.whole
+
+
+class KeepsForLater(nn.Module):
+    """What it made for one batch it takes for the next, if that is as large."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(WIDTH))
+        self.kept = None
+
+    def forward(self, x):
+        if self.kept is None or self.kept.shape != x.shape[:1]:
+            self.kept = x.new_ones(x.shape[0])
+        return x * self.weight * self.kept[:, None, None]
+
+
+class MayBeGivenMore(nn.Module):
+    """A module that is given one tensor more where there is padding, as the mixers of hybrids are given a mask."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        short = x.shape[0] > 1 and bool((x[:, -1] == x[:1, -1]).all())
+        return self.inner(x, None if short or x.shape[0] == 1 else torch.ones(x.shape[0], 1, 1))
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(WIDTH))
+
+    def forward(self, x, mask):
+        return x * self.weight if mask is None else x * self.weight * mask
+
+
+@pytest.mark.parametrize("norm", [KeepsForLater, lambda: MayBeGivenMore(Scaled())])
+def test_modules_that_are_not_the_same_for_every_batch(norm, tokenizer, tokenized):
+    model = tiny_llama(tokenizer)
+    model.model.layers[1].input_layernorm = norm()
+    features = choose_features(model, SelectConfig(features="full"))
+    forward = Forward(model, tokenized, 0)
+    rows = np.arange(len(tokenized.ids))
+    with inference_state(model):
+        plan = find_plan(features, forward)
+        alone = torch.cat([caught(forward, features, plan, rows[index : index + 1])[0] for index in rows])
+        together, _ = caught(forward, features, plan, rows)
+        again = torch.cat([caught(forward, features, plan, rows[index : index + 1])[0] for index in rows])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(again, alone)
+
+
+def test_embeddings_are_added_up_in_one_order(tokenizer):
+    """With more threads than one."""
+    table = nn.Embedding(3, WIDTH)
+    layer = Embedding("table", table, Slot(0, table.weight.shape))
+    ids, gradient = torch.randint(0, 3, (3, 1000)), 1e4 * torch.randn(3, 1000, WIDTH)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        found = [next(layer.gradients(ids, gradient))[1] for _ in range(20)]
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(each, found[0]) for each in found)

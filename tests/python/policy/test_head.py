@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bpo import SelectConfig, read_candidates
+from bpo import SelectConfig, UnsupportedModelError, read_candidates
 from bpo.data.tokens import tokenize_responses
 from bpo.gradients.choose import choose_features
 from bpo.policy import head
@@ -318,17 +318,60 @@ def test_low_precision_is_that_of_the_model(tokenizer, tokenized, small_chunks):
     torch.testing.assert_close(found, truth, rtol=0.05, atol=0.5)
 
 
-def test_a_model_that_is_patched_later_is_looked_at_again(tokenizer, tokenized, small_chunks):
-    model = tiny_llama(tokenizer)
-    rows = np.arange(len(tokenized.ids))
-    assert_as_wanted(model, tokenized, rows)
-    before, plain = completion_logps(model, tokenized, rows, 0).logps, model.forward
+def sharper(model, factor):
+    plain = model.forward
 
-    def sharper(*args, **kwargs):
+    def forward(*args, **kwargs):
         found = plain(*args, **kwargs)
-        found.logits = 3.7 * found.logits
+        found.logits = factor * found.logits
         return found
 
-    model.forward = sharper
-    assert not torch.allclose(completion_logps(model, tokenized, rows, 0).logps, before)
-    assert_as_wanted(model, tokenized, rows)
+    model.forward = forward
+
+
+def test_every_run_looks_at_the_model_anew(tokenizer, tokenized, small_chunks):
+    """What was found out before does not hold: its code, its type, or a number that is in no configuration."""
+    model = of("Cohere", tokenizer, logit_scale=0.25).to(torch.bfloat16)
+    rows = np.arange(len(tokenized.ids))
+
+    def check():
+        found = response_logps(model, tokenized, 0)
+        np.testing.assert_allclose(found, wanted(model, tokenized, rows).detach().float(), rtol=1e-5, atol=1e-4)
+        return found
+
+    rounded = response_logps(model, tokenized, 0)
+    model.float()
+    full = check()
+    assert not np.array_equal(rounded, full)
+    model.logit_scale = 1.0
+    assert not np.allclose(check(), full)
+    for factor in (0.5, 2.0):
+        sharper(model, factor)
+        check()
+        del model.forward
+
+
+@pytest.mark.parametrize("bound", [10.0, 300.0])
+def test_a_bound_is_seen_wherever_it_is(bound, tokenizer, tokenized, small_chunks):
+    model = tiny_llama(tokenizer)
+    model.lm_head.weight.data *= 100
+    plain = model.forward
+
+    def bounded(*args, **kwargs):
+        found = plain(*args, **kwargs)
+        found.logits = found.logits.clamp(-bound, bound)
+        return found
+
+    model.forward = bounded
+    assert_as_wanted(model, tokenized, np.arange(len(tokenized.ids)))
+
+
+def test_logits_of_more_tokens_than_were_given_are_refused(tokenizer, tokenized):
+    settings = PromptTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM")
+    model = get_peft_model(tiny_llama(tokenizer), settings).eval()
+    with pytest.raises(UnsupportedModelError, match=r"logits of shape \(6, 22, \d+\) for 6 sequences of 17 tokens"):
+        completion_logps(model, tokenized, np.arange(len(tokenized.ids)), 0)
+
+
+def test_no_responses_have_no_log_probabilities(tokenizer, tokenized):
+    assert response_logps(tiny_llama(tokenizer), tokenized.take(np.arange(0)), 0).shape == (0,)

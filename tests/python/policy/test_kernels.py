@@ -34,6 +34,8 @@ def check(device: str) -> None:
         torch.testing.assert_close(agreements, pi.square().sum(dim=1).log(), rtol=1e-5, atol=1e-5)
         found = kernels.differentiate(given, targets.to(device), normalizers.float().to(device), upstream.to(device))
         assert found.dtype == dtype
+        beyond = torch.full_like(targets, vocabulary)
+        assert kernels.score(given, beyond.to(device))[0].isnan().all()
         one_hot = torch.zeros_like(pi).scatter_(1, targets[:, None], 1.0)
         step = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}[dtype]
         wanted = (one_hot - pi) * upstream[:, None].double()
