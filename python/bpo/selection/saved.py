@@ -55,7 +55,7 @@ def write_selection(
     """Writes training set, pairs and what else a selection holds; see :meth:`bpo.Selection.save`."""
     directory = check_directory(directory)
     with locked(directory, _LOCK, "is saving a selection there", wait=_SECONDS_TO_WAIT):
-        check_directory(directory)  # which another process may have used since
+        _check_directory(directory)  # which another process may have used since
         earlier = [path for path in directory.glob(f"{_SCRATCH}*") if not path.is_symlink()]
         scratch = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=directory))
         try:
@@ -224,6 +224,16 @@ def check_directory(directory: str | os.PathLike[str]) -> Path:
         FileExistsError: It holds something else, or is a file.
     """
     directory = Path(directory)
+    try:
+        _check_directory(directory)
+    except FileExistsError:
+        # The first selection may just be coming into it: whoever saves next looks again once that is done.
+        if not (directory / _LOCK).is_file():
+            _check_directory(directory)
+    return directory
+
+
+def _check_directory(directory: Path) -> None:
     if directory.exists() and not directory.is_dir():
         raise FileExistsError(f"{directory} is a file; name a directory.")
     if (directory / "dataset").is_symlink():
@@ -251,7 +261,6 @@ def check_directory(directory: str | os.PathLike[str]) -> Path:
             there.remove("dataset")
         if not there <= ours_alone:
             raise FileExistsError(f"{directory} is not empty and holds no selection; name another directory.")
-    return directory
 
 
 def _sha256(source: Path | BinaryIO) -> str:

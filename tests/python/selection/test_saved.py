@@ -17,8 +17,10 @@ import pytest
 
 import bpo
 from bpo import Selection
+from bpo.selection import saved
 from bpo.selection.saved import SelectionError, _checksum
 from bpo.system.files import ArrowFile
+from bpo.system.locks import locked
 
 TORTURE = int(os.environ.get("BPO_TORTURE", "0"))
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
@@ -151,6 +153,18 @@ def test_threads_save_one_after_the_other(tmp_path):
         thread.join()
     assert not errors
     is_whole(tmp_path / "s", *each)
+
+
+def test_a_directory_that_is_being_saved_to_for_the_first_time_is_no_stranger(tmp_path):
+    directory = tmp_path / "s"
+    with locked(directory, saved._LOCK, "is saving"):
+        (directory / saved._PAIRS).write_text("half of what there will be")
+        saved.check_directory(directory)
+    with pytest.raises(FileExistsError, match="holds no selection"):
+        saved.check_directory(directory)
+    with pytest.raises(FileExistsError, match="holds no selection"):
+        selection_of(3).save(directory)
+    assert [path.name for path in directory.iterdir()] == [saved._PAIRS]
 
 
 def test_what_is_loaded_while_another_saves_is_whole(tmp_path):
