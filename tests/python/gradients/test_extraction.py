@@ -141,4 +141,4 @@ def test_memory_stays_that_of_the_model(tokenizer, tmp_path):
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=True)
     short, long = map(float, done.stdout.split())
-    assert long - short < 600  # 4,000 × 60,000 logits are 960 MB, and so are their gradients
+    assert long - short < 900  # 4,000 × 60,000 logits are 960 MB, and so are their gradients
