@@ -205,8 +205,6 @@ class _Batch:
         None where samples cannot be told apart. That is no error until a gradient comes: DoRA shows its layers a unit
         matrix, too, to see their weights.
         """
-        if tensor.dim() == 3 and tensor.shape[0] == size and tensor.is_floating_point():
-            return tensor
         features = tensor.shape[-1:] if tensor.is_floating_point() else torch.Size()
         if size == 1 or tensor.shape[0] == size:
             return tensor.reshape(size, -1, *features)

@@ -30,8 +30,12 @@ class Fetched:
             self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._copied.record(torch.cuda.current_stream(tensor.device))
 
-    def numpy(self) -> Any:
-        """Waits for it; returns an array of its shape and type."""
+    def tensor(self) -> torch.Tensor:
+        """Waits for it; returns it on the CPU."""
         if self._copied is not None:
             self._copied.synchronize()
-        return self._tensor.cpu().numpy()
+        return self._tensor.cpu()
+
+    def numpy(self) -> Any:
+        """Waits for it; returns an array of its shape and type."""
+        return self.tensor().numpy()

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from bpo import _core
+from bpo.policy.transfer import Fetched, sent
 from bpo.sketching.tables import Tables
 from bpo.system.memory import is_out_of_memory
 from bpo.system.warn import warn
@@ -126,13 +127,12 @@ class DeviceSums:
         self._sums = torch.zeros(size, sketcher.dim, device=device)
         self._pending: list[Slice] = []
         self._bytes = 0
-        self._rows: torch.Tensor | None = None
-        self._copied: torch.cuda.Event | None = None
+        self._fetched: Fetched | None = None
         self.under_way = True
 
     def add(self, offset: int, gradients: torch.Tensor, samples: slice) -> None:
         """Adds the sketch of (n', size) gradients; those of another device are moved to this one."""
-        if self._rows is not None:
+        if self._fetched is not None:
             raise RuntimeError("The sketches of this batch are finished: no more gradients can be added.")
         first, last, _ = samples.indices(len(self._sums))
         count, width = gradients.shape
@@ -154,24 +154,15 @@ class DeviceSums:
 
     def finish(self) -> None:
         """Launches what is pending, and starts the copy of the sketches to the host."""
-        if self._rows is not None:
-            return
-        self._launch()
-        if self._device.type == "cpu":
-            self._rows = self._sums
-            return
-        self._rows = torch.empty(self._sums.shape, dtype=torch.float32, device="cpu", pin_memory=True)
-        self._rows.copy_(self._sums, non_blocking=True)
-        self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self._copied.record(torch.cuda.current_stream(self._device))
+        if self._fetched is None:
+            self._launch()
+            self._fetched = Fetched(self._sums)
 
     def rows(self) -> npt.NDArray[np.float32]:
         """Finishes and waits; returns the (n, d) sketches."""
         self.finish()
-        if self._copied is not None:
-            self._copied.synchronize()
-        assert self._rows is not None
-        rows: npt.NDArray[np.float32] = self._rows.numpy()
+        assert self._fetched is not None
+        rows: npt.NDArray[np.float32] = self._fetched.numpy()
         return rows
 
     def _launch(self) -> None:
@@ -186,15 +177,12 @@ class DeviceSums:
         # The gradients stay alive until what reads them is on the stream: memory is used again in its order.
         pending, self._pending, self._bytes = self._pending, [], 0
         tables = Tables.of(pending, self._sketcher, size, _DRAWS)
-        host = torch.from_numpy(tables.joined)
         scale = float(np.float32(1) / np.sqrt(np.float32(nnz)))
         tile = min(self._tile, 1 << (outputs - 1).bit_length())
         with contextlib.ExitStack() as stack:
-            if self._device.type == "cpu":
-                table = host
-            else:
+            if self._device.type != "cpu":
                 stack.enter_context(torch.cuda.device(self._device))
-                table = host.pin_memory().to(self._device, non_blocking=True)
+            table = sent(torch.from_numpy(tables.joined), self._device)
             signs = torch.empty(tables.sign_words, dtype=torch.int32, device=self._device)
             rotations = torch.empty(tables.rotations, dtype=torch.int32, device=self._device)
             kernels.draw[(tables.programs,)](

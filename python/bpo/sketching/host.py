@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from bpo.policy.transfer import Fetched
+
 if TYPE_CHECKING:
     import numpy.typing as npt
 
@@ -52,25 +54,13 @@ class HostSketcher:
             oldest, size = self._under_way.popleft()
             self._bytes -= size
             oldest.result()
-        copied = None
-        if gradients.is_cuda:
-            host = torch.empty(gradients.shape, dtype=gradients.dtype, device="cpu", pin_memory=True)
-            host.copy_(gradients, non_blocking=True)
-            copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            # The copy runs where the gradients are, which need not be the current device.
-            copied.record(torch.cuda.current_stream(gradients.device))
-            gradients = host
-        future = self._worker.submit(self._sketch, offset, gradients, out, copied)
+        future = self._worker.submit(self._sketch, offset, Fetched(gradients), out)
         self._under_way.append((future, gradients.nbytes))
         self._bytes += gradients.nbytes
         return future
 
-    def _sketch(
-        self, offset: int, gradients: torch.Tensor, out: npt.NDArray[np.float32], copied: torch.cuda.Event | None
-    ) -> None:
-        if copied is not None:
-            copied.synchronize()
-        self.now(offset, gradients, out)
+    def _sketch(self, offset: int, gradients: Fetched, out: npt.NDArray[np.float32]) -> None:
+        self.now(offset, gradients.tensor(), out)
 
     def close(self) -> None:
         """Ends the thread; what it has not begun is left undone."""
