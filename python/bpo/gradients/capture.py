@@ -22,6 +22,7 @@ from bpo.policy.autograd import begin_graph, differentiate, graph_from_embedding
 from bpo.policy.checks import UnsupportedModelError
 from bpo.policy.head import Positions, chunk_in_flight
 from bpo.policy.logprobs import CompletionLogps, predicting_positions
+from bpo.policy.state import Attributes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -267,7 +268,7 @@ class _Batch:
             found: dict[str, torch.Tensor] = backward(own.reshape(output.shape))[0]
             return found
 
-        before = [(vars(module), dict(vars(module)), dict(module._buffers)) for module in replay.module.modules()]
+        before = Attributes(replay.module.modules())
         self.replay = replay
         try:
             with self.forward.autocasting():
@@ -279,7 +280,7 @@ class _Batch:
             replay.vectorized = False
         finally:
             self.replay = None
-            if _put_back_state(before):  # a module that keeps something for later would keep what is for vmap alone
+            if before.restore():  # a module that keeps something for later would keep what is for vmap alone
                 replay.vectorized = False
         if not replay.vectorized:
             return False
@@ -351,21 +352,6 @@ def _put_back(module: nn.Module, name: str, attribute: Any) -> None:
         module.__dict__.pop(name, None)
     else:
         module.__dict__[name] = attribute
-
-
-def _put_back_state(before: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]) -> bool:
-    """Takes the attributes of modules, and what they and the buffers were; has them so again where they are others."""
-    changed = False
-    for attributes, kept, buffers in before:
-        now = {**attributes, **attributes["_buffers"]}
-        wanted = {**kept, **buffers}
-        if now.keys() != wanted.keys() or any(now[name] is not value for name, value in wanted.items()):
-            changed = True
-            attributes.clear()
-            attributes.update(kept)
-            kept["_buffers"].clear()
-            kept["_buffers"].update(buffers)
-    return changed
 
 
 def _as_leaf(tensor: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,6 +39,30 @@ def inference_state(model: PreTrainedModel) -> Iterator[None]:
         yield
 
 
+class Attributes:
+    """Attributes of modules and settings, which can be brought back any number of times to what they were."""
+
+    def __init__(self, owners: Iterable[Any]) -> None:
+        self._held: list[tuple[Any, Any]] = []
+        for owner in owners:
+            attributes = vars(owner)
+            self._held.append((attributes, dict(attributes)))
+            # Hooks, submodules, buffers, adapters' names and scales lie in containers one level below.
+            for value in attributes.values():
+                if isinstance(value, (dict, list, set)):
+                    self._held.append((value, value.copy()))
+
+    def restore(self) -> bool:
+        """Brings everything back that has changed, and says whether anything had."""
+        changed = False
+        for container, contents in self._held:
+            if not _same(container, contents):
+                changed = True
+                container.clear()
+                container.extend(contents) if isinstance(container, list) else container.update(contents)
+        return changed
+
+
 class _Found:
     """The state of a model, to which it can be brought back any number of times.
 
@@ -46,27 +70,13 @@ class _Found:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self._held: list[tuple[Any, Any]] = []
-        for module in list(model.modules()):
-            self._hold(vars(module))
-        for config in _settings(model):
-            self._hold(vars(config))
+        self._attributes = Attributes([*model.modules(), *_settings(model)])
         self._buffers = [(b, b._version, b.clone()) for b in model.buffers() if not b.is_meta and not b.is_inference()]
         self._parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
 
-    def _hold(self, attributes: dict[str, Any]) -> None:
-        self._held.append((attributes, dict(attributes)))
-        # Hooks, submodules, buffers, adapters' names and scales lie in containers one level below.
-        for value in attributes.values():
-            if isinstance(value, (dict, list, set)):
-                self._held.append((value, value.copy()))
-
     def restore(self) -> None:
         """Brings everything back that has changed."""
-        for container, contents in self._held:
-            if not _same(container, contents):
-                container.clear()
-                container.extend(contents) if isinstance(container, list) else container.update(contents)
+        self._attributes.restore()
         for buffer, version, values in self._buffers:
             if buffer._version != version:
                 with torch.no_grad():
