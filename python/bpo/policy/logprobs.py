@@ -177,7 +177,8 @@ def completion_logps(
         inputs["attention_mask"] = sent(attention_mask, device)
     if takes(model, "position_ids"):
         # A row of positions a sample, since learned position embeddings could not be told apart by sample otherwise.
-        inputs["position_ids"] = torch.arange(input_ids.shape[1], device=device).expand(len(rows), -1)
+        first = first_position(model)
+        inputs["position_ids"] = torch.arange(first, first + input_ids.shape[1], device=device).expand(len(rows), -1)
     token_logps, agreements = score_positions(model, inputs, positions, targets)
     if tokenized.weights is not None:
         # The first token of a sequence has a weight, too, but nothing predicts it.
@@ -231,6 +232,14 @@ def takes(model: PreTrainedModel, argument: str) -> bool:
     given = inspect.signature(base.forward).parameters
     passes_on = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in given.values())
     return argument in given or (passes_on and argument in inspect.signature(type(base).forward).parameters)
+
+
+def first_position(model: PreTrainedModel) -> int:
+    """The position of the first token: RoBERTa and its kin leave the rows up to that of the pad token out."""
+    for name, module in base_of(model).named_modules():
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            return int(module.padding_idx) + 1
+    return 0
 
 
 def check_vocabulary(model: PreTrainedModel, sequences: Sequence[Sequence[int]]) -> None:

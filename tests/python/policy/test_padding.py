@@ -11,11 +11,15 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    RobertaConfig,
+    RobertaForCausalLM,
     RwkvConfig,
     RwkvForCausalLM,
 )
 
 import bpo
+from bpo.data.tokens import tokenize_responses
+from bpo.policy.logprobs import response_logps
 from tiny import TINY, scored_rows, stored, tiny_llama
 
 ROWS = scored_rows(3, 3)
@@ -143,6 +147,21 @@ def test_a_reward_models_tokens_are_checked(tokenizer):
         bpo.score_responses(
             [{"prompt": "one", "responses": [" two"]}], bpo.RewardModel(model, tokenizer), progress=False
         )
+
+
+def test_positions_begin_where_the_model_counts_from(tokenizer):
+    """RoBERTa leaves those up to that of its pad token out."""
+    sizes = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48}
+    pad_id = len(tokenizer)
+    model = RobertaForCausalLM(RobertaConfig(vocab_size=pad_id + 1, pad_token_id=pad_id, is_decoder=True, **sizes))
+    model.eval().roberta.embeddings.position_embeddings.weight.data.normal_()
+    tokenized = tokenize_responses(bpo.read_candidates(ROWS), tokenizer, 256)[0]
+    found = response_logps(model, tokenized, pad_id)
+    for ids, prompt_length, logp in zip(tokenized.ids, tokenized.prompt_lengths, found, strict=True):
+        tokens = torch.tensor([ids])
+        with torch.no_grad():
+            logps = model(input_ids=tokens).logits[0, :-1].log_softmax(-1).gather(1, tokens[0, 1:, None])
+        np.testing.assert_allclose(logp, float(logps[prompt_length - 1 :].sum()), rtol=1e-4)
 
 
 class NeedsMask(LlamaForCausalLM):
