@@ -98,7 +98,8 @@ fuzz: ## Fuzz the reader of the store: make fuzz SECONDS=60
 torture: $(VENV)/.installed ## Hundreds of kills, interrupts and losses of power, hostile servers, random calls of the core, then the fuzzer
 	BPO_POWER_LOSSES=20000 cargo test --release --quiet --test store no_loss_of_power -- --nocapture
 	BPO_TORTURE=200 $(BIN)/python -m pytest tests/python/store/test_store_kill.py tests/python/responses/test_kill_rows.py \
-	  tests/python/responses/test_hostile.py tests/python/core/test_core_arguments.py tests/python/selection/test_saved.py \
+	  tests/python/responses/test_hostile.py tests/python/core/test_core_arguments.py tests/python/core/test_core_calm.py \
+	  tests/python/selection/test_saved.py \
 	  tests/python/system/test_signals.py tests/python/training/test_rounds.py tests/python/policy -s
 	$(MAKE) fuzz
 

@@ -39,7 +39,7 @@ fn main() {
         }
     }
     let coefficients = vec![[1.0, -1.0]; pairs.len()];
-    let points = Points::from_pairs(rows, &pairs, &coefficients).unwrap();
+    let points = Points::from_pairs(rows, &pairs, &coefficients, &Progress::default()).unwrap();
     let centroids = &values[..CLUSTERS * DIM];
     let params = Params {
         init: Init::Centroids(centroids.to_vec()),

@@ -37,18 +37,22 @@ fn clusterings(criterion: &mut Criterion) {
     group.sample_size(10);
     group.throughput(Throughput::Elements((ITERATIONS * rows.count()) as u64));
     group.bench_function("rows", |bencher| {
-        bencher.iter(|| fit(Points::from_rows(rows), &given, &Progress::default()).unwrap());
+        bencher.iter(|| {
+            fit(Points::from_rows(rows, &Progress::default()).unwrap(), &given, &Progress::default()).unwrap()
+        });
     });
     group.throughput(Throughput::Elements((ITERATIONS * pairs.len()) as u64));
     group.bench_function("pairs", |bencher| {
         bencher.iter(|| {
-            let points = Points::from_pairs(rows, &pairs, &coefficients).unwrap();
+            let points = Points::from_pairs(rows, &pairs, &coefficients, &Progress::default()).unwrap();
             fit(points, &given, &Progress::default()).unwrap()
         });
     });
     group.throughput(Throughput::Elements((CLUSTERS * rows.count()) as u64));
     group.bench_function("seeding", |bencher| {
-        bencher.iter(|| fit(Points::from_rows(rows), &seeded, &Progress::default()).unwrap());
+        bencher.iter(|| {
+            fit(Points::from_rows(rows, &Progress::default()).unwrap(), &seeded, &Progress::default()).unwrap()
+        });
     });
     group.finish();
 }

@@ -32,7 +32,7 @@ fn scores(criterion: &mut Criterion) {
         }
     }
     let coefficients = vec![[1.0, -1.0]; pairs.len()];
-    let points = Points::from_pairs(rows, &pairs, &coefficients).unwrap();
+    let points = Points::from_pairs(rows, &pairs, &coefficients, &Progress::default()).unwrap();
     let labels: Vec<i32> = (0..pairs.len()).map(|pair| (pair % CLUSTERS) as i32).collect();
     let usefulness: Vec<f64> = (0..pairs.len()).map(|pair| stream.uniform(pair as u64)).collect();
 

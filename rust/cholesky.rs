@@ -6,6 +6,7 @@
 use rayon::prelude::*;
 
 use crate::error::{Error, Result};
+use crate::memory::filled;
 use crate::progress::Progress;
 use crate::simd::add_scaled_float64;
 use crate::simd::dots::{Grid, add_products};
@@ -21,13 +22,7 @@ pub const CHUNK: usize = 64;
 /// # Errors
 /// [`Error::Memory`].
 pub fn zeros(dim: usize) -> Result<Vec<f64>> {
-    let mut values = Vec::new();
-    let reserved = dim.checked_mul(dim).is_some_and(|count| values.try_reserve_exact(count).is_ok());
-    if !reserved {
-        return Err(Error::Memory { dim });
-    }
-    values.resize(dim * dim, 0.0);
-    Ok(values)
+    filled(dim.saturating_mul(dim), 0.0, "two (d, d) float64 matrices; sketch to fewer dimensions")
 }
 
 /// Replaces the lower triangle of `matrix`, A, by its Cholesky factor L with LLᵀ = A. dim³/3 multiplications and

@@ -1,8 +1,7 @@
 //! From a budget to the pairs of each prompt.
 
-use rayon::prelude::*;
-
 use crate::error::{Error, Result};
+use crate::memory::{self, PIECE, RESULTS, build, chosen, each, filled};
 use crate::order::{descending, sort};
 use crate::progress::Progress;
 use crate::prompts::Prompts;
@@ -37,7 +36,8 @@ pub struct Candidates<'a> {
 ///
 /// # Errors
 /// If lengths differ, a usefulness is NaN, a cluster is negative or without weight, a weight is negative or not finite,
-/// the budget is below the number of prompts that each get a pair, or the computation was cancelled.
+/// the budget is below the number of prompts that each get a pair, the memory cannot be had, or the computation was
+/// cancelled.
 pub fn allocate_depth(
     candidates: Candidates,
     budget: usize,
@@ -46,7 +46,7 @@ pub fn allocate_depth(
     cluster_weights: Option<&[f64]>,
     progress: &Progress,
 ) -> Result<Vec<bool>> {
-    check(candidates, max_depth, cluster_weights)?;
+    check(candidates, max_depth, cluster_weights, progress)?;
     let Prompts { numbers: prompts, sizes } = Prompts::number(candidates.prompts, progress)?;
     if every_prompt && budget < sizes.len() {
         return Err(Error::BudgetBelowPrompts { budget, prompts: sizes.len() });
@@ -54,22 +54,20 @@ pub fn allocate_depth(
     let cap = max_depth.unwrap_or(usize::MAX);
     let target = budget.min(sizes.iter().map(|&size| size.min(cap)).sum());
 
-    let mut kept = vec![false; prompts.len()];
-    let mut depths = vec![0; sizes.len()];
+    let mut kept = build(prompts.len(), RESULTS, progress, |_| false)?;
+    let mut depths = filled(sizes.len(), usize::from(every_prompt), RESULTS)?;
     if every_prompt {
-        for pair in best_of_each_prompt(candidates, &prompts, sizes.len()) {
-            kept[pair] = true;
-        }
-        depths.fill(1);
+        let best = best_of_each_prompt(candidates, &prompts, sizes.len(), progress)?;
+        each(best.len(), progress, |prompt| kept[best[prompt]] = true)?;
     }
     let mut left = target - depths.iter().sum::<usize>();
-    let mut queues = queues(candidates, &kept, cluster_weights, progress)?;
+    let keys = sort(keys(candidates, &kept, progress)?, progress)?;
+    let mut queues = queues(&keys, cluster_weights, progress)?;
     while left > 0 {
         // A queue that gives less than its quota is empty from then on, so each round ends the work or a queue.
-        let quotas = largest_remainder(&masses(&queues), left);
+        let quotas = largest_remainder(&masses(&queues, progress)?, left, progress)?;
         for (queue, quota) in queues.iter_mut().zip(quotas) {
-            progress.check()?;
-            left -= queue.take(quota, |pair| {
+            left -= queue.take(quota, progress, |pair| {
                 let depth = &mut depths[prompts[pair] as usize];
                 let eligible = *depth < cap;
                 if eligible {
@@ -77,13 +75,18 @@ pub fn allocate_depth(
                     kept[pair] = true;
                 }
                 eligible
-            });
+            })?;
         }
     }
     Ok(kept)
 }
 
-fn check(candidates: Candidates, max_depth: Option<usize>, cluster_weights: Option<&[f64]>) -> Result<()> {
+fn check(
+    candidates: Candidates,
+    max_depth: Option<usize>,
+    cluster_weights: Option<&[f64]>,
+    progress: &Progress,
+) -> Result<()> {
     let Candidates { prompts, clusters, usefulness } = candidates;
     let expected = format!("({},), as `prompts` has", prompts.len());
     if clusters.len() != prompts.len() {
@@ -92,7 +95,7 @@ fn check(candidates: Candidates, max_depth: Option<usize>, cluster_weights: Opti
     if usefulness.len() != prompts.len() {
         return Err(Error::shape("usefulness", expected, format!("({},)", usefulness.len())));
     }
-    if let Some(index) = usefulness.iter().position(|value| value.is_nan()) {
+    if let Some(index) = memory::first(usefulness.len(), progress, |pair| usefulness[pair].is_nan())? {
         return Err(Error::NotFinite { array: "usefulness", index, value: usefulness[index] });
     }
     if max_depth == Some(0) {
@@ -100,7 +103,7 @@ fn check(candidates: Candidates, max_depth: Option<usize>, cluster_weights: Opti
     }
     let limit = cluster_weights.map_or(i32::MAX as usize, <[f64]>::len);
     let known = |cluster: i32| usize::try_from(cluster).is_ok_and(|cluster| cluster < limit);
-    if let Some(index) = clusters.iter().position(|&cluster| !known(cluster)) {
+    if let Some(index) = memory::first(clusters.len(), progress, |pair| !known(clusters[pair]))? {
         let label = i64::from(clusters[index]);
         return Err(Error::ClusterOutOfRange { array: "clusters", index, label, clusters: limit });
     }
@@ -114,75 +117,86 @@ fn check(candidates: Candidates, max_depth: Option<usize>, cluster_weights: Opti
     }
 }
 
-fn best_of_each_prompt(candidates: Candidates, prompts: &[u32], count: usize) -> Vec<usize> {
-    let mut best: Vec<Option<usize>> = vec![None; count];
-    for (pair, &prompt) in prompts.iter().enumerate() {
-        let prompt = prompt as usize;
-        let better = best[prompt].is_none_or(|best| candidates.usefulness[pair] > candidates.usefulness[best]);
-        if better {
-            best[prompt] = Some(pair);
+/// Every prompt has a pair.
+fn best_of_each_prompt(
+    candidates: Candidates,
+    prompts: &[u32],
+    count: usize,
+    progress: &Progress,
+) -> Result<Vec<usize>> {
+    let mut bests = filled(count, usize::MAX, RESULTS)?;
+    each(prompts.len(), progress, |pair| {
+        let best = &mut bests[prompts[pair] as usize];
+        if *best == usize::MAX || candidates.usefulness[pair] > candidates.usefulness[*best] {
+            *best = pair;
         }
-    }
-    best.into_iter().flatten().collect()
+    })?;
+    Ok(bests)
 }
 
 /// The pairs of one cluster that the first step left, the most useful first.
-struct Queue {
+struct Queue<'k> {
     weight: f64,
-    pairs: Vec<usize>,
+    keys: &'k [u128],
     next: usize,
     taken: usize,
 }
 
-impl Queue {
+impl Queue<'_> {
     /// Offers pairs in order until `quota` were accepted or none is left; returns how many were accepted.
-    fn take(&mut self, quota: usize, mut accept: impl FnMut(usize) -> bool) -> usize {
+    fn take(&mut self, quota: usize, progress: &Progress, mut accept: impl FnMut(usize) -> bool) -> Result<usize> {
         let mut accepted = 0;
-        while accepted < quota && self.next < self.pairs.len() {
-            accepted += usize::from(accept(self.pairs[self.next]));
+        while accepted < quota && self.next < self.keys.len() {
+            if self.next.is_multiple_of(PIECE) {
+                progress.check()?;
+            }
+            accepted += usize::from(accept((self.keys[self.next] & ((1 << PAIR_BITS) - 1)) as usize));
             self.next += 1;
         }
         self.taken += accepted;
-        accepted
+        progress.check()?;
+        Ok(accepted)
     }
 
     /// Pairs not kept, zero once all were offered.
     fn size(&self) -> usize {
-        if self.next == self.pairs.len() { 0 } else { self.pairs.len() - self.taken }
+        if self.next == self.keys.len() { 0 } else { self.keys.len() - self.taken }
     }
 }
 
-fn queues(
-    candidates: Candidates,
-    kept: &[bool],
-    cluster_weights: Option<&[f64]>,
-    progress: &Progress,
-) -> Result<Vec<Queue>> {
+/// A number for each pair that is not kept: its cluster, usefulness and index side by side, so that comparing looks
+/// nothing up.
+fn keys(candidates: Candidates, kept: &[bool], progress: &Progress) -> Result<Vec<u128>> {
     let Candidates { clusters, usefulness, .. } = candidates;
-    // Cluster, usefulness and pair side by side in one number, so that comparing looks nothing up.
-    let key = |pair: usize| {
-        (clusters[pair] as u128) << (64 + PAIR_BITS)
-            | u128::from(descending(usefulness[pair])) << PAIR_BITS
-            | pair as u128
-    };
-    let keys = (0..kept.len()).into_par_iter().filter(|&pair| !kept[pair]).map(key).collect();
+    chosen(kept.len(), RESULTS, progress, |pair| {
+        let cluster = (clusters[pair] as u128) << (64 + PAIR_BITS);
+        let key = cluster | u128::from(descending(usefulness[pair])) << PAIR_BITS | pair as u128;
+        (!kept[pair]).then_some(key)
+    })
+}
+
+/// The queues of sorted keys.
+fn queues<'k>(mut keys: &'k [u128], cluster_weights: Option<&[f64]>, progress: &Progress) -> Result<Vec<Queue<'k>>> {
     let cluster_of = |key: u128| (key >> (64 + PAIR_BITS)) as usize;
-    Ok(sort(keys, progress)?
-        .chunk_by(|&left, &right| cluster_of(left) == cluster_of(right))
-        .map(|keys| {
-            let weight = cluster_weights.map_or(1.0, |weights| weights[cluster_of(keys[0])]);
-            let pairs = keys.iter().map(|key| (key & ((1 << PAIR_BITS) - 1)) as usize).collect();
-            Queue { weight, pairs, next: 0, taken: 0 }
-        })
-        .collect())
+    let mut queues = Vec::new();
+    while let Some(&key) = keys.first() {
+        progress.check()?; // there may be as many clusters as pairs
+        let cluster = cluster_of(key);
+        let (own, rest) = keys.split_at(keys.partition_point(|&key| cluster_of(key) == cluster));
+        let weight = cluster_weights.map_or(1.0, |weights| weights[cluster]);
+        memory::grow(&mut queues, 1, RESULTS)?;
+        queues.push(Queue { weight, keys: own, next: 0, taken: 0 });
+        keys = rest;
+    }
+    Ok(queues)
 }
 
 /// What the clusters' shares are in proportion to.
-fn masses(queues: &[Queue]) -> Vec<f64> {
-    let weighted: Vec<f64> = queues.iter().map(|queue| queue.size() as f64 * queue.weight).collect();
-    if weighted.iter().any(|&mass| mass > 0.0) {
-        weighted
-    } else {
-        queues.iter().map(|queue| queue.size() as f64).collect()
+fn masses(queues: &[Queue], progress: &Progress) -> Result<Vec<f64>> {
+    let size = |queue: usize| queues[queue].size() as f64;
+    let weighted = build(queues.len(), RESULTS, progress, |queue| size(queue) * queues[queue].weight)?;
+    if memory::first(queues.len(), progress, |queue| weighted[queue] > 0.0)?.is_some() {
+        return Ok(weighted);
     }
+    build(queues.len(), RESULTS, progress, size)
 }

@@ -48,11 +48,9 @@ pub enum Error {
     )]
     BudgetBelowPrompts { budget: usize, prompts: usize },
 
-    #[error("matrices of {dim} x {dim} float64 values do not fit into memory; sketch to fewer dimensions")]
-    Memory { dim: usize },
-
-    #[error("{bytes} bytes for copies of the pairs cannot be had; lower `cache_bytes`")]
-    CopyMemory { bytes: usize },
+    /// What the memory is for ends with what to do, see [`crate::memory`].
+    #[error("{bytes} bytes of memory cannot be had for {what}")]
+    Memory { bytes: usize, what: &'static str },
 
     #[error("a matrix is not positive definite to float64 precision; raise `regularization` or scale the pairs down")]
     NotDefinite,

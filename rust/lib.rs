@@ -17,6 +17,7 @@ pub mod gemm;
 pub mod gemm8;
 pub mod kmeans;
 pub mod matrix;
+pub mod memory;
 pub mod order;
 mod pages;
 pub mod points;

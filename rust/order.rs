@@ -3,33 +3,31 @@
 use rayon::prelude::*;
 
 use crate::error::Result;
+use crate::memory::{PIECE, RESULTS, build};
 use crate::progress::Progress;
 
 /// Keys that one thread sorts at a time: a mebibyte of those of 16 bytes.
 const RUN: usize = 1 << 16;
 
 /// Sorts keys of which no two are equal, in ascending order: runs of a fixed size first, which are then merged two by
-/// two. Looks at the cancel token before each run and each merge, of which the last is the longest: one walk over all
-/// keys.
+/// two. Looks at the cancel token between runs and between pieces of a merge, of which the last is one walk over all keys.
 ///
 /// O(n log n) time and one more list of the keys.
 ///
 /// # Errors
-/// If the computation was cancelled.
+/// If the memory for the second list cannot be had, or the computation was cancelled.
 pub fn sort<Key: Copy + Ord + Send + Sync>(mut keys: Vec<Key>, progress: &Progress) -> Result<Vec<Key>> {
     keys.par_chunks_mut(RUN).try_for_each(|run| {
         progress.check()?;
         run.sort_unstable();
         Ok(())
     })?;
-    let mut merged = keys.clone();
+    let mut merged = build(keys.len(), RESULTS, progress, |index| keys[index])?;
     let mut width = RUN;
     while width < keys.len() {
         merged.par_chunks_mut(2 * width).zip(keys.par_chunks(2 * width)).try_for_each(|(out, runs)| {
-            progress.check()?;
             let (left, right) = runs.split_at(width.min(runs.len()));
-            merge(left, right, out);
-            Ok(())
+            merge(left, right, out, progress)
         })?;
         (keys, merged) = (merged, keys);
         width *= 2;
@@ -37,14 +35,18 @@ pub fn sort<Key: Copy + Ord + Send + Sync>(mut keys: Vec<Key>, progress: &Progre
     Ok(keys)
 }
 
-fn merge<Key: Copy + Ord>(left: &[Key], right: &[Key], out: &mut [Key]) {
+fn merge<Key: Copy + Ord>(left: &[Key], right: &[Key], out: &mut [Key], progress: &Progress) -> Result<()> {
     let (mut next_left, mut next_right) = (0, 0);
-    for out in out {
-        let from_left = next_right == right.len() || next_left < left.len() && left[next_left] < right[next_right];
-        let (source, next) = if from_left { (left, &mut next_left) } else { (right, &mut next_right) };
-        *out = source[*next];
-        *next += 1;
+    for out in out.chunks_mut(PIECE) {
+        progress.check()?;
+        for out in out {
+            let from_left = next_right == right.len() || next_left < left.len() && left[next_left] < right[next_right];
+            let (source, next) = if from_left { (left, &mut next_left) } else { (right, &mut next_right) };
+            *out = source[*next];
+            *next += 1;
+        }
     }
+    Ok(())
 }
 
 /// A number whose unsigned order is the descending order of `value`, which is not NaN; zeros of either sign are equal.

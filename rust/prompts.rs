@@ -1,8 +1,7 @@
 //! Prompts as numbers from zero on, and what limits a choice of pairs.
 
-use rayon::prelude::*;
-
 use crate::error::{Error, Result};
+use crate::memory::{PIECE, RESULTS, build, each, filled, grow};
 use crate::order::sort;
 use crate::progress::Progress;
 
@@ -23,30 +22,43 @@ impl Prompts {
     /// O(P log P).
     ///
     /// # Errors
-    /// If the computation was cancelled.
+    /// If the memory cannot be had, or the computation was cancelled.
     pub fn number(names: &[i64], progress: &Progress) -> Result<Self> {
-        let (Some(&low), Some(&high)) = (names.par_iter().min(), names.par_iter().max()) else {
-            return Ok(Self { numbers: Vec::new(), sizes: Vec::new() });
-        };
-        progress.check()?;
-        let span = low.abs_diff(high);
-        let mut numbers = vec![0; names.len()];
+        let (mut low, mut high) = (i64::MAX, i64::MIN);
+        each(names.len(), progress, |pair| (low, high) = (low.min(names[pair]), high.max(names[pair])))?;
+        if names.is_empty() || low.abs_diff(high) >= TABLE_SHARE * names.len() as u64 {
+            return Self::by_sorting(names, progress);
+        }
         let mut sizes = Vec::new();
-        if span < TABLE_SHARE * names.len() as u64 {
-            let mut table = vec![0usize; span as usize + 1];
-            let place = |name: i64| low.abs_diff(name) as usize;
-            names.iter().for_each(|&name| table[place(name)] += 1);
-            for entry in table.iter_mut().filter(|entry| **entry > 0) {
+        let mut table = build(low.abs_diff(high) as usize + 1, RESULTS, progress, |_| 0)?;
+        let place = |name: i64| low.abs_diff(name) as usize;
+        each(names.len(), progress, |pair| table[place(names[pair])] += 1)?;
+        for entries in table.chunks_mut(PIECE) {
+            progress.check()?;
+            grow(&mut sizes, entries.len(), RESULTS)?;
+            for entry in entries.iter_mut().filter(|entry| **entry > 0) {
                 sizes.push(*entry);
                 *entry = sizes.len() - 1;
             }
+        }
+        let numbers = build(names.len(), RESULTS, progress, |pair| table[place(names[pair])] as u32)?;
+        Ok(Self { numbers, sizes })
+    }
+
+    fn by_sorting(names: &[i64], progress: &Progress) -> Result<Self> {
+        let keys = sort(build(names.len(), RESULTS, progress, |pair| (names[pair], pair))?, progress)?;
+        let mut numbers = build(names.len(), RESULTS, progress, |_| 0)?;
+        let mut sizes: Vec<usize> = Vec::new();
+        for (piece, part) in keys.chunks(PIECE).enumerate() {
             progress.check()?;
-            numbers.par_iter_mut().zip(names).for_each(|(number, &name)| *number = table[place(name)] as u32);
-        } else {
-            let keys = names.par_iter().enumerate().map(|(pair, &name)| (name, pair)).collect();
-            for same in sort(keys, progress)?.chunk_by(|left, right| left.0 == right.0) {
-                same.iter().for_each(|&(_, pair)| numbers[pair] = sizes.len() as u32);
-                sizes.push(same.len());
+            grow(&mut sizes, part.len(), RESULTS)?;
+            for (index, &(name, pair)) in (piece * PIECE..).zip(part) {
+                if index == 0 || keys[index - 1].0 != name {
+                    sizes.push(0);
+                }
+                let number = sizes.len() - 1;
+                sizes[number] += 1;
+                numbers[pair] = number as u32;
             }
         }
         Ok(Self { numbers, sizes })
@@ -96,11 +108,11 @@ impl Depths {
     /// None if the limits say nothing of prompts.
     ///
     /// # Errors
-    /// If the computation was cancelled.
+    /// If the memory cannot be had, or the computation was cancelled.
     pub fn new(limits: Limits, progress: &Progress) -> Result<Option<Self>> {
         let Some((names, max_depth)) = limits.depth else { return Ok(None) };
         let prompts = Prompts::number(names, progress)?;
-        Ok(Some(Self { depths: vec![0; prompts.count()], prompts, max_depth }))
+        Ok(Some(Self { depths: filled(prompts.count(), 0, RESULTS)?, prompts, max_depth }))
     }
 
     pub fn full(&self, pair: usize) -> bool {

@@ -3,6 +3,7 @@
 use rayon::prelude::*;
 
 use crate::error::{Error, Result};
+use crate::memory::{RESULTS, build, first};
 use crate::progress::Progress;
 use crate::rng::{Purpose, Stream};
 
@@ -31,9 +32,9 @@ pub enum Ranking {
 /// O(P) time for P pairs.
 ///
 /// # Errors
-/// If a score is not finite, the temperature is not positive, or the computation was cancelled.
+/// If a score is not finite, the temperature is not positive, the memory cannot be had, or the computation was cancelled.
 pub fn ranking_keys(scores: &[f64], ranking: Ranking, seed: u64, progress: &Progress) -> Result<Vec<f64>> {
-    if let Some(index) = scores.par_iter().position_first(|score| !score.is_finite()) {
+    if let Some(index) = first(scores.len(), progress, |pair| !scores[pair].is_finite())? {
         return Err(Error::NotFinite { array: "scores", index, value: scores[index] });
     }
     match ranking {
@@ -57,7 +58,7 @@ pub fn ranking_keys(scores: &[f64], ranking: Ranking, seed: u64, progress: &Prog
 
 /// A key for each pair and its score.
 fn map_scores(scores: &[f64], progress: &Progress, key: impl Fn(usize, f64) -> f64 + Sync) -> Result<Vec<f64>> {
-    let mut keys = vec![0.0; scores.len()];
+    let mut keys = build(scores.len(), RESULTS, progress, |_| 0.0)?;
     let chunks = keys.par_chunks_mut(RANKED_AT_ONCE).zip(scores.par_chunks(RANKED_AT_ONCE)).enumerate();
     progress.start(scores.len().div_ceil(RANKED_AT_ONCE));
     chunks.try_for_each(|(chunk, (keys, scores))| {

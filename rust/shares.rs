@@ -1,16 +1,24 @@
 //! Shares of a total, by the method of the largest remainder.
 
+use crate::error::Result;
+use crate::memory::{RESULTS, build, chosen, each};
+use crate::order::{descending, sort};
+use crate::progress::Progress;
+
 /// Splits `total` in proportion to `masses`, of which one at least is positive: the whole parts first, then one more to
 /// those with the largest fractions (ties: the lower index).
-pub fn largest_remainder(masses: &[f64], total: usize) -> Vec<usize> {
-    let sum: f64 = masses.iter().sum();
-    let shares: Vec<f64> = masses.iter().map(|mass| total as f64 * mass / sum).collect();
-    let mut quotas: Vec<usize> = shares.iter().map(|share| share.floor() as usize).collect();
-    let mut order: Vec<usize> = (0..masses.len()).filter(|&index| masses[index] > 0.0).collect();
-    order.sort_by(|&left, &right| shares[right].fract().total_cmp(&shares[left].fract()));
-    let rest = total.saturating_sub(quotas.iter().sum());
-    for index in order.into_iter().cycle().take(rest) {
-        quotas[index] += 1;
-    }
-    quotas
+///
+/// # Errors
+/// If the memory cannot be had, or the computation was cancelled.
+pub fn largest_remainder(masses: &[f64], total: usize, progress: &Progress) -> Result<Vec<usize>> {
+    let mut sum = 0.0;
+    each(masses.len(), progress, |index| sum += masses[index])?;
+    let share = |index: usize| total as f64 * masses[index] / sum;
+    let mut quotas = build(masses.len(), RESULTS, progress, |index| share(index).floor() as usize)?;
+    let fraction = |index: usize| (masses[index] > 0.0).then(|| (descending(share(index).fract()), index));
+    let order = sort(chosen(masses.len(), RESULTS, progress, fraction)?, progress)?;
+    let mut given = 0;
+    each(masses.len(), progress, |index| given += quotas[index])?;
+    each(total.saturating_sub(given), progress, |turn| quotas[order[turn % order.len()].1] += 1)?;
+    Ok(quotas)
 }

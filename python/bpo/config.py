@@ -108,7 +108,7 @@ class SelectConfig:
             gradients serves every seed.
         sketch_dim: Numbers kept of each gradient (d). The cosine of two gradients is kept to about 1/√d.
         sketch_kind: ``"sparse"`` (rotated blocks), ``"rademacher"`` or ``"normal"`` (dense).
-        sketch_nnz: Numbers of the sparse sketch that each coordinate goes to; divides ``sketch_dim``.
+        sketch_nnz: Numbers of the sparse sketch that each coordinate goes to; divides ``sketch_dim``, 256 at most.
         sketch_dtype: How the store keeps the numbers of a sketch: ``"float32"``, ``"float16"`` or ``"bfloat16"`` (half
             the bytes), or ``"int8"`` (a quarter), the latter and float16 with a scale for each response.
             docs/store-format.md has the measured effect of each.

@@ -61,7 +61,7 @@ pub fn coreset(
     if budget == 0 {
         return Ok(Coreset::default());
     }
-    let quotas = quotas::quotas(&members, budget);
+    let quotas = quotas::quotas(&members, budget, progress)?;
     let pursuits = match Depths::new(limits, progress)? {
         Some(cap) => pursue_in_turn(points, &members, &quotas, cap, cache_bytes, progress)?,
         None => pursue_side_by_side(points, &members, &quotas, cache_bytes, progress)?,

@@ -25,9 +25,12 @@ pub fn members(clusters: &[i32], limits: Limits, progress: &Progress) -> Result<
 }
 
 /// The share of each cluster in the budget, in proportion to its pairs, of which there are some.
-pub fn quotas(members: &[Vec<usize>], budget: usize) -> Vec<usize> {
+///
+/// # Errors
+/// If the memory cannot be had, or the computation was cancelled.
+pub fn quotas(members: &[Vec<usize>], budget: usize, progress: &Progress) -> Result<Vec<usize>> {
     let sizes: Vec<f64> = members.iter().map(|members| members.len() as f64).collect();
-    largest_remainder(&sizes, budget)
+    largest_remainder(&sizes, budget, progress)
 }
 
 /// Shares among the clusters, in proportion to the pairs that they may still use, what the cap kept others from using.
@@ -53,7 +56,7 @@ pub fn share_rest(
         if left == 0 || usable.iter().all(Vec::is_empty) {
             return Ok(());
         }
-        for ((pursuit, pairs), quota) in pursuits.iter_mut().zip(&usable).zip(quotas(&usable, left)) {
+        for ((pursuit, pairs), quota) in pursuits.iter_mut().zip(&usable).zip(quotas(&usable, left, progress)?) {
             let before = pursuit.picks.len();
             pursuit.fill(points, pairs, quota, Some(cap), progress)?;
             pursuit.picks[before..].iter().for_each(|&pair| picked[pair] = true);

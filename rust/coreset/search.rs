@@ -5,7 +5,8 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use crate::error::{Error, Result};
+use crate::error::Result;
+use crate::memory::{CACHE, filled};
 use crate::points::Points;
 use crate::progress::Progress;
 use crate::simd::dots::dots;
@@ -55,9 +56,7 @@ impl Copies {
     ) -> Result<(Self, Vec<f64>)> {
         let dim = points.dim();
         let kept = members.len().min(bytes / dim);
-        let mut codes = Vec::new();
-        codes.try_reserve_exact(kept * dim).map_err(|_| Error::CopyMemory { bytes: kept * dim })?;
-        codes.resize(kept * dim, 0);
+        let mut codes = filled(kept * dim, 0, CACHE)?;
         let mut roundings = vec![Rounding::default(); kept];
         let mut sum = vec![0.0; dim];
         // Sums of a few chunks at a time, added up in their order.

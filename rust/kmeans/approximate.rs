@@ -6,9 +6,12 @@
 use std::borrow::Cow;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use rayon::prelude::*;
+
 use super::error_model::INFLATION;
 use crate::error::Result;
 use crate::gemm8::{self, Scale, quantize, stride};
+use crate::memory::{CACHE, PIECE, POINTS, build, first, grow};
 use crate::points::{Points, Tile};
 use crate::progress::Progress;
 use crate::simd;
@@ -72,7 +75,7 @@ impl Approximation {
     /// into `cache_bytes`.
     ///
     /// # Errors
-    /// If a point is not finite or the computation was cancelled.
+    /// If a point is not finite, the memory cannot be had, or the computation was cancelled.
     pub fn new<const TERMS: usize>(
         points: &Points<TERMS>,
         centred: bool,
@@ -83,20 +86,21 @@ impl Approximation {
         let eight_bits = (MIN_DIM..=gemm8::MAX_DEPTH).contains(&dim);
         let origin = if centred { origin(points) } else { None };
         let rows: usize = points.tiles().iter().map(|tile| points.rows_of(tile).len()).sum();
-        let store = eight_bits && rows * stride(dim) <= cache_bytes;
+        let store = eight_bits && rows.saturating_mul(stride(dim)) <= cache_bytes;
 
-        let mut bounds = vec![Bound { squared_norm: 0.0, error: 0.0, spread: 0.0 }; points.count()];
+        let unseen = Bound { squared_norm: 0.0, error: 0.0, spread: 0.0 };
+        let mut bounds = build(points.count(), POINTS, progress, |_| unseen)?;
         let start = || (Vec::new(), vec![0.0; dim]);
         let tiles = 0..points.tiles().len();
-        let stored = points.visit(tiles, &mut bounds, start, |(gathered, values), _, tile, bounds| {
-            let bytes = bound_points(points, tile, origin.as_deref(), eight_bits, (gathered, values), bounds);
+        let stored = points.visit(tiles, &mut bounds[..], start, |(gathered, values), _, tile, bounds| {
+            let bytes = bound_points(points, tile, origin.as_deref(), eight_bits, (gathered, values), bounds)?;
             progress.advance(1)?;
             Ok(if store { bytes } else { TileBytes::default() })
         })?;
-        if let Some(point) = bounds.iter().position(|bound| !bound.squared_norm.is_finite()) {
+        if let Some(point) = first(bounds.len(), progress, |point| !bounds[point].squared_norm.is_finite())? {
             return Err(points.not_finite(point));
         }
-        let needs_float32 = points.tiles().iter().map(|_| AtomicBool::new(false)).collect();
+        let needs_float32 = build(points.tiles().len(), POINTS, progress, |_| AtomicBool::new(false))?;
         let stored = if store { stored } else { Vec::new() };
         Ok(Self { origin, bounds, stored, needs_float32, eight_bits })
     }
@@ -107,17 +111,23 @@ impl Approximation {
     }
 
     /// Follows [`Points::multiply`].
-    pub fn multiply(&mut self, factors: &[f32]) {
-        for (bound, factor) in self.bounds.iter_mut().zip(factors) {
-            bound.squared_norm *= f64::from(*factor).powi(2);
-            if bound.is_known() {
-                bound.error *= INFLATION * factor;
-                bound.spread *= factor;
+    ///
+    /// # Errors
+    /// If the computation was cancelled.
+    pub fn multiply(&mut self, factors: &[f32], progress: &Progress) -> Result<()> {
+        self.bounds.par_chunks_mut(PIECE).zip(factors.par_chunks(PIECE)).try_for_each(|(bounds, factors)| {
+            for (bound, factor) in bounds.iter_mut().zip(factors) {
+                bound.squared_norm *= f64::from(*factor).powi(2);
+                if bound.is_known() {
+                    bound.error *= INFLATION * factor;
+                    bound.spread *= factor;
+                }
+                if !bound.is_known() {
+                    bound.forget();
+                }
             }
-            if !bound.is_known() {
-                bound.forget();
-            }
-        }
+            progress.check()
+        })
     }
 
     /// Whether 8 bits were seen not to decide a tile.
@@ -149,6 +159,9 @@ impl Approximation {
 
 /// Looks at the points of a tile, and rounds its rows if they are wanted in `eight_bits`. The buffers are reused from tile
 /// to tile.
+///
+/// # Errors
+/// If the memory for the rounded rows cannot be had: those of all tiles may be kept.
 fn bound_points<const TERMS: usize>(
     points: &Points<TERMS>,
     tile: &Tile,
@@ -156,7 +169,7 @@ fn bound_points<const TERMS: usize>(
     eight_bits: bool,
     (gathered, values): (&mut Vec<f32>, &mut [f32]),
     bounds: &mut [Bound],
-) -> TileBytes {
+) -> Result<TileBytes> {
     let dim = points.dim();
     let rows = if TERMS == 1 {
         points.gather_or_borrow(tile, origin, gathered)
@@ -167,6 +180,7 @@ fn bound_points<const TERMS: usize>(
     };
     let mut bytes = TileBytes::default();
     if eight_bits {
+        grow(&mut bytes.bytes, rows.len() / dim * stride(dim), CACHE)?;
         bytes.round(rows, dim);
     }
     let squares: Vec<f64> = rows.chunks_exact(dim).map(simd::squared_norm_float64).collect();
@@ -197,7 +211,7 @@ fn bound_points<const TERMS: usize>(
     }
     let unknown = bounds.iter_mut().zip(known).filter(|(bound, known)| !(*known && bound.is_known()));
     unknown.for_each(|(bound, _)| bound.forget());
-    bytes
+    Ok(bytes)
 }
 
 impl TileBytes {

@@ -5,8 +5,11 @@ use std::sync::OnceLock;
 use super::approximate::Approximation;
 use super::error_model::INFLATION;
 use super::measure::Vectors;
+use crate::error::Result;
 use crate::gemm::{self, Packed};
 use crate::gemm8::{Packed8, quantize, stride};
+use crate::memory::{self, CENTROIDS};
+use crate::points::Points;
 use crate::simd;
 
 #[derive(Debug)]
@@ -29,8 +32,13 @@ pub struct Centroids {
 
 impl Centroids {
     /// `values` as they were before the points were multiplied by `scale`.
-    pub fn new(values: Vec<f32>, dim: usize, scale: f32, approximation: &Approximation) -> Self {
-        let vectors = Vectors::new(values, dim, scale);
+    ///
+    /// # Errors
+    /// If there is no room for their copies.
+    pub fn new(values: Vec<f32>, dim: usize, scale: f32, approximation: &Approximation) -> Result<Self> {
+        // Centred, in bytes and packed.
+        memory::room(values.len().saturating_mul(size_of::<f32>() + 4), CENTROIDS)?;
+        let vectors = Vectors::new(values, dim, scale)?;
         let mut centred = vectors.scaled().to_vec();
         if let Some(origin) = &approximation.origin {
             centred.chunks_exact_mut(dim).for_each(|centroid| simd::subtract(centroid, origin));
@@ -47,7 +55,17 @@ impl Centroids {
         }
         let mut errors = vec![0.0; padded];
         let eight_bits = approximation.eight_bits.then(|| round(&centred, dim, &mut errors));
-        Self { vectors, dim, centred, half_norms, norms, errors, squares, eight_bits, float32: OnceLock::new() }
+        Ok(Self { vectors, dim, centred, half_norms, norms, errors, squares, eight_bits, float32: OnceLock::new() })
+    }
+
+    /// Asks whether there is room for a pass over the points: products of their rows with each centroid, and the centroids
+    /// packed for them.
+    ///
+    /// # Errors
+    /// [`crate::Error::Memory`].
+    pub fn room<const TERMS: usize>(&self, points: &Points<TERMS>) -> Result<()> {
+        memory::room(size_of_val(&*self.centred), CENTROIDS)?;
+        points.room(size_of_val(&*self.norms))
     }
 
     pub fn count(&self) -> usize {

@@ -105,7 +105,7 @@ mod tests {
     fn largest_share<const TERMS: usize>(points: &Points<TERMS>, centroids: &[f32], precision: Precision) -> f64 {
         let dim = points.dim();
         let approximation = Approximation::new(points, false, 0, &Progress::default()).unwrap();
-        let centroids = Centroids::new(centroids.to_vec(), dim, 1.0, &approximation);
+        let centroids = Centroids::new(centroids.to_vec(), dim, 1.0, &approximation).unwrap();
         let model = ErrorModel::new(dim, points.scale());
         let mut largest = 0.0f64;
         for (index, tile) in points.tiles().iter().enumerate() {
@@ -159,7 +159,7 @@ mod tests {
 
     fn share_of_one(point: &[f32], centroid: &[f32], precision: Precision) -> f64 {
         let rows = Rows::new(Values::F32(point), 1, point.len()).unwrap();
-        largest_share(&Points::from_rows(rows), centroid, precision)
+        largest_share(&Points::from_rows(rows, &Progress::default()).unwrap(), centroid, precision)
     }
 
     /// A vector from which rounding to 8 bits takes a half of every value but the first, and the signs of what it takes.
@@ -218,9 +218,9 @@ mod tests {
             let rows = Rows::new(Values::F32(&values), 20, dim).unwrap();
             let pairs: Vec<[i64; 2]> = (0..19).map(|row| [row, row + 1]).collect();
             let coefficients: Vec<[f32; 2]> = (0..19).map(|pair| [1.0 + pair as f32, -0.7]).collect();
-            let pairs = Points::from_pairs(rows, &pairs, &coefficients).unwrap();
+            let pairs = Points::from_pairs(rows, &pairs, &coefficients, &Progress::default()).unwrap();
             for precision in [Precision::EightBits, Precision::Float32] {
-                let share = largest_share(&Points::from_rows(rows), &values[..7 * dim], precision);
+                let share = largest_share(&Points::from_rows(rows, &Progress::default()).unwrap(), &values[..7 * dim], precision);
                 prop_assert!(share <= 1.0, "{share} of rows, {precision:?}");
                 let share = largest_share(&pairs, &values[..7 * dim], precision);
                 prop_assert!(share <= 1.0, "{share} of pairs, {precision:?}");

@@ -13,6 +13,7 @@ use super::params::{CACHE_BYTES, Init, Metric, Params};
 use super::update::{Changes, Move, Sums, UNASSIGNED};
 use crate::error::{Error, Result};
 use crate::matrix::Rows;
+use crate::memory::{CENTROIDS, POINTS, RESULTS, build, copied, each, first};
 use crate::points::{Points, Tile};
 use crate::progress::Progress;
 use crate::rng::{Purpose, Stream};
@@ -62,13 +63,13 @@ pub fn fit<const TERMS: usize>(mut points: Points<TERMS>, params: &Params, progr
     let approximation = prepare(&mut points, given, params.metric, params.cache_bytes, progress)?;
     let mut first = match &params.init {
         Init::PlusPlus => seed(&points, &approximation, params, progress)?,
-        Init::Centroids(given) => given.clone(),
+        Init::Centroids(given) => copied(given, CENTROIDS)?,
     };
     if params.metric == Metric::Cosine {
         normalize_rows("init", &mut first, dim)?;
     }
-    let sums = Sums::new(params.clusters, dim);
-    let mut state = State::new(points, approximation, first, sums);
+    let sums = Sums::new(params.clusters, dim)?;
+    let mut state = State::new(points, approximation, first, sums, progress)?;
 
     let mut inertia = Vec::new();
     let mut converged = false;
@@ -94,7 +95,7 @@ pub fn fit<const TERMS: usize>(mut points: Points<TERMS>, params: &Params, progr
     let squared_distances =
         if labels_settled { state.squared_distances(0..tiles, progress)? } else { state.measure(progress)? };
     progress.finish();
-    Ok(state.finish(params.metric, squared_distances, inertia, converged))
+    state.finish(params.metric, squared_distances, inertia, converged, progress)
 }
 
 /// Clusters rows, each with the weight given for it. Mini-batches take the rows in random order.
@@ -102,29 +103,36 @@ pub fn fit<const TERMS: usize>(mut points: Points<TERMS>, params: &Params, progr
 /// # Errors
 /// As [`fit`], and if the weights do not fit the rows.
 pub fn fit_rows(rows: Rows, weights: Option<&[f32]>, params: &Params, progress: &Progress) -> Result<Clustering> {
-    let order = params.batch_size.map(|_| shuffled(rows.count(), params.seed));
-    let mut points = order.clone().map_or_else(|| Points::from_rows(rows), |order| Points::from_order(rows, order));
+    let mut points = match params.batch_size {
+        Some(_) => Points::from_order(rows, shuffled(rows.count(), params.seed, progress)?, progress)?,
+        None => Points::from_rows(rows, progress)?,
+    };
     if let Some(weights) = weights {
-        points.set_weights(weights)?;
+        points.set_weights(weights, progress)?;
     }
     let mut found = fit(points, params, progress)?;
-    if let Some(order) = order {
-        let (labels, distances) = (found.labels.clone(), found.distances.clone());
-        for (point, &row) in order.iter().enumerate() {
-            found.labels[row] = labels[point];
-            found.distances[row] = distances[point];
-        }
+    if params.batch_size.is_some() {
+        let order = shuffled(rows.count(), params.seed, progress)?;
+        let mut labels = build(order.len(), RESULTS, progress, |_| 0)?;
+        let mut distances = build(order.len(), RESULTS, progress, |_| 0.0)?;
+        each(order.len(), progress, |point| {
+            labels[order[point]] = found.labels[point];
+            distances[order[point]] = found.distances[point];
+        })?;
+        (found.labels, found.distances) = (labels, distances);
     }
     Ok(found)
 }
 
-fn shuffled(count: usize, seed: u64) -> Vec<usize> {
+fn shuffled(count: usize, seed: u64, progress: &Progress) -> Result<Vec<usize>> {
     let stream = Stream::new(seed, Purpose::Batches, 0);
-    let mut order: Vec<usize> = (0..count).collect();
-    for index in (1..count).rev() {
+    let mut order = build(count, POINTS, progress, |row| row)?;
+    // The last one first.
+    each(count.saturating_sub(1), progress, |turn| {
+        let index = count - 1 - turn;
         order.swap(index, stream.below(index as u64, index + 1));
-    }
-    order
+    })?;
+    Ok(order)
 }
 
 /// The cluster of each point among given centroids, and its distance as in [`Clustering::distances`].
@@ -147,14 +155,14 @@ pub fn assign<const TERMS: usize>(
     }
     progress.start(2 * points.tiles().len());
     let approximation = prepare(&mut points, centroids, metric, CACHE_BYTES, progress)?;
-    let mut centroids = centroids.to_vec();
+    let mut centroids = copied(centroids, CENTROIDS)?;
     if metric == Metric::Cosine {
         normalize_rows("centroids", &mut centroids, dim)?;
     }
-    let mut state = State::new(points, approximation, centroids, Sums::new(0, dim));
+    let mut state = State::new(points, approximation, centroids, Sums::new(0, dim)?, progress)?;
     let squared_distances = state.measure(progress)?;
     progress.finish();
-    let clustering = state.finish(metric, squared_distances, Vec::new(), true);
+    let clustering = state.finish(metric, squared_distances, Vec::new(), true, progress)?;
     Ok((clustering.labels, clustering.distances))
 }
 
@@ -171,21 +179,22 @@ fn prepare<const TERMS: usize>(
     // Pairs need no origin: the coefficients of a margin loss sum to zero. Unit vectors have theirs.
     let centred = metric == Metric::Euclidean && TERMS == 1;
     let mut approximation = Approximation::new(points, centred, cache_bytes, progress)?;
-    let norms = || approximation.bounds.iter().map(|bound| bound.squared_norm.sqrt());
+    let norm = |point: usize| approximation.bounds[point].squared_norm.sqrt();
     if metric == Metric::Cosine {
-        let factors: Vec<f32> = norms().map(|norm| norm.recip() as f32).collect();
-        if let Some(point) = factors.iter().position(|factor| !factor.is_finite()) {
+        let factors = build(points.count(), POINTS, progress, |point| norm(point).recip() as f32)?;
+        if let Some(point) = first(points.count(), progress, |point| !factors[point].is_finite())? {
             let zero = approximation.bounds[point].squared_norm == 0.0;
             let point = points.number(point);
             return Err(if zero { Error::ZeroPoint { point } } else { Error::TooShort { point } });
         }
-        points.multiply(&factors)?;
-        approximation.multiply(&factors);
+        points.multiply(&factors, progress)?;
+        approximation.multiply(&factors, progress)?;
         return Ok(approximation);
     }
     let origin = approximation.origin_or_zero(dim);
     let lengths = centroids.chunks_exact(dim).map(|centroid| simd::squared_distance_float64(centroid, &origin).sqrt());
-    let largest = norms().chain(lengths).fold(0.0, f64::max);
+    let mut largest = lengths.fold(0.0, f64::max);
+    each(points.count(), progress, |point| largest = largest.max(norm(point)))?;
     if largest == 0.0 || SAFE_NORMS.contains(&largest) {
         return Ok(approximation);
     }
@@ -247,9 +256,16 @@ struct State<'a, const TERMS: usize> {
 
 impl<'a, const TERMS: usize> State<'a, TERMS> {
     /// With the first `centroids`, as they were before the points were scaled.
-    fn new(points: Points<'a, TERMS>, approximation: Approximation, centroids: Vec<f32>, sums: Sums) -> Self {
-        let centroids = Centroids::new(centroids, points.dim(), points.scale(), &approximation);
-        Self { labels: vec![UNASSIGNED; points.count()], sums, centroids, points, approximation }
+    fn new(
+        points: Points<'a, TERMS>,
+        approximation: Approximation,
+        centroids: Vec<f32>,
+        sums: Sums,
+        progress: &Progress,
+    ) -> Result<Self> {
+        let centroids = Centroids::new(centroids, points.dim(), points.scale(), &approximation)?;
+        let labels = build(points.count(), POINTS, progress, |_| UNASSIGNED)?;
+        Ok(Self { labels, sums, centroids, points, approximation })
     }
 
     /// Assigns the points of some tiles and brings the sums up to date; returns how many labels changed.
@@ -257,6 +273,7 @@ impl<'a, const TERMS: usize> State<'a, TERMS> {
         let mut changed = 0;
         let Self { points, approximation, centroids, labels, sums } = self;
         let search = Search { points, approximation, centroids };
+        centroids.room(points)?;
         let mut first = tiles.start;
         while first < tiles.end {
             // Cuts change no sum: each adds up its rows in their order.
@@ -286,7 +303,7 @@ impl<'a, const TERMS: usize> State<'a, TERMS> {
                 Ok(Changes::new(points, tile, moves))
             })?;
             changed += changes.iter().map(Changes::count).sum::<usize>();
-            sums.apply(points, approximation, &changes);
+            sums.apply(points, approximation, &changes, progress)?;
             points.forget(forget);
             first = next;
         }
@@ -295,14 +312,18 @@ impl<'a, const TERMS: usize> State<'a, TERMS> {
 
     /// Assigns all points without sums; returns their squared distances.
     fn measure(&mut self, progress: &Progress) -> Result<Vec<f64>> {
-        let Self { points, approximation, centroids, .. } = self;
+        let Self { points, approximation, centroids, labels, .. } = self;
         let search = Search { points, approximation, centroids };
-        let mut squared_distances = vec![f64::NAN; points.count()];
+        centroids.room(points)?;
+        let mut squared_distances = build(points.count(), RESULTS, progress, |_| f64::NAN)?;
         let tiles = 0..points.tiles().len();
-        let labels =
-            points.visit(tiles, &mut squared_distances, Scratch::default, |scratch, index, tile, distances| {
+        points.visit(
+            tiles,
+            (&mut squared_distances[..], &mut labels[..]),
+            Scratch::default,
+            |scratch, index, tile, (distances, labels)| {
                 let start = tile.points.start;
-                let mut labels = vec![UNASSIGNED; tile.points.len()];
+                labels.fill(UNASSIGNED);
                 // Below a limit every nearest centroid is measured.
                 search.tile(
                     scratch,
@@ -315,11 +336,10 @@ impl<'a, const TERMS: usize> State<'a, TERMS> {
                         }
                     },
                 );
-                assigned(points, tile, &labels)?;
-                progress.advance(1)?;
-                Ok(labels)
-            })?;
-        self.labels = labels.concat();
+                assigned(points, tile, labels)?;
+                progress.advance(1)
+            },
+        )?;
         Ok(squared_distances)
     }
 
@@ -331,11 +351,11 @@ impl<'a, const TERMS: usize> State<'a, TERMS> {
         }
         let squared_distances = self.squared_distances(tiles, progress)?;
         let labels = &self.labels[..squared_distances.len()];
-        let moves = self.sums.refill(&self.points, &empty, labels, &squared_distances);
+        let moves = self.sums.refill(&self.points, &empty, labels, &squared_distances, progress)?;
         for &step in &moves {
             self.labels[step.point] = step.to;
             let change = Changes::new(&self.points, self.points.tile_of(step.point), vec![step]);
-            self.sums.apply(&self.points, &self.approximation, &[change]);
+            self.sums.apply(&self.points, &self.approximation, &[change], progress)?;
         }
         Ok(moves.len())
     }
@@ -343,16 +363,16 @@ impl<'a, const TERMS: usize> State<'a, TERMS> {
     /// Moves the centroids; returns the squared length of each one's way.
     ///
     /// # Errors
-    /// If rows are not finite any more.
+    /// If rows are not finite any more, or the memory cannot be had.
     fn update(&mut self, metric: Metric) -> Result<Vec<f64>> {
         let Self { points, approximation, centroids, sums, .. } = self;
-        let values = sums.centroids(metric, centroids.vectors(), points.scale());
+        let values = sums.centroids(metric, centroids.vectors(), points.scale())?;
         if let Some(index) = values.iter().position(|value| !value.is_finite()) {
             let cluster = (index / points.dim()) as u32;
             let point = self.labels.iter().position(|&label| label == cluster).unwrap_or_default();
             return Err(points.changed(point));
         }
-        let moved = Centroids::new(values, points.dim(), points.scale(), approximation);
+        let moved = Centroids::new(values, points.dim(), points.scale(), approximation)?;
         let measure = Measure::new(points.dim(), points.scale());
         let way = |cluster| measure.between(moved.vectors(), cluster, centroids.vectors(), cluster);
         let shifts = (0..moved.count()).into_par_iter().map(way).collect();
@@ -364,10 +384,10 @@ impl<'a, const TERMS: usize> State<'a, TERMS> {
     fn squared_distances(&self, tiles: Range<usize>, progress: &Progress) -> Result<Vec<f64>> {
         let Self { points, centroids, labels, .. } = self;
         let end = points.tiles()[tiles.clone()].last().map_or(0, |tile| tile.points.end);
-        let mut distances = vec![0.0; end];
+        let mut distances = build(end, RESULTS, progress, |_| 0.0)?;
         let measure = Measure::new(points.dim(), points.scale());
         let start = || (vec![0.0; points.dim()], vec![0.0; points.dim()]);
-        points.visit(tiles, &mut distances, start, |(row, values), _, tile, distances| {
+        points.visit(tiles, &mut distances[..], start, |(row, values), _, tile, distances| {
             for (point, distance) in tile.points.clone().zip(distances) {
                 let centroid = (centroids.vectors(), labels[point] as usize);
                 *distance = measure.of_point(points, tile, point, centroid, (row, values));
@@ -380,25 +400,34 @@ impl<'a, const TERMS: usize> State<'a, TERMS> {
         Ok(distances)
     }
 
-    fn finish(self, metric: Metric, squared_distances: Vec<f64>, mut inertia: Vec<f64>, converged: bool) -> Clustering {
-        let weighted = |(point, distance): (usize, &f64)| self.points.weight(point) * distance;
+    fn finish(
+        self,
+        metric: Metric,
+        squared_distances: Vec<f64>,
+        mut inertia: Vec<f64>,
+        converged: bool,
+        progress: &Progress,
+    ) -> Result<Clustering> {
+        let count = squared_distances.len();
         let iterations = inertia.len();
-        inertia.push(squared_distances.iter().enumerate().map(weighted).sum());
+        let mut sum = 0.0;
+        each(count, progress, |point| sum += self.points.weight(point) * squared_distances[point])?;
+        inertia.push(sum);
         let distances = match metric {
             Metric::Euclidean => {
                 // Exact, as the scale is a power of two, unless the result itself leaves the range of float32.
                 let inverse = f64::from(self.points.scale()).recip();
                 inertia.iter_mut().for_each(|inertia| *inertia *= inverse * inverse);
-                squared_distances.iter().map(|distance| (distance.sqrt() * inverse) as f32).collect()
+                build(count, RESULTS, progress, |point| (squared_distances[point].sqrt() * inverse) as f32)?
             }
             // ‖x − c‖² = 2 − 2⟨x, c⟩ for unit vectors.
             Metric::Cosine => {
                 inertia.iter_mut().for_each(|inertia| *inertia /= 2.0);
-                squared_distances.iter().map(|distance| (distance / 2.0) as f32).collect()
+                build(count, RESULTS, progress, |point| (squared_distances[point] / 2.0) as f32)?
             }
         };
         let centroids = self.centroids.into_vectors().into_unscaled();
-        let labels = self.labels.into_iter().map(u32::cast_signed).collect();
-        Clustering { centroids, labels, distances, inertia, iterations, converged }
+        let labels = build(count, RESULTS, progress, |point| self.labels[point].cast_signed())?;
+        Ok(Clustering { centroids, labels, distances, inertia, iterations, converged })
     }
 }

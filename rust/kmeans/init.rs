@@ -14,6 +14,7 @@ use super::centroids::Centroids;
 use super::measure::{Measure, Vectors};
 use super::params::Params;
 use crate::error::Result;
+use crate::memory::{CENTROIDS, POINTS, build, chosen, each, filled, grow, reserved};
 use crate::points::Points;
 use crate::progress::Progress;
 use crate::rng::{Purpose, Stream};
@@ -48,7 +49,7 @@ fn trials(clusters: usize) -> usize {
 /// Picks the first centroids among the points; row-major, and as they are before [`Points::scale`].
 ///
 /// # Errors
-/// If the computation was cancelled.
+/// If the memory cannot be had, or the computation was cancelled.
 pub fn seed<const TERMS: usize>(
     points: &Points<TERMS>,
     approximation: &Approximation,
@@ -62,8 +63,8 @@ pub fn seed<const TERMS: usize>(
         let stream = Stream::new(seed, Purpose::SeedingSample, 0);
         let part = |run: usize| run * points.count() / runs;
         let first = |run: usize| part(run) + stream.below(run as u64, part(run + 1) - part(run) - RUN);
-        let sample: Vec<usize> = (0..runs).flat_map(|run| first(run)..first(run) + RUN).collect();
-        let sample = points.subset(&sample);
+        let place = |index: usize| first(index / RUN) + index % RUN;
+        let sample = points.subset(&build(RUN * runs, POINTS, progress, place)?, progress)?;
         let of_sample = Approximation::new(&sample, approximation.origin.is_some(), cache_bytes, progress)?;
         return seed_from(&sample, &of_sample, clusters, seed, progress);
     }
@@ -78,13 +79,19 @@ fn seed_from<const TERMS: usize>(
     progress: &Progress,
 ) -> Result<Vec<f32>> {
     let (drawn, weights) = if points.count() <= GREEDY_POINTS * clusters {
-        ((0..points.count()).collect(), (0..points.count()).map(|point| points.weight(point)).collect())
+        (build(points.count(), POINTS, progress, |point| point)?, weights(points, progress)?)
     } else {
         oversample(points, approximation, clusters, seed, progress)?
     };
-    let drawn = Vectors::new(write(points, &drawn), points.dim(), points.scale());
+    let drawn = Vectors::new(write(points, &drawn, progress)?, points.dim(), points.scale())?;
     let picks = greedy(&drawn, Measure::new(points.dim(), points.scale()), &weights, clusters, seed, progress)?;
-    Ok(picks.into_iter().flat_map(|pick| drawn.unscaled_row(pick)).copied().collect())
+    let mut values = reserved(clusters.saturating_mul(points.dim()), CENTROIDS)?;
+    picks.into_iter().for_each(|pick| values.extend_from_slice(drawn.unscaled_row(pick)));
+    Ok(values)
+}
+
+fn weights<const TERMS: usize>(points: &Points<TERMS>, progress: &Progress) -> Result<Vec<f64>> {
+    build(points.count(), POINTS, progress, |point| points.weight(point))
 }
 
 /// The nearest drawn point of each point, and the squared distance to it.
@@ -103,9 +110,8 @@ fn oversample<const TERMS: usize>(
     seed: u64,
     progress: &Progress,
 ) -> Result<(Vec<usize>, Vec<f64>)> {
-    let mut closest = vec![Closest { distance: f64::MAX, drawn: 0 }; points.count()];
-    let weights: Vec<f64> = (0..points.count()).map(|point| points.weight(point)).collect();
-    let mut drawn = vec![race(&weights, &Stream::new(seed, Purpose::Seeding, 0), 0)];
+    let mut closest = build(points.count(), POINTS, progress, |_| Closest { distance: f64::MAX, drawn: 0 })?;
+    let mut drawn = vec![race(&weights(points, progress)?, &Stream::new(seed, Purpose::Seeding, 0), 0, progress)?];
     let mut first = 0;
     for round in 1.. {
         let potential = measure(points, approximation, &drawn, first, &mut closest, progress)?;
@@ -117,18 +123,17 @@ fn oversample<const TERMS: usize>(
         let stream = Stream::new(seed, Purpose::Oversampling, round as u32);
         let expected = clusters as f64;
         let cost = |point: usize| points.weight(point) * closest[point].distance;
-        let chosen = |point: &usize| stream.uniform(*point as u64) < expected * (cost(*point) / potential);
-        drawn.extend((0..points.count()).filter(chosen));
+        let is_drawn = |point: usize| stream.uniform(point as u64) < expected * (cost(point) / potential);
+        let more = chosen(points.count(), POINTS, progress, |point| is_drawn(point).then_some(point))?;
+        grow(&mut drawn, more.len(), POINTS)?;
+        drawn.extend(more);
         if drawn.len() == first {
             // Nothing was drawn, which happens with few clusters: draw one point.
-            let costs: Vec<f64> = (0..points.count()).map(cost).collect();
-            drawn.push(race(&costs, &stream, 1));
+            drawn.push(race(&build(points.count(), POINTS, progress, cost)?, &stream, 1, progress)?);
         }
     }
-    let mut weights = vec![0.0; drawn.len()];
-    for (point, closest) in closest.iter().enumerate() {
-        weights[closest.drawn as usize] += points.weight(point);
-    }
+    let mut weights = filled(drawn.len(), 0.0, POINTS)?;
+    each(points.count(), progress, |point| weights[closest[point].drawn as usize] += points.weight(point))?;
     Ok((drawn, weights))
 }
 
@@ -141,8 +146,10 @@ fn measure<const TERMS: usize>(
     closest: &mut [Closest],
     progress: &Progress,
 ) -> Result<f64> {
-    let centroids = Centroids::new(write(points, &drawn[first..]), points.dim(), points.scale(), approximation);
+    let values = write(points, &drawn[first..], progress)?;
+    let centroids = Centroids::new(values, points.dim(), points.scale(), approximation)?;
     let search = Search { points, approximation, centroids: &centroids };
+    centroids.room(points)?;
     let tiles = 0..points.tiles().len();
     let costs = points.visit(tiles, closest, Scratch::default, |scratch, index, tile, closest| {
         let start = tile.points.start;
@@ -166,14 +173,15 @@ fn measure<const TERMS: usize>(
 }
 
 /// The drawn points before they are scaled, row-major.
-fn write<const TERMS: usize>(points: &Points<TERMS>, drawn: &[usize]) -> Vec<f32> {
+fn write<const TERMS: usize>(points: &Points<TERMS>, drawn: &[usize], progress: &Progress) -> Result<Vec<f32>> {
     let dim = points.dim();
-    let mut values = vec![0.0; drawn.len() * dim];
+    let mut values = filled(drawn.len().saturating_mul(dim), 0.0, CENTROIDS)?;
     for (values, drawn) in values.chunks_mut(WRITTEN * dim).zip(drawn.chunks(WRITTEN)) {
+        progress.check()?;
         values.par_chunks_exact_mut(dim).zip(drawn).for_each(|(out, &point)| points.write_alone(point, out));
         points.forget(0..points.tiles().len());
     }
-    values
+    Ok(values)
 }
 
 /// Greedy k-means++ over vectors; returns the picks.
@@ -186,26 +194,24 @@ fn greedy(
     progress: &Progress,
 ) -> Result<Vec<usize>> {
     let trials = trials(clusters);
-    let mut closest = vec![f64::INFINITY; weights.len()];
-    let mut picks = Vec::with_capacity(clusters);
+    let mut closest = filled(weights.len(), f64::INFINITY, POINTS)?;
+    let mut picks = reserved(clusters, CENTROIDS)?;
     for cluster in 0..clusters {
         progress.check()?;
         let stream = Stream::new(seed, Purpose::Seeding, cluster as u32 + 1);
-        let costs: Vec<f64> = if cluster == 0 {
-            weights.to_vec()
-        } else {
-            closest.iter().zip(weights).map(|(distance, weight)| distance * weight).collect()
-        };
+        let cost = |index: usize| if cluster == 0 { weights[index] } else { closest[index] * weights[index] };
+        let costs: Vec<f64> = build(weights.len(), POINTS, progress, cost)?;
         let trials = 0..if cluster == 0 { 1 } else { trials } as u64;
         // Where every point coincides with a centroid, any will do.
         let drawn: Vec<usize> = if costs.iter().any(|&cost| cost > 0.0) {
-            trials.map(|trial| race(&costs, &stream, trial)).collect()
+            trials.map(|trial| race(&costs, &stream, trial, progress)).collect::<Result<_>>()?
         } else {
             trials.map(|trial| stream.below(trial, weights.len())).collect()
         };
         // min(closest so far, distance to the trial), trial after trial for each point.
-        let mut distances = vec![0.0; weights.len() * drawn.len()];
-        distances.par_chunks_exact_mut(drawn.len()).with_min_len(64).enumerate().for_each(|(point, distances)| {
+        let mut distances = filled(weights.len() * drawn.len(), 0.0, POINTS)?;
+        let of_points = distances.par_chunks_exact_mut(drawn.len()).with_min_len(64).enumerate();
+        of_points.try_for_each(|(point, distances)| {
             each_squared_distance(
                 vectors.row(point),
                 drawn.len(),
@@ -219,7 +225,8 @@ fn greedy(
                     distances[trial] = exact.min(closest[point]);
                 },
             );
-        });
+            progress.check()
+        })?;
         let potential = |trial: usize| -> f64 {
             let of_trial = distances.iter().skip(trial).step_by(drawn.len());
             of_trial.zip(weights).map(|(distance, weight)| distance * weight).sum()
@@ -240,9 +247,13 @@ fn greedy(
 /// changes only where two arrive at the same time to within the change. Measured on 3,324 pairs of real gradients and
 /// the same rounded to float16 and to int8: of the pairs that a budget of a tenth selects, .92 and .61 were the same
 /// before (means of 12 seeds), .99 and .77 are now.
-fn race(costs: &[f64], stream: &Stream, trial: u64) -> usize {
+///
+/// # Errors
+/// If the computation was cancelled.
+fn race(costs: &[f64], stream: &Stream, trial: u64, progress: &Progress) -> Result<usize> {
     let place = trial * costs.len().div_ceil(2) as u64;
     let first = |(block, costs): (usize, &[f64])| {
+        progress.check()?;
         let mut first = (f64::INFINITY, usize::MAX);
         for (couple, costs) in costs.chunks(2).enumerate() {
             let couple = block * RACE_BLOCK / 2 + couple;
@@ -256,10 +267,11 @@ fn race(costs: &[f64], stream: &Stream, trial: u64) -> usize {
                 }
             }
         }
-        first
+        Ok(first)
     };
-    let earlier = |one: (f64, usize), other: (f64, usize)| if other < one { other } else { one };
-    costs.par_chunks(RACE_BLOCK).enumerate().map(first).reduce(|| (f64::INFINITY, usize::MAX), earlier).1
+    let earlier = |one: (f64, usize), other: (f64, usize)| Ok(if other < one { other } else { one });
+    let blocks = costs.par_chunks(RACE_BLOCK).enumerate().map(first);
+    Ok(blocks.try_reduce(|| (f64::INFINITY, usize::MAX), earlier)?.1)
 }
 
 #[cfg(test)]
@@ -268,8 +280,8 @@ mod tests {
 
     const DRAWS: u64 = 10_000;
 
-    fn stream() -> Stream {
-        Stream::new(7, Purpose::Seeding, 3)
+    fn race(costs: &[f64], trial: u64) -> usize {
+        super::race(costs, &Stream::new(7, Purpose::Seeding, 3), trial, &Progress::default()).unwrap()
     }
 
     #[test]
@@ -277,7 +289,7 @@ mod tests {
         let costs: Vec<f64> = (0..250).map(|index| if index % 50 == 0 { f64::from(index) } else { 0.0 }).collect();
         let total: f64 = costs.iter().sum();
         let mut counts = vec![0.0; costs.len()];
-        (0..DRAWS).for_each(|trial| counts[race(&costs, &stream(), trial)] += 1.0);
+        (0..DRAWS).for_each(|trial| counts[race(&costs, trial)] += 1.0);
         for (count, cost) in counts.into_iter().zip(&costs) {
             let share = cost / total;
             let deviation = (DRAWS as f64 * share * (1.0 - share)).sqrt();
@@ -290,8 +302,7 @@ mod tests {
         let costs: Vec<f64> = (0..1000).map(|index| 1.0 + f64::from(index % 17)).collect();
         let rounded: Vec<f64> =
             costs.iter().enumerate().map(|(index, cost)| cost * (1.0 + 1e-4 * (index as f64).sin())).collect();
-        let changed =
-            (0..DRAWS / 5).filter(|&trial| race(&costs, &stream(), trial) != race(&rounded, &stream(), trial));
+        let changed = (0..DRAWS / 5).filter(|&trial| race(&costs, trial) != race(&rounded, trial));
         assert!(changed.count() <= 4); // of the running sum, a draw in twenty or so
     }
 }

@@ -3,6 +3,8 @@
 //! Points are multiplied by a power of two such that the longest squares safely in float32. Those that are shorter by many
 //! orders of magnitude may vanish there, so what lies close together is measured in float64, as it was before.
 
+use crate::error::Result;
+use crate::memory::{CENTROIDS, copied};
 use crate::points::{Points, Tile};
 use crate::simd;
 
@@ -16,9 +18,16 @@ pub struct Vectors {
 }
 
 impl Vectors {
-    pub fn new(values: Vec<f32>, dim: usize, scale: f32) -> Self {
-        let scaled = (scale != 1.0).then(|| values.iter().map(|value| value * scale).collect());
-        Self { unscaled: values, scaled, dim }
+    /// # Errors
+    /// If the memory cannot be had.
+    pub fn new(values: Vec<f32>, dim: usize, scale: f32) -> Result<Self> {
+        let mut scaled = None;
+        if scale != 1.0 {
+            let mut copy = copied(&values, CENTROIDS)?;
+            copy.iter_mut().for_each(|value| *value *= scale);
+            scaled = Some(copy);
+        }
+        Ok(Self { unscaled: values, scaled, dim })
     }
 
     pub fn scaled(&self) -> &[f32] {

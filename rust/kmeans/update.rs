@@ -5,7 +5,11 @@ use rayon::prelude::*;
 use super::approximate::Approximation;
 use super::measure::Vectors;
 use super::params::Metric;
+use crate::error::Result;
+use crate::memory::{CENTROIDS, POINTS, chosen, copied, filled, reserved};
+use crate::order::{descending, sort};
 use crate::points::{Points, Tile};
+use crate::progress::Progress;
 use crate::simd;
 
 /// The label of a point that no cluster has yet.
@@ -14,6 +18,9 @@ pub const UNASSIGNED: u32 = u32::MAX;
 /// Columns of a sum that one task adds up where there are fewer clusters than that would keep threads busy: 16 lines of
 /// the cache of each row.
 const COLUMNS: usize = 256;
+
+/// Rows that are added to a sum between two looks at the cancel token.
+const ADDED: usize = 1 << 10;
 
 /// A point that goes from one cluster to another.
 #[derive(Clone, Copy, Debug)]
@@ -81,23 +88,29 @@ pub struct Sums {
 }
 
 impl Sums {
-    pub fn new(clusters: usize, dim: usize) -> Self {
-        Self {
-            sums: vec![0.0; clusters * dim],
-            weights: vec![0.0; clusters],
-            squared_norms: vec![0.0; clusters],
-            counts: vec![0; clusters],
+    /// # Errors
+    /// If the memory cannot be had.
+    pub fn new(clusters: usize, dim: usize) -> Result<Self> {
+        Ok(Self {
+            sums: filled(clusters.saturating_mul(dim), 0.0, CENTROIDS)?,
+            weights: filled(clusters, 0.0, CENTROIDS)?,
+            squared_norms: filled(clusters, 0.0, CENTROIDS)?,
+            counts: filled(clusters, 0, CENTROIDS)?,
             dim,
-        }
+        })
     }
 
     /// Applies the changes of tiles in their order. A sum belongs to one thread, so the order of its additions is fixed.
+    ///
+    /// # Errors
+    /// If the memory cannot be had, or the computation was cancelled.
     pub fn apply<const TERMS: usize>(
         &mut self,
         points: &Points<TERMS>,
         approximation: &Approximation,
         changes: &[Changes],
-    ) {
+        progress: &Progress,
+    ) -> Result<()> {
         for &Move { point, from, to } in changes.iter().flat_map(|changes| &changes.moves) {
             let weight = points.weight(point);
             let squared = weight * approximation.bounds[point].squared_norm;
@@ -114,14 +127,15 @@ impl Sums {
 
         // Sort the shares by cluster, keeping their order.
         let clusters = self.counts.len();
-        let mut starts = vec![0; clusters + 1];
+        progress.check()?;
+        let mut starts = filled(clusters + 1, 0, CENTROIDS)?;
         let shares = || changes.iter().flat_map(|changes| &changes.shares);
         shares().for_each(|share| starts[share.0 as usize + 1] += 1);
         for cluster in 0..clusters {
             starts[cluster + 1] += starts[cluster];
         }
-        let mut sorted = vec![(0, 0.0); starts[clusters]];
-        let mut next = starts.clone();
+        let mut sorted = filled(starts[clusters], (0, 0.0), POINTS)?;
+        let mut next = copied(&starts, CENTROIDS)?;
         for &(cluster, row, share) in shares() {
             sorted[next[cluster as usize]] = (row, share);
             next[cluster as usize] += 1;
@@ -132,12 +146,15 @@ impl Sums {
         // Whole rows stay in the cache while they are added, so cut them only where clusters are few.
         let width = if clusters >= 4 * rayon::current_num_threads() { dim } else { COLUMNS };
         let tasks = self.sums.par_chunks_mut(dim).zip(starts.par_windows(2));
-        tasks.filter(|(_, range)| range[0] < range[1]).for_each(|(sum, range)| {
-            sum.par_chunks_mut(width).enumerate().for_each_init(
+        tasks.filter(|(_, range)| range[0] < range[1]).try_for_each(|(sum, range)| {
+            sum.par_chunks_mut(width).enumerate().try_for_each_init(
                 || vec![0.0; width],
                 |scratch, (part, sum)| {
                     let shares = &sorted[range[0]..range[1]];
                     for (index, &(row, share)) in shares.iter().enumerate() {
+                        if index.is_multiple_of(ADDED) {
+                            progress.check()?;
+                        }
                         if width == dim
                             && let Some((ahead, _)) = shares.get(index + 1)
                         {
@@ -145,9 +162,10 @@ impl Sums {
                         }
                         simd::add_scaled_to_float64(sum, share, rows.part(row, part * width, sum.len(), scratch));
                     }
+                    Ok(())
                 },
-            );
-        });
+            )
+        })
     }
 
     /// Σ w ‖x − c‖² of all points that are in a cluster, without looking at them: Σ w ‖x‖² − 2 Σⱼ ⟨Sⱼ, cⱼ⟩ + Σⱼ Wⱼ ‖cⱼ‖²,
@@ -188,19 +206,23 @@ impl Sums {
 
     /// The moves that give each of the `empty` clusters the point that adds most to the inertia (ties: the lower point),
     /// never the only point of another cluster.
+    ///
+    /// # Errors
+    /// If the memory cannot be had, or the computation was cancelled.
     pub fn refill<const TERMS: usize>(
         &self,
         points: &Points<TERMS>,
         empty: &[u32],
         labels: &[u32],
         squared_distances: &[f64],
-    ) -> Vec<Move> {
-        let cost = |point: usize| points.weight(point) * squared_distances[point];
-        let mut farthest: Vec<usize> = (0..labels.len()).filter(|&point| points.weight(point) > 0.0).collect();
-        farthest.sort_by(|&left, &right| cost(right).total_cmp(&cost(left)));
-        let mut counts = self.counts.clone();
-        let mut farthest = farthest.into_iter();
-        let mut moves = Vec::with_capacity(empty.len());
+        progress: &Progress,
+    ) -> Result<Vec<Move>> {
+        let cost = |point: usize| descending(points.weight(point) * squared_distances[point]);
+        let key = |point: usize| (points.weight(point) > 0.0).then(|| (cost(point), point));
+        let farthest = sort(chosen(labels.len(), POINTS, progress, key)?, progress)?;
+        let mut counts = copied(&self.counts, CENTROIDS)?;
+        let mut farthest = farthest.into_iter().map(|(_, point)| point);
+        let mut moves = reserved(empty.len(), CENTROIDS)?;
         for &to in empty {
             // With fewer points of positive weight than clusters, some stay empty.
             let Some(point) = farthest.find(|&point| counts[labels[point] as usize] > 1) else { break };
@@ -208,15 +230,18 @@ impl Sums {
             counts[to as usize] += 1;
             moves.push(Move { point, from: labels[point], to });
         }
-        moves
+        Ok(moves)
     }
 
     /// The centroids, as they are before the points are multiplied by `scale`.
     ///
     /// The mean of a cluster; with [`Metric::Cosine`] its direction. An empty cluster, or a spherical one whose points
     /// cancel out, keeps the centroid that it had.
-    pub fn centroids(&self, metric: Metric, previous: &Vectors, scale: f32) -> Vec<f32> {
-        let mut values = vec![0.0; self.sums.len()];
+    ///
+    /// # Errors
+    /// If the memory cannot be had.
+    pub fn centroids(&self, metric: Metric, previous: &Vectors, scale: f32) -> Result<Vec<f32>> {
+        let mut values = filled(self.sums.len(), 0.0, CENTROIDS)?;
         let inverse = f64::from(scale).recip();
         values.par_chunks_exact_mut(self.dim).enumerate().for_each(|(cluster, centroid)| {
             let sum = &self.sums[cluster * self.dim..(cluster + 1) * self.dim];
@@ -233,7 +258,7 @@ impl Sums {
                 *value = (sum / divisor * inverse) as f32;
             }
         });
-        values
+        Ok(values)
     }
 
     /// The squared standard error of each centroid, σ²/(n − 1), infinite for clusters of one point.

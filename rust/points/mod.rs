@@ -4,6 +4,7 @@
 //! vectors: the 28 pairs of a prompt with 8 responses need 8 rows, which a tile gathers once.
 
 mod residency;
+mod visit;
 
 use std::ops::Range;
 
@@ -11,6 +12,7 @@ use rayon::prelude::*;
 
 use crate::error::{Error, Result};
 use crate::matrix::Rows;
+use crate::memory::{self, PIECE, POINTS};
 use crate::progress::Progress;
 use crate::simd;
 
@@ -45,45 +47,54 @@ pub struct Points<'a, const TERMS: usize> {
 
 impl<'a> Points<'a, 1> {
     /// Every row is a point.
-    pub fn from_rows(rows: Rows<'a>) -> Self {
-        Self::from_order(rows, (0..rows.count()).collect())
+    ///
+    /// # Errors
+    /// As [`memory::build`].
+    pub fn from_rows(rows: Rows<'a>, progress: &Progress) -> Result<Self> {
+        Self::from_order(rows, memory::build(rows.count(), POINTS, progress, |row| row)?, progress)
     }
 
     /// Point i is row `order[i]`.
-    pub fn from_order(rows: Rows<'a>, order: Vec<usize>) -> Self {
+    ///
+    /// # Errors
+    /// As [`memory::build`].
+    pub fn from_order(rows: Rows<'a>, order: Vec<usize>, progress: &Progress) -> Result<Self> {
         let count = order.len();
-        let tile = |first: usize| {
-            let points = first..(first + TILE_ROWS).min(count);
+        let tile = |tile: usize| {
+            let points = tile * TILE_ROWS..((tile + 1) * TILE_ROWS).min(count);
             Tile { rows: points.clone(), points }
         };
-        Self {
+        let slot = |point: usize| [(point % TILE_ROWS) as u16];
+        Ok(Self {
             rows,
-            coefficients: vec![[1.0]; count],
+            coefficients: memory::build(count, POINTS, progress, |_| [1.0])?,
             scale: 1.0,
-            slots: (0..count).map(|point| [(point % TILE_ROWS) as u16]).collect(),
-            tiles: (0..count).step_by(TILE_ROWS).map(tile).collect(),
+            slots: memory::build(count, POINTS, progress, slot)?,
+            tiles: memory::build(count.div_ceil(TILE_ROWS), POINTS, progress, tile)?,
             tile_rows: order,
             weights: None,
-        }
+        })
     }
 
     /// Lets the point of row i count as much as `weights[i]` points.
     ///
     /// # Errors
-    /// If there is not one weight for each row, or one is negative or not finite, or all are zero.
-    pub fn set_weights(&mut self, weights: &[f32]) -> Result<()> {
+    /// If there is not one weight for each row, or one is negative or not finite, or all are zero; or as
+    /// [`memory::build`].
+    pub fn set_weights(&mut self, weights: &[f32], progress: &Progress) -> Result<()> {
         let count = self.rows.count();
         if weights.len() != count {
             return Err(Error::shape("sample_weight", format!("({count},)"), format!("({},)", weights.len())));
         }
-        if let Some(index) = weights.iter().position(|weight| !(weight.is_finite() && *weight >= 0.0)) {
+        let wrong = |row: usize| !(weights[row].is_finite() && weights[row] >= 0.0);
+        if let Some(index) = memory::first(count, progress, wrong)? {
             let value = format!("{} at index {index}", weights[index]);
             return Err(Error::argument("sample_weight", "finite and not negative", value));
         }
-        if weights.iter().all(|&weight| weight == 0.0) {
+        if memory::first(count, progress, |row| weights[row] > 0.0)?.is_none() {
             return Err(Error::argument("sample_weight", "positive somewhere", "zero everywhere"));
         }
-        self.weights = Some(self.tile_rows.iter().map(|&row| weights[row]).collect());
+        self.weights = Some(memory::build(count, POINTS, progress, |point| weights[self.tile_rows[point]])?);
         Ok(())
     }
 }
@@ -92,8 +103,14 @@ impl<'a> Points<'a, 2> {
     /// Pair `p` is `coefficients[p][0] * rows[pairs[p][0]] + coefficients[p][1] * rows[pairs[p][1]]`.
     ///
     /// # Errors
-    /// If the two lists differ in length, or a pair refers to a row that is not there, or a coefficient is not finite.
-    pub fn from_pairs(rows: Rows<'a>, pairs: &[[i64; 2]], coefficients: &[[f32; 2]]) -> Result<Self> {
+    /// If the two lists differ in length, or a pair refers to a row that is not there, or a coefficient is not finite; or
+    /// as [`memory::build`].
+    pub fn from_pairs(
+        rows: Rows<'a>,
+        pairs: &[[i64; 2]],
+        coefficients: &[[f32; 2]],
+        progress: &Progress,
+    ) -> Result<Self> {
         if rows.dim() == 0 {
             return Err(Error::shape("rows", "(n, d) with d >= 1", format!("({}, 0)", rows.count())));
         }
@@ -101,28 +118,43 @@ impl<'a> Points<'a, 2> {
             let expected = format!("({}, 2), as `pairs` has", pairs.len());
             return Err(Error::shape("coefficients", expected, format!("({}, 2)", coefficients.len())));
         }
-        for (pair, indices) in pairs.iter().enumerate() {
-            if let Some(&row) = indices.iter().find(|&&row| row < 0 || row as u64 >= rows.count() as u64) {
-                return Err(Error::RowOutOfRange { pair, row, rows: rows.count() });
+        let count = rows.count();
+        let terms = |pair: usize| {
+            let outside = |row: &i64| *row < 0 || *row as u64 >= count as u64;
+            let indices = pairs[pair];
+            match indices.into_iter().find(outside) {
+                Some(row) => Err(Error::RowOutOfRange { pair, row, rows: count }),
+                None => Ok(indices.map(|row| row as usize)),
             }
+        };
+        if let Some(pair) = memory::first(pairs.len(), progress, |pair| terms(pair).is_err())? {
+            terms(pair)?;
         }
-        if let Some(index) = coefficients.as_flattened().iter().position(|value| !value.is_finite()) {
-            let value = f64::from(coefficients.as_flattened()[index]);
-            return Err(Error::NotFinite { array: "coefficients", index: index / 2, value });
+        let values = memory::build(pairs.len(), POINTS, progress, |pair| coefficients[pair])?;
+        let infinite = |pair: usize| values[pair].into_iter().find(|value| !value.is_finite());
+        if let Some(index) = memory::first(pairs.len(), progress, |pair| infinite(pair).is_some())? {
+            let value = infinite(index).map_or(f64::NAN, f64::from);
+            return Err(Error::NotFinite { array: "coefficients", index, value });
         }
-        Ok(Self::new(rows, coefficients.to_vec(), |pair| pairs[pair].map(|row| row as usize)))
+        // They are checked once more where they are used: another thread may have changed them.
+        Self::new(rows, values, terms, progress)
     }
 }
 
 impl<'a, const TERMS: usize> Points<'a, TERMS> {
     /// Cuts the points into tiles. The cuts depend on the points alone.
-    fn new(rows: Rows<'a>, coefficients: Vec<[f32; TERMS]>, mut terms: impl FnMut(usize) -> [usize; TERMS]) -> Self {
+    fn new(
+        rows: Rows<'a>,
+        coefficients: Vec<[f32; TERMS]>,
+        mut terms: impl FnMut(usize) -> Result<[usize; TERMS]>,
+        progress: &Progress,
+    ) -> Result<Self> {
         let count = coefficients.len();
-        let mut slots = Vec::with_capacity(count);
-        let mut tiles = Vec::new();
-        let mut tile_rows = Vec::new();
+        let mut slots = memory::reserved(count, POINTS)?;
+        let mut tiles = memory::reserved(1, POINTS)?;
+        let mut tile_rows = memory::reserved(TILE_ROWS, POINTS)?;
         // The tile that last listed a row, counted from one, and where. A table is ten times as fast as hashing.
-        let mut listed: Vec<(u32, u16)> = vec![(0, 0); rows.count()];
+        let mut listed: Vec<(u32, u16)> = memory::build(rows.count(), POINTS, progress, |_| (0, 0))?;
         let (mut first_point, mut first_row) = (0, 0);
         for point in 0..count {
             let full = tile_rows.len() - first_row + TERMS > TILE_ROWS || point - first_point == TILE_POINTS;
@@ -130,9 +162,12 @@ impl<'a, const TERMS: usize> Points<'a, TERMS> {
                 sort_slots(&mut slots[first_point..], &mut tile_rows[first_row..]);
                 tiles.push(Tile { points: first_point..point, rows: first_row..tile_rows.len() });
                 (first_point, first_row) = (point, tile_rows.len());
+                memory::grow(&mut tiles, 1, POINTS)?;
+                memory::grow(&mut tile_rows, TILE_ROWS, POINTS)?;
+                progress.check()?;
             }
             let tile = tiles.len() as u32 + 1;
-            slots.push(terms(point).map(|row| {
+            slots.push(terms(point)?.map(|row| {
                 if listed[row].0 != tile {
                     listed[row] = (tile, (tile_rows.len() - first_row) as u16);
                     tile_rows.push(row);
@@ -144,7 +179,7 @@ impl<'a, const TERMS: usize> Points<'a, TERMS> {
             sort_slots(&mut slots[first_point..], &mut tile_rows[first_row..]);
             tiles.push(Tile { points: first_point..count, rows: first_row..tile_rows.len() });
         }
-        Self { rows, coefficients, scale: 1.0, slots, tiles, tile_rows, weights: None }
+        Ok(Self { rows, coefficients, scale: 1.0, slots, tiles, tile_rows, weights: None })
     }
 
     pub fn count(&self) -> usize {
@@ -176,12 +211,18 @@ impl<'a, const TERMS: usize> Points<'a, TERMS> {
     /// Multiplies each point by its factor.
     ///
     /// # Errors
-    /// If a coefficient leaves the range of float32.
-    pub fn multiply(&mut self, factors: &[f32]) -> Result<()> {
-        for (coefficients, factor) in self.coefficients.iter_mut().zip(factors) {
-            *coefficients = coefficients.map(|coefficient| coefficient * factor);
-        }
-        match self.coefficients.iter().position(|own| own.iter().any(|coefficient| !coefficient.is_finite())) {
+    /// If a coefficient leaves the range of float32, or the computation was cancelled.
+    pub fn multiply(&mut self, factors: &[f32], progress: &Progress) -> Result<()> {
+        self.coefficients.par_chunks_mut(PIECE).zip(factors.par_chunks(PIECE)).try_for_each(
+            |(coefficients, factors)| {
+                for (coefficients, factor) in coefficients.iter_mut().zip(factors) {
+                    *coefficients = coefficients.map(|coefficient| coefficient * factor);
+                }
+                progress.check()
+            },
+        )?;
+        let infinite = |point: usize| !self.coefficients[point].iter().all(|coefficient| coefficient.is_finite());
+        match memory::first(self.count(), progress, infinite)? {
             Some(point) => Err(Error::TooShort { point: self.number(point) }),
             None => Ok(()),
         }
@@ -202,18 +243,21 @@ impl<'a, const TERMS: usize> Points<'a, TERMS> {
     }
 
     /// Some of the points, given in ascending order. Weights are left behind.
-    pub fn subset(&self, chosen: &[usize]) -> Self {
-        let coefficients = chosen.iter().map(|&point| self.coefficients[point]).collect();
+    ///
+    /// # Errors
+    /// As [`memory::build`].
+    pub fn subset(&self, chosen: &[usize], progress: &Progress) -> Result<Self> {
+        let coefficients = memory::build(chosen.len(), POINTS, progress, |index| self.coefficients[chosen[index]])?;
         let mut tile = 0;
-        let subset = Self::new(self.rows, coefficients, |index| {
+        let terms = |index: usize| {
             let point = chosen[index];
             while self.tiles[tile].points.end <= point {
                 tile += 1;
             }
             let rows = self.rows_of(&self.tiles[tile]);
-            self.slots(point).map(|slot| rows[slot])
-        });
-        Self { scale: self.scale, ..subset }
+            Ok(self.slots(point).map(|slot| rows[slot]))
+        };
+        Ok(Self { scale: self.scale, ..Self::new(self.rows, coefficients, terms, progress)? })
     }
 
     pub fn weight(&self, point: usize) -> f64 {
@@ -348,60 +392,6 @@ impl<'a, const TERMS: usize> Points<'a, TERMS> {
     pub fn write_float64(&self, point: usize, values: &mut [f32], out: &mut [f64]) {
         self.write_alone(point, values);
         simd::to_float64(values, out);
-    }
-
-    /// Shows `visit` every tile of a range with the entries of `data` that belong to its points, in parallel; the
-    /// results come in the order of the tiles. `data` begins with the first point of the range.
-    pub fn visit<State, Entry: Send, Output: Send>(
-        &self,
-        tiles: Range<usize>,
-        mut data: &mut [Entry],
-        start: impl Fn() -> State + Sync + Send,
-        visit: impl Fn(&mut State, usize, &Tile, &mut [Entry]) -> Result<Output> + Sync + Send,
-    ) -> Result<Vec<Output>> {
-        let mut tasks = Vec::with_capacity(tiles.len());
-        for index in tiles {
-            let tile = &self.tiles[index];
-            let (entries, rest) = data.split_at_mut(tile.points.len());
-            tasks.push((index, tile, entries));
-            data = rest;
-        }
-        let visit = |state: &mut State, (index, tile, entries): (usize, &Tile, &mut [Entry])| {
-            let output = visit(state, index, tile, entries);
-            self.forget(index..index + 1);
-            output
-        };
-        tasks.into_par_iter().with_max_len(1).map_init(start, visit).collect()
-    }
-
-    /// Cuts the tiles into at most `limit` blocks, gives each block a state, and shows it the block's tiles in order
-    /// together with their gathered rows. Returns the states in the order of the blocks.
-    ///
-    /// Blocks run in parallel; as neither the cuts nor the order within a block depend on the number of threads,
-    /// neither does any result that is folded in block order.
-    pub fn fold_blocks<State: Send>(
-        &self,
-        limit: usize,
-        progress: &Progress,
-        start: impl Fn() -> State + Sync,
-        visit: impl Fn(&mut State, &Tile, &[f32]) + Sync,
-    ) -> Result<Vec<State>> {
-        let blocks = limit.min(self.tiles.len());
-        (0..blocks)
-            .into_par_iter()
-            .map(|block| {
-                let (first, end) = (block * self.tiles.len() / blocks, (block + 1) * self.tiles.len() / blocks);
-                let tiles = &self.tiles[first..end];
-                let mut state = start();
-                let mut gathered = Vec::new();
-                for (index, tile) in (first..end).zip(tiles) {
-                    visit(&mut state, tile, self.gather_or_borrow(tile, None, &mut gathered));
-                    self.forget(index..index + 1);
-                    progress.advance(1)?;
-                }
-                Ok(state)
-            })
-            .collect()
     }
 
     /// The error for a point whose norm is not finite or too large: the first of its rows that is not finite, else an

@@ -1,8 +1,10 @@
-//! How much of a mapped file stays in memory while its rows are worked on.
+//! How much of a mapped file stays in memory while its rows are worked on, and whether there is room for the work.
 
 use std::ops::Range;
 
-use super::Points;
+use super::{Points, TILE_ROWS};
+use crate::error::Result;
+use crate::memory::{self, TILES};
 
 /// Bytes of a mapped file that are held before they are forgotten.
 const WINDOW_BYTES: usize = 64 << 20;
@@ -11,6 +13,16 @@ const WINDOW_BYTES: usize = 64 << 20;
 const WINDOW_TILES: usize = 4;
 
 impl<const TERMS: usize> Points<'_, TERMS> {
+    /// Asks whether every thread can have the rows of a tile twice, and `more` bytes for each row, at the same time.
+    ///
+    /// # Errors
+    /// [`crate::Error::Memory`].
+    pub fn room(&self, more: usize) -> Result<()> {
+        let row = (2 * size_of::<f32>()).saturating_mul(self.dim()).saturating_add(more);
+        let rows = TILE_ROWS.min(TERMS * self.count()) * rayon::current_num_threads().min(self.tiles.len());
+        memory::room(row.saturating_mul(rows), TILES)
+    }
+
     /// Lets rows of a mapped file that belong to some tiles leave the memory of this process, with those between them.
     pub fn forget(&self, tiles: Range<usize>) {
         if self.rows.mapped() {

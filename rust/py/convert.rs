@@ -1,17 +1,21 @@
-//! NumPy arrays to slices and back. Arrays are borrowed as they are, memory maps included; only lists of indices are
-//! copied, so that nothing changes them between their check and their use.
+//! NumPy arrays to slices and back. Arrays are borrowed as they are, memory maps included. Only lists of indices and masks
+//! are copied, so that nothing changes them between their check and their use; and that after the interpreter was let go,
+//! in pieces between which the cancel token is looked at.
 
 use half::slice::HalfBitsSliceExt;
 use half::{bf16, f16};
 use numpy::ndarray::{Dimension, Ix1, Ix2};
 use numpy::prelude::*;
 use numpy::{Element, PyArray, PyArray2, PyReadonlyArray, PyReadwriteArray2, PyUntypedArray};
+use pyo3::PyTypeInfo;
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 
 use crate::error::{Error, Result};
 use crate::matrix::{Rows, Values};
+use crate::memory::{ARGUMENT, RESULTS, build, first};
 use crate::points::Points;
+use crate::progress::Progress;
 
 /// A C-contiguous array of one type and number of dimensions, borrowed for reading.
 pub struct Borrowed<'py, T: Element, D: Dimension>(PyReadonlyArray<'py, T, D>);
@@ -51,23 +55,46 @@ impl<'py, T: Element, D: Dimension> Borrowed<'py, T, D> {
     }
 }
 
-/// What an array of bool says. It is read as bytes, since NumPy lets one hold any: all but zero are true.
+/// An array of bool. It is read as bytes, since NumPy lets one hold any: all but zero are true.
+pub struct Mask<'py>(Vector<'py, u8>);
+
+impl<'py> Mask<'py> {
+    /// # Errors
+    /// As [`Borrowed::new`].
+    pub fn new(name: &str, array: &Bound<'py, PyAny>) -> PyResult<Self> {
+        // Never read as such.
+        Borrowed::<bool, Ix1>::check(name, array)?;
+        Ok(Self(Vector::new(name, &array.call_method1("view", ("uint8",))?)?))
+    }
+
+    pub fn bytes(&self) -> &[u8] {
+        self.0.slice()
+    }
+}
+
+/// What the bytes of a mask say.
 ///
 /// # Errors
-/// As [`Borrowed::new`].
-pub fn bools(name: &str, array: &Bound<'_, PyAny>) -> PyResult<Vec<bool>> {
-    // Never read as such.
-    Borrowed::<bool, Ix1>::check(name, array)?;
-    let bytes = Vector::<u8>::new(name, &array.call_method1("view", ("uint8",))?)?;
-    Ok(bytes.slice().iter().map(|&byte| byte != 0).collect())
+/// As [`build`].
+pub fn bools(bytes: &[u8], progress: &Progress) -> Result<Vec<bool>> {
+    build(bytes.len(), ARGUMENT, progress, |index| bytes[index] != 0)
 }
 
 /// A copy of a list of indices.
 ///
 /// # Errors
-/// As [`Borrowed::new`].
-pub fn indices<T: Element + Copy>(name: &str, array: &Bound<'_, PyAny>) -> PyResult<Vec<T>> {
-    Ok(Vector::<T>::new(name, array)?.slice().to_vec())
+/// As [`build`].
+pub fn indices<T: Copy + Send + Sync>(values: &[T], progress: &Progress) -> Result<Vec<T>> {
+    build(values.len(), ARGUMENT, progress, |index| values[index])
+}
+
+/// Indices as NumPy has them.
+///
+/// # Errors
+/// As [`build`].
+pub fn numbers<T: Copy + Sync + TryInto<i64>>(indices: &[T], progress: &Progress) -> Result<Vec<i64>> {
+    // No list is long enough for other indices.
+    build(indices.len(), RESULTS, progress, |index| indices[index].try_into().unwrap_or(i64::MAX))
 }
 
 impl<T: Element> Matrix<'_, T> {
@@ -126,10 +153,6 @@ impl<'py> RowsArray<'py> {
         match scales {
             Some(scales) if is_int8 => {
                 let scales = Vector::<f32>::new("scales", scales)?;
-                if let Some(index) = scales.slice().iter().position(|scale| !scale.is_finite()) {
-                    let value = f64::from(scales.slice()[index]);
-                    return Err(Error::NotFinite { array: "scales", index, value }.into());
-                }
                 Ok(Self { values: RowsValues::I8(Matrix::new(name, array)?, Some(scales)), mapped: is_mapped(array)? })
             }
             Some(_) => Err(PyValueError::new_err(format!("`scales` belong to int8 `{name}` alone; leave them out"))),
@@ -165,6 +188,18 @@ impl<'py> RowsArray<'py> {
             unsafe { rows.set_mapped() };
         }
         Ok(rows)
+    }
+}
+
+/// Checks the factors of rows.
+///
+/// # Errors
+/// If one is not finite, or the computation was cancelled.
+pub fn check_scales(rows: Rows, progress: &Progress) -> Result<()> {
+    let Values::I8(_, Some(scales)) = rows.values() else { return Ok(()) };
+    match first(scales.len(), progress, |index| !scales[index].is_finite())? {
+        Some(index) => Err(Error::NotFinite { array: "scales", index, value: f64::from(scales[index]) }),
+        None => Ok(()),
     }
 }
 
@@ -217,9 +252,10 @@ impl<'py> PairArrays<'py> {
 
 impl<'a> Pairs<'a> {
     /// # Errors
-    /// As [`Points::from_pairs`].
-    pub fn points(&self) -> Result<Points<'a, 2>> {
-        Points::from_pairs(self.rows, self.indices, self.coefficients)
+    /// As [`Points::from_pairs`] and [`check_scales`].
+    pub fn points(&self, progress: &Progress) -> Result<Points<'a, 2>> {
+        check_scales(self.rows, progress)?;
+        Points::from_pairs(self.rows, self.indices, self.coefficients, progress)
     }
 }
 
@@ -284,10 +320,7 @@ fn untyped<'a, 'py>(
     array: &'a Bound<'py, PyAny>,
     dimensions: usize,
 ) -> PyResult<&'a Bound<'py, PyUntypedArray>> {
-    let Ok(untyped) = array.cast::<PyUntypedArray>() else {
-        let found = array.get_type().name()?;
-        return Err(PyTypeError::new_err(format!("`{name}` must be a NumPy array, but is {found}")));
-    };
+    let untyped = unmasked(name, array)?;
     if untyped.ndim() != dimensions {
         let found = untyped.shape();
         return Err(PyValueError::new_err(format!(
@@ -297,6 +330,27 @@ fn untyped<'a, 'py>(
     if !untyped.is_c_contiguous() {
         return Err(PyValueError::new_err(format!(
             "`{name}` must be C-contiguous; copy it with np.ascontiguousarray({name})"
+        )));
+    }
+    Ok(untyped)
+}
+
+/// An array of any type, if nothing of it is masked.
+///
+/// # Errors
+/// `TypeError` for anything else than an array, and for a masked one, whose mask would be passed over.
+pub fn unmasked<'a, 'py>(name: &str, array: &'a Bound<'py, PyAny>) -> PyResult<&'a Bound<'py, PyUntypedArray>> {
+    let Ok(untyped) = array.cast::<PyUntypedArray>() else {
+        let found = array.get_type().name()?;
+        return Err(PyTypeError::new_err(format!("`{name}` must be a NumPy array, but is {found}")));
+    };
+    // Subclasses alone, so that `numpy.ma` is imported for those that may be its own.
+    if !array.is_exact_instance(&PyUntypedArray::type_object(array.py()))
+        && array.is_instance(&array.py().import("numpy.ma")?.getattr("MaskedArray")?)?
+    {
+        return Err(PyTypeError::new_err(format!(
+            "`{name}` is a masked array, and the mask would be passed over; leave the masked entries out, or pass \
+             {name}.filled(...)"
         )));
     }
     Ok(untyped)

@@ -4,7 +4,7 @@ use numpy::PyArray1;
 use numpy::prelude::*;
 use pyo3::prelude::*;
 
-use super::convert::{PairArrays, RowsArray, indices};
+use super::convert::{PairArrays, RowsArray, Vector, indices, numbers};
 use super::limits::LimitArrays;
 use super::run::run;
 use crate::coreset::CACHE_BYTES;
@@ -73,14 +73,16 @@ pub fn coreset<'py>(
 ) -> PyResult<(Bound<'py, PyArray1<i64>>, Bound<'py, PyArray1<f64>>)> {
     let arrays = PairArrays::new(RowsArray::of_pairs(rows, None)?, pairs, coefficients)?;
     let pairs = arrays.pairs()?;
-    let clusters = indices::<i32>("clusters", clusters)?;
+    let clusters = Vector::<i32>::new("clusters", clusters)?;
+    let clusters = clusters.slice();
     let limit_arrays = LimitArrays::new(eligible, prompts, max_depth)?;
-    let limits = limit_arrays.limits();
+    let limits = limit_arrays.borrow();
     let pick = |progress: &Progress| {
-        let points = pairs.points()?;
-        crate::coreset::coreset(&points, &clusters, budget, limits, cache_bytes, progress)
+        let (clusters, limits) = (indices(clusters, progress)?, limits.copy(progress)?);
+        let points = pairs.points(progress)?;
+        let coreset = crate::coreset::coreset(&points, &clusters, budget, limits.limits(), cache_bytes, progress)?;
+        Ok((numbers(&coreset.picks, progress)?, coreset.weights))
     };
-    let coreset = run(py, threads, progress.as_ref(), pick)?;
-    let picks: Vec<i64> = coreset.picks.into_iter().map(|pick| pick as i64).collect();
-    Ok((picks.into_pyarray(py), coreset.weights.into_pyarray(py)))
+    let (picks, weights) = run(py, threads, progress.as_ref(), pick)?;
+    Ok((picks.into_pyarray(py), weights.into_pyarray(py)))
 }

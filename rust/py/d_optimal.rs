@@ -4,7 +4,7 @@ use numpy::PyArray1;
 use numpy::prelude::*;
 use pyo3::prelude::*;
 
-use super::convert::{PairArrays, RowsArray};
+use super::convert::{PairArrays, RowsArray, numbers};
 use super::limits::LimitArrays;
 use super::run::run;
 use crate::progress::Progress;
@@ -64,12 +64,13 @@ pub fn d_optimal<'py>(
     let arrays = PairArrays::new(RowsArray::of_pairs(rows, None)?, pairs, coefficients)?;
     let pairs = arrays.pairs()?;
     let limit_arrays = LimitArrays::new(eligible, prompts, max_depth)?;
-    let limits = limit_arrays.limits();
+    let limits = limit_arrays.borrow();
     let pick = |progress: &Progress| {
-        let points = pairs.points()?;
-        crate::d_optimal::d_optimal(&points, budget, regularization, limits, progress)
+        let limits = limits.copy(progress)?;
+        let points = pairs.points(progress)?;
+        let design = crate::d_optimal::d_optimal(&points, budget, regularization, limits.limits(), progress)?;
+        Ok((numbers(&design.picks, progress)?, design.gains))
     };
-    let design = run(py, threads, progress.as_ref(), pick)?;
-    let picks: Vec<i64> = design.picks.into_iter().map(|pick| pick as i64).collect();
-    Ok((picks.into_pyarray(py), design.gains.into_pyarray(py)))
+    let (picks, gains) = run(py, threads, progress.as_ref(), pick)?;
+    Ok((picks.into_pyarray(py), gains.into_pyarray(py)))
 }

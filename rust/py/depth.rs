@@ -56,17 +56,20 @@ pub fn allocate_depth<'py>(
     threads: Option<usize>,
     progress: Option<Py<PyAny>>,
 ) -> PyResult<Bound<'py, PyArray1<bool>>> {
-    let prompts = indices::<i64>("prompts", prompts)?;
-    let clusters = indices::<i32>("clusters", clusters)?;
+    let prompts = Vector::<i64>::new("prompts", prompts)?;
+    let clusters = Vector::<i32>::new("clusters", clusters)?;
     let usefulness = Vector::<f64>::new("usefulness", usefulness)?;
     let weights = cluster_weights.map(|weights| Vector::<f64>::new("cluster_weights", weights)).transpose()?;
     let weights = weights.as_ref().map(|weights| weights.slice());
     if min_depth > 1 {
         return Err(Error::argument("min_depth", "0 or 1", min_depth).into());
     }
-    let candidates = Candidates { prompts: &prompts, clusters: &clusters, usefulness: usefulness.slice() };
-    let allocate =
-        |progress: &Progress| depth::allocate_depth(candidates, budget, min_depth == 1, max_depth, weights, progress);
+    let (prompts, clusters, usefulness) = (prompts.slice(), clusters.slice(), usefulness.slice());
+    let allocate = |progress: &Progress| {
+        let (prompts, clusters) = (indices(prompts, progress)?, indices(clusters, progress)?);
+        let candidates = Candidates { prompts: &prompts, clusters: &clusters, usefulness };
+        depth::allocate_depth(candidates, budget, min_depth == 1, max_depth, weights, progress)
+    };
     let kept = run(py, threads, progress.as_ref(), allocate)?;
     Ok(kept.into_pyarray(py))
 }

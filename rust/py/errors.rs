@@ -29,7 +29,7 @@ impl From<Error> for PyErr {
                 }
                 None => PyOSError::new_err(error.to_string()),
             },
-            Error::Memory { .. } | Error::CopyMemory { .. } => PyMemoryError::new_err(error.to_string()),
+            Error::Memory { .. } => PyMemoryError::new_err(error.to_string()),
             Error::Fault { .. } => PyRuntimeError::new_err(error.to_string()),
             Error::Cancelled => PyKeyboardInterrupt::new_err(()),
             Error::Shape { .. }

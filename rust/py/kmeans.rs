@@ -5,10 +5,11 @@ use numpy::{PyArray1, PyArray2};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
-use super::convert::{Matrix, PairArrays, RowsArray, Vector, matrix};
+use super::convert::{Matrix, PairArrays, RowsArray, Vector, check_scales, matrix};
 use super::run::run;
 use crate::error::Error;
 use crate::kmeans::{CACHE_BYTES, Clustering, Init, Metric, Params, assign as nearest, fit, fit_rows};
+use crate::memory::{CENTROIDS, copied};
 use crate::points::Points;
 use crate::progress::Progress;
 
@@ -84,7 +85,7 @@ impl InitArgument<'_> {
                     let found = format!("{:?}", centroids.shape());
                     return Err(Error::shape("init", format!("[{clusters}, {dim}]"), found).into());
                 }
-                Ok(Init::Centroids(centroids.slice().to_vec()))
+                Ok(Init::Centroids(copied(centroids.slice(), CENTROIDS)?))
             }
         }
     }
@@ -166,7 +167,10 @@ pub fn kmeans(
         cache_bytes,
     };
     let weights = weights.as_ref().map(Vector::slice);
-    let cluster = |progress: &Progress| fit_rows(rows, weights, &params, progress);
+    let cluster = |progress: &Progress| {
+        check_scales(rows, progress)?;
+        fit_rows(rows, weights, &params, progress)
+    };
     let clustering = run(py, threads, progress.as_ref(), cluster)?;
     KMeansResult::new(py, clustering, rows.dim())
 }
@@ -211,7 +215,10 @@ pub fn assign(
     }
     let metric = self::metric(metric)?;
     let centroids = centroids.slice();
-    let assign = |progress: &Progress| nearest(Points::from_rows(rows), centroids, metric, progress);
+    let assign = |progress: &Progress| {
+        check_scales(rows, progress)?;
+        nearest(Points::from_rows(rows, progress)?, centroids, metric, progress)
+    };
     let (labels, distances) = run(py, threads, progress.as_ref(), assign)?;
     Ok((labels.into_pyarray(py).unbind(), distances.into_pyarray(py).unbind()))
 }
@@ -283,7 +290,7 @@ pub fn pair_kmeans(
         seed,
         cache_bytes,
     };
-    let cluster = |progress: &Progress| fit(pairs.points()?, &params, progress);
+    let cluster = |progress: &Progress| fit(pairs.points(progress)?, &params, progress);
     let clustering = run(py, threads, progress.as_ref(), cluster)?;
     KMeansResult::new(py, clustering, pairs.rows.dim())
 }

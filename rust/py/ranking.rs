@@ -7,7 +7,7 @@ use pyo3::prelude::*;
 
 use super::convert::Vector;
 use super::run::run;
-use crate::progress::Progress;
+use crate::memory::{ARGUMENT, build};
 use crate::ranking::{self, Ranking};
 
 /// Keys to rank pairs by: the larger, the sooner a pair is kept.
@@ -49,16 +49,17 @@ pub fn ranking_keys<'py>(
             )));
         }
     };
-    let (converted, borrowed);
-    let scores: &[f64] = if scores.cast::<PyArray1<f32>>().is_ok() {
-        converted =
-            Vector::<f32>::new("scores", scores)?.slice().iter().map(|&score| f64::from(score)).collect::<Vec<_>>();
-        &converted
+    let keys = if scores.cast::<PyArray1<f32>>().is_ok() {
+        let scores = Vector::<f32>::new("scores", scores)?;
+        let scores = scores.slice();
+        run(py, threads, progress.as_ref(), |progress| {
+            let scores = build(scores.len(), ARGUMENT, progress, |pair| f64::from(scores[pair]))?;
+            ranking::ranking_keys(&scores, ranking, seed, progress)
+        })?
     } else {
-        borrowed = Vector::<f64>::new("scores", scores)?;
-        borrowed.slice()
+        let scores = Vector::<f64>::new("scores", scores)?;
+        let scores = scores.slice();
+        run(py, threads, progress.as_ref(), |progress| ranking::ranking_keys(scores, ranking, seed, progress))?
     };
-    let rank = |progress: &Progress| ranking::ranking_keys(scores, ranking, seed, progress);
-    let keys = run(py, threads, progress.as_ref(), rank)?;
     Ok(keys.into_pyarray(py))
 }

@@ -3,8 +3,9 @@
 use std::any::Any;
 use std::num::NonZero;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::Builder;
 use std::time::{Duration, Instant};
 
 use pyo3::exceptions::PyRuntimeError;
@@ -12,6 +13,7 @@ use pyo3::prelude::*;
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use crate::error::{Error, Result};
+use crate::memory::{WORK, room};
 use crate::progress::Progress;
 
 /// How often the calling thread looks for a signal.
@@ -43,48 +45,86 @@ pub fn run<T: Send>(
     callback: Option<&Py<PyAny>>,
     work: impl FnOnce(&Progress) -> Result<T> + Send,
 ) -> PyResult<T> {
-    let pool = pool(threads)?;
-    let progress = Progress::default();
-    let report = |py: Python<'_>| match callback {
-        Some(callback) => callback.call1(py, progress.steps()).map(|_| ()),
-        None => Ok(()),
-    };
-    let wait = || {
-        pool.in_place_scope(|scope| {
+    let wait = |progress: &Progress| {
+        pool(threads)?.in_place_scope(|scope| {
             let (sender, receiver) = channel();
-            let progress = &progress;
-            scope.spawn(move |_| {
-                // A panic would leave as an exception that `except Exception` does not catch.
-                let result = catch_unwind(AssertUnwindSafe(|| work(progress)));
-                // The receiver outlives the scope's work, so a failure to send cannot happen.
-                let _ = sender.send(result.unwrap_or_else(|panic| Err(Error::Fault { message: message(&*panic) })));
-            });
-            let mut reported = Instant::now();
-            loop {
-                match receiver.recv_timeout(POLL) {
-                    Ok(result) => return result.map_err(PyErr::from),
-                    Err(RecvTimeoutError::Disconnected) => unreachable!("the work always sends a result"),
-                    Err(RecvTimeoutError::Timeout) => {
-                        let due = reported.elapsed() >= REPORT;
-                        let answer = Python::attach(|py| {
-                            py.check_signals()?;
-                            if due { report(py) } else { Ok(()) }
-                        });
-                        if due {
-                            reported = Instant::now();
-                        }
-                        if let Err(raised) = answer {
-                            progress.cancel();
-                            return Err(raised);
-                        }
-                    }
-                }
-            }
+            scope.spawn(move |_| send(&sender, work, progress));
+            answer(callback, progress, &receiver)
         })
     };
-    let result = py.detach(wait)?;
-    report(py)?;
+    detached(py, callback, wait)
+}
+
+/// As [`run`], on a thread of its own: for work that waits for files or for other threads, which no pool should wait for.
+///
+/// # Errors
+/// As [`run`].
+pub fn run_alone<T: Send>(
+    py: Python<'_>,
+    callback: Option<&Py<PyAny>>,
+    work: impl FnOnce(&Progress) -> Result<T> + Send,
+) -> PyResult<T> {
+    let wait = |progress: &Progress| {
+        std::thread::scope(|scope| {
+            let (sender, receiver) = channel();
+            Builder::new()
+                .name("bpo".to_owned())
+                .spawn_scoped(scope, move || send(&sender, work, progress))
+                .map_err(|error| PyRuntimeError::new_err(format!("cannot start a thread: {error}")))?;
+            answer(callback, progress, &receiver)
+        })
+    };
+    detached(py, callback, wait)
+}
+
+/// Detaches from the interpreter and says in the end how far the work has come.
+fn detached<T: Send>(
+    py: Python<'_>,
+    callback: Option<&Py<PyAny>>,
+    wait: impl FnOnce(&Progress) -> PyResult<T> + Send,
+) -> PyResult<T> {
+    let progress = Progress::default();
+    let result = py.detach(|| wait(&progress))?;
+    report(py, callback, &progress)?;
     Ok(result)
+}
+
+fn report(py: Python<'_>, callback: Option<&Py<PyAny>>, progress: &Progress) -> PyResult<()> {
+    callback.map_or(Ok(()), |callback| callback.call1(py, progress.steps()).map(|_| ()))
+}
+
+/// Does the work and sends what comes of it.
+fn send<T>(sender: &Sender<Result<T>>, work: impl FnOnce(&Progress) -> Result<T>, progress: &Progress) {
+    // A panic would leave as an exception that `except Exception` does not catch.
+    let work = || room(0, WORK).and_then(|()| work(progress));
+    let result = catch_unwind(AssertUnwindSafe(work));
+    // The receiver outlives the scope's work, so a failure to send cannot happen.
+    let _ = sender.send(result.unwrap_or_else(|panic| Err(Error::Fault { message: message(&*panic) })));
+}
+
+/// Waits for the result; meanwhile answers signals and calls `callback`.
+fn answer<T>(callback: Option<&Py<PyAny>>, progress: &Progress, receiver: &Receiver<Result<T>>) -> PyResult<T> {
+    let mut reported = Instant::now();
+    loop {
+        match receiver.recv_timeout(POLL) {
+            Ok(result) => return result.map_err(PyErr::from),
+            Err(RecvTimeoutError::Disconnected) => unreachable!("the work always sends a result"),
+            Err(RecvTimeoutError::Timeout) => {
+                let due = reported.elapsed() >= REPORT;
+                let answer = Python::attach(|py| {
+                    py.check_signals()?;
+                    if due { report(py, callback, progress) } else { Ok(()) }
+                });
+                if due {
+                    reported = Instant::now();
+                }
+                if let Err(raised) = answer {
+                    progress.cancel();
+                    return Err(raised);
+                }
+            }
+        }
+    }
 }
 
 /// What a panic says.
@@ -106,19 +146,28 @@ fn pool(threads: Option<usize>) -> PyResult<Arc<ThreadPool>> {
         None => std::thread::available_parallelism().map_or(1, NonZero::get),
     };
     let key = (std::process::id(), threads);
-    let mut pools = POOLS.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some(place) = pools.iter().position(|kept| kept.key == key) {
+    let pools = || POOLS.lock().unwrap_or_else(PoisonError::into_inner);
+    let known = |pools: &mut Vec<Kept>| {
+        let place = pools.iter().position(|kept| kept.key == key)?;
         let kept = pools.remove(place);
         let pool = Arc::clone(&kept.pool);
         pools.push(kept);
+        Some(pool)
+    };
+    if let Some(pool) = known(&mut pools()) {
         return Ok(pool);
     }
+    // Without the lock, which nobody holds for long.
     let pool = ThreadPoolBuilder::new()
         .num_threads(threads)
         .thread_name(|index| format!("bpo-{index}"))
         .build()
         .map_err(|error| PyRuntimeError::new_err(format!("cannot start {threads} threads: {error}")))?;
     let pool = Arc::new(pool);
+    let mut pools = pools();
+    if let Some(pool) = known(&mut pools) {
+        return Ok(pool); // another thread was faster
+    }
     // Those of a parent have no threads here to end, and would be waited for in vain.
     pools.extract_if(.., |kept| kept.key.0 != key.0).for_each(std::mem::forget);
     if pools.len() == KEPT_POOLS {

@@ -18,7 +18,7 @@ use crate::sketch::{self, Kind};
 ///     seed: Seed of the map.
 ///     kind: "sparse" for rotated blocks, which run at about the speed of memory; "rademacher" or "normal" for a dense
 ///         map with independent entries.
-///     nnz: Non-zero entries for each coordinate of a sparse map; must divide dim.
+///     nnz: Non-zero entries for each coordinate of a sparse map; must divide dim, 256 at most.
 ///
 /// Raises:
 ///     ValueError: If an argument is out of its range.

@@ -1,18 +1,24 @@
 //! Binding of the gradient store.
 
 use std::path::PathBuf;
-use std::sync::{Mutex, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, TryLockError};
+use std::time::Duration;
 
+use numpy::PyArray1;
 use numpy::prelude::*;
-use numpy::{PyArray1, PyUntypedArray};
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 
-use super::convert::{Matrix, Vector, bools};
-use super::run::run;
+use super::convert::{Mask, Matrix, Vector, bools, numbers, unmasked};
+use super::run::{run, run_alone};
 use crate::error::{Error, Result};
+use crate::progress::Progress;
 use crate::store::format::{Manifest, RECORD_BYTES};
 use crate::store::{self, Tolerance};
+
+/// Between two tries to take a lock that another thread holds.
+const WAIT: Duration = Duration::from_millis(1);
 
 /// The one writer of a store; a context manager that commits and closes.
 #[pyclass(frozen, module = "bpo._core")]
@@ -22,6 +28,10 @@ pub struct StoreWriter {
     dtype: &'static str,
     /// None once closed.
     writer: Mutex<Option<store::StoreWriter>>,
+    /// What the writer said when it was last used: asking needs no lock, which may be held while the disk is waited for.
+    count: AtomicU64,
+    committed: AtomicU64,
+    closed: AtomicBool,
 }
 
 impl StoreWriter {
@@ -31,25 +41,54 @@ impl StoreWriter {
             path: writer.directory().to_path_buf(),
             dim: manifest.dim,
             dtype: manifest.encoding.name(),
+            count: AtomicU64::new(writer.count()),
+            committed: AtomicU64::new(writer.count()),
+            closed: AtomicBool::new(false),
             writer: Mutex::new(Some(writer)),
         }
     }
 
-    /// Runs `work` on the open writer.
-    fn with<T>(&self, work: impl FnOnce(&mut store::StoreWriter) -> Result<T>) -> Result<T> {
-        let mut writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
-        match writer.as_mut() {
-            Some(writer) => work(writer),
-            None => Err(Error::StoreClosed { path: self.path.clone() }),
+    /// Waits for the writer. Never called while the interpreter is held.
+    fn lock(&self, progress: &Progress) -> Result<MutexGuard<'_, Option<store::StoreWriter>>> {
+        loop {
+            match self.writer.try_lock() {
+                Ok(writer) => return Ok(writer),
+                Err(TryLockError::Poisoned(poisoned)) => return Ok(poisoned.into_inner()),
+                Err(TryLockError::WouldBlock) => progress.check()?,
+            }
+            std::thread::sleep(WAIT);
         }
     }
 
-    /// Commits, and releases the lock whether that worked or not.
-    fn finish(&self) -> Result<()> {
-        match self.writer.lock().unwrap_or_else(PoisonError::into_inner).take() {
-            Some(mut writer) => writer.appender().close(),
-            None => Ok(()),
+    /// Runs `work` on the open writer.
+    fn with<T>(&self, progress: &Progress, work: impl FnOnce(&mut store::StoreWriter) -> Result<T>) -> Result<T> {
+        let mut writer = self.lock(progress)?;
+        let writer = writer.as_mut().ok_or_else(|| self.is_closed())?;
+        let result = work(writer);
+        self.count.store(writer.count(), Ordering::Relaxed);
+        self.committed.store(writer.appender().committed(), Ordering::Relaxed);
+        result
+    }
+
+    /// Commits, and releases the lock whether that worked or not, unless it was interrupted.
+    fn finish(&self, progress: &Progress) -> Result<()> {
+        let mut guard = self.lock(progress)?;
+        let Some(writer) = guard.as_mut() else { return Ok(()) };
+        let result = writer.appender().close(progress);
+        if !matches!(result, Err(Error::Cancelled)) {
+            *guard = None;
+            self.closed.store(true, Ordering::Relaxed);
         }
+        result
+    }
+
+    /// What a count says, of an open writer.
+    fn counted(&self, count: &AtomicU64) -> Result<u64> {
+        if self.closed.load(Ordering::Relaxed) { Err(self.is_closed()) } else { Ok(count.load(Ordering::Relaxed)) }
+    }
+
+    fn is_closed(&self) -> Error {
+        Error::StoreClosed { path: self.path.clone() }
     }
 }
 
@@ -85,7 +124,7 @@ impl StoreWriter {
     ///     OSError: If a file cannot be read or written.
     #[staticmethod]
     fn append_to(py: Python<'_>, path: PathBuf) -> PyResult<Self> {
-        Ok(Self::new(py.detach(|| store::StoreWriter::append_to(&path))?))
+        Ok(Self::new(run_alone(py, None, |progress| store::StoreWriter::append_to(&path, progress))?))
     }
 
     /// Directory of the store.
@@ -112,7 +151,7 @@ impl StoreWriter {
     ///     ValueError: If the writer is closed.
     #[getter]
     fn committed(&self) -> PyResult<u64> {
-        Ok(self.with(|writer| Ok(writer.appender().committed()))?)
+        Ok(self.counted(&self.committed)?)
     }
 
     /// Appends rows, which count once they are committed. If it fails, the store is as it was before.
@@ -136,7 +175,9 @@ impl StoreWriter {
         let sketches = sketches.slice();
         let records = record_bytes(records)?;
         let records = records.slice();
-        Ok(py.detach(|| self.with(|writer| writer.appender().append(sketches, records)))?)
+        run_alone(py, None, |progress| {
+            self.with(progress, |writer| writer.appender().append(sketches, records, progress))
+        })
     }
 
     /// Appends rows of another store and commits them: the same bytes where both have the same dtype.
@@ -158,33 +199,36 @@ impl StoreWriter {
         wanted: &Bound<'_, PyAny>,
         progress: Option<Py<PyAny>>,
     ) -> PyResult<()> {
-        let wanted = bools("wanted", wanted)?;
-        run(py, Some(1), progress.as_ref(), |progress| {
-            self.with(|writer| writer.copy_from(&reader.0, &wanted, progress))
+        let wanted = Mask::new("wanted", wanted)?;
+        let wanted = wanted.bytes();
+        run_alone(py, progress.as_ref(), |progress| {
+            let wanted = bools(wanted, progress)?;
+            self.with(progress, |writer| writer.copy_from(&reader.0, &wanted, progress))
         })
     }
 
-    /// Waits until everything appended is on disk, and counts it.
+    /// Waits until everything appended is on disk, and counts it. Interrupted before, it leaves what was appended for the
+    /// next commit; the wait for the disk itself cannot be interrupted.
     ///
     /// Raises:
     ///     OSError: If the operating system could not write; the rows committed before are kept, and the store has to be
     ///         opened anew to go on.
     ///     ValueError: If the writer is closed.
     fn commit(&self, py: Python<'_>) -> PyResult<()> {
-        Ok(py.detach(|| self.with(|writer| writer.appender().commit()))?)
+        run_alone(py, None, |progress| self.with(progress, |writer| writer.appender().commit(progress)))
     }
 
-    /// Commits and releases the lock. Closing again does nothing.
+    /// Commits and releases the lock. Closing again does nothing; a writer that was interrupted before is still open.
     ///
     /// Raises:
     ///     OSError: If the operating system could not write.
     fn close(&self, py: Python<'_>) -> PyResult<()> {
-        Ok(py.detach(|| self.finish())?)
+        run_alone(py, None, |progress| self.finish(progress))
     }
 
     /// Rows, those included that are not committed yet.
     fn __len__(&self) -> PyResult<usize> {
-        Ok(self.with(|writer| Ok(writer.count() as usize))?)
+        Ok(self.counted(&self.count)? as usize)
     }
 
     fn __enter__(slf: Py<Self>) -> Py<Self> {
@@ -206,10 +250,7 @@ impl StoreWriter {
 
 /// The bytes of a structured array whose items have [`RECORD_BYTES`].
 fn record_bytes<'py>(records: &Bound<'py, PyAny>) -> PyResult<Vector<'py, u8>> {
-    let Ok(array) = records.cast::<PyUntypedArray>() else {
-        let found = records.get_type().name()?;
-        return Err(PyTypeError::new_err(format!("`records` must be a NumPy array, but is {found}")));
-    };
+    let array = unmasked("records", records)?;
     if array.ndim() != 1 || array.dtype().itemsize() != RECORD_BYTES {
         return Err(PyTypeError::new_err(format!(
             "`records` must be a 1-d array with items of {RECORD_BYTES} bytes, but has {} dimension(s) and dtype {}",
@@ -242,7 +283,7 @@ impl StoreReader {
     #[pyo3(signature = (path, *, skip_damaged = false))]
     fn new(py: Python<'_>, path: PathBuf, skip_damaged: bool) -> PyResult<Self> {
         let tolerance = if skip_damaged { Tolerance::SoundRows } else { Tolerance::None };
-        Ok(Self(py.detach(|| store::StoreReader::open(&path, tolerance))?))
+        Ok(Self(run_alone(py, None, |progress| store::StoreReader::open(&path, tolerance, progress))?))
     }
 
     /// Directory of the store.
@@ -294,7 +335,7 @@ impl StoreReader {
     ///     StoreDamagedError: If the file was damaged since the store was opened.
     ///     OSError: If the file cannot be read.
     fn records<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyArray1<u8>>> {
-        Ok(py.detach(|| self.0.records())?.into_pyarray(py))
+        Ok(run_alone(py, None, |progress| self.0.records(progress))?.into_pyarray(py))
     }
 
     /// Reads rows and checks the CRCs of each and of its record.
@@ -318,9 +359,13 @@ impl StoreReader {
         threads: Option<usize>,
         progress: Option<Py<PyAny>>,
     ) -> PyResult<Bound<'py, PyArray1<i64>>> {
-        let wanted = wanted.map(|wanted| bools("wanted", wanted)).transpose()?;
-        let damaged = run(py, threads, progress.as_ref(), |progress| self.0.verify(wanted.as_deref(), progress))?;
-        Ok(row_numbers(py, damaged))
+        let wanted = wanted.map(|wanted| Mask::new("wanted", wanted)).transpose()?;
+        let wanted = wanted.as_ref().map(Mask::bytes);
+        let damaged = run(py, threads, progress.as_ref(), |progress| {
+            let wanted = wanted.map(|wanted| bools(wanted, progress)).transpose()?;
+            numbers(&self.0.verify(wanted.as_deref(), progress)?, progress)
+        })?;
+        Ok(damaged.into_pyarray(py))
     }
 
     /// Checks that rows are as they were written; see verify.
@@ -342,8 +387,9 @@ impl StoreReader {
         threads: Option<usize>,
         progress: Option<Py<PyAny>>,
     ) -> PyResult<()> {
-        let wanted = bools("wanted", wanted)?;
-        run(py, threads, progress.as_ref(), |progress| self.0.check(&wanted, progress))
+        let wanted = Mask::new("wanted", wanted)?;
+        let wanted = wanted.bytes();
+        run(py, threads, progress.as_ref(), |progress| self.0.check(&bools(wanted, progress)?, progress))
     }
 }
 
@@ -381,16 +427,17 @@ pub fn repair_store(
     threads: Option<usize>,
     progress: Option<Py<PyAny>>,
 ) -> PyResult<StoreRepair> {
-    let done = run(py, threads, progress.as_ref(), |progress| store::repair(&path, progress))?;
+    let (done, set_aside) = run(py, threads, progress.as_ref(), |progress| {
+        let done = store::repair(&path, progress)?;
+        // Not cancelled any more, as all is done.
+        let set_aside = numbers(&done.set_aside, &Progress::default())?;
+        Ok((done, set_aside))
+    })?;
     Ok(StoreRepair {
         mended: done.mended,
-        set_aside: row_numbers(py, done.set_aside).unbind(),
+        set_aside: set_aside.into_pyarray(py).unbind(),
         lost: done.lost,
         cut_bytes: done.cut,
         count: done.count,
     })
-}
-
-fn row_numbers(py: Python<'_>, rows: Vec<u64>) -> Bound<'_, PyArray1<i64>> {
-    rows.into_iter().map(|row| row as i64).collect::<Vec<_>>().into_pyarray(py)
 }

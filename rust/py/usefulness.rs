@@ -7,6 +7,7 @@ use pyo3::prelude::*;
 use super::convert::{Matrix, PairArrays, RowsArray, Vector, indices};
 use super::run::run;
 use crate::error::Error;
+use crate::memory::first;
 use crate::progress::Progress;
 use crate::usefulness;
 
@@ -43,9 +44,10 @@ pub fn pair_norms<'py>(
     let arrays = PairArrays::new(RowsArray::of_pairs(rows, None)?, pairs, coefficients)?;
     let pairs = arrays.pairs()?;
     let norms = |progress: &Progress| {
-        let points = pairs.points()?;
+        let points = pairs.points(progress)?;
         let norms = usefulness::pair_norms(&points, progress)?;
-        match norms.iter().position(|norm| finite && !norm.is_finite()) {
+        let count = if finite { norms.len() } else { 0 };
+        match first(count, progress, |pair| !norms[pair].is_finite())? {
             Some(pair) => Err(points.not_finite(pair)),
             None => Ok(norms),
         }
@@ -107,11 +109,13 @@ pub fn score_pairs(
         return Err(Error::shape("centroids", format!("(k, {})", pairs.rows.dim()), found).into());
     }
     let centroids = centroids.slice();
-    let labels = indices::<i32>("labels", labels)?;
+    let labels = Vector::<i32>::new("labels", labels)?;
+    let labels = labels.slice();
     let direction = direction.map(|direction| Vector::<f32>::new("direction", direction)).transpose()?;
     let direction = direction.as_ref().map(|direction| direction.slice());
     let score = |progress: &Progress| {
-        let points = pairs.points()?;
+        let labels = indices(labels, progress)?;
+        let points = pairs.points(progress)?;
         usefulness::score_pairs(&points, centroids, &labels, direction, progress)
     };
     let scores = run(py, threads, progress.as_ref(), score)?;

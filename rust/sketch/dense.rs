@@ -16,6 +16,9 @@ use crate::simd::{dispatch, spread_signs};
 /// Columns that are drawn by one task: each value of a gradient that is read meets so many entries.
 const COLUMNS: usize = 4 * PANEL;
 
+/// Bytes that one task takes for each row.
+pub const SUMS: usize = size_of::<f32>() * COLUMNS + 2 * size_of::<&[f32]>();
+
 /// Coordinates that are drawn at a time: 128 KiB of entries, an eighth of a second-level cache.
 const SLICE: usize = 256;
 

@@ -9,7 +9,14 @@ mod sparse;
 
 use crate::error::{Error, Result};
 use crate::matrix::{Element, MAX_DIM, Rows, Values};
+use crate::memory::{TILES, room};
 use crate::progress::Progress;
+
+/// Entries of a coordinate at most. Each has signs and rotations of its own to be drawn and kept.
+const MAX_NNZ: usize = 256;
+
+/// Rows that are sketched at once: so many that what is drawn for them costs nothing, and no more, as each is some tasks.
+const ROWS: usize = 1 << 14;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
@@ -31,13 +38,13 @@ pub struct Sketcher {
 
 impl Sketcher {
     /// # Errors
-    /// If `dim` is out of range, or `nnz` does not divide it, or `nnz` is not 1 for a dense sketch.
+    /// If `dim` is out of range, or `nnz` does not divide it or is above 256, or it is not 1 for a dense sketch.
     pub fn new(dim: usize, seed: u64, kind: Kind, nnz: usize) -> Result<Self> {
         if !(1..=MAX_DIM).contains(&dim) {
             return Err(Error::argument("dim", format!("in 1..={MAX_DIM}"), dim));
         }
-        if nnz == 0 || !dim.is_multiple_of(nnz) {
-            return Err(Error::argument("nnz", format!("a divisor of dim = {dim}"), nnz));
+        if nnz == 0 || nnz > MAX_NNZ || !dim.is_multiple_of(nnz) {
+            return Err(Error::argument("nnz", format!("a divisor of dim = {dim}, at most {MAX_NNZ}"), nnz));
         }
         if kind != Kind::Sparse && nnz != 1 {
             return Err(Error::argument("nnz", "1 unless kind=\"sparse\"", nnz));
@@ -65,7 +72,8 @@ impl Sketcher {
     /// `offset`.
     ///
     /// # Errors
-    /// If `out` has another size, the coordinates do not fit into 64 bits, or the computation was cancelled.
+    /// If `out` has another size, the coordinates do not fit into 64 bits, the memory for what is drawn cannot be had, or
+    /// the computation was cancelled.
     pub fn sketch(&self, gradients: Rows, offset: u64, out: &mut [f32], progress: &Progress) -> Result<()> {
         if out.len() != gradients.count() * self.dim {
             let expected = format!("({}, {})", gradients.count(), self.dim);
@@ -93,10 +101,23 @@ impl Sketcher {
         out: &mut [f32],
         progress: &Progress,
     ) -> Result<()> {
-        match self.kind {
-            Kind::Sparse => sparse::add(self, values, width, offset, out, progress),
-            Kind::Rademacher => dense::add(self, dense::rademacher, values, width, offset, out, progress),
-            Kind::Normal => dense::add(self, dense::normal, values, width, offset, out, progress),
+        if self.kind == Kind::Sparse {
+            let wave = sparse::wave(self.nnz).min(width as u64) as usize;
+            // Signs and rotations, of 16 bytes for 128 coordinates and for a block.
+            let drawn = wave / 8 + 16 * wave / (self.dim / self.nnz);
+            room(self.nnz * drawn, "the signs and rotations of a sketch; lower `nnz`")?;
+        } else {
+            // Sums of all rows, a few columns for each thread.
+            room(rayon::current_num_threads() * dense::SUMS * ROWS.min(values.len() / width), TILES)?;
         }
+        for (values, out) in values.chunks(ROWS * width).zip(out.chunks_mut(ROWS * self.dim)) {
+            progress.check()?;
+            match self.kind {
+                Kind::Sparse => sparse::add(self, values, width, offset, out, progress),
+                Kind::Rademacher => dense::add(self, dense::rademacher, values, width, offset, out, progress),
+                Kind::Normal => dense::add(self, dense::normal, values, width, offset, out, progress),
+            }?;
+        }
+        Ok(())
     }
 }

@@ -44,6 +44,11 @@ const TASKS: usize = 4;
 /// instead, it missed the short runs of long blocks; for the first repetition only, it changed nothing.
 const FAR_OUTPUTS: usize = 4096;
 
+/// Coordinates of a wave: with many repetitions a shorter one keeps their signs in the cache.
+pub fn wave(nnz: usize) -> u64 {
+    (WAVE / nnz.next_power_of_two() as u64).max(STRETCH)
+}
+
 pub fn add<T: Element>(
     sketcher: &Sketcher,
     values: &[T],
@@ -53,8 +58,7 @@ pub fn add<T: Element>(
     progress: &Progress,
 ) -> Result<()> {
     let end = offset + width as u64;
-    // With many repetitions a shorter wave keeps their signs in the cache.
-    let wave = (WAVE / sketcher.nnz.next_power_of_two() as u64).max(STRETCH);
+    let wave = wave(sketcher.nnz);
     progress.start(((end - 1) / wave - offset / wave + 1) as usize);
     let mut repetitions: Vec<Repetition> = (0..sketcher.nnz).map(|index| Repetition::new(sketcher, index)).collect();
     let scale = (sketcher.nnz as f32).sqrt().recip();
@@ -63,19 +67,22 @@ pub fn add<T: Element>(
         // Waves lie on a fixed grid, so a word of signs never straddles two.
         let stop = end.min((start / wave + 1) * wave);
         for repetition in &mut repetitions {
+            progress.check()?;
             repetition.draw(start..stop);
         }
         let columns = (start - offset) as usize..(stop - offset) as usize;
-        tasks(sketcher, values, width, out).into_par_iter().for_each(|mut task| {
+        tasks(sketcher, values, width, out).into_par_iter().try_for_each(|mut task| {
             let row = &task.row[columns.clone()];
             let mut first = start;
             for row in row.chunks(STRETCH as usize) {
                 for (index, repetition) in repetitions.iter().enumerate() {
+                    progress.check()?;
                     task.add(index, repetition, row, first, scale);
                 }
                 first += row.len() as u64;
             }
-        });
+            Ok(())
+        })?;
         progress.advance(1)?;
         start = stop;
     }

@@ -14,9 +14,10 @@ use super::format::{
     is_sound_row, open, record_offset, set_aside, size,
 };
 use crate::error::{Error, Result};
+use crate::memory::{ROWS_OF_STORE, grow, reserved};
 use crate::progress::Progress;
 
-/// Bytes of rows that are read at once.
+/// Bytes of rows and records that are read at once.
 const BLOCK_BYTES: usize = 1 << 20;
 
 /// Records that are read at once.
@@ -55,8 +56,9 @@ pub struct Row<'a> {
 
 impl StoreReader {
     /// # Errors
-    /// If there is no store in `directory`, it is of another version, or more of it is damaged than tolerated.
-    pub fn open(directory: &Path, tolerance: Tolerance) -> Result<Self> {
+    /// If there is no store in `directory`, it is of another version, more of it is damaged than tolerated, or the
+    /// computation was cancelled.
+    pub fn open(directory: &Path, tolerance: Tolerance, progress: &Progress) -> Result<Self> {
         let paths = Paths::new(directory);
         let bytes = read_manifest(&paths)?;
         let header = read_header(&paths.records)?;
@@ -73,13 +75,13 @@ impl StoreReader {
             return Err(damage(&paths.records, "both counts of rows in its header are damaged".to_owned()));
         };
         let mut reader = Self { paths, manifest, count: 0, damaged: Vec::new(), tail: 0 };
-        reader.decide_count(counts, tolerance)?;
+        reader.decide_count(counts, tolerance, progress)?;
         Ok(reader)
     }
 
     /// Finds out how many rows are committed. Of the two counts the larger holds if all that it speaks of is there;
     /// else, where they differ, the last commit was interrupted and the smaller one holds.
-    fn decide_count(&mut self, counts: Counts, tolerance: Tolerance) -> Result<()> {
+    fn decide_count(&mut self, counts: Counts, tolerance: Tolerance, progress: &Progress) -> Result<()> {
         let rows_path = self.rows_path();
         let (rows_size, records_size) = (size(&rows_path)?, size(&self.paths.records)?);
         let row_bytes = self.manifest.row_bytes() as u64;
@@ -89,7 +91,9 @@ impl StoreReader {
 
         let smaller = counts.smaller.filter(|&smaller| smaller < counts.larger);
         let interrupted = match smaller {
-            Some(smaller) => there < counts.larger || !are_sound(&self.paths.records, smaller..counts.larger)?,
+            Some(smaller) => {
+                there < counts.larger || !are_sound(&self.paths.records, smaller..counts.larger, progress)?
+            }
             None => false,
         };
         let committed = if interrupted { smaller.unwrap_or_default() } else { counts.larger };
@@ -103,7 +107,7 @@ impl StoreReader {
             return Err(damage(path, reason));
         }
         self.count = committed.min(there);
-        self.damaged = damaged_records(&self.paths.records, 0..self.count)?;
+        self.damaged = damaged_records(&self.paths.records, 0..self.count, progress)?;
         if let Some(&row) = self.damaged.first()
             && tolerance == Tolerance::None
         {
@@ -142,11 +146,12 @@ impl StoreReader {
     /// The records, one after the other; damaged ones are as those of rows that are set aside.
     ///
     /// # Errors
-    /// If the file cannot be read, or was damaged since it was opened.
-    pub fn records(&self) -> Result<Vec<u8>> {
-        let mut all = Vec::new();
+    /// If the file cannot be read, or was damaged since it was opened, the memory cannot be had, or the computation was
+    /// cancelled.
+    pub fn records(&self, progress: &Progress) -> Result<Vec<u8>> {
+        let mut all = reserved((self.count as usize).saturating_mul(RECORD_BYTES), ROWS_OF_STORE)?;
         let mut damaged = self.damaged.iter().copied().peekable();
-        for_records(&self.paths.records, 0..self.count, |first, records| {
+        for_records(&self.paths.records, 0..self.count, progress, |first, records| {
             for (row, record) in (first..).zip(records.chunks_exact(RECORD_BYTES)) {
                 if damaged.next_if_eq(&row).is_some() {
                     all.extend_from_slice(&set_aside(row));
@@ -197,7 +202,9 @@ impl StoreReader {
                 },
             )
             .collect::<Result<_>>()?;
-        Ok(found.concat())
+        let mut damaged = reserved(found.iter().map(Vec::len).sum(), ROWS_OF_STORE)?;
+        found.iter().for_each(|found| damaged.extend_from_slice(found));
+        Ok(damaged)
     }
 
     /// Shows `visit` the rows that are wanted and not set aside, in order, some at a time.
@@ -259,7 +266,7 @@ impl StoreReader {
 
     /// The rows in pieces that are read at once.
     fn blocks(&self) -> Vec<Range<u64>> {
-        let step = (BLOCK_BYTES / self.manifest.row_bytes()).max(1) as u64;
+        let step = (BLOCK_BYTES / (self.manifest.row_bytes() + RECORD_BYTES)).max(1) as u64;
         (0..self.count.div_ceil(step)).map(|block| block * step..((block + 1) * step).min(self.count)).collect()
     }
 
@@ -272,6 +279,8 @@ impl StoreReader {
     ) -> Result<impl Iterator<Item = Row<'b>> + use<'b>> {
         let length = (block.end - block.start) as usize;
         let row_bytes = self.manifest.row_bytes();
+        let more = (length * row_bytes).saturating_sub(buffers.rows.len());
+        grow(&mut buffers.rows, more, ROWS_OF_STORE)?;
         buffers.rows.resize(length * row_bytes, 0);
         buffers.records.resize(length * RECORD_BYTES, 0);
         let what = || format!("reading rows {} to {}", block.start, block.end - 1);
@@ -338,9 +347,9 @@ pub fn read_header(path: &Path) -> Result<Option<Header>> {
 ///
 /// # Errors
 /// If the file cannot be read or is shorter, or more records are damaged than a store could have.
-fn damaged_records(path: &Path, range: Range<u64>) -> Result<Vec<u64>> {
+fn damaged_records(path: &Path, range: Range<u64>, progress: &Progress) -> Result<Vec<u64>> {
     let mut damaged = Vec::new();
-    for_records(path, range, |first, records| {
+    for_records(path, range, progress, |first, records| {
         let sound = |(row, record): &(u64, &[u8])| is_sound_record(record, *row);
         let rows = (first..).zip(records.chunks_exact(RECORD_BYTES)).filter(|row| !sound(row)).map(|(row, _)| row);
         damaged.extend(rows);
@@ -354,9 +363,9 @@ fn damaged_records(path: &Path, range: Range<u64>) -> Result<Vec<u64>> {
 }
 
 /// Whether all records of a range are sound; looks no further than the first that is not.
-fn are_sound(path: &Path, range: Range<u64>) -> Result<bool> {
+fn are_sound(path: &Path, range: Range<u64>, progress: &Progress) -> Result<bool> {
     let mut sound = true;
-    for_records(path, range, |first, records| {
+    for_records(path, range, progress, |first, records| {
         sound = (first..).zip(records.chunks_exact(RECORD_BYTES)).all(|(row, record)| is_sound_record(record, row));
         Ok(if sound { Continue(()) } else { Break(()) })
     })?;
@@ -364,15 +373,20 @@ fn are_sound(path: &Path, range: Range<u64>) -> Result<bool> {
 }
 
 /// Shows `visit` the records of a range, some at a time, with the row of the first of them, until it has seen enough.
+///
+/// # Errors
+/// If the file cannot be read, the computation was cancelled, or what `visit` gives.
 pub fn for_records(
     path: &Path,
     range: Range<u64>,
+    progress: &Progress,
     mut visit: impl FnMut(u64, &[u8]) -> Result<ControlFlow<()>>,
 ) -> Result<()> {
     let mut file = open(path)?;
     let mut buffer = Vec::new();
     let mut first = range.start;
     while first < range.end {
+        progress.check()?;
         let end = range.end.min(first + BLOCK_RECORDS);
         buffer.resize((end - first) as usize * RECORD_BYTES, 0);
         let what = || format!("reading the records of rows {first} to {}", end - 1);

@@ -34,8 +34,8 @@ pub struct Repair {
 /// are written beside the old file first, so a repair that is interrupted can be repeated.
 ///
 /// # Errors
-/// If neither the manifest nor its copy is sound, a process is writing to the store, or a file cannot be read or
-/// written; a row that cannot be read at all may be readable again, so it stops the repair.
+/// If neither the manifest nor its copy is sound, a process is writing to the store, the computation was cancelled, or a
+/// file cannot be read or written; a row that cannot be read at all may be readable again, so it stops the repair.
 pub fn repair(directory: &Path, progress: &Progress) -> Result<Repair> {
     let paths = Paths::new(directory);
     // Before the lock, so that nothing is made where no store is.
@@ -50,9 +50,9 @@ pub fn repair(directory: &Path, progress: &Progress) -> Result<Repair> {
         OpenOptions::new().append(true).create(true).open(path).map_err(at(path))?;
     }
     let manifest_crc = crc32fast::hash(&bytes);
-    let counts = restore_header(&paths, manifest_crc, &mut done)?;
+    let counts = restore_header(&paths, manifest_crc, &mut done, progress)?;
 
-    let reader = StoreReader::open(directory, Tolerance::SoundRows)?;
+    let reader = StoreReader::open(directory, Tolerance::SoundRows, progress)?;
     done.count = reader.count();
     // Where the counts differ and the smaller one is there, a commit was interrupted: nothing that counted is lost.
     done.lost = counts.smaller.unwrap_or(counts.larger).saturating_sub(done.count);
@@ -60,7 +60,7 @@ pub fn repair(directory: &Path, progress: &Progress) -> Result<Repair> {
     done.set_aside = reader.verify(None, progress)?;
     let agree = counts.larger == done.count && counts.smaller == Some(done.count);
     if !done.set_aside.is_empty() || !agree {
-        rewrite_records(&paths, manifest_crc, &mut done)?;
+        rewrite_records(&paths, manifest_crc, &mut done, progress)?;
     }
     cut(&rows_path, done.count * manifest.row_bytes() as u64)?;
     cut(&paths.records, record_offset(done.count))?;
@@ -81,7 +81,7 @@ fn restore_manifest(paths: &Paths, bytes: &Vec<u8>, done: &mut Repair) -> Result
 
 /// Writes the header, if it is damaged, with the count that it had or, if both are lost, up to the last record that is
 /// one. Returns the counts.
-fn restore_header(paths: &Paths, manifest_crc: u32, done: &mut Repair) -> Result<Counts> {
+fn restore_header(paths: &Paths, manifest_crc: u32, done: &mut Repair, progress: &Progress) -> Result<Counts> {
     let path = &paths.records;
     let header = read_header(path)?;
     let counts = header.and_then(|header| header.counts);
@@ -91,7 +91,7 @@ fn restore_header(paths: &Paths, manifest_crc: u32, done: &mut Repair) -> Result
         return Ok(counts);
     }
     let there = size(path)?.saturating_sub(HEADER_BYTES as u64) / RECORD_BYTES as u64;
-    let count = counts.map_or_else(|| last_sound(path, there), |counts| Ok(counts.larger))?;
+    let count = counts.map_or_else(|| last_sound(path, there, progress), |counts| Ok(counts.larger))?;
     let mut file = OpenOptions::new().write(true).open(path).map_err(at(path))?;
     file.write_all(&Header::bytes(manifest_crc, count)).and_then(|()| file.sync_all()).map_err(at(path))?;
     done.mended.push(name(path));
@@ -99,12 +99,12 @@ fn restore_header(paths: &Paths, manifest_crc: u32, done: &mut Repair) -> Result
 }
 
 /// Writes the records anew, those of damaged rows as set aside, with a header whose counts agree.
-fn rewrite_records(paths: &Paths, manifest_crc: u32, done: &mut Repair) -> Result<()> {
+fn rewrite_records(paths: &Paths, manifest_crc: u32, done: &mut Repair, progress: &Progress) -> Result<()> {
     let temporary = paths.records.with_extension("new");
     let mut file = create(&temporary)?;
     file.write_all(&Header::bytes(manifest_crc, done.count)).map_err(at(&temporary))?;
     let mut damaged = done.set_aside.iter().copied().peekable();
-    for_records(&paths.records, 0..done.count, |first, records| {
+    for_records(&paths.records, 0..done.count, progress, |first, records| {
         let mut records = records.to_vec();
         for (row, record) in (first..).zip(records.chunks_exact_mut(RECORD_BYTES)) {
             if damaged.next_if_eq(&row).is_some() {
@@ -160,9 +160,9 @@ fn sound_manifest(paths: &Paths, header: Option<Header>) -> Result<Vec<u8>> {
 }
 
 /// One more than the last row with a sound record; looks no further than over a gap that no commit leaves.
-fn last_sound(path: &Path, there: u64) -> Result<u64> {
+fn last_sound(path: &Path, there: u64, progress: &Progress) -> Result<u64> {
     let mut count = 0;
-    for_records(path, 0..there, |first, records| {
+    for_records(path, 0..there, progress, |first, records| {
         let rows = (first..).zip(records.chunks_exact(RECORD_BYTES));
         if let Some((row, _)) = rows.filter(|(row, record)| is_sound_record(record, *row)).last() {
             count = row + 1;

@@ -15,10 +15,14 @@ use super::format::{
 };
 use super::reader::{StoreReader, Tolerance, lost_manifest, read_manifest};
 use crate::error::{Error, Result};
+use crate::memory::{PIECE, ROWS_OF_STORE, grow, reserved};
 use crate::progress::Progress;
 
 /// Bytes of copied rows between two commits.
 const COMMIT_BYTES: u64 = 64 << 20;
+
+/// Bytes of records that are written at once: a multiple of what the system keeps in one piece.
+const WRITTEN: usize = 4 << 20;
 
 /// Appends rows to two files, committing in steps.
 #[derive(Debug)]
@@ -75,8 +79,9 @@ impl<D: Disk> Appender<D> {
     /// from the next [`Appender::commit`] on. If it fails, the store is as it was before.
     ///
     /// # Errors
-    /// If the sizes do not fit, a value is not finite, or a file cannot be written.
-    pub fn append(&mut self, sketches: &[f32], records: &[u8]) -> Result<()> {
+    /// If the sizes do not fit, a value is not finite, the memory cannot be had, a file cannot be written, or the
+    /// computation was cancelled.
+    pub fn append(&mut self, sketches: &[f32], records: &[u8], progress: &Progress) -> Result<()> {
         let dim = self.manifest.dim;
         if !sketches.len().is_multiple_of(dim) {
             return Err(Error::shape("sketches", format!("(n, {dim})"), format!("({},)", sketches.len())));
@@ -86,20 +91,41 @@ impl<D: Disk> Appender<D> {
             let expected = format!("({count},) with {RECORD_BYTES} bytes each");
             return Err(Error::shape("records", expected, format!("({},) bytes", records.len())));
         }
-        let finite = |row: &[f32]| row.iter().all(|value| value.is_finite());
-        if let Some(row) = sketches.chunks_exact(dim).position(|row| !finite(row)) {
-            return Err(Error::NonFiniteRow { array: "sketches", row });
+        for (piece, sketches) in sketches.chunks(PIECE.div_ceil(dim) * dim).enumerate() {
+            progress.check()?;
+            if let Some(row) = sketches.chunks_exact(dim).position(|row| !row.iter().all(|value| value.is_finite())) {
+                return Err(Error::NonFiniteRow { array: "sketches", row: piece * PIECE.div_ceil(dim) + row });
+            }
         }
-        let mut encoded = Vec::with_capacity(count * self.manifest.row_bytes());
-        let scales: Vec<f32> =
-            sketches.chunks_exact(dim).map(|row| self.manifest.encoding.encode(row, &mut encoded)).collect();
-        self.append_encoded(&encoded, &scales, records)
+        self.check()?;
+        let before = self.pending.len();
+        grow(&mut self.pending, records.len(), ROWS_OF_STORE)?;
+        let result = self.append_pieces(sketches, records, progress);
+        if result.is_err() {
+            self.pending.truncate(before);
+            self.give_back();
+        }
+        result
     }
 
-    /// Appends rows that are encoded already, with the scale of each.
+    /// Some rows at a time, which bounds the bytes that encoding takes.
+    fn append_pieces(&mut self, sketches: &[f32], records: &[u8], progress: &Progress) -> Result<()> {
+        let Manifest { dim, encoding, .. } = self.manifest;
+        let rows = PIECE.div_ceil(dim);
+        let mut encoded = reserved(rows.min(records.len() / RECORD_BYTES) * self.manifest.row_bytes(), ROWS_OF_STORE)?;
+        for (sketches, records) in sketches.chunks(rows * dim).zip(records.chunks(rows * RECORD_BYTES)) {
+            progress.check()?;
+            encoded.clear();
+            let scales: Vec<f32> = sketches.chunks_exact(dim).map(|row| encoding.encode(row, &mut encoded)).collect();
+            self.append_encoded(&encoded, &scales, records)?;
+        }
+        Ok(())
+    }
+
+    /// Appends rows that are encoded already, with the scale of each. If it fails, the store is as it was before.
     ///
     /// # Errors
-    /// If a file cannot be written, or could not be before.
+    /// If the memory cannot be had, or a file cannot be written, or could not be before.
     ///
     /// # Panics
     /// If the sizes do not fit.
@@ -108,33 +134,41 @@ impl<D: Disk> Appender<D> {
         assert!(encoded.len() == scales.len() * row_bytes && records.len() == scales.len() * RECORD_BYTES);
         self.check()?;
         let first = self.count();
-        let mut records = records.to_vec();
-        let parts = records.chunks_exact_mut(RECORD_BYTES).zip(encoded.chunks_exact(row_bytes)).zip(scales);
-        for (row, ((record, encoded), &scale)) in (first..).zip(parts) {
-            seal(record, row, scale, encoded);
-        }
+        let before = self.pending.len();
+        grow(&mut self.pending, records.len(), ROWS_OF_STORE)?;
         if let Err(error) = self.rows.write_at(encoded, first * row_bytes as u64) {
             self.give_back();
             let (count, kept) = (scales.len(), self.committed);
             let what = || format!("writing {count} rows from row {first} on; the {kept} committed rows are kept");
             return Err(doing(&self.rows_path, what)(error));
         }
-        self.pending.extend(records);
+        self.pending.extend_from_slice(records);
+        let records = self.pending[before..].chunks_exact_mut(RECORD_BYTES);
+        for (row, ((record, encoded), &scale)) in
+            (first..).zip(records.zip(encoded.chunks_exact(row_bytes)).zip(scales))
+        {
+            seal(record, row, scale, encoded);
+        }
         Ok(())
     }
 
     /// Waits until everything appended is on disk, and counts it. If it fails, what was committed before is kept.
     ///
+    /// Waiting for the disk cannot be cancelled; what is written before can, and nothing is lost by that.
+    ///
     /// # Errors
-    /// If the operating system could not write. Then, or if it failed before, the store has to be opened anew.
-    pub fn commit(&mut self) -> Result<()> {
+    /// If the computation was cancelled, or the operating system could not write. Then, or if it failed before, the store
+    /// has to be opened anew.
+    pub fn commit(&mut self, progress: &Progress) -> Result<()> {
         if self.pending.is_empty() {
             return Ok(());
         }
         self.check()?;
         let count = self.count();
-        let result = self.write_commit(count);
-        if result.is_err() {
+        let result = self.write_commit(count, progress);
+        if matches!(result, Err(Error::Cancelled)) {
+            // No count speaks of what was written.
+        } else if result.is_err() {
             // After a failed sync the system may have dropped what it could not write: the files say one thing now and
             // another after a restart.
             self.failed = true;
@@ -148,16 +182,17 @@ impl<D: Disk> Appender<D> {
         result
     }
 
-    fn write_commit(&mut self, count: u64) -> Result<()> {
+    fn write_commit(&mut self, count: u64, progress: &Progress) -> Result<()> {
         let first = self.committed;
         let what = || format!("committing rows {first} to {}; those before are kept", count - 1);
         self.rows.sync().map_err(doing(&self.rows_path, what))?;
-        let written = self
-            .records
-            .write_at(&self.pending, record_offset(self.committed))
-            .and_then(|()| self.records.write_at(&slot_bytes(count), slot_offset(self.slot) as u64))
-            .and_then(|()| self.records.sync());
-        written.map_err(doing(&self.records_path, what))
+        for (piece, records) in self.pending.chunks(WRITTEN).enumerate() {
+            progress.check()?;
+            let offset = record_offset(first) + (piece * WRITTEN) as u64;
+            self.records.write_at(records, offset).map_err(doing(&self.records_path, what))?;
+        }
+        let counted = self.records.write_at(&slot_bytes(count), slot_offset(self.slot) as u64);
+        counted.and_then(|()| self.records.sync()).map_err(doing(&self.records_path, what))
     }
 
     /// Commits, and makes both counts of the header agree: a store that was closed is the same whenever it was
@@ -165,8 +200,8 @@ impl<D: Disk> Appender<D> {
     ///
     /// # Errors
     /// As [`Appender::commit`].
-    pub fn close(&mut self) -> Result<()> {
-        self.commit()?;
+    pub fn close(&mut self, progress: &Progress) -> Result<()> {
+        self.commit(progress)?;
         if self.failed { Ok(()) } else { self.write_counts() }
     }
 
@@ -242,12 +277,13 @@ impl StoreWriter {
     /// Opens the store in `directory` to add rows after the last committed one.
     ///
     /// # Errors
-    /// If there is no store, it is damaged, another process is writing to it, or a file cannot be written.
-    pub fn append_to(directory: &Path) -> Result<Self> {
+    /// If there is no store, it is damaged, another process is writing to it, a file cannot be written, or the computation
+    /// was cancelled.
+    pub fn append_to(directory: &Path, progress: &Progress) -> Result<Self> {
         // Before the lock, so that nothing is made where no store is.
         read_manifest(&Paths::new(directory))?;
         let lock = lock(&Paths::new(directory))?;
-        let (paths, manifest, count) = StoreReader::open(directory, Tolerance::None)?.into_parts();
+        let (paths, manifest, count) = StoreReader::open(directory, Tolerance::None, progress)?.into_parts();
         Self::open(paths, manifest, count, lock)
     }
 
@@ -298,12 +334,12 @@ impl StoreWriter {
                 for (row, out) in rows.iter().zip(sketches.chunks_exact_mut(theirs.dim)) {
                     theirs.encoding.decode(row.encoded, scale(row.record), out);
                 }
-                self.appender.append(&sketches, &records)?;
+                self.appender.append(&sketches, &records, progress)?;
             }
             let uncommitted = (self.appender.count() - self.appender.committed()) * ours.row_bytes() as u64;
-            if uncommitted >= COMMIT_BYTES { self.appender.commit() } else { Ok(()) }
+            if uncommitted >= COMMIT_BYTES { self.appender.commit(progress) } else { Ok(()) }
         })?;
-        self.appender.commit()
+        self.appender.commit(progress)
     }
 }
 

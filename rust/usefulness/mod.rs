@@ -2,9 +2,8 @@
 
 mod products;
 
-use rayon::prelude::*;
-
 use crate::error::{Error, Result};
+use crate::memory::{RESULTS, TILES, build, first, room};
 use crate::points::Points;
 use crate::progress::Progress;
 use crate::simd;
@@ -22,32 +21,24 @@ const BLOCKS: usize = 64;
 /// Those of rows that are not finite, or too long for float32, are not finite either.
 ///
 /// # Errors
-/// If the computation was cancelled.
+/// If the memory cannot be had, or the computation was cancelled.
 pub fn pair_norms(points: &Points<2>, progress: &Progress) -> Result<Vec<f32>> {
     progress.start(points.tiles().len());
-    let start = || (Vec::new(), Products::new(0), vec![0.0; points.dim()]);
-    let blocks = points.fold_blocks(BLOCKS, progress, start, |(norms, products, values), tile, gathered| {
+    let mut norms = build(points.count(), RESULTS, progress, |_| 0.0)?;
+    let start = || (Products::new(0), vec![0.0; points.dim()]);
+    points.fill_blocks(BLOCKS, &mut norms[..], progress, start, |(products, values), tile, gathered, norms| {
         products.compute(points, tile, gathered, None);
         for (index, pair) in tile.points.clone().enumerate() {
             let expanded = products.expand(points, pair, index);
-            norms.push(if expanded.trusted() {
+            norms[index] = if expanded.trusted() {
                 expanded.square.sqrt() as f32
             } else {
                 points.write(pair, gathered, values);
                 length(values)
-            });
+            };
         }
     })?;
-    let mut norms = vec![0.0; points.count()];
-    let parts = split(&mut norms, blocks.iter().map(|(part, ..)| part.len()));
-    parts.into_par_iter().zip(&blocks).for_each(|(norms, (part, ..))| norms.copy_from_slice(part));
     Ok(norms)
-}
-
-/// Cuts a slice into consecutive parts of the given lengths.
-fn split<T>(mut values: &mut [T], lengths: impl Iterator<Item = usize>) -> Vec<&mut [T]> {
-    let cut = |length| values.split_off_mut(..length).expect("the parts make up the whole");
-    lengths.map(cut).collect()
 }
 
 /// Scores of pairs against their centroids and the optimization direction.
@@ -72,7 +63,8 @@ pub struct Scores {
 /// the rows; one more, which adds up each row once, if no direction is given.
 ///
 /// # Errors
-/// If shapes do not fit, a label has no centroid, a value is not finite, or the computation was cancelled.
+/// If shapes do not fit, a label has no centroid, a value is not finite, the memory cannot be had, or the computation was
+/// cancelled.
 pub fn score_pairs(
     points: &Points<2>,
     centroids: &[f32],
@@ -81,7 +73,7 @@ pub fn score_pairs(
     progress: &Progress,
 ) -> Result<Scores> {
     let dim = points.dim();
-    check(points, centroids, labels, direction)?;
+    check(points, centroids, labels, direction, progress)?;
     let passes = if direction.is_some() { 1 } else { 2 };
     progress.start(passes * points.tiles().len());
     let direction = match direction {
@@ -91,42 +83,26 @@ pub fn score_pairs(
     let centroids = Centroids::new(centroids, dim);
     let target = Target { centroids: &centroids, labels, direction: &direction };
 
-    let start = || (Vec::new(), Products::new(centroids.squares.len()), vec![0.0; dim]);
-    let blocks = points.fold_blocks(BLOCKS, progress, start, |(scores, products, values), tile, gathered| {
+    let zeros = || build(points.count(), RESULTS, progress, |_| 0.0);
+    let (mut centrality, mut distance, mut alignment) = (zeros()?, zeros()?, zeros()?);
+    let scores = ((&mut centrality[..], &mut distance[..]), &mut alignment[..]);
+    let start = || (Products::new(centroids.squares.len()), vec![0.0; dim]);
+    points.fill_blocks(BLOCKS, scores, progress, start, |(products, values), tile, gathered, scores| {
+        let ((centrality, distance), alignment) = scores;
         products.compute(points, tile, gathered, Some(&target));
         for (index, pair) in tile.points.clone().enumerate() {
             let cluster = labels[pair] as usize;
-            scores.push(match products.score(points, pair, index, centroids.squares[cluster]) {
-                Some([product, distance, alignment]) => {
-                    [product * centroids.inverse_norms[cluster], distance, alignment].map(|score| score as f32)
-                }
-                None => {
-                    points.write(pair, gathered, values);
-                    let [product, distance, alignment] = measure(values, centroids.row(cluster), &direction);
-                    [(product * centroids.inverse_norms[cluster]) as f32, distance as f32, alignment as f32]
-                }
+            let scores = products.score(points, pair, index, centroids.squares[cluster]).unwrap_or_else(|| {
+                points.write(pair, gathered, values);
+                measure(values, centroids.row(cluster), &direction)
             });
+            centrality[index] = (scores[0] * centroids.inverse_norms[cluster]) as f32;
+            (distance[index], alignment[index]) = (scores[1] as f32, scores[2] as f32);
         }
     })?;
-    let mut scores = Scores {
-        centrality: vec![0.0; points.count()],
-        distance: vec![0.0; points.count()],
-        alignment: vec![0.0; points.count()],
-        direction,
-    };
-    let lengths = || blocks.iter().map(|(part, ..)| part.len());
-    let parts = split(&mut scores.centrality, lengths())
-        .into_par_iter()
-        .zip(split(&mut scores.distance, lengths()))
-        .zip(split(&mut scores.alignment, lengths()));
-    parts.zip(&blocks).for_each(|(((centrality, distance), alignment), (part, ..))| {
-        for (index, scores) in part.iter().enumerate() {
-            [centrality[index], distance[index], alignment[index]] = *scores;
-        }
-    });
-    match scores.distance.par_iter().position_first(|distance| !distance.is_finite()) {
+    match first(points.count(), progress, |pair| !distance[pair].is_finite())? {
         Some(pair) => Err(points.not_finite(pair)),
-        None => Ok(scores),
+        None => Ok(Scores { centrality, distance, alignment, direction }),
     }
 }
 
@@ -153,7 +129,13 @@ fn measure(pair: &[f32], centroid: &[f32], direction: &[f32]) -> [f64; 3] {
     [product, simd::squared_distance_float64(pair, centroid).sqrt(), alignment]
 }
 
-fn check(points: &Points<2>, centroids: &[f32], labels: &[i32], direction: Option<&[f32]>) -> Result<()> {
+fn check(
+    points: &Points<2>,
+    centroids: &[f32],
+    labels: &[i32],
+    direction: Option<&[f32]>,
+    progress: &Progress,
+) -> Result<()> {
     let dim = points.dim();
     if dim == 0 {
         return Err(Error::shape("rows", "(n, d) with d >= 1", "(n, 0)"));
@@ -167,7 +149,7 @@ fn check(points: &Points<2>, centroids: &[f32], labels: &[i32], direction: Optio
         return Err(Error::shape("labels", expected, format!("({},)", labels.len())));
     }
     let known = |label: i32| usize::try_from(label).is_ok_and(|label| label < clusters);
-    if let Some(index) = labels.iter().position(|&label| !known(label)) {
+    if let Some(index) = first(labels.len(), progress, |pair| !known(labels[pair]))? {
         let label = i64::from(labels[index]);
         return Err(Error::ClusterOutOfRange { array: "labels", index, label, clusters });
     }
@@ -188,6 +170,7 @@ fn check(points: &Points<2>, centroids: &[f32], labels: &[i32], direction: Optio
 /// The sum of the pairs: each row once, times the sum of its coefficients.
 fn sum(points: &Points<2>, progress: &Progress) -> Result<Vec<f64>> {
     let dim = points.dim();
+    room(BLOCKS.min(points.tiles().len()) * size_of::<f64>() * dim, TILES)?;
     let start = || (vec![0.0; dim], Vec::new());
     let blocks = points.fold_blocks(BLOCKS, progress, start, |(sum, factors), tile, gathered| {
         factors.clear();

@@ -139,7 +139,7 @@ fn base(choice: u8) -> Contents {
         append_rows(&mut writer, count);
     }
     if choice & 8 != 0 {
-        writer.appender().close().expect("a closed store");
+        writer.appender().close(&Progress::default()).expect("a closed store");
     }
     drop(writer);
     directory.files(encoding(choice)).map(|path| Content {
@@ -157,8 +157,8 @@ fn append_rows(writer: &mut StoreWriter, count: usize) -> Vec<f32> {
         rows.clone().flat_map(|row| (0..dim).map(move |column| (row * 7 + column) as f32 - 2.5)).collect();
     let records: Vec<u8> =
         rows.flat_map(|row| (0..RECORD_BYTES).map(move |byte| (row * 31 + byte) as u8 & 0x37)).collect();
-    writer.appender().append(&sketches, &records).expect("rows that can be appended");
-    writer.appender().commit().expect("a commit");
+    writer.appender().append(&sketches, &records, &Progress::default()).expect("rows that can be appended");
+    writer.appender().commit(&Progress::default()).expect("a commit");
     sketches
 }
 
@@ -358,8 +358,8 @@ pub fn store(data: &[u8]) {
     }
     drop(contents);
 
-    let opened = StoreReader::open(&directory.path, Tolerance::None);
-    let tolerated = StoreReader::open(&directory.path, Tolerance::SoundRows);
+    let opened = StoreReader::open(&directory.path, Tolerance::None, &Progress::default());
+    let tolerated = StoreReader::open(&directory.path, Tolerance::SoundRows, &Progress::default());
     for error in [opened.as_ref().err(), tolerated.as_ref().err()].into_iter().flatten() {
         check_error(error);
     }
@@ -438,7 +438,7 @@ fn check_reader(reader: &StoreReader) -> Option<Found> {
         return None;
     }
 
-    let records = reader.records().expect("records that can be read");
+    let records = reader.records(&Progress::default()).expect("records that can be read");
     assert_eq!(records.len() as u64, count * RECORD_BYTES as u64);
     assert!((0..).zip(records.chunks(RECORD_BYTES)).all(|(row, record)| is_sound_record(record, row)));
 
@@ -515,7 +515,7 @@ fn check_repair(directory: &Directory, before: Option<Found>) {
     };
     let paths = Paths::new(&directory.path);
     assert_eq!(Manifest::read_bytes(&paths.manifest).ok(), Manifest::read_bytes(&paths.copy).ok());
-    let reader = StoreReader::open(&directory.path, Tolerance::None).expect("a repaired store");
+    let reader = StoreReader::open(&directory.path, Tolerance::None, &Progress::default()).expect("a repaired store");
     let mut after = check_reader(&reader).expect("a store no larger than before");
     assert!(after.damaged.is_empty() && after.tail == 0 && after.count() == done.count);
     let is_aside = |row: u64| is_set_aside(&after.records[row as usize * RECORD_BYTES..][..RECORD_BYTES]);
@@ -541,7 +541,7 @@ fn check_repair(directory: &Directory, before: Option<Found>) {
 
 /// Appends two rows to a store that is not damaged but perhaps in its rows.
 fn check_append(directory: &Directory, found: &mut Found) {
-    let mut writer = StoreWriter::append_to(&directory.path).expect("a store that can go on");
+    let mut writer = StoreWriter::append_to(&directory.path, &Progress::default()).expect("a store that can go on");
     assert_eq!(writer.count(), found.count());
     let row_bytes = writer.manifest().row_bytes() as u64;
     if !is_small(found.count() + 2, row_bytes) {
@@ -549,10 +549,11 @@ fn check_append(directory: &Directory, found: &mut Found) {
         return;
     }
     let written = append_rows(&mut writer, 2);
-    writer.appender().close().expect("a store that can be closed");
+    writer.appender().close(&Progress::default()).expect("a store that can be closed");
     drop(writer);
 
-    let reader = StoreReader::open(&directory.path, Tolerance::None).expect("a store that went on");
+    let reader =
+        StoreReader::open(&directory.path, Tolerance::None, &Progress::default()).expect("a store that went on");
     let longer = check_reader(&reader).expect("two rows more");
     assert_eq!((longer.count(), longer.tail), (found.count() + 2, 0));
     assert!(longer.records.starts_with(&found.records) && longer.damaged == found.damaged);

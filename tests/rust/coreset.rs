@@ -38,7 +38,7 @@ impl Problem {
 
     fn choose(&self, budget: usize, limits: Limits) -> (Coreset, Vec<Vec<f64>>) {
         let view = Rows::new(Values::F32(&self.rows), 30, self.dim).unwrap();
-        let points = Points::from_pairs(view, &self.pairs, &self.coefficients).unwrap();
+        let points = Points::from_pairs(view, &self.pairs, &self.coefficients, &Progress::default()).unwrap();
         let vectors = (0..self.pairs.len())
             .map(|pair| {
                 let mut vector = vec![0.0; self.dim];
@@ -111,7 +111,7 @@ proptest! {
         let (chosen, _) = problem.choose(budget, limits);
         // Pairs without a copy, some of them or all, are found by their rows, with the same result.
         let view = Rows::new(Values::F32(&problem.rows), 30, problem.dim).unwrap();
-        let points = Points::from_pairs(view, &problem.pairs, &problem.coefficients).unwrap();
+        let points = Points::from_pairs(view, &problem.pairs, &problem.coefficients, &Progress::default()).unwrap();
         for cache_bytes in [0, problem.dim * count / 3] {
             let same = coreset(&points, &problem.clusters, budget, limits, cache_bytes, &Progress::default()).unwrap();
             prop_assert_eq!((&same.picks, &same.weights), (&chosen.picks, &chosen.weights));

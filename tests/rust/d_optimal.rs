@@ -78,7 +78,7 @@ proptest! {
         let prompts: Vec<i64> = (0..count as i64).map(|pair| pair % 11 - 3).collect();
         let eligible: Vec<bool> = (0..count).map(|pair| pair % 5 != 2).collect();
         let view = Rows::new(Values::F32(&rows), row_count, dim).unwrap();
-        let points = Points::from_pairs(view, &pairs, &coefficients).unwrap();
+        let points = Points::from_pairs(view, &pairs, &coefficients, &Progress::default()).unwrap();
         let limits = Limits {
             eligible: masked.then_some(eligible.as_slice()),
             depth: max_depth.map(|depth| (prompts.as_slice(), depth)),
@@ -112,7 +112,7 @@ fn thousands_of_picks_do_not_drift() {
     let pairs: Vec<[i64; 2]> = (0..4000).map(|pair| [pair * 7 % 1500, (pair * 11 + 5) % 1500]).collect();
     let coefficients: Vec<[f32; 2]> = values(4000, 1).iter().map(|&value| [30.0 * value, -30.0 * value]).collect();
     let view = Rows::new(Values::F32(&rows), row_count, dim).unwrap();
-    let points = Points::from_pairs(view, &pairs, &coefficients).unwrap();
+    let points = Points::from_pairs(view, &pairs, &coefficients, &Progress::default()).unwrap();
     let design = d_optimal(&points, 3000, 1e-3, Limits::default(), &Progress::default()).unwrap();
     assert!(design.gains.is_sorted_by(|earlier, later| later <= earlier));
     // The gains add up to the growth of log det A, by an elimination from scratch.
@@ -137,7 +137,7 @@ fn thousands_of_picks_do_not_drift() {
 fn what_cannot_be_chosen_from_is_refused() {
     let rows = [1.0, f32::NAN];
     let view = Rows::new(Values::F32(&rows), 2, 1).unwrap();
-    let points = Points::from_pairs(view, &[[0, 0], [0, 1]], &[[1.0, -1.0]; 2]).unwrap();
+    let points = Points::from_pairs(view, &[[0, 0], [0, 1]], &[[1.0, -1.0]; 2], &Progress::default()).unwrap();
     let choose =
         |regularization: f64, limits: Limits| d_optimal(&points, 1, regularization, limits, &Progress::default());
     assert!(matches!(choose(0.0, Limits::default()), Err(Error::Argument { argument: "regularization", .. })));

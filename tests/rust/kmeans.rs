@@ -15,7 +15,7 @@ fn values(count: usize, seed: u64) -> Vec<f32> {
 
 fn cluster_rows(values: &[f32], dim: usize, params: &Params) -> Clustering {
     let rows = Rows::new(Values::F32(values), values.len() / dim, dim).unwrap();
-    fit(Points::from_rows(rows), params, &Progress::default()).unwrap()
+    fit(Points::from_rows(rows, &Progress::default()).unwrap(), params, &Progress::default()).unwrap()
 }
 
 fn squared_distance(left: &[f32], right: &[f32]) -> f64 {
@@ -91,7 +91,7 @@ proptest! {
             ..Params::new(clusters)
         };
         let view = Rows::new(Values::F32(&rows), prompts * responses, dim).unwrap();
-        let points = Points::from_pairs(view, &pairs, &coefficients).unwrap();
+        let points = Points::from_pairs(view, &pairs, &coefficients, &Progress::default()).unwrap();
         let implicit = fit(points, &params, &Progress::default()).unwrap();
         let explicit = cluster_rows(&materialised, dim, &params);
         let (implicit, explicit) = (implicit.inertia.last().unwrap(), explicit.inertia.last().unwrap());

@@ -7,6 +7,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
+use bpo::progress::Progress;
 use bpo::store::disk::Disk;
 use bpo::store::format::{HEADER_BYTES, Header, Manifest, Paths};
 use bpo::store::{Appender, Encoding, StoreReader, StoreWriter, Tolerance};
@@ -178,7 +179,7 @@ fn no_loss_of_power_loses_a_committed_row_or_leaves_a_torn_one() {
         loop {
             let (sketches, records) = (fs::read(&rows_path).unwrap(), fs::read(&paths.records).unwrap());
             let (sketches, records) = (Volatile::new(sketches), Volatile::new(records));
-            let count = StoreReader::open(directory.path(), Tolerance::None).unwrap().count();
+            let count = StoreReader::open(directory.path(), Tolerance::None, &Progress::default()).unwrap().count();
             assert!(count >= acknowledged, "life {life}: {count} rows of {acknowledged}");
             let (written, sealed) = expected(count as usize);
             let (found, found_records) = contents(directory.path()).unwrap();
@@ -205,7 +206,8 @@ fn no_loss_of_power_loses_a_committed_row_or_leaves_a_torn_one() {
             losses += 1;
             let counts = Header::parse(fs::read(&paths.records).unwrap()[..HEADER_BYTES].try_into().unwrap()).counts;
             rolled_back += usize::from(
-                counts.unwrap().larger > StoreReader::open(directory.path(), Tolerance::None).unwrap().count(),
+                counts.unwrap().larger
+                    > StoreReader::open(directory.path(), Tolerance::None, &Progress::default()).unwrap().count(),
             );
         }
         let whole = scratch();
@@ -271,17 +273,17 @@ impl Fuse {
         while (appender.count() as usize) < total {
             let first = appender.count() as usize;
             let (sketches, records) = rows(first..(first + 1 + random(4)).min(total));
-            if appender.append(&sketches, &records).is_err() {
+            if appender.append(&sketches, &records, &Progress::default()).is_err() {
                 return false;
             }
             if random(2) == 0 {
-                if appender.commit().is_err() {
+                if appender.commit(&Progress::default()).is_err() {
                     return false;
                 }
                 *acknowledged = appender.committed();
             }
         }
-        appender.close().is_ok()
+        appender.close(&Progress::default()).is_ok()
     }
 }
 
@@ -331,7 +333,10 @@ fn whichever_write_fails_what_was_committed_is_kept_and_the_rest_can_follow() {
         let (mut committed, mut failed) = (2, None);
         for batch in 0..4 {
             let (sketches, records) = rows(2 + batch..3 + batch);
-            match appender.append(&sketches, &records).and_then(|()| appender.commit()) {
+            match appender
+                .append(&sketches, &records, &Progress::default())
+                .and_then(|()| appender.commit(&Progress::default()))
+            {
                 Ok(()) => committed += 1,
                 Err(error) => {
                     failed = Some(error.to_string());
@@ -343,14 +348,14 @@ fn whichever_write_fails_what_was_committed_is_kept_and_the_rest_can_follow() {
         let failed = failed.unwrap_or_default();
         assert!(nth > 12 || failed.contains("kept"), "{nth}: {failed}");
         assert!(nth > 12 || failed.contains(".i8") || failed.contains("records.bin"), "{nth}: {failed}");
-        let _ = appender.close();
+        let _ = appender.close(&Progress::default());
         drop(appender);
-        let reader = StoreReader::open(directory.path(), Tolerance::None).unwrap();
+        let reader = StoreReader::open(directory.path(), Tolerance::None, &Progress::default()).unwrap();
         assert!(reader.count() >= committed, "{nth}: {} rows of {committed}", reader.count());
-        let mut writer = StoreWriter::append_to(directory.path()).unwrap();
+        let mut writer = StoreWriter::append_to(directory.path(), &Progress::default()).unwrap();
         let first = writer.count() as usize;
         append(writer.appender(), &[6 - first]);
-        writer.appender().close().unwrap();
+        writer.appender().close(&Progress::default()).unwrap();
         let whole = scratch();
         write(whole.path(), "int8", &[6]);
         assert_eq!(files(directory.path()), files(whole.path()), "{nth}");

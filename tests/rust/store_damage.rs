@@ -23,11 +23,11 @@ fn every_flipped_bit_is_detected_or_harmless() {
                 let mut writer = StoreWriter::create(&path, manifest(dtype)).unwrap();
                 append(writer.appender(), &[2, 3]);
                 if closed {
-                    writer.appender().close().unwrap();
+                    writer.appender().close(&Progress::default()).unwrap();
                 }
             }
             let whole = contents(&path).unwrap();
-            let described = StoreReader::open(&path, Tolerance::None).unwrap().manifest().clone();
+            let described = StoreReader::open(&path, Tolerance::None, &Progress::default()).unwrap().manifest().clone();
             let (mut detected, mut harmless) = (0, 0);
             for (name, bytes) in files(&path) {
                 for bit in 0..8 * bytes.len() {
@@ -40,7 +40,10 @@ fn every_flipped_bit_is_detected_or_harmless() {
                         }
                         Err(other) => panic!("{name:?} bit {bit}: {other}"),
                         Ok(found) => {
-                            let found_manifest = StoreReader::open(&path, Tolerance::None).unwrap().manifest().clone();
+                            let found_manifest = StoreReader::open(&path, Tolerance::None, &Progress::default())
+                                .unwrap()
+                                .manifest()
+                                .clone();
                             let rows = found.0.len() / DIM;
                             // Of a store that was not closed, damage to the last commit undoes it.
                             assert!(rows == 5 || (!closed && rows == 2), "{name:?} bit {bit}: {rows} rows");
@@ -56,9 +59,9 @@ fn every_flipped_bit_is_detected_or_harmless() {
                     if bit % 29 == 0 {
                         repair(&path, &Progress::default())
                             .unwrap_or_else(|error| panic!("{name:?} bit {bit}: {error}"));
-                        let reader = StoreReader::open(&path, Tolerance::None).unwrap();
+                        let reader = StoreReader::open(&path, Tolerance::None, &Progress::default()).unwrap();
                         assert!(reader.verify(None, &Progress::default()).unwrap().is_empty());
-                        let records = reader.records().unwrap();
+                        let records = reader.records(&Progress::default()).unwrap();
                         let aside = records.chunks(RECORD_BYTES).filter(|record| is_set_aside(record)).count() as u64;
                         let lost = 5 - (reader.count() - aside);
                         assert!(lost <= 1 || (!closed && lost <= 3), "{name:?} bit {bit}: {lost} rows lost");
@@ -67,7 +70,7 @@ fn every_flipped_bit_is_detected_or_harmless() {
                         let mut writer = StoreWriter::create(&path, manifest(dtype)).unwrap();
                         append(writer.appender(), &[2, 3]);
                         if closed {
-                            writer.appender().close().unwrap();
+                            writer.appender().close(&Progress::default()).unwrap();
                         }
                     }
                     fs::write(path.join(&name), &bytes).unwrap();
@@ -93,18 +96,22 @@ fn files_cut_short_are_refused_and_their_rows_can_be_taken_and_mended() {
             write(directory.path(), "float32", &[2, 3]);
             let path = directory.path().join(name);
             fs::OpenOptions::new().write(true).open(&path).unwrap().set_len(size as u64).unwrap();
-            let message = StoreReader::open(directory.path(), Tolerance::None).unwrap_err().to_string();
+            let message =
+                StoreReader::open(directory.path(), Tolerance::None, &Progress::default()).unwrap_err().to_string();
             let complete = (size - header) / row_bytes;
             assert!(message.contains(name) && message.contains(&format!("hold {complete} rows of 5")), "{message}");
-            assert!(matches!(StoreWriter::append_to(directory.path()), Err(Error::StoreDamaged { .. })));
-            let reader = StoreReader::open(directory.path(), Tolerance::SoundRows).unwrap();
+            assert!(matches!(
+                StoreWriter::append_to(directory.path(), &Progress::default()),
+                Err(Error::StoreDamaged { .. })
+            ));
+            let reader = StoreReader::open(directory.path(), Tolerance::SoundRows, &Progress::default()).unwrap();
             assert_eq!(reader.count() as usize, complete);
 
             let done = repair(directory.path(), &Progress::default()).unwrap();
             assert_eq!((done.count as usize, done.lost as usize, done.set_aside.len()), (complete, 5 - complete, 0));
-            let mut writer = StoreWriter::append_to(directory.path()).unwrap();
+            let mut writer = StoreWriter::append_to(directory.path(), &Progress::default()).unwrap();
             append(writer.appender(), &[5 - complete]);
-            writer.appender().close().unwrap();
+            writer.appender().close(&Progress::default()).unwrap();
             let whole = scratch();
             write(whole.path(), "float32", &[5]);
             assert_eq!(files(directory.path()), files(whole.path()), "{name} of {size} bytes");
@@ -121,7 +128,7 @@ fn a_record_in_another_place_is_damaged() {
     let (one, two) = bytes[HEADER_BYTES..].split_at_mut(2 * RECORD_BYTES);
     one[..RECORD_BYTES].swap_with_slice(&mut two[..RECORD_BYTES]);
     fs::write(&path, bytes).unwrap();
-    let message = StoreReader::open(directory.path(), Tolerance::None).unwrap_err().to_string();
+    let message = StoreReader::open(directory.path(), Tolerance::None, &Progress::default()).unwrap_err().to_string();
     assert!(message.contains("record of row 0, at byte 72, is damaged, and so are 1 others"), "{message}");
 }
 
@@ -132,7 +139,7 @@ fn a_manifest_of_another_store_is_refused() {
     write(&one, "float32", &[4]);
     StoreWriter::create(&other, Manifest::new(DIM, "float32", "{\"model\": \"huge\"}").unwrap()).unwrap();
     fs::copy(other.join("manifest.json"), one.join("manifest.json")).unwrap();
-    let error = StoreReader::open(&one, Tolerance::None).unwrap_err();
+    let error = StoreReader::open(&one, Tolerance::None, &Progress::default()).unwrap_err();
     assert!(matches!(&error, Error::StoreDamaged { path, .. } if path.ends_with("manifest.json")), "{error}");
     assert_eq!(repair(&one, &Progress::default()).unwrap().mended, ["manifest.json"]);
     assert_eq!(contents(&one).unwrap().1, expected(4).1);
@@ -142,10 +149,10 @@ fn a_manifest_of_another_store_is_refused() {
 fn one_writer_at_a_time() {
     let directory = scratch();
     let writer = StoreWriter::create(directory.path(), manifest("float32")).unwrap();
-    assert!(matches!(StoreWriter::append_to(directory.path()), Err(Error::StoreLocked { .. })));
+    assert!(matches!(StoreWriter::append_to(directory.path(), &Progress::default()), Err(Error::StoreLocked { .. })));
     assert!(matches!(repair(directory.path(), &Progress::default()), Err(Error::StoreLocked { .. })));
     drop(writer);
-    assert!(StoreWriter::append_to(directory.path()).is_ok());
+    assert!(StoreWriter::append_to(directory.path(), &Progress::default()).is_ok());
 }
 
 /// Power may be lost when the size and the count of a commit are on disk and its records are not: zeros.
@@ -161,7 +168,7 @@ fn an_interrupted_commit_of_millions_of_rows_is_undone() {
     for (path, size) in [(&paths.records, record_offset(larger)), (&paths.rows(Encoding::Int8), larger * DIM as u64)] {
         fs::OpenOptions::new().write(true).open(path).unwrap().set_len(size).unwrap();
     }
-    assert_eq!(StoreReader::open(directory.path(), Tolerance::None).unwrap().count(), 2);
+    assert_eq!(StoreReader::open(directory.path(), Tolerance::None, &Progress::default()).unwrap().count(), 2);
     assert_eq!(repair(directory.path(), &Progress::default()).unwrap().count, 2);
     assert_eq!(contents(directory.path()).unwrap().1, expected(2).1);
 }
@@ -175,7 +182,7 @@ fn damaged_records_read_as_set_aside_whatever_is_in_them() {
     bytes[HEADER_BYTES + RECORD_BYTES + 52] ^= 8; // the flag of a row that is set aside
     bytes[HEADER_BYTES + 2 * RECORD_BYTES + 40] ^= 1;
     fs::write(&path, bytes).unwrap();
-    let reader = StoreReader::open(directory.path(), Tolerance::SoundRows).unwrap();
+    let reader = StoreReader::open(directory.path(), Tolerance::SoundRows, &Progress::default()).unwrap();
     let mut seen = 0;
     let count = |rows: &[Row]| {
         seen += rows.len();
@@ -214,9 +221,11 @@ fn a_message_shows_no_more_of_a_value_than_a_line() {
     let directory = scratch();
     let path = directory.path().join("manifest.json");
     fs::write(&path, format!("{{\"format\": \"{}\"}}", "ä".repeat(400_000))).unwrap();
-    assert!(StoreReader::open(directory.path(), Tolerance::None).unwrap_err().to_string().len() < 400);
+    assert!(
+        StoreReader::open(directory.path(), Tolerance::None, &Progress::default()).unwrap_err().to_string().len() < 400
+    );
     fs::write(&path, vec![b' '; 2 << 20]).unwrap();
-    let message = StoreReader::open(directory.path(), Tolerance::None).unwrap_err().to_string();
+    let message = StoreReader::open(directory.path(), Tolerance::None, &Progress::default()).unwrap_err().to_string();
     assert!(message.contains("more than 1048576 bytes are too many for a manifest"), "{message}");
 }
 
@@ -241,7 +250,10 @@ fn links_are_not_written_through_and_pipes_not_waited_for() {
         }
         std::os::unix::fs::symlink(&precious, &path).unwrap();
         let before = fs::read(&precious).unwrap();
-        for error in [StoreWriter::append_to(&store).unwrap_err(), repair(&store, &Progress::default()).unwrap_err()] {
+        for error in [
+            StoreWriter::append_to(&store, &Progress::default()).unwrap_err(),
+            repair(&store, &Progress::default()).unwrap_err(),
+        ] {
             assert!(error.to_string().contains("this is no regular file of the store"), "{name}: {error}");
         }
         assert_eq!(fs::read(&precious).unwrap(), before, "{name}");
@@ -250,7 +262,7 @@ fn links_are_not_written_through_and_pipes_not_waited_for() {
             fs::remove_file(&path).unwrap();
             assert!(std::process::Command::new("mkfifo").arg(&path).status().unwrap().success());
             if name != "manifest.copy.json" {
-                let error = StoreReader::open(&store, Tolerance::SoundRows).unwrap_err();
+                let error = StoreReader::open(&store, Tolerance::SoundRows, &Progress::default()).unwrap_err();
                 assert!(error.to_string().contains("this is no regular file of the store"), "{name}: {error}");
             }
         }

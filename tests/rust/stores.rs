@@ -27,15 +27,15 @@ pub fn rows(range: std::ops::Range<usize>) -> (Vec<f32>, Vec<u8>) {
 pub fn write(directory: &Path, dtype: &str, batches: &[usize]) {
     let mut writer = StoreWriter::create(directory, manifest(dtype)).unwrap();
     append(writer.appender(), batches);
-    writer.appender().close().unwrap();
+    writer.appender().close(&Progress::default()).unwrap();
 }
 
 pub fn append<D: Disk>(appender: &mut Appender<D>, batches: &[usize]) {
     for &count in batches {
         let first = appender.count() as usize;
         let (sketches, records) = rows(first..first + count);
-        appender.append(&sketches, &records).unwrap();
-        appender.commit().unwrap();
+        appender.append(&sketches, &records, &Progress::default()).unwrap();
+        appender.commit(&Progress::default()).unwrap();
     }
 }
 
@@ -52,7 +52,7 @@ pub fn files(directory: &Path) -> Vec<(PathBuf, Vec<u8>)> {
 
 /// The sketches and records of a store, after a check of every row.
 pub fn contents(directory: &Path) -> Result<(Vec<f32>, Vec<u8>), Error> {
-    let reader = StoreReader::open(directory, Tolerance::None)?;
+    let reader = StoreReader::open(directory, Tolerance::None, &Progress::default())?;
     let (mut sketches, mut records) = (Vec::new(), Vec::new());
     let encoding = reader.manifest().encoding;
     let progress = Progress::default();
@@ -66,7 +66,7 @@ pub fn contents(directory: &Path) -> Result<(Vec<f32>, Vec<u8>), Error> {
         Ok(())
     })?;
     assert!(reader.verify(None, &progress).unwrap().is_empty());
-    assert_eq!(reader.records().unwrap().len(), reader.count() as usize * RECORD_BYTES);
+    assert_eq!(reader.records(&Progress::default()).unwrap().len(), reader.count() as usize * RECORD_BYTES);
     Ok((sketches, records))
 }
 

@@ -27,7 +27,7 @@ proptest! {
         let pairs: Vec<[i64; 2]> = (0..count).map(|pair| [pair % 17, (pair * 5 + 1) % 17].map(|row| row as i64)).collect();
         let labels: Vec<i32> = (0..count).map(|pair| (pair % clusters) as i32).collect();
         let view = Rows::new(Values::F32(&rows), row_count, dim).unwrap();
-        let points = Points::from_pairs(view, &pairs, &coefficients).unwrap();
+        let points = Points::from_pairs(view, &pairs, &coefficients, &Progress::default()).unwrap();
         let scores = score_pairs(&points, &centroids, &labels, None, &Progress::default()).unwrap();
         let norms = pair_norms(&points, &Progress::default()).unwrap();
         let direction: Vec<f64> = scores.direction.iter().map(|&value| f64::from(value)).collect();
@@ -84,7 +84,7 @@ proptest! {
         let labels: Vec<i32> = (0..pairs.len()).map(|pair| (pair % clusters) as i32).collect();
         let direction = values(dim, seed + 1);
         let view = Rows::new(Values::F32(&rows), row_count, dim).unwrap();
-        let points = Points::from_pairs(view, &pairs, &coefficients).unwrap();
+        let points = Points::from_pairs(view, &pairs, &coefficients, &Progress::default()).unwrap();
         let progress = Progress::default();
         let scores = score_pairs(&points, &centroids, &labels, Some(&direction), &progress).unwrap();
         let norms = pair_norms(&points, &progress).unwrap();

@@ -1,0 +1,110 @@
+//! How the tiles are visited in parallel.
+
+use std::ops::Range;
+
+use rayon::prelude::*;
+
+use super::{Points, Tile};
+use crate::error::Result;
+use crate::memory::{self, POINTS};
+use crate::progress::Progress;
+
+/// Something for each of consecutive points.
+pub trait Entries: Send + Sized {
+    /// Those of the first `count` points, and the rest.
+    fn cut(self, count: usize) -> (Self, Self);
+}
+
+impl Entries for () {
+    fn cut(self, _: usize) -> ((), ()) {
+        ((), ())
+    }
+}
+
+impl<T: Send> Entries for &mut [T] {
+    fn cut(self, count: usize) -> (Self, Self) {
+        self.split_at_mut(count)
+    }
+}
+
+impl<One: Entries, Other: Entries> Entries for (One, Other) {
+    fn cut(self, count: usize) -> (Self, Self) {
+        let (one, other) = (self.0.cut(count), self.1.cut(count));
+        ((one.0, other.0), (one.1, other.1))
+    }
+}
+
+impl<const TERMS: usize> Points<'_, TERMS> {
+    /// Shows `visit` every tile of a range with the entries of `data` that belong to its points, in parallel; the
+    /// results come in the order of the tiles. `data` begins with the first point of the range.
+    pub fn visit<State, Data: Entries, Output: Send>(
+        &self,
+        tiles: Range<usize>,
+        mut data: Data,
+        start: impl Fn() -> State + Sync + Send,
+        visit: impl Fn(&mut State, usize, &Tile, Data) -> Result<Output> + Sync + Send,
+    ) -> Result<Vec<Output>> {
+        self.room(0)?;
+        let mut tasks = memory::reserved(tiles.len(), POINTS)?;
+        for index in tiles {
+            let tile = &self.tiles[index];
+            let (entries, rest) = data.cut(tile.points.len());
+            tasks.push((index, tile, entries));
+            data = rest;
+        }
+        let visit = |state: &mut State, (index, tile, entries): (usize, &Tile, Data)| {
+            let output = visit(state, index, tile, entries);
+            self.forget(index..index + 1);
+            output
+        };
+        tasks.into_par_iter().with_max_len(1).map_init(start, visit).collect()
+    }
+
+    /// Cuts the tiles into at most `limit` blocks, gives each block a state, and shows it the block's tiles in order
+    /// together with their gathered rows. Returns the states in the order of the blocks.
+    ///
+    /// Blocks run in parallel; as neither the cuts nor the order within a block depend on the number of threads,
+    /// neither does any result that is folded in block order.
+    pub fn fold_blocks<State: Send>(
+        &self,
+        limit: usize,
+        progress: &Progress,
+        start: impl Fn() -> State + Sync,
+        visit: impl Fn(&mut State, &Tile, &[f32]) + Sync,
+    ) -> Result<Vec<State>> {
+        self.fill_blocks(limit, (), progress, start, |state, tile, gathered, ()| visit(state, tile, gathered))
+    }
+
+    /// As [`Points::fold_blocks`], and shows a tile the entries of `data` that belong to its points.
+    pub fn fill_blocks<State: Send, Data: Entries>(
+        &self,
+        limit: usize,
+        mut data: Data,
+        progress: &Progress,
+        start: impl Fn() -> State + Sync,
+        visit: impl Fn(&mut State, &Tile, &[f32], Data) + Sync,
+    ) -> Result<Vec<State>> {
+        self.room(0)?;
+        let blocks = limit.min(self.tiles.len());
+        let mut tasks = Vec::with_capacity(blocks);
+        for block in 0..blocks {
+            let tiles = block * self.tiles.len() / blocks..(block + 1) * self.tiles.len() / blocks;
+            let (own, rest) = data.cut(self.tiles[tiles.clone()].iter().map(|tile| tile.points.len()).sum());
+            tasks.push((tiles, own));
+            data = rest;
+        }
+        let run = |(tiles, mut data): (Range<usize>, Data)| {
+            let (mut state, mut gathered) = (start(), Vec::new());
+            for index in tiles {
+                let tile = &self.tiles[index];
+                let (own, rest) = data.cut(tile.points.len());
+                visit(&mut state, tile, self.gather_or_borrow(tile, None, &mut gathered), own);
+                data = rest;
+                self.forget(index..index + 1);
+                progress.advance(1)?;
+            }
+            Ok(state)
+        };
+        tasks.into_par_iter().map(run).collect()
+    }
+}
