@@ -296,13 +296,13 @@ def test_scale_changes_nothing(exponent, options, offset):
 
 def test_refilling_takes_the_farthest_point_that_is_not_alone():
     points = np.zeros((6, 64), dtype=np.float32)
-    points[:, 0] = [0, 0.1, 0.2, 3, 100, 0.3]
+    points[:, 0] = [0, 0.1, 0.2, 3, 120, 0.3]
     # Point 4 is the farthest from its centroid, and alone with it; nothing is near the last one.
     centroids = np.zeros((3, 64), dtype=np.float32)
     centroids[:, 0] = [0, 200, -500]
     found = kmeans(points, 3, init=centroids, max_iter=1)
     assert len(set(found.labels)) == 3
-    np.testing.assert_array_equal(found.centroids[[1, 2], 0], [100, 3])
+    np.testing.assert_array_equal(found.centroids[[1, 2], 0], [120, 3])
 
 
 # Choices of pairs
@@ -374,13 +374,27 @@ def test_rounding_of_pairs_without_copies():
         assert coreset(*arguments, cache_bytes=cache_bytes)[0] == [1]
 
 
+def pairs_of_all_lengths(generator):
+    """Most gains are never computed."""
+    return generator.standard_normal((3000, 24)) * generator.gamma(1, 1, (3000, 1))
+
+
+def pairs_that_become_the_best(generator):
+    """The long ones lie in four dimensions, where gains fall fast, below those of others that nothing else is like."""
+    vectors = np.zeros((3000, 24))
+    vectors[:, :4] = generator.standard_normal((3000, 4))
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    vectors[-300:] = 0
+    vectors[np.arange(-300, 0), 4 + np.arange(300) % 20] = 0.5
+    return vectors * generator.uniform(1, 1.1, (3000, 1))
+
+
 @pytest.mark.parametrize("regularization", [1e-2, 1.0])
 @pytest.mark.parametrize("max_depth", [None, 3])
-def test_lazy_bounds_of_a_design(regularization, max_depth):
-    """So many pairs of such different lengths that most gains are never computed: the picks are those of all gains."""
-    generator = np.random.default_rng(0)
-    vectors = generator.standard_normal((3000, 24)) * generator.gamma(1, 1, (3000, 1))
-    vectors = vectors.astype(np.float32).astype(float)
+@pytest.mark.parametrize("draw", [pairs_of_all_lengths, pairs_that_become_the_best])
+def test_lazy_bounds_of_a_design(draw, regularization, max_depth):
+    """The picks are those of all gains, computed anew for each."""
+    vectors = draw(np.random.default_rng(0)).astype(np.float32).astype(float)
     prompts = np.arange(3000) % 500
     limits = {"prompts": prompts, "max_depth": max_depth} if max_depth else {}
     picks, gains = d_optimal(*as_pairs(vectors), 300, regularization=regularization, **limits)
@@ -422,6 +436,14 @@ def test_squares_that_cancel(share, scale):
         scores = score_pairs(rows, pairs, coefficients, centroids, np.arange(20, dtype=np.int32))
         distances = np.linalg.norm(points.astype(float) - centroids, axis=1)
         np.testing.assert_allclose(scores.distance, distances, rtol=5e-6)
+
+
+def test_softmax_of_many_scores():
+    """One of a thousand and one is first as often as its share says, which noise of a lighter tail would not give."""
+    scores = np.zeros(1001)
+    scores[500] = 5
+    firsts = [ranking_keys(scores, "softmax", seed=seed).argmax() == 500 for seed in range(1000)]
+    assert np.mean(firsts) == pytest.approx(np.exp(5) / (np.exp(5) + 1000), abs=0.04)
 
 
 def test_every_pair_has_noise_of_its_own():
