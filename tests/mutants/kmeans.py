@@ -340,24 +340,10 @@ KMEANS = [
         python=proofs("scale_changes"),
     ),
     Fault(
-        "variance-about-the-origin",
-        "kmeans/update.rs",
-        "(mean_square - square_of_mean)",
-        "(mean_square - 0.0 * square_of_mean)",
-        python=f"{HARD} -k tolerance",
-    ),
-    Fault(
         "never-scaled",
         "kmeans/fit.rs",
         "points.set_scale((-largest.log2().round()).clamp(-126.0, 126.0).exp2() as f32);",
         "",
-        python=proofs("scale_changes"),
-    ),
-    Fault(
-        "scaled-by-no-power-of-two",
-        "kmeans/fit.rs",
-        "(-largest.log2().round())",
-        "(-largest.log2())",
         python=proofs("scale_changes"),
     ),
     Fault(
