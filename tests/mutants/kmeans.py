@@ -269,13 +269,6 @@ KMEANS = [
         python=f"{RANGES} -k any_scale",
     ),
     Fault(
-        "a-point-left-out",
-        "kmeans/assign.rs",
-        "end = point + 1;",
-        "end = point + 2;",
-        python=f"{HARD} -k 'assignment_is_plain or any_number_of_clusters'",
-    ),
-    Fault(
         "scale-unknown-to-the-margin",
         "kmeans/assign.rs",
         "ErrorModel::new(self.points.dim(), self.points.scale())",
