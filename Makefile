@@ -28,8 +28,8 @@ WORKERS ?= $(shell nproc 2> /dev/null || sysctl -n hw.logicalcpu)
 SAME := target/same
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-rust test-python same lint lint-rust lint-python bench gpu count fuzz torture architectures docs \
-  wheel clean
+.PHONY: help setup demo test test-rust test-python same lint lint-rust lint-python bench gpu count fuzz mutants torture architectures \
+  docs wheel clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -94,6 +94,9 @@ fuzz: ## Fuzz the reader of the store: make fuzz SECONDS=60
 	mkdir -p $(FUZZ_TARGET)/corpus
 	$(FUZZ_TARGET)/$(FUZZ_HOST)/release/store -max_total_time=$(SECONDS) -timeout=10 -rss_limit_mb=1024 \
 	  -max_len=512 -len_control=0 -entropic_scale_per_exec_time=1 -print_final_stats=1 -artifact_prefix=$(FUZZ_TARGET)/ $(FUZZ_TARGET)/corpus tests/fuzz/corpus/store
+
+mutants: $(VENV)/.tools ## Faults planted into the core, each of which a test must notice; half an hour; ARGS='--only NAME', or 'kmeans-*'
+	$(BIN)/python tests/mutants $(ARGS)
 
 torture: $(VENV)/.installed ## Hundreds of kills, interrupts and losses of power, hostile servers, random calls of the core, then the fuzzer
 	BPO_POWER_LOSSES=20000 cargo test --release --quiet --test store no_loss_of_power -- --nocapture

@@ -168,16 +168,24 @@ impl Pool {
         self.round += 1;
         let mut candidates = Vec::new();
         let mut stale = Vec::new();
-        while candidates.len() < wanted && !self.bounds.is_empty() {
+        // Of the candidates; a stale bound popped before may turn out to be above.
+        let mut best = None;
+        while !self.bounds.is_empty() && (candidates.len() < wanted || self.bounds.peek() > best.as_ref()) {
             stale.clear();
-            while candidates.len() + stale.len() < wanted.max(CANDIDATES.1)
-                && candidates.len() < wanted
-                && let Some((_, Reverse(pair))) = self.bounds.pop()
+            while stale.len() < CANDIDATES.1
+                && (candidates.len() < wanted || self.bounds.peek() > best.as_ref())
+                && let Some(top) = self.bounds.pop()
             {
+                let Reverse(pair) = top.1;
                 if self.full(pair) {
                     continue;
                 }
-                if self.rounds[pair] == self.round { candidates.push(pair) } else { stale.push(pair) }
+                if self.rounds[pair] == self.round {
+                    best = best.max(Some(top));
+                    candidates.push(pair);
+                } else {
+                    stale.push(pair);
+                }
             }
             let gains: Vec<Vec<f64>> = stale
                 .par_chunks(CHUNK)

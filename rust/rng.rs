@@ -113,7 +113,16 @@ dispatch! {
 
 #[cfg(test)]
 mod tests {
-    use super::philox;
+    use super::{Purpose, Stream, philox};
+
+    #[test]
+    fn no_two_uses_share_a_stream() {
+        let uses = [Purpose::SketchSigns, Purpose::Seeding, Purpose::Gumbel, Purpose::Shuffle];
+        let streams = uses.map(|purpose| [0, 1].map(|index| Stream::new(3, purpose, index).words(5)));
+        let streams = streams.as_flattened();
+        assert!((0..streams.len()).all(|one| streams[one + 1..].iter().all(|other| *other != streams[one])));
+        assert!(!streams.contains(&Stream::new(4, Purpose::Seeding, 0).words(5)));
+    }
 
     /// The known answers published with Random123 (`kat_vectors`).
     #[test]

@@ -1,4 +1,4 @@
-"""What `make lint` asks of the package beyond style: its public names, what texts say of them, and its sizes.
+"""What `make lint` asks beyond style: public names, what texts say of them, sizes, and faults that can be planted.
 
 Reads the sources of python/bpo and, to see what names lead to, imports the package: `python tests/contract.py`.
 """
@@ -20,6 +20,8 @@ PACKAGE = ROOT / "python" / "bpo"
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("demo/*.md"))]
 # What users read.
 TEXTS = [ROOT / "README.md", *(path for path in PAGES if path.parent != ROOT), *sorted(ROOT.glob("demo/*.py"))]
+# The list of faults that tests must notice.
+MUTANTS = ROOT / "tests" / "mutants"
 
 MOST_LINES = 500
 MOST_BODY_LINES = 60
@@ -51,6 +53,7 @@ def main() -> int:
         *references(),
         *docstrings(),
         *sizes(),
+        *stale_faults(),
     ]
     for path, line, message in sorted(set(found)):
         print(f"{path.relative_to(ROOT)}:{line}: {message}")
@@ -240,6 +243,24 @@ def sizes() -> Found:
         files = [path for path in room.glob("*.py") if path.name not in ("__init__.py", "__main__.py")]
         if len(files) > MOST_FILES:
             yield room / "__init__.py", 1, f"the room has {len(files)} files: split it ({MOST_FILES} at most)"
+
+
+def stale_faults() -> Found:
+    """What `make mutants` replaces in the core is there, once, and its names are too."""
+    sys.path.insert(0, str(MUTANTS))
+    faults = importlib.import_module("planted").faults()
+    sys.path.remove(str(MUTANTS))
+    names = [fault.name for fault in faults]
+    for fault in faults:
+        path = next(path for path in MUTANTS.glob("*.py") if f'"{fault.name}"' in path.read_text(encoding="utf-8"))
+        line = path.read_text(encoding="utf-8").partition(f'"{fault.name}"')[0].count("\n") + 1
+        if fault.occurrences() != 1:
+            message = (
+                f"what {fault.name} replaces occurs {fault.occurrences()} times in rust/{fault.file}: quote it anew"
+            )
+            yield path, line, message
+        if names.count(fault.name) > 1:
+            yield path, line, f"two faults are called {fault.name}: give each a name of its own"
 
 
 def body_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:

@@ -277,6 +277,8 @@ fn race(costs: &[f64], stream: &Stream, trial: u64, progress: &Progress) -> Resu
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::matrix::{Rows, Values};
+    use crate::simd;
 
     const DRAWS: u64 = 10_000;
 
@@ -294,6 +296,29 @@ mod tests {
             let share = cost / total;
             let deviation = (DRAWS as f64 * share * (1.0 - share)).sqrt();
             assert!((count - DRAWS as f64 * share).abs() <= 4.5 * deviation, "{count} draws at a share of {share}");
+        }
+    }
+
+    /// Of two looks, each at the points drawn since the one before.
+    #[test]
+    fn closest_draws_are_the_closest() {
+        let (count, dim) = (2000, 64);
+        let values: Vec<f32> = (0..count * dim).map(|index| stream().uniform(index as u64) as f32 - 0.5).collect();
+        let points = Points::from_rows(Rows::new(Values::F32(&values), count, dim).unwrap());
+        let progress = Progress::default();
+        let approximation = Approximation::new(&points, false, 0, &progress).unwrap();
+        let drawn: Vec<usize> = (0..40).map(|draw| 37 * draw).collect();
+        let mut closest = vec![Closest { distance: f64::MAX, drawn: 0 }; count];
+        for (known, first) in [(10, 0), (40, 10)] {
+            let potential = measure(&points, &approximation, &drawn[..known], first, &mut closest, &progress).unwrap();
+            let sum: f64 = closest.iter().map(|closest| closest.distance).sum();
+            assert!((potential - sum).abs() <= 1e-9 * sum);
+        }
+        let row = |point: usize| &values[point * dim..(point + 1) * dim];
+        for (point, closest) in closest.iter().enumerate() {
+            let distances = drawn.iter().map(|&drawn| f64::from(simd::squared_distance(row(point), row(drawn))));
+            let (nearest, distance) = distances.enumerate().min_by(|left, right| left.1.total_cmp(&right.1)).unwrap();
+            assert_eq!((closest.drawn as usize, closest.distance), (nearest, distance));
         }
     }
 

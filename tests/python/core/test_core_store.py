@@ -306,3 +306,14 @@ def test_the_manifest_is_checked(store, change, message):
     for open_ in (StoreReader, StoreWriter.append_to, repair_store):
         with pytest.raises(kind, match=message):
             open_(store)
+
+
+@pytest.mark.parametrize(("at", "value"), [(0, b"c"), (8, b"\2"), (8, b"\4"), (12, b"\x50"), (60, b"\1")])
+def test_the_header_is_checked(store, at, value):
+    """Name, version and size of a record, and that nothing follows the counts, even if the checksum agrees."""
+    header = bytearray((store / "records.bin").read_bytes())
+    header[at : at + 1] = value
+    header[20:24] = zlib.crc32(header[:20]).to_bytes(4, "little")
+    (store / "records.bin").write_bytes(header)
+    with pytest.raises(StoreDamagedError, match=r"records\.bin: its header, bytes 0 to 72 of \d+, is damaged"):
+        StoreReader(store)

@@ -1,0 +1,406 @@
+"""Faults of k-means and of the products that it decides by."""
+
+from planted import Fault
+
+PROOFS = "test_core_proofs.py"
+RANGES = "test_core_kmeans_ranges.py"
+HARD = "test_core_kmeans_hard.py"
+MARGINS = "--lib kmeans::error_model"
+
+
+def proofs(names):
+    return f"{PROOFS} -k '{names}'"
+
+
+KMEANS = [
+    # The margin, and each of its terms
+    Fault(
+        "margin-to-a-twentieth",
+        "kmeans/error_model.rs",
+        "factors.map(|factor| factor.min(f32::MAX))",
+        "factors.map(|factor| (factor / 20.0).min(f32::MAX))",
+        python=proofs("rounding or chains"),
+    ),
+    Fault(
+        "margin-to-nine-tenths",
+        "kmeans/error_model.rs",
+        "factors.map(|factor| factor.min(f32::MAX))",
+        "factors.map(|factor| (factor * 0.9).min(f32::MAX))",
+        python=proofs("rounding"),
+    ),
+    Fault(
+        "inflation-below-one",
+        "kmeans/error_model.rs",
+        "INFLATION: f32 = 1.001",
+        "INFLATION: f32 = 0.95",
+        python=proofs("rounding"),
+    ),
+    Fault(
+        "margin-without-the-point",
+        "kmeans/error_model.rs",
+        "[point.error + blur, norm",
+        "[blur, norm",
+        python=proofs("rounding_of_points"),
+    ),
+    Fault(
+        "margin-without-the-centroid",
+        "kmeans/error_model.rs",
+        "norm + point.error, self.rest]",
+        "0.0, self.rest]",
+        python=proofs("rounding_of_centroids"),
+    ),
+    Fault(
+        "margin-of-a-shorter-point",
+        "kmeans/error_model.rs",
+        "norm + point.error, self.rest]",
+        "norm, self.rest]",
+        python=proofs("rounding_makes_longer"),
+    ),
+    Fault(
+        "chain-of-one-addition",
+        "kmeans/error_model.rs",
+        "(dim + 8.0) * UNIT_ROUNDOFF",
+        "(8.0) * UNIT_ROUNDOFF",
+        python=proofs("chains"),
+    ),
+    Fault(
+        "chain-to-two-thirds",
+        "kmeans/error_model.rs",
+        "1.01 * (dim + 8.0)",
+        "0.6 * (dim + 8.0)",
+        rust=f"{MARGINS}::tests::a_chain",
+    ),
+    Fault(
+        "chain-without-the-spread",
+        "kmeans/error_model.rs",
+        "self.chain * point.spread + blur",
+        "self.chain + blur",
+        python=proofs("chains"),
+    ),
+    Fault(
+        "rest-of-one-lane",
+        "kmeans/error_model.rs",
+        "rest: (dim / 32.0 + 32.0)",
+        "rest: (1.0 + 32.0)",
+        python=proofs("own_distance_is_wrong"),
+    ),
+    Fault(
+        "rest-without-squares-of-points",
+        "kmeans/error_model.rs",
+        "let slack = self.rest * point.spread * point.spread + ",
+        "let slack = ",
+        python=proofs("cannot_tell_apart"),
+    ),
+    Fault(
+        "rest-without-squares-of-centroids",
+        "kmeans/centroids.rs",
+        "squares[index] = squared as f32;",
+        "squares[index] = 0.0;",
+        python=proofs("own_distance_is_wrong"),
+    ),
+    Fault(
+        "no-underflow",
+        "kmeans/error_model.rs",
+        "underflow: (dim + OTHER_STEPS) * UNDERFLOW",
+        "underflow: 0.0 * UNDERFLOW",
+        python=f"{RANGES} -k 'one_long_point or any_scale'",
+    ),
+    Fault(
+        "underflow-without-coefficients",
+        "kmeans/error_model.rs",
+        "self.underflow * (1.0 + magnitude)",
+        "self.underflow * (1.0 + 0.0 * magnitude)",
+        rust=f"{MARGINS}::tests::coefficients",
+    ),
+    Fault(
+        "nothing-vanishes",
+        "kmeans/error_model.rs",
+        "vanished: 4.0 * scale",
+        "vanished: 0.0 * scale",
+        python=proofs("vanish_before"),
+    ),
+    # Points and centroids in 8 bits
+    Fault(
+        "points-lose-nothing",
+        "kmeans/approximate.rs",
+        "bound.error = INFLATION * coefficients[0].abs() * error as f32",
+        "bound.error = 0.0 * error as f32",
+        python=proofs("rounding_of_points"),
+    ),
+    Fault(
+        "pairs-lose-nothing",
+        "kmeans/approximate.rs",
+        "bound.error = INFLATION * simd::squared_norm_float64(values).sqrt() as f32",
+        "bound.error = 0.0",
+        python=proofs("rounding_of_pairs"),
+    ),
+    Fault(
+        "pairs-lose-what-one-row-does",
+        "kmeans/approximate.rs",
+        "simd::subtract_bytes(values, scale.factor, bytes);",
+        "simd::subtract_bytes(values, scale.factor, bytes);\n            simd::multiply(values, 0.5);",
+        python=proofs("rounding_of_pairs"),
+    ),
+    Fault(
+        "centroids-lose-nothing",
+        "kmeans/centroids.rs",
+        "*error = INFLATION * simd",
+        "*error = 0.0 * simd",
+        python=proofs("rounding_of_centroids"),
+    ),
+    Fault(
+        "centroids-without-length",
+        "kmeans/centroids.rs",
+        "norms[index] = INFLATION * squared",
+        "norms[index] = 0.0 * squared",
+        python=proofs("rounding_of_points"),
+    ),
+    Fault(
+        "cosine-bound-zeroed",
+        "kmeans/approximate.rs",
+        "bound.error *= INFLATION * factor;",
+        "bound.error = 0.0;",
+        python=proofs("rounding_of_points"),
+    ),
+    Fault(
+        "cosine-bound-not-scaled",
+        "kmeans/approximate.rs",
+        "bound.error *= INFLATION * factor;",
+        "",
+        python=proofs("rounding_of_points or rounding_of_pairs"),
+    ),
+    Fault(
+        "cosine-spread-not-scaled",
+        "kmeans/approximate.rs",
+        "bound.spread *= factor;",
+        "",
+        python=proofs("chains"),
+    ),
+    Fault(
+        "cosine-points-alone-scaled",
+        "kmeans/fit.rs",
+        "approximation.multiply(&factors);",
+        "",
+        python=proofs("rounding_of_points or chains"),
+    ),
+    Fault(
+        "overflow-unheeded",
+        "kmeans/approximate.rs",
+        "const LONGEST: f64 = 1e30",
+        "const LONGEST: f64 = 1e300",
+        python=proofs("overflow"),
+    ),
+    Fault(
+        "forgets-nothing",
+        "kmeans/approximate.rs",
+        "unknown.for_each(|(bound, _)| bound.forget());",
+        "drop(unknown);",
+        python=proofs("overflow or takes_digits"),
+    ),
+    Fault(
+        "rounded-coefficients-trusted",
+        "kmeans/approximate.rs",
+        "let exact = coefficients.map(f64::from) == points.coefficients_float64(point);",
+        "let exact = true;",
+        python=proofs("takes_digits"),
+    ),
+    Fault(
+        "spread-of-one-row",
+        "kmeans/approximate.rs",
+        "let terms = slots.into_iter().zip(coefficients);",
+        "let terms = slots.into_iter().zip(coefficients).take(1);",
+        rust=f"{MARGINS}::tests::every_row",
+    ),
+    Fault(
+        "centroids-not-centred",
+        "kmeans/centroids.rs",
+        "centred.chunks_exact_mut(dim).for_each(|centroid| simd::subtract(centroid, origin));",
+        "let _ = (&mut centred, origin);",
+        python=f"{HARD} -k far_from_the_origin",
+    ),
+    Fault(
+        "origin-not-scaled",
+        "kmeans/fit.rs",
+        "Approximation::new(points, false, cache_bytes, progress)",
+        "Approximation::new(points, centred, cache_bytes, progress)",
+        python=proofs("scale_changes"),
+    ),
+    # The decision, and what it leaves open
+    Fault(
+        "highest-without-slack",
+        "kmeans/assign.rs",
+        "(highest + 2.0 * margin.slack)",
+        "(highest + 0.0 * margin.slack)",
+        python=proofs("cannot_tell_apart"),
+    ),
+    Fault(
+        "limit-too-low",
+        "kmeans/assign.rs",
+        "(limit - bound.squared_norm) / 2.0",
+        "(limit - bound.squared_norm) / 2.0 - 0.01 * limit",
+        rust="--lib kmeans::init::tests::closest",
+    ),
+    Fault(
+        "ties-to-the-higher",
+        "kmeans/assign.rs",
+        "if f64::from(distance) < nearest.1",
+        "if f64::from(distance) <= nearest.1",
+        python=f"{HARD} -k ties_go",
+    ),
+    Fault(
+        "ties-to-the-higher-in-float64",
+        "kmeans/assign.rs",
+        "if distance < nearest.1",
+        "if distance <= nearest.1",
+        python=proofs("ties_of_what_vanishes"),
+    ),
+    Fault(
+        "never-in-float64",
+        "kmeans/assign.rs",
+        "vanished |= measure.vanishes(distance);",
+        "vanished |= measure.vanishes(distance) && false;",
+        python=proofs("smallest_number"),
+    ),
+    Fault(
+        "float64-of-scaled-centroids",
+        "kmeans/assign.rs",
+        "vectors.unscaled_row(candidate as usize)",
+        "vectors.row(candidate as usize)",
+        python=f"{RANGES} -k any_scale",
+    ),
+    Fault(
+        "scale-unknown-to-the-margin",
+        "kmeans/assign.rs",
+        "ErrorModel::new(self.points.dim(), self.points.scale())",
+        "ErrorModel::new(self.points.dim(), 1.0)",
+        python=proofs("vanish_before"),
+    ),
+    Fault(
+        "float32-below-its-digits",
+        "kmeans/measure.rs",
+        "f32::MIN_POSITIVE * 2f32.powi(26)",
+        "f32::MIN_POSITIVE * 2f32.powi(-20)",
+        python=proofs("smallest_number"),
+    ),
+    Fault(
+        "scale-not-squared",
+        "kmeans/measure.rs",
+        "f64::from(scale).powi(2)",
+        "f64::from(scale)",
+        python=f"{RANGES} -k any_scale",
+    ),
+    Fault(
+        "shifts-vanish",
+        "kmeans/measure.rs",
+        "others.row(other));\n        if self.vanishes(squared)",
+        "others.row(other));\n        if false",
+        python=proofs("settle"),
+    ),
+    # Sums, centroids and the driver
+    Fault(
+        "points-stay-in-old-sums",
+        "kmeans/update.rs",
+        "shares.push((from, slot, -share));",
+        "let _ = from;",
+        rust="--test kmeans rows_follow",
+    ),
+    Fault(
+        "shares-of-a-row-lost",
+        "kmeans/update.rs",
+        "first.2 += next.2;",
+        "let _ = &first;",
+        rust="--test kmeans pairs_follow",
+    ),
+    Fault(
+        "a-lone-point-refills",
+        "kmeans/update.rs",
+        "counts[labels[point] as usize] > 1",
+        "counts[labels[point] as usize] > 0",
+        python=proofs("refilling"),
+    ),
+    Fault(
+        "the-nearest-point-refills",
+        "kmeans/update.rs",
+        "cost(right).total_cmp(&cost(left))",
+        "cost(left).total_cmp(&cost(right))",
+        python=proofs("refilling"),
+    ),
+    Fault(
+        "means-stay-scaled",
+        "kmeans/update.rs",
+        "(sum / divisor * inverse) as f32",
+        "(sum / divisor * inverse.powi(0)) as f32",
+        python=proofs("scale_changes"),
+    ),
+    Fault(
+        "never-scaled",
+        "kmeans/fit.rs",
+        "points.set_scale((-largest.log2().round()).clamp(-126.0, 126.0).exp2() as f32);",
+        "",
+        python=proofs("scale_changes"),
+    ),
+    Fault(
+        "sample-not-scaled",
+        "points/mod.rs",
+        "Self { scale: self.scale, ..subset }",
+        "subset",
+        python=proofs("scale_changes"),
+    ),
+    Fault(
+        "no-label-noticed-in-a-pass",
+        "kmeans/fit.rs",
+        "assigned(points, tile, labels)?;",
+        "",
+        python=proofs("not_finite_any_more"),
+    ),
+    Fault(
+        "no-label-noticed-at-the-end",
+        "kmeans/fit.rs",
+        "assigned(points, tile, &labels)?;",
+        "",
+        python=proofs("not_finite_any_more"),
+    ),
+    # Seeding
+    Fault(
+        "seeding-in-float32",
+        "kmeans/init.rs",
+        "let exact = if measure.vanishes(distance)",
+        "let exact = if false && measure.vanishes(distance)",
+        python=f"{RANGES} -k seeding_tells",
+    ),
+    Fault(
+        "seeding-forgets-earlier-draws",
+        "kmeans/init.rs",
+        "drawn: first as u32 + cluster",
+        "drawn: cluster",
+        rust="--lib kmeans::init::tests::closest",
+    ),
+    Fault(
+        "a-draw-too-late",
+        "kmeans/init.rs",
+        "uniform < first.0 * cost",
+        "uniform < 0.5 * first.0 * cost",
+        rust="--lib kmeans::init::tests::draws",
+    ),
+    # Products in 8 bits
+    Fault(
+        "sums-beyond-32-bits",
+        "gemm8.rs",
+        "MAX_DEPTH: usize = 1 << 16",
+        "MAX_DEPTH: usize = 1 << 20",
+        python=proofs("largest_products"),
+    ),
+    Fault(
+        "bytes-beyond-127",
+        "gemm8.rs",
+        "let inverse = 127.0 / largest;",
+        "let inverse = 128.0 / largest;",
+        rust="--test gemm8 bytes_are",
+    ),
+    Fault(
+        "a-wider-step", "gemm8.rs", "factor: largest / 127.0", "factor: largest / 126.0", rust="--test gemm8 bytes_are"
+    ),
+    Fault(
+        "sums-of-the-last-depths", "gemm8.rs", "buffers.sums.fill([0; PANEL]);", "", rust="--test gemm8 products_are"
+    ),
+]
