@@ -7,8 +7,10 @@ use numpy::prelude::*;
 use numpy::{PyArray1, PyUntypedArray};
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
+use pyo3::types::{PyDict, PyTuple};
 
 use super::convert::{Matrix, Vector, bools};
+use super::pickle::{self, entry};
 use super::run::run;
 use crate::error::{Error, Result};
 use crate::store::format::{Manifest, RECORD_BYTES};
@@ -160,7 +162,7 @@ impl StoreWriter {
     ) -> PyResult<()> {
         let wanted = bools("wanted", wanted)?;
         run(py, Some(1), progress.as_ref(), |progress| {
-            self.with(|writer| writer.copy_from(&reader.0, &wanted, progress))
+            self.with(|writer| writer.copy_from(&reader.reader, &wanted, progress))
         })
     }
 
@@ -185,6 +187,14 @@ impl StoreWriter {
     /// Rows, those included that are not committed yet.
     fn __len__(&self) -> PyResult<usize> {
         Ok(self.with(|writer| Ok(writer.count() as usize))?)
+    }
+
+    fn __reduce__(&self) -> PyResult<()> {
+        Err(PyTypeError::new_err(format!(
+            "the StoreWriter of {} cannot be pickled or copied, since a store has one writer; open a StoreReader of the \
+             path instead",
+            self.path.display()
+        )))
     }
 
     fn __enter__(slf: Py<Self>) -> Py<Self> {
@@ -226,6 +236,9 @@ fn record_bytes<'py>(records: &Bound<'py, PyAny>) -> PyResult<Vector<'py, u8>> {
 
 /// The rows that were committed when the store was opened. Any number of readers may be at work beside one writer.
 ///
+/// A pickle or a copy holds the absolute path and `skip_damaged`: it opens the store anew, with the rows that were added
+/// meanwhile, and raises what opening raises.
+///
 /// Args:
 ///     path: Directory of the store.
 ///     skip_damaged: Whether to open a store of which some rows are damaged or lost; they then read as set aside.
@@ -234,7 +247,12 @@ fn record_bytes<'py>(records: &Bound<'py, PyAny>) -> PyResult<Vector<'py, u8>> {
 ///     StoreError: If the directory is not a store of this version (StoreVersionError) or damaged (StoreDamagedError).
 ///     OSError: If a file cannot be read.
 #[pyclass(frozen, module = "bpo._core")]
-pub struct StoreReader(store::StoreReader);
+pub struct StoreReader {
+    reader: store::StoreReader,
+    /// Whether it was opened so.
+    #[pyo3(get)]
+    skip_damaged: bool,
+}
 
 #[pymethods]
 impl StoreReader {
@@ -242,47 +260,53 @@ impl StoreReader {
     #[pyo3(signature = (path, *, skip_damaged = false))]
     fn new(py: Python<'_>, path: PathBuf, skip_damaged: bool) -> PyResult<Self> {
         let tolerance = if skip_damaged { Tolerance::SoundRows } else { Tolerance::None };
-        Ok(Self(py.detach(|| store::StoreReader::open(&path, tolerance))?))
+        Ok(Self { reader: py.detach(|| store::StoreReader::open(&path, tolerance))?, skip_damaged })
     }
 
     /// Directory of the store.
     #[getter]
     fn path(&self) -> PathBuf {
-        self.0.paths().directory.clone()
+        self.reader.paths().directory.clone()
     }
 
     /// File of the sketches: row-major, little-endian, without a header, of which the first len(self) rows count.
     #[getter]
     fn rows_path(&self) -> PathBuf {
-        self.0.rows_path()
+        self.reader.rows_path()
     }
 
     /// Length of a sketch.
     #[getter]
     fn dim(&self) -> usize {
-        self.0.manifest().dim
+        self.reader.manifest().dim
     }
 
     /// How the numbers are kept.
     #[getter]
     fn dtype(&self) -> &'static str {
-        self.0.manifest().encoding.name()
+        self.reader.manifest().encoding.name()
     }
 
     /// The JSON object that the store was made with.
     #[getter]
     fn fingerprint_json(&self) -> String {
-        serde_json::Value::from(self.0.manifest().fingerprint.clone()).to_string()
+        serde_json::Value::from(self.reader.manifest().fingerprint.clone()).to_string()
     }
 
     /// Bytes behind the last committed row: of a writer at work, or of one that died.
     #[getter]
     fn tail_bytes(&self) -> u64 {
-        self.0.tail()
+        self.reader.tail()
+    }
+
+    fn __getnewargs_ex__<'py>(&self, py: Python<'py>) -> PyResult<(Bound<'py, PyTuple>, Bound<'py, PyDict>)> {
+        // As text, whatever class of path it was.
+        let path = std::path::absolute(self.path())?.into_os_string();
+        pickle::fields(py, [entry(py, "path", path)?, entry(py, "skip_damaged", self.skip_damaged)?])
     }
 
     fn __len__(&self) -> usize {
-        self.0.count() as usize
+        self.reader.count() as usize
     }
 
     /// Reads the records and checks them once more.
@@ -294,7 +318,7 @@ impl StoreReader {
     ///     StoreDamagedError: If the file was damaged since the store was opened.
     ///     OSError: If the file cannot be read.
     fn records<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyArray1<u8>>> {
-        Ok(py.detach(|| self.0.records())?.into_pyarray(py))
+        Ok(py.detach(|| self.reader.records())?.into_pyarray(py))
     }
 
     /// Reads rows and checks the CRCs of each and of its record.
@@ -319,7 +343,7 @@ impl StoreReader {
         progress: Option<Py<PyAny>>,
     ) -> PyResult<Bound<'py, PyArray1<i64>>> {
         let wanted = wanted.map(|wanted| bools("wanted", wanted)).transpose()?;
-        let damaged = run(py, threads, progress.as_ref(), |progress| self.0.verify(wanted.as_deref(), progress))?;
+        let damaged = run(py, threads, progress.as_ref(), |progress| self.reader.verify(wanted.as_deref(), progress))?;
         Ok(row_numbers(py, damaged))
     }
 
@@ -343,11 +367,11 @@ impl StoreReader {
         progress: Option<Py<PyAny>>,
     ) -> PyResult<()> {
         let wanted = bools("wanted", wanted)?;
-        run(py, threads, progress.as_ref(), |progress| self.0.check(&wanted, progress))
+        run(py, threads, progress.as_ref(), |progress| self.reader.check(&wanted, progress))
     }
 }
 
-/// What repair_store did.
+/// What repair_store did. Made by hand from its attributes, which are also what a pickle of it holds.
 #[pyclass(frozen, get_all, module = "bpo._core")]
 pub struct StoreRepair {
     /// Names of the files that were written anew.
@@ -360,6 +384,26 @@ pub struct StoreRepair {
     cut_bytes: u64,
     /// Rows of the store, those that are set aside included.
     count: u64,
+}
+
+#[pymethods]
+impl StoreRepair {
+    #[new]
+    #[pyo3(signature = (*, mended, set_aside, lost, cut_bytes, count))]
+    fn of(mended: Vec<String>, set_aside: Py<PyArray1<i64>>, lost: u64, cut_bytes: u64, count: u64) -> Self {
+        Self { mended, set_aside, lost, cut_bytes, count }
+    }
+
+    fn __getnewargs_ex__<'py>(&self, py: Python<'py>) -> PyResult<(Bound<'py, PyTuple>, Bound<'py, PyDict>)> {
+        let entries = [
+            entry(py, "mended", &self.mended)?,
+            entry(py, "set_aside", &self.set_aside)?,
+            entry(py, "lost", self.lost)?,
+            entry(py, "cut_bytes", self.cut_bytes)?,
+            entry(py, "count", self.count)?,
+        ];
+        pickle::fields(py, entries)
+    }
 }
 
 /// Mends a store as far as it can be. Sound rows stay where they are; damaged ones are set aside, so that the next run
