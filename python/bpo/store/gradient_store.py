@@ -73,7 +73,7 @@ class GradientStore:
 
     The sketch of response i is ``scales[i] * rows[i]``, with bfloat16 widened; :meth:`sketches` returns it. Rows that
     were damaged and set aside by a repair are still counted; :meth:`rows_of` never finds them. A pickle or a copy, such
-    as a worker of a data loader gets, opens the store anew by its absolute path, with the rows that were added meanwhile.
+    as a worker of a data loader gets, opens the store anew by its absolute path, with rows that were added meanwhile.
 
     Attributes:
         path: Its directory.
