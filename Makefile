@@ -26,10 +26,14 @@ SECONDS := 60
 # In the order of the files: the fewest tests of a file are the slowest, and would come last.
 WORKERS ?= $(shell nproc 2> /dev/null || sysctl -n hw.logicalcpu)
 SAME := target/same
+CHECKED := target/checked-wheel
+# Rayon's queues are sound under Tree Borrows alone, make pointers of numbers, and belong to threads that never end.
+MIRI = RAYON_NUM_THREADS=2 MIRIFLAGS='-Zmiri-disable-isolation -Zmiri-tree-borrows -Zmiri-permissive-provenance -Zmiri-ignore-leaks \
+  $(if $(SEEDS),-Zmiri-many-seeds=$(SEEDS))' cargo +nightly miri test --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-rust test-python same lint lint-rust lint-python bench gpu count fuzz mutants torture architectures \
-  docs wheel clean
+.PHONY: help setup demo test test-rust test-python checked miri same lint lint-rust lint-python bench gpu count fuzz mutants torture \
+  architectures docs wheel clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -39,7 +43,7 @@ setup: $(VENV)/.installed ## Virtual environment with the wheel, its dependencie
 demo: $(VENV)/.installed ## The main job end to end on a real model; ARGS=--full for all prompts
 	$(BIN)/python demo/run.py $(ARGS)
 
-test: $(if $(ROOM),,test-rust) test-python ## Every test; ROOM=data for one room of python/bpo or tests/python, and its docstrings
+test: $(if $(ROOM),,test-rust checked) test-python ## Every test; ROOM=data for one room of python/bpo or tests/python, and its docstrings
 
 test-rust:
 	cargo test --quiet
@@ -47,6 +51,19 @@ test-rust:
 test-python: $(VENV)/.installed
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 8 --dist loadfile --no-loadscope-reorder \
 	  $(if $(ROOM),$(ROOM_TESTS) || test $$? = 5,tests/python --pyargs bpo)
+
+# The wheel lies beside the environment and is found first, wherever the installed one is.
+checked: $(VENV)/.installed ## The tests of the core on one that panics where a number wraps or what it asserts does not hold
+	rm -rf $(CHECKED)
+	$(BIN)/maturin build --quiet --profile checked --out $(CHECKED)
+	$(BIN)/python -m zipfile -e $(CHECKED)/*.whl $(CHECKED)/site
+	PYTHONPATH=$(CHECKED)/site $(BIN)/python -c 'import bpo; assert "$(CHECKED)" in bpo.__file__, bpo.__file__'
+	PYTHONPATH='$(CURDIR)/$(CHECKED)/site' $(BIN)/python -m pytest tests/python/core
+
+miri: ## The core under Miri, which sees undefined behaviour: minutes; SEEDS=0..8 for other orders of the threads
+	@cargo +nightly miri --version > /dev/null 2>&1 || { echo 'Miri is missing: rustup toolchain install nightly --component miri rust-src'; exit 1; }
+	$(MIRI) --test tiny
+	$(MIRI) --lib -- order:: prompts:: rng::
 
 # Only dist/ and the dependencies of the working tree are used; the commit is built with a cargo directory of its own.
 same: $(VENV)/.installed ## Whether the working tree behaves as a commit does, byte for byte: make same BASE=COMMIT

@@ -2,7 +2,7 @@ from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, final
+from typing import Any, Literal, NoReturn, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,12 +59,24 @@ class Sketcher:
     def kind(self) -> Literal["sparse", "rademacher", "normal"]: ...
     @property
     def nnz(self) -> int: ...
+    def __getnewargs_ex__(self) -> tuple[tuple[()], dict[str, Any]]: ...
     def sketch(
         self, gradients: _Rows, offset: int = 0, out: NDArray[np.float32] | None = None, *, threads: int | None = None
     ) -> NDArray[np.float32]: ...
 
 @final
 class KMeansResult:
+    def __new__(
+        cls,
+        *,
+        centroids: NDArray[np.float32],
+        labels: NDArray[np.int32],
+        distances: NDArray[np.float32],
+        inertia: NDArray[np.float64],
+        n_iter: int,
+        converged: bool,
+    ) -> KMeansResult: ...
+    def __getnewargs_ex__(self) -> tuple[tuple[()], dict[str, Any]]: ...
     @property
     def centroids(self) -> NDArray[np.float32]: ...
     @property
@@ -131,6 +143,15 @@ def pair_norms(
 
 @final
 class PairScores:
+    def __new__(
+        cls,
+        *,
+        centrality: NDArray[np.float32],
+        distance: NDArray[np.float32],
+        alignment: NDArray[np.float32],
+        direction: NDArray[np.float32],
+    ) -> PairScores: ...
+    def __getnewargs_ex__(self) -> tuple[tuple[()], dict[str, Any]]: ...
     @property
     def centrality(self) -> NDArray[np.float32]: ...
     @property
@@ -222,6 +243,7 @@ class StoreWriter:
     ) -> None: ...
     def commit(self) -> None: ...
     def close(self) -> None: ...
+    def __reduce__(self) -> NoReturn: ...
     def __len__(self) -> int: ...
     def __enter__(self) -> StoreWriter: ...
     def __exit__(
@@ -235,6 +257,9 @@ class StoreWriter:
 @final
 class StoreReader:
     def __new__(cls, path: str | PathLike[str], *, skip_damaged: bool = False) -> StoreReader: ...
+    def __getnewargs_ex__(self) -> tuple[tuple[()], dict[str, Any]]: ...
+    @property
+    def skip_damaged(self) -> bool: ...
     @property
     def path(self) -> Path: ...
     @property
@@ -262,6 +287,10 @@ class StoreReader:
 
 @final
 class StoreRepair:
+    def __new__(
+        cls, *, mended: list[str], set_aside: NDArray[np.int64], lost: int, cut_bytes: int, count: int
+    ) -> StoreRepair: ...
+    def __getnewargs_ex__(self) -> tuple[tuple[()], dict[str, Any]]: ...
     @property
     def mended(self) -> list[str]: ...
     @property

@@ -4,8 +4,10 @@ use numpy::prelude::*;
 use numpy::{PyArray1, PyArray2};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
+use pyo3::types::{PyDict, PyTuple};
 
 use super::convert::{Matrix, PairArrays, RowsArray, Vector, check_scales, matrix};
+use super::pickle::{self, entry};
 use super::run::run;
 use crate::error::Error;
 use crate::kmeans::{CACHE_BYTES, Clustering, Init, Metric, Params, assign as nearest, fit, fit_rows};
@@ -13,7 +15,8 @@ use crate::memory::{CENTROIDS, copied};
 use crate::points::Points;
 use crate::progress::Progress;
 
-/// What k-means found; labels, distances and the last inertia belong to the centroids.
+/// What k-means found; labels, distances and the last inertia belong to the centroids. Made by hand from its attributes,
+/// which are also what a pickle of it holds.
 #[pyclass(frozen, get_all, module = "bpo._core")]
 pub struct KMeansResult {
     /// (k, d) float32; of unit length with metric="cosine".
@@ -33,6 +36,31 @@ pub struct KMeansResult {
 
 #[pymethods]
 impl KMeansResult {
+    #[new]
+    #[pyo3(signature = (*, centroids, labels, distances, inertia, n_iter, converged))]
+    fn of(
+        centroids: Py<PyArray2<f32>>,
+        labels: Py<PyArray1<i32>>,
+        distances: Py<PyArray1<f32>>,
+        inertia: Py<PyArray1<f64>>,
+        n_iter: usize,
+        converged: bool,
+    ) -> Self {
+        Self { centroids, labels, distances, inertia, n_iter, converged }
+    }
+
+    fn __getnewargs_ex__<'py>(&self, py: Python<'py>) -> PyResult<(Bound<'py, PyTuple>, Bound<'py, PyDict>)> {
+        let entries = [
+            entry(py, "centroids", &self.centroids)?,
+            entry(py, "labels", &self.labels)?,
+            entry(py, "distances", &self.distances)?,
+            entry(py, "inertia", &self.inertia)?,
+            entry(py, "n_iter", self.n_iter)?,
+            entry(py, "converged", self.converged)?,
+        ];
+        pickle::fields(py, entries)
+    }
+
     fn __repr__(&self, py: Python<'_>) -> String {
         let shape = self.centroids.bind(py).shape().to_vec();
         let (n_iter, converged) = (self.n_iter, if self.converged { "True" } else { "False" });

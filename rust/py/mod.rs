@@ -8,6 +8,7 @@ mod depth;
 mod errors;
 mod kmeans;
 mod limits;
+mod pickle;
 mod ranking;
 mod run;
 mod sketch;
@@ -15,7 +16,10 @@ mod store;
 mod usefulness;
 
 /// The compiled core of `bpo`: sketches, k-means over pairs, scores, depth and the gradient store.
-#[pyo3::pymodule]
+// Nothing here relies on the global interpreter lock: every class is frozen and `Sync`, the writer of a store is behind a
+// lock of its own, NumPy's borrows are counted under one, and the algorithms run without the interpreter as it is. So a
+// build for free-threaded CPython leaves the lock off; the abi3 wheel is none, and is not installed there.
+#[pyo3::pymodule(gil_used = false)]
 mod _core {
     #[pymodule_export]
     use super::coreset::coreset;

@@ -3,15 +3,18 @@
 use numpy::PyArray2;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
+use pyo3::types::{PyDict, PyTuple};
 
 use super::convert::{RowsArray, output, zeros};
+use super::pickle::{self, entry};
 use super::run::run;
 use crate::sketch::{self, Kind};
 
 /// A random linear map that keeps inner products: E<Rx, Ry> = <x, y>.
 ///
 /// Every entry is addressed by (seed, coordinate), so any slice of the coordinates can be sketched alone and added up.
-/// Slices fed in ascending order give the same bits as the whole, for any number of threads or rows.
+/// Slices fed in ascending order give the same bits as the whole, for any number of threads or rows. It holds nothing but
+/// its arguments, which are also what a pickle of it holds.
 ///
 /// Args:
 ///     dim: Length of a sketch. The error of a cosine is about 1 / sqrt(dim).
@@ -68,6 +71,13 @@ impl Sketcher {
     #[getter]
     fn nnz(&self) -> usize {
         self.0.nnz()
+    }
+
+    fn __getnewargs_ex__<'py>(&self, py: Python<'py>) -> PyResult<(Bound<'py, PyTuple>, Bound<'py, PyDict>)> {
+        let (dim, seed, kind, nnz) = (self.dim(), self.seed(), self.kind(), self.nnz());
+        let entries =
+            [entry(py, "dim", dim)?, entry(py, "seed", seed)?, entry(py, "kind", kind)?, entry(py, "nnz", nnz)?];
+        pickle::fields(py, entries)
     }
 
     fn __repr__(&self) -> String {

@@ -9,8 +9,10 @@ use numpy::PyArray1;
 use numpy::prelude::*;
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
+use pyo3::types::{PyDict, PyTuple};
 
 use super::convert::{Mask, Matrix, Vector, bools, numbers, unmasked};
+use super::pickle::{self, entry};
 use super::run::{run, run_alone};
 use crate::error::{Error, Result};
 use crate::progress::Progress;
@@ -203,7 +205,7 @@ impl StoreWriter {
         let wanted = wanted.bytes();
         run_alone(py, progress.as_ref(), |progress| {
             let wanted = bools(wanted, progress)?;
-            self.with(progress, |writer| writer.copy_from(&reader.0, &wanted, progress))
+            self.with(progress, |writer| writer.copy_from(&reader.reader, &wanted, progress))
         })
     }
 
@@ -229,6 +231,14 @@ impl StoreWriter {
     /// Rows, those included that are not committed yet.
     fn __len__(&self) -> PyResult<usize> {
         Ok(self.counted(&self.count)? as usize)
+    }
+
+    fn __reduce__(&self) -> PyResult<()> {
+        Err(PyTypeError::new_err(format!(
+            "the StoreWriter of {} cannot be pickled or copied, since a store has one writer; open a StoreReader of the \
+             path instead",
+            self.path.display()
+        )))
     }
 
     fn __enter__(slf: Py<Self>) -> Py<Self> {
@@ -267,6 +277,9 @@ fn record_bytes<'py>(records: &Bound<'py, PyAny>) -> PyResult<Vector<'py, u8>> {
 
 /// The rows that were committed when the store was opened. Any number of readers may be at work beside one writer.
 ///
+/// A pickle or a copy holds the absolute path and `skip_damaged`: it opens the store anew, with the rows that were added
+/// meanwhile, and raises what opening raises.
+///
 /// Args:
 ///     path: Directory of the store.
 ///     skip_damaged: Whether to open a store of which some rows are damaged or lost; they then read as set aside.
@@ -275,7 +288,12 @@ fn record_bytes<'py>(records: &Bound<'py, PyAny>) -> PyResult<Vector<'py, u8>> {
 ///     StoreError: If the directory is not a store of this version (StoreVersionError) or damaged (StoreDamagedError).
 ///     OSError: If a file cannot be read.
 #[pyclass(frozen, module = "bpo._core")]
-pub struct StoreReader(store::StoreReader);
+pub struct StoreReader {
+    reader: store::StoreReader,
+    /// Whether it was opened so.
+    #[pyo3(get)]
+    skip_damaged: bool,
+}
 
 #[pymethods]
 impl StoreReader {
@@ -283,47 +301,54 @@ impl StoreReader {
     #[pyo3(signature = (path, *, skip_damaged = false))]
     fn new(py: Python<'_>, path: PathBuf, skip_damaged: bool) -> PyResult<Self> {
         let tolerance = if skip_damaged { Tolerance::SoundRows } else { Tolerance::None };
-        Ok(Self(run_alone(py, None, |progress| store::StoreReader::open(&path, tolerance, progress))?))
+        let reader = run_alone(py, None, |progress| store::StoreReader::open(&path, tolerance, progress))?;
+        Ok(Self { reader, skip_damaged })
     }
 
     /// Directory of the store.
     #[getter]
     fn path(&self) -> PathBuf {
-        self.0.paths().directory.clone()
+        self.reader.paths().directory.clone()
     }
 
     /// File of the sketches: row-major, little-endian, without a header, of which the first len(self) rows count.
     #[getter]
     fn rows_path(&self) -> PathBuf {
-        self.0.rows_path()
+        self.reader.rows_path()
     }
 
     /// Length of a sketch.
     #[getter]
     fn dim(&self) -> usize {
-        self.0.manifest().dim
+        self.reader.manifest().dim
     }
 
     /// How the numbers are kept.
     #[getter]
     fn dtype(&self) -> &'static str {
-        self.0.manifest().encoding.name()
+        self.reader.manifest().encoding.name()
     }
 
     /// The JSON object that the store was made with.
     #[getter]
     fn fingerprint_json(&self) -> String {
-        serde_json::Value::from(self.0.manifest().fingerprint.clone()).to_string()
+        serde_json::Value::from(self.reader.manifest().fingerprint.clone()).to_string()
     }
 
     /// Bytes behind the last committed row: of a writer at work, or of one that died.
     #[getter]
     fn tail_bytes(&self) -> u64 {
-        self.0.tail()
+        self.reader.tail()
+    }
+
+    fn __getnewargs_ex__<'py>(&self, py: Python<'py>) -> PyResult<(Bound<'py, PyTuple>, Bound<'py, PyDict>)> {
+        // As text, whatever class of path it was.
+        let path = std::path::absolute(self.path())?.into_os_string();
+        pickle::fields(py, [entry(py, "path", path)?, entry(py, "skip_damaged", self.skip_damaged)?])
     }
 
     fn __len__(&self) -> usize {
-        self.0.count() as usize
+        self.reader.count() as usize
     }
 
     /// Reads the records and checks them once more.
@@ -335,7 +360,7 @@ impl StoreReader {
     ///     StoreDamagedError: If the file was damaged since the store was opened.
     ///     OSError: If the file cannot be read.
     fn records<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyArray1<u8>>> {
-        Ok(run_alone(py, None, |progress| self.0.records(progress))?.into_pyarray(py))
+        Ok(run_alone(py, None, |progress| self.reader.records(progress))?.into_pyarray(py))
     }
 
     /// Reads rows and checks the CRCs of each and of its record.
@@ -363,7 +388,7 @@ impl StoreReader {
         let wanted = wanted.as_ref().map(Mask::bytes);
         let damaged = run(py, threads, progress.as_ref(), |progress| {
             let wanted = wanted.map(|wanted| bools(wanted, progress)).transpose()?;
-            numbers(&self.0.verify(wanted.as_deref(), progress)?, progress)
+            numbers(&self.reader.verify(wanted.as_deref(), progress)?, progress)
         })?;
         Ok(damaged.into_pyarray(py))
     }
@@ -389,11 +414,11 @@ impl StoreReader {
     ) -> PyResult<()> {
         let wanted = Mask::new("wanted", wanted)?;
         let wanted = wanted.bytes();
-        run(py, threads, progress.as_ref(), |progress| self.0.check(&bools(wanted, progress)?, progress))
+        run(py, threads, progress.as_ref(), |progress| self.reader.check(&bools(wanted, progress)?, progress))
     }
 }
 
-/// What repair_store did.
+/// What repair_store did. Made by hand from its attributes, which are also what a pickle of it holds.
 #[pyclass(frozen, get_all, module = "bpo._core")]
 pub struct StoreRepair {
     /// Names of the files that were written anew.
@@ -406,6 +431,26 @@ pub struct StoreRepair {
     cut_bytes: u64,
     /// Rows of the store, those that are set aside included.
     count: u64,
+}
+
+#[pymethods]
+impl StoreRepair {
+    #[new]
+    #[pyo3(signature = (*, mended, set_aside, lost, cut_bytes, count))]
+    fn of(mended: Vec<String>, set_aside: Py<PyArray1<i64>>, lost: u64, cut_bytes: u64, count: u64) -> Self {
+        Self { mended, set_aside, lost, cut_bytes, count }
+    }
+
+    fn __getnewargs_ex__<'py>(&self, py: Python<'py>) -> PyResult<(Bound<'py, PyTuple>, Bound<'py, PyDict>)> {
+        let entries = [
+            entry(py, "mended", &self.mended)?,
+            entry(py, "set_aside", &self.set_aside)?,
+            entry(py, "lost", self.lost)?,
+            entry(py, "cut_bytes", self.cut_bytes)?,
+            entry(py, "count", self.count)?,
+        ];
+        pickle::fields(py, entries)
+    }
 }
 
 /// Mends a store as far as it can be. Sound rows stay where they are; damaged ones are set aside, so that the next run

@@ -3,8 +3,10 @@
 use numpy::PyArray1;
 use numpy::prelude::*;
 use pyo3::prelude::*;
+use pyo3::types::{PyDict, PyTuple};
 
 use super::convert::{Matrix, PairArrays, RowsArray, Vector, indices};
+use super::pickle::{self, entry};
 use super::run::run;
 use crate::error::Error;
 use crate::memory::first;
@@ -55,7 +57,8 @@ pub fn pair_norms<'py>(
     Ok(run(py, threads, progress.as_ref(), norms)?.into_pyarray(py))
 }
 
-/// Scores of pairs against their centroids and the optimization direction.
+/// Scores of pairs against their centroids and the optimization direction. Made by hand from its attributes, which are also
+/// what a pickle of it holds.
 #[pyclass(frozen, get_all, module = "bpo._core")]
 pub struct PairScores {
     /// (P,) float32: <z, c / ||c||>; 0 where the centroid is zero.
@@ -66,6 +69,30 @@ pub struct PairScores {
     alignment: Py<PyArray1<f32>>,
     /// (d,) float32 of unit length; zeros if the pairs cancel out.
     direction: Py<PyArray1<f32>>,
+}
+
+#[pymethods]
+impl PairScores {
+    #[new]
+    #[pyo3(signature = (*, centrality, distance, alignment, direction))]
+    fn of(
+        centrality: Py<PyArray1<f32>>,
+        distance: Py<PyArray1<f32>>,
+        alignment: Py<PyArray1<f32>>,
+        direction: Py<PyArray1<f32>>,
+    ) -> Self {
+        Self { centrality, distance, alignment, direction }
+    }
+
+    fn __getnewargs_ex__<'py>(&self, py: Python<'py>) -> PyResult<(Bound<'py, PyTuple>, Bound<'py, PyDict>)> {
+        let entries = [
+            entry(py, "centrality", &self.centrality)?,
+            entry(py, "distance", &self.distance)?,
+            entry(py, "alignment", &self.alignment)?,
+            entry(py, "direction", &self.direction)?,
+        ];
+        pickle::fields(py, entries)
+    }
 }
 
 /// Scores pairs z_p = a_p * rows[w_p] + b_p * rows[l_p] against the centroids of their clusters.

@@ -72,7 +72,8 @@ class GradientStore:
     """A gradient store, open for reading.
 
     The sketch of response i is ``scales[i] * rows[i]``, with bfloat16 widened; :meth:`sketches` returns it. Rows that
-    were damaged and set aside by a repair are still counted; :meth:`rows_of` never finds them.
+    were damaged and set aside by a repair are still counted; :meth:`rows_of` never finds them. A pickle or a copy, such
+    as a worker of a data loader gets, opens the store anew by its absolute path, with rows that were added meanwhile.
 
     Attributes:
         path: Its directory.
@@ -120,6 +121,9 @@ class GradientStore:
             bpo.StoreError: Not a store.
         """
         return cls(path, skip_damaged=skip_damaged)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopened, (str(self.path.absolute()), self.reader.skip_damaged)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -239,6 +243,10 @@ class GradientStore:
         mask = np.zeros(len(self), dtype=bool)
         mask[rows] = True
         return mask
+
+
+def _reopened(path: str, skip_damaged: bool) -> GradientStore:
+    return GradientStore(path, skip_damaged=skip_damaged)
 
 
 def check_described(store: GradientStore) -> None:
