@@ -8,6 +8,7 @@ mod depth;
 mod errors;
 mod kmeans;
 mod limits;
+mod matching;
 mod ranking;
 mod run;
 mod sketch;
@@ -27,6 +28,8 @@ mod _core {
     use super::errors::{StoreDamagedError, StoreError, StoreLockedError, StoreVersionError};
     #[pymodule_export]
     use super::kmeans::{KMeansResult, assign, kmeans, pair_kmeans};
+    #[pymodule_export]
+    use super::matching::matching;
     #[pymodule_export]
     use super::ranking::ranking_keys;
     #[pymodule_export]
