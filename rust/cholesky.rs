@@ -1,111 +1,153 @@
-//! Symmetric positive definite matrices in float64: the Cholesky factor, and systems with it.
+//! Symmetric positive definite matrices in float64: sums of squares, the Cholesky factor, and systems with it.
 //!
-//! Everything is one step, [`eliminate`], on rows that do not know of one another; so it runs in parallel over chunks of
-//! rows of a fixed size, and no result depends on the number of threads.
+//! Everything is made of blocks of 16 x 16 numbers and of one step, [`eliminate`], on 16 right sides that do not know of
+//! others; so it runs in parallel, and no result depends on the number of threads. Dimensions are rounded up to whole
+//! blocks: what is added is zero, but for the diagonal.
 
 use rayon::prelude::*;
 
 use crate::error::{Error, Result};
 use crate::memory::filled;
 use crate::progress::Progress;
-use crate::simd::add_scaled_float64;
-use crate::simd::dots::{Grid, add_products};
+use crate::simd::block::{Lanes, SIDE, multiply_add, substitute};
 
-/// Columns that are eliminated at once.
-const BLOCK: usize = 32;
+/// A lower triangle, of a symmetric matrix or a factor, in panels of 16 rows.
+///
+/// Panel i begins with column 0 and ends with its block on the diagonal; column s of it holds the numbers s of the rows
+/// from 16 i on. Above the diagonal a block has whatever it has.
+#[derive(Clone, Debug)]
+pub struct Triangle {
+    values: Vec<Lanes>,
+    panels: usize,
+}
 
-/// Rows of one piece of work.
-pub const CHUNK: usize = 64;
+/// Where a panel begins: those before it have 16, 32, ... columns.
+fn start(panel: usize) -> usize {
+    SIDE * panel * (panel + 1) / 2
+}
 
-/// A matrix of `dim` rows and columns of zeros, if the memory can be had.
+/// Rows of zeros, if the memory can be had.
 ///
 /// # Errors
 /// [`Error::Memory`].
-pub fn zeros(dim: usize) -> Result<Vec<f64>> {
-    filled(dim.saturating_mul(dim), 0.0, "two (d, d) float64 matrices; sketch to fewer dimensions")
+pub fn zeros(count: usize) -> Result<Vec<Lanes>> {
+    filled(count, Lanes::ZERO, "float64 matrices of d * d numbers; sketch to fewer dimensions")
 }
 
-/// Replaces the lower triangle of `matrix`, A, by its Cholesky factor L with LLᵀ = A. dim³/3 multiplications and
-/// additions.
-///
-/// # Errors
-/// If the matrix is not positive definite, or the computation was cancelled.
-pub fn factor(matrix: &mut [f64], dim: usize, progress: &Progress) -> Result<()> {
-    for first in (0..dim).step_by(BLOCK) {
-        let end = dim.min(first + BLOCK);
-        let (above, below) = matrix.split_at_mut(end * dim);
-        let pivots = &mut above[first * dim..];
-        subtract_products(pivots, dim, first, end);
-        for row in first..end {
-            for column in first..=row {
-                let (row_values, column_values) =
-                    (&pivots[(row - first) * dim..][..dim], &pivots[(column - first) * dim..][..dim]);
-                let product = |index: usize| row_values[index] * column_values[index];
-                let value = row_values[column] - (first..column).map(product).sum::<f64>();
-                pivots[(row - first) * dim + column] = if column < row {
-                    value / pivots[(column - first) * dim + column]
-                } else if value > 0.0 {
-                    value.sqrt()
-                } else {
-                    return Err(Error::NotDefinite);
-                };
-            }
+impl Triangle {
+    /// A triangle of zeros of `dim` rows, if the memory can be had: 4 dim² bytes.
+    ///
+    /// # Errors
+    /// [`Error::Memory`].
+    pub fn zeros(dim: usize) -> Result<Self> {
+        let panels = dim.div_ceil(SIDE);
+        Ok(Self { values: zeros(start(panels))?, panels })
+    }
+
+    /// Rows of whole blocks.
+    pub fn rows(&self) -> usize {
+        SIDE * self.panels
+    }
+
+    fn panel(&self, panel: usize) -> &[Lanes] {
+        &self.values[start(panel)..start(panel + 1)]
+    }
+
+    /// The number in a row and a column not right of it.
+    pub fn get(&self, row: usize, column: usize) -> f64 {
+        self.values[start(row / SIDE) + column].0[row % SIDE]
+    }
+
+    pub fn set_diagonal(&mut self, value: f64) {
+        for row in 0..self.rows() {
+            self.values[start(row / SIDE) + row].0[row % SIDE] = value;
         }
-        let pivots = &above[first * dim..];
-        below.par_chunks_mut(CHUNK * dim).try_for_each(|rows| {
-            eliminate(rows, pivots, dim, first, end);
+    }
+
+    pub fn copy_from(&mut self, other: &Self) {
+        self.values.copy_from_slice(&other.values);
+    }
+
+    /// Each panel, cut out of the whole.
+    fn split(mut values: &mut [Lanes], panels: std::ops::Range<usize>) -> Vec<&mut [Lanes]> {
+        let cut = |panel| values.split_off_mut(..SIDE * (panel + 1)).expect("the panels make up the whole");
+        panels.map(cut).collect()
+    }
+
+    /// Adds to the number in row r and column c the inner product of the r-th and the c-th of `vectors`. They lie in
+    /// groups of 16, which have `depth` rows each.
+    ///
+    /// # Errors
+    /// If the computation was cancelled.
+    ///
+    /// # Panics
+    /// If there are not as many groups as panels.
+    pub fn add_products(&mut self, vectors: &[Lanes], depth: usize, progress: &Progress) -> Result<()> {
+        assert_eq!(vectors.len(), self.panels * depth);
+        let group = |panel: usize| &vectors[panel * depth..(panel + 1) * depth];
+        let panels = Self::split(&mut self.values, 0..self.panels);
+        panels.into_par_iter().enumerate().with_max_len(1).try_for_each(|(panel, values)| {
+            for (index, block) in values.as_chunks_mut::<SIDE>().0.iter_mut().enumerate() {
+                multiply_add::<false>(group(index), group(panel), block);
+            }
             progress.check()
-        })?;
+        })
+    }
+
+    /// Replaces A by its Cholesky factor L with LLᵀ = A. dim³/6 fused multiply-adds.
+    ///
+    /// # Errors
+    /// If the matrix is not positive definite, or the computation was cancelled.
+    pub fn factor(&mut self, progress: &Progress) -> Result<()> {
+        for index in 0..self.panels {
+            let (above, below) = self.values.split_at_mut(start(index + 1));
+            let panel = &mut above[start(index)..];
+            let (solved, block) = panel.split_at_mut(SIDE * index);
+            let block = block.first_chunk_mut().expect("a panel ends with its block on the diagonal");
+            multiply_add::<true>(solved, solved, block);
+            factor_block(block)?;
+            let panel = &*panel;
+            let panels = Self::split(below, index + 1..self.panels);
+            panels.into_par_iter().try_for_each(|other| {
+                eliminate(panel, other);
+                progress.check()
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Solves Ly = v for each v of some groups of 16, in place, on the calling thread. dim²/2 fused multiply-adds for
+    /// each.
+    pub fn solve(&self, groups: &mut [Lanes]) {
+        for index in 0..self.panels {
+            groups.chunks_exact_mut(self.rows()).for_each(|group| eliminate(self.panel(index), group));
+        }
+    }
+}
+
+/// Computes the values of 16 solutions that belong to a panel of the factor, given those before them.
+fn eliminate(panel: &[Lanes], group: &mut [Lanes]) {
+    let (left, lower) = panel.split_last_chunk().expect("a panel ends with its block on the diagonal");
+    let (solved, rest) = group.split_at_mut(left.len());
+    let block = rest.first_chunk_mut().expect("there is a value for each row of the factor");
+    multiply_add::<true>(left, solved, block);
+    substitute(lower, block);
+}
+
+/// The factor of a block on the diagonal.
+fn factor_block(block: &mut [Lanes; SIDE]) -> Result<()> {
+    for row in 0..SIDE {
+        for column in 0..=row {
+            let product = |index: usize| block[index].0[row] * block[index].0[column];
+            let value = block[column].0[row] - (0..column).map(product).sum::<f64>();
+            block[column].0[row] = if column < row {
+                value / block[column].0[column]
+            } else if value > 0.0 {
+                value.sqrt()
+            } else {
+                return Err(Error::NotDefinite);
+            };
+        }
     }
     Ok(())
-}
-
-/// Subtracts from the columns `first..end` of the rows, which are also the rows `first..end` of the factor, the products
-/// of what lies to the left.
-fn subtract_products(rows: &mut [f64], dim: usize, first: usize, end: usize) {
-    let (count, width) = (end - first, end - first);
-    let mut products = vec![0.0; count * width];
-    let grid = Grid::new(rows, count, dim);
-    add_products(1.0, grid, grid, first, &mut products, width);
-    for (row, products) in rows.chunks_exact_mut(dim).zip(products.chunks_exact(width)) {
-        for (value, product) in row[first..end].iter_mut().zip(products) {
-            *value -= product;
-        }
-    }
-}
-
-/// Solves Ly = v for each row v of at most [`CHUNK`], in place, on the calling thread. dim²/2 multiplications and
-/// additions a row.
-pub fn solve(factor: &[f64], dim: usize, rows: &mut [f64]) {
-    for first in (0..dim).step_by(BLOCK) {
-        let end = dim.min(first + BLOCK);
-        eliminate(rows, &factor[first * dim..end * dim], dim, first, end);
-    }
-}
-
-/// Computes the values `first..end` of each solution, given those before them and the rows `first..end` of the factor.
-fn eliminate(rows: &mut [f64], pivots: &[f64], dim: usize, first: usize, end: usize) {
-    let (count, width) = (rows.len() / dim, end - first);
-    let mut products = vec![0.0; count * width];
-    add_products(1.0, Grid::new(rows, count, dim), Grid::new(pivots, width, dim), first, &mut products, width);
-    // Column by column, so that the vectors run over the rows.
-    let mut columns = vec![0.0; width * count];
-    for (index, row) in rows.chunks_exact(dim).enumerate() {
-        for column in 0..width {
-            columns[column * count + index] = row[first + column] - products[index * width + column];
-        }
-    }
-    for column in 0..width {
-        let (solved, rest) = columns.split_at_mut(column * count);
-        let pivots = &pivots[column * dim + first..];
-        for (other, solved) in solved.chunks_exact(count).enumerate() {
-            add_scaled_float64(&mut rest[..count], -pivots[other], solved);
-        }
-        rest[..count].iter_mut().for_each(|value| *value /= pivots[column]);
-    }
-    for (index, row) in rows.chunks_exact_mut(dim).enumerate() {
-        for column in 0..width {
-            row[first + column] = columns[column * count + index];
-        }
-    }
 }

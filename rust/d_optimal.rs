@@ -12,7 +12,7 @@
 //! computed from A anew, so errors do not pile up over rounds.
 //!
 //! For E gains computed, B picks in rounds of b out of C candidates, and P pairs of dimension d it takes
-//! O(E d² + (B/b)(d³ + C²d) + B d² + P(d + log P)) time, and 16 d² + O(P + Cd) bytes. E is at least P in the worst case
+//! O(E d² + (B/b)(d³ + C²d) + B d² + P(d + log P)) time, and 8 d² + O(P + Cd) bytes. E is at least P in the worst case
 //! of equal lengths in all directions, and times larger there; far less where lengths differ.
 
 use std::cmp::Reverse;
@@ -20,19 +20,21 @@ use std::collections::BinaryHeap;
 
 use rayon::prelude::*;
 
-use crate::cholesky::{self, CHUNK};
+use crate::cholesky::{Triangle, zeros};
 use crate::error::{Error, Result};
+use crate::memory::{POINTS, chosen, filled};
 use crate::points::Points;
 use crate::progress::Progress;
 use crate::prompts::{Depths, Limits};
-use crate::simd::dots::{Grid, add_products, dots};
+use crate::simd::block::{Lanes, SIDE, squared_norms};
+use crate::simd::dots::dots;
 use crate::simd::{add_scaled_float64, to_float64};
 
-/// Dimensions at most: the two matrices then take a gibibyte.
+/// Dimensions at most: the two triangles then take half a gibibyte.
 pub const MAX_DIM: usize = 8192;
 
-/// Blocks of tiles: fixed, as in every pass over the pairs.
-const BLOCKS: usize = 64;
+/// Pairs that are solved for together: their solutions, of up to 1024 values, fill a second-level cache of 512 KiB.
+const CHUNK: usize = 4 * SIDE;
 
 /// Candidates of a round. Few make the factorization dominate, many the Gram matrix; between them a round takes as many
 /// as let about a third be picked.
@@ -67,7 +69,7 @@ pub fn d_optimal(
 ) -> Result<Design> {
     let dim = points.dim();
     if dim == 0 || dim > MAX_DIM {
-        let expected = format!("(n, d) with d in 1..={MAX_DIM}, for two float64 matrices of d * d * 8 bytes");
+        let expected = format!("(n, d) with d in 1..={MAX_DIM}, for two float64 triangles of d * d * 4 bytes");
         return Err(Error::shape("rows", expected, format!("(n, {dim})")));
     }
     if !(regularization > 0.0 && regularization.is_finite()) {
@@ -77,12 +79,10 @@ pub fn d_optimal(
     let budget = budget.min(points.count());
     progress.start(budget);
     let mut pool = Pool::new(points, budget, regularization, limits, progress)?;
-    let mut matrix = cholesky::zeros(dim)?;
-    let mut factor = cholesky::zeros(dim)?;
-    for index in 0..dim {
-        matrix[index * (dim + 1)] = regularization;
-        factor[index * (dim + 1)] = regularization.sqrt();
-    }
+    let mut matrix = Triangle::zeros(dim)?;
+    let mut factor = Triangle::zeros(dim)?;
+    matrix.set_diagonal(regularization);
+    factor.set_diagonal(regularization.sqrt());
     let mut design = Design { picks: Vec::new(), gains: Vec::new() };
     let mut wanted = CANDIDATES.0;
     while design.picks.len() < budget {
@@ -97,8 +97,8 @@ pub fn d_optimal(
         if design.picks.len() < budget {
             let picks = &design.picks[design.picks.len() - picked..];
             add_squares(points, picks, &mut matrix, progress)?;
-            factor.copy_from_slice(&matrix);
-            cholesky::factor(&mut factor, dim, progress)?;
+            factor.copy_from(&matrix);
+            factor.factor(progress)?;
         }
     }
     progress.finish();
@@ -126,27 +126,32 @@ impl Pool {
         limits: Limits,
         progress: &Progress,
     ) -> Result<Self> {
-        let dim = points.dim();
-        let start = || (Vec::new(), vec![0.0; dim], vec![0.0; dim]);
-        let blocks =
-            points.fold_blocks(BLOCKS, &Progress::default(), start, |(squares, values, doubles), tile, gathered| {
-                for pair in tile.points.clone() {
+        let mut squares = filled(points.count(), 0.0, POINTS)?;
+        let start = || (Vec::new(), vec![0.0; points.dim()], vec![0.0; points.dim()]);
+        points.visit(
+            0..points.tiles().len(),
+            squares.as_mut_slice(),
+            start,
+            |(gathered, values, doubles), _, tile, squares| {
+                let gathered = points.gather_or_borrow(tile, None, gathered);
+                for (pair, square) in tile.points.clone().zip(squares) {
                     points.write(pair, gathered, values);
                     to_float64(values, doubles);
-                    squares.push(dots(doubles, [doubles])[0]);
+                    *square = dots(doubles, [doubles])[0];
                 }
-            })?;
-        progress.check()?;
-        let squares: Vec<f64> = blocks.into_iter().flat_map(|(squares, ..)| squares).collect();
+                progress.check()
+            },
+        )?;
         if let Some(pair) = squares.iter().position(|square| !square.is_finite()) {
             return Err(points.not_finite(pair));
         }
-        let eligible = |pair: &usize| budget > 0 && limits.eligible.is_none_or(|eligible| eligible[*pair]);
+        let eligible = |pair: usize| budget > 0 && limits.eligible.is_none_or(|eligible| eligible[pair]);
         let bound = |pair: usize| (squares[pair] / regularization * (1.0 + ROUNDING)).to_bits();
-        let bounds: Vec<_> = (0..points.count()).filter(eligible).map(|pair| (bound(pair), Reverse(pair))).collect();
+        let entry = |pair: usize| eligible(pair).then(|| (bound(pair), Reverse(pair)));
+        let bounds = chosen(points.count(), POINTS, progress, entry)?;
         Ok(Self {
             bounds: bounds.into(),
-            rounds: vec![0; points.count()],
+            rounds: filled(points.count(), 0, POINTS)?,
             round: 0,
             depths: Depths::new(limits, progress)?,
         })
@@ -161,7 +166,7 @@ impl Pool {
     fn candidates(
         &mut self,
         points: &Points<2>,
-        factor: &[f64],
+        factor: &Triangle,
         wanted: usize,
         progress: &Progress,
     ) -> Result<Vec<usize>> {
@@ -190,13 +195,13 @@ impl Pool {
             let gains: Vec<Vec<f64>> = stale
                 .par_chunks(CHUNK)
                 .map(|pairs| {
-                    let rows = solutions_of_chunk(points, factor, pairs);
+                    let groups = solutions_of_chunk(points, factor, pairs)?;
                     progress.check()?;
-                    Ok(rows.chunks_exact(points.dim()).map(|row| dots(row, [row])[0]).collect())
+                    Ok(groups.chunks_exact(factor.rows()).flat_map(squared_norms).collect())
                 })
                 .collect::<Result<_>>()?;
             points.forget(0..points.tiles().len());
-            for (&pair, gain) in stale.iter().zip(gains.into_iter().flatten()) {
+            for (&pair, gain) in stale.chunks(CHUNK).zip(&gains).flat_map(|(pairs, gains)| pairs.iter().zip(gains)) {
                 self.rounds[pair] = self.round;
                 self.bounds.push((gain.to_bits(), Reverse(pair)));
             }
@@ -205,24 +210,19 @@ impl Pool {
     }
 
     /// Picks the best candidate again and again while it beats every bound inside, `limit` times at most; puts the rest
-    /// back. `vectors` holds L⁻¹v of each candidate. Returns how many were picked.
+    /// back. `vectors` holds L⁻¹v of the candidates in groups of 16. Returns how many were picked.
     fn eliminate(
         &mut self,
-        vectors: &[f64],
+        vectors: &[Lanes],
         candidates: &[usize],
         limit: usize,
         design: &mut Design,
         progress: &Progress,
     ) -> Result<usize> {
         let count = candidates.len();
-        let dim = vectors.len() / count;
-        let mut gram = vec![0.0; count * count];
-        let all = Grid::new(vectors, count, dim);
-        gram.par_chunks_mut(CHUNK * count).zip(vectors.par_chunks(CHUNK * dim)).try_for_each(|(gram, rows)| {
-            add_products(1.0, Grid::new(rows, rows.len() / dim, dim), all, dim, gram, count);
-            progress.check()
-        })?;
-        let before: Vec<f64> = (0..count).map(|index| gram[index * count + index]).collect();
+        let mut gram = Triangle::zeros(count)?;
+        gram.add_products(vectors, vectors.len() / count.div_ceil(SIDE), progress)?;
+        let before: Vec<f64> = (0..count).map(|index| gram.get(index, index)).collect();
         let mut gains = before.clone();
         let mut open: Vec<usize> = (0..count).collect();
         let mut columns: Vec<Vec<f64>> = Vec::new();
@@ -244,7 +244,9 @@ impl Pool {
             }
             design.picks.push(pair);
             design.gains.push(gains[best].ln_1p());
-            let mut column = gram[best * count..(best + 1) * count].to_vec();
+            let mut column: Vec<f64> = (0..count)
+                .map(|other| if other < best { gram.get(best, other) } else { gram.get(other, best) })
+                .collect();
             for earlier in &columns {
                 add_scaled_float64(&mut column, -earlier[best], earlier);
             }
@@ -265,42 +267,50 @@ impl Pool {
     }
 }
 
-/// L⁻¹v of each pair, row by row.
-fn solutions(points: &Points<2>, factor: &[f64], pairs: &[usize], progress: &Progress) -> Result<Vec<f64>> {
-    let chunks: Vec<Vec<f64>> = pairs
-        .par_chunks(CHUNK)
-        .map(|pairs| progress.check().map(|()| solutions_of_chunk(points, factor, pairs)))
-        .collect::<Result<_>>()?;
-    Ok(chunks.concat())
+/// L⁻¹v of each pair, in groups of 16.
+fn solutions(points: &Points<2>, factor: &Triangle, pairs: &[usize], progress: &Progress) -> Result<Vec<Lanes>> {
+    let mut groups = zeros(pairs.len().div_ceil(SIDE) * factor.rows())?;
+    groups.par_chunks_mut(CHUNK / SIDE * factor.rows()).zip(pairs.par_chunks(CHUNK)).try_for_each(
+        |(groups, pairs)| {
+            write(points, pairs, groups, factor.rows());
+            factor.solve(groups);
+            progress.check()
+        },
+    )?;
+    Ok(groups)
 }
 
-fn solutions_of_chunk(points: &Points<2>, factor: &[f64], pairs: &[usize]) -> Vec<f64> {
-    let dim = points.dim();
-    let mut rows = vec![0.0; pairs.len() * dim];
-    let mut values = vec![0.0; dim];
-    for (&pair, row) in pairs.iter().zip(rows.chunks_exact_mut(dim)) {
-        points.write_float64(pair, &mut values, row);
-    }
-    cholesky::solve(factor, dim, &mut rows);
-    rows
+fn solutions_of_chunk(points: &Points<2>, factor: &Triangle, pairs: &[usize]) -> Result<Vec<Lanes>> {
+    let mut groups = zeros(pairs.len().div_ceil(SIDE) * factor.rows())?;
+    write(points, pairs, &mut groups, factor.rows());
+    factor.solve(&mut groups);
+    Ok(groups)
 }
 
-/// Adds v vᵀ of each pair to the lower triangle of the matrix.
-fn add_squares(points: &Points<2>, pairs: &[usize], matrix: &mut [f64], progress: &Progress) -> Result<()> {
-    let dim = points.dim();
-    let count = pairs.len();
-    let mut columns = vec![0.0; dim * count];
-    let mut values = vec![0.0; dim];
-    for (index, &pair) in pairs.iter().enumerate() {
-        points.write_alone(pair, &mut values);
-        for (row, &value) in values.iter().enumerate() {
-            columns[row * count + index] = f64::from(value);
+/// Writes pairs in groups of 16, of `rows` rows each, of which the first are written.
+fn write(points: &Points<2>, pairs: &[usize], groups: &mut [Lanes], rows: usize) {
+    let mut values = vec![0.0; points.dim()];
+    for (pairs, group) in pairs.chunks(SIDE).zip(groups.chunks_exact_mut(rows)) {
+        for (lane, &pair) in pairs.iter().enumerate() {
+            points.write_alone(pair, &mut values);
+            for (row, &value) in group.iter_mut().zip(&values) {
+                row.0[lane] = f64::from(value);
+            }
         }
     }
-    matrix.par_chunks_mut(CHUNK * dim).enumerate().try_for_each(|(chunk, rows)| {
-        let (first, end) = (chunk * CHUNK, dim.min((chunk + 1) * CHUNK));
-        let left = Grid::new(&columns[first * count..], end - first, count);
-        add_products(1.0, left, Grid::new(&columns, end, count), count, rows, dim);
-        progress.check()
-    })
+}
+
+/// Adds v vᵀ of each pair to the matrix.
+fn add_squares(points: &Points<2>, pairs: &[usize], matrix: &mut Triangle, progress: &Progress) -> Result<()> {
+    let mut columns = zeros(matrix.rows() / SIDE * pairs.len())?;
+    let mut values = vec![0.0; points.dim()];
+    for (index, &pair) in pairs.iter().enumerate() {
+        points.write_alone(pair, &mut values);
+        for (group, values) in values.chunks(SIDE).enumerate() {
+            for (out, &value) in columns[group * pairs.len() + index].0.iter_mut().zip(values) {
+                *out = f64::from(value);
+            }
+        }
+    }
+    matrix.add_products(&columns, pairs.len(), progress)
 }

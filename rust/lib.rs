@@ -2,8 +2,8 @@
 //!
 //! The data goes one way: gradients are [`sketch`]ed while they are hot, the sketches go to the [`store`], rows of the
 //! store are clustered as preference pairs by [`kmeans`], the pairs are scored by [`usefulness`] and put in order by
-//! [`ranking`], and [`depth`] gives each prompt its share of the budget; [`coreset`] and [`d_optimal`] choose pairs by
-//! other rules. `py` exposes exactly this to Python.
+//! [`ranking`], and [`depth`] gives each prompt its share of the budget; [`coreset`], [`d_optimal`] and [`matching`] choose
+//! pairs by other rules. `py` exposes exactly this to Python.
 //!
 //! Results never depend on the number of threads: work is cut into pieces of a size fixed by the data alone, and the
 //! partial results are folded in the order of the pieces.
@@ -16,6 +16,7 @@ pub mod error;
 pub mod gemm;
 pub mod gemm8;
 pub mod kmeans;
+pub mod matching;
 pub mod matrix;
 pub mod memory;
 pub mod order;

@@ -621,6 +621,66 @@ def _first_below(curve: Curve, inertia: float) -> float:
     return min((seconds for seconds, reached in curve if reached <= inertia), default=math.inf)
 
 
+# Choices of pairs
+
+
+def greedy_choices(settings: Settings) -> Iterator[Row]:
+    """Picks of the core beside the plain algorithms in NumPy, which go through all pairs for each pick."""
+    sketches, pairs, coefficients = preference_pairs(settings.choose(500, 4000), 8, 1024)
+    target = normal(1, 1024, seed=3)[0]
+    budget = settings.choose(20, 200)
+    name = f"of {len(pairs)} pairs of {len(sketches)} rows, d = 1024"
+    yield from compare(
+        f"matching, {budget} {name}",
+        settings,
+        Side("ours", lambda: _core.matching(sketches, pairs, coefficients, target, budget, threads=settings.threads)),
+        [Side("NumPy, products of rows", lambda: numpy_matching(sketches, pairs, coefficients, target, budget))],
+    )
+    yield from compare(
+        f"d_optimal, {budget} {name}",
+        settings,
+        Side("ours", lambda: _core.d_optimal(sketches, pairs, coefficients, budget, threads=settings.threads)),
+        [Side("NumPy, Sherman-Morrison", lambda: numpy_design(sketches, pairs, coefficients, budget))],
+    )
+
+
+def numpy_matching(
+    sketches: np.ndarray, pairs: np.ndarray, coefficients: np.ndarray, target: np.ndarray, budget: int
+) -> list[int]:
+    """One product of the rows with the last pick a pick, in float32."""
+
+    def products(vector: np.ndarray) -> np.ndarray:
+        return (coefficients * (sketches @ vector)[pairs]).sum(axis=1)
+
+    target = target / np.linalg.norm(target)
+    alignments, total, squared = products(target), np.zeros(len(pairs), dtype=np.float32), 0.0
+    product, picks = 0.0, []
+    for _ in range(budget):
+        values = (product + alignments) / np.sqrt(squared + 2 * total + 1)
+        values[picks] = -2
+        pick = int(values.argmax())
+        picks.append(pick)
+        squared += 2 * float(total[pick]) + 1
+        product += float(alignments[pick])
+        total += products(coefficients[pick] @ sketches[pairs[pick]])
+    return picks
+
+
+def numpy_design(sketches: np.ndarray, pairs: np.ndarray, coefficients: np.ndarray, budget: int) -> list[int]:
+    """Gains of all pairs, less what each pick takes from them, in float32."""
+    gains, solved, picks = np.ones(len(pairs), dtype=np.float32), [], []
+    for _ in range(budget):
+        open_gains = gains.copy()
+        open_gains[picks] = -1
+        pick = int(open_gains.argmax())
+        vector = coefficients[pick] @ sketches[pairs[pick]]
+        direction = vector - sum((other @ vector) * other for other in solved)
+        picks.append(pick)
+        solved.append(direction / np.sqrt(1 + gains[pick]))
+        gains -= (coefficients * (sketches @ solved[-1])[pairs]).sum(axis=1) ** 2
+    return picks
+
+
 # Scores, threads, linearity
 
 
@@ -714,6 +774,7 @@ CASES: dict[str, Callable[[Settings], Iterator[Row]]] = {
     "seeding-passes": seeding_passes,
     "seeding": seeding_time,
     "mini-batches": mini_batches,
+    "choices": greedy_choices,
     "scores": pair_scores,
     "threads": all_threads,
     "linear": linear_in_rows,

@@ -24,6 +24,7 @@ __all__ = [
     "coreset",
     "d_optimal",
     "kmeans",
+    "matching",
     "pair_kmeans",
     "pair_norms",
     "ranking_keys",
@@ -203,6 +204,20 @@ def d_optimal(
     eligible: NDArray[np.bool_] | None = None,
     prompts: NDArray[np.int64] | None = None,
     max_depth: int | None = None,
+    threads: int | None = None,
+    progress: _Progress | None = None,
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]: ...
+def matching(
+    rows: _ScaledRows,
+    pairs: NDArray[np.int64],
+    coefficients: NDArray[np.float32],
+    target: NDArray[np.float32],
+    budget: int,
+    *,
+    eligible: NDArray[np.bool_] | None = None,
+    prompts: NDArray[np.int64] | None = None,
+    max_depth: int | None = None,
+    cache_bytes: int = 1073741824,
     threads: int | None = None,
     progress: _Progress | None = None,
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]: ...

@@ -17,8 +17,8 @@ use crate::progress::Progress;
 /// (Minoux, 1978) and few are computed anew; the picks are those of the plain greedy algorithm in float64.
 ///
 /// For E gains computed and B picks it takes O(E d^2 + B d^2 + P (d + log P)) time, E from a few times B, where lengths
-/// differ, to many times P, where all pairs are alike in length and differ in direction; and 16 d^2 bytes, 1 GiB for
-/// d = 8192.
+/// differ, to many times P, where all pairs are alike in length and differ in direction; and 8 d^2 bytes, half
+/// a GiB for d = 8192.
 ///
 /// Args:
 ///     rows: (n, d) C-contiguous float32, float16, uint16 (the bits of bfloat16) or int8, whose scales then are in the
@@ -40,7 +40,7 @@ use crate::progress::Progress;
 ///     TypeError: If an array has another dtype.
 ///     ValueError: If an array has another shape or layout, a pair refers to a row that is not there or not finite, or an
 ///         argument is out of its range.
-///     MemoryError: If two (d, d) float64 matrices cannot be had.
+///     MemoryError: If two triangles of d^2 / 2 float64 numbers cannot be had.
 #[pyfunction]
 #[expect(clippy::too_many_arguments, reason = "keywords in Python")]
 #[expect(clippy::type_complexity, reason = "a tuple for Python")]

@@ -8,6 +8,7 @@ mod depth;
 mod errors;
 mod kmeans;
 mod limits;
+mod matching;
 mod pickle;
 mod ranking;
 mod run;
@@ -31,6 +32,8 @@ mod _core {
     use super::errors::{StoreDamagedError, StoreError, StoreLockedError, StoreVersionError};
     #[pymodule_export]
     use super::kmeans::{KMeansResult, assign, kmeans, pair_kmeans};
+    #[pymodule_export]
+    use super::matching::matching;
     #[pymodule_export]
     use super::ranking::ranking_keys;
     #[pymodule_export]

@@ -3,6 +3,7 @@
 //! A kernel is compiled once for each [`Level`] and states the order of its additions and where it fuses a multiplication
 //! with one, so every level gives the same bits: a result does not depend on the machine's vector width.
 
+pub mod block;
 pub mod dots;
 mod element;
 pub mod integer_tile;
@@ -15,7 +16,7 @@ pub use element::Element;
 pub use signs::spread_signs;
 pub use vector::{
     add_scaled, add_scaled_float64, add_scaled_to_float64, combine, dot, largest_magnitude, lower_bounds, multiply,
-    not_above, prefetch, round_to_bytes, scale, scale_sums, squared_distance, squared_distance_float64,
+    not_above, pair_products, prefetch, round_to_bytes, scale, scale_sums, squared_distance, squared_distance_float64,
     squared_norm_float64, squared_rest, subtract, subtract_bytes, to_float64,
 };
 

@@ -304,3 +304,29 @@ dispatch! {
         lanes.iter().sum()
     }
 }
+
+dispatch! {
+    /// The inner product with `other`, and the squared norm, of the vector that is the sum of two scaled ones, in float64.
+    pub fn pair_products(coefficients: [f64; 2], terms: [&[f32]; 2], other: &[f64]) -> [f64; 2] {
+        const WIDTH: usize = 16;
+        let [chosen, rejected] = terms.map(|term| term[..other.len()].as_chunks::<WIDTH>());
+        let (others, others_rest) = other.as_chunks::<WIDTH>();
+        let value = |chosen: f32, rejected: f32| {
+            coefficients[0] * f64::from(chosen) + coefficients[1] * f64::from(rejected)
+        };
+        let (mut products, mut squares) = ([0.0f64; WIDTH], [0.0f64; WIDTH]);
+        for ((chosen, rejected), other) in chosen.0.iter().zip(rejected.0).zip(others) {
+            for lane in 0..WIDTH {
+                let value = value(chosen[lane], rejected[lane]);
+                products[lane] += value * other[lane];
+                squares[lane] += value * value;
+            }
+        }
+        for (lane, other) in others_rest.iter().enumerate() {
+            let value = value(chosen.1[lane], rejected.1[lane]);
+            products[lane] += value * other;
+            squares[lane] += value * value;
+        }
+        [products.iter().sum(), squares.iter().sum()]
+    }
+}

@@ -1,12 +1,14 @@
 //! The lazy rounds against the plain greedy algorithm with an explicit inverse.
 
 use bpo::Error;
+use bpo::cholesky::Triangle;
 use bpo::d_optimal::d_optimal;
 use bpo::matrix::{Rows, Values};
 use bpo::points::Points;
 use bpo::progress::Progress;
 use bpo::prompts::Limits;
 use bpo::rng::{Purpose, Stream};
+use bpo::simd::block::{Lanes, SIDE};
 use proptest::prelude::*;
 
 fn values(count: usize, seed: u64) -> Vec<f32> {
@@ -116,19 +118,17 @@ fn thousands_of_picks_do_not_drift() {
     let design = d_optimal(&points, 3000, 1e-3, Limits::default(), &Progress::default()).unwrap();
     assert!(design.gains.is_sorted_by(|earlier, later| later <= earlier));
     // The gains add up to the growth of log det A, by an elimination from scratch.
-    let mut matrix = vec![0.0; dim * dim];
-    (0..dim).for_each(|index| matrix[index * (dim + 1)] = 1e-3);
+    let mut matrix = Triangle::zeros(dim).unwrap();
+    matrix.set_diagonal(1e-3);
     let mut vector = vec![0.0; dim];
     for &pick in &design.picks {
         points.write_alone(pick, &mut vector);
-        for row in 0..dim {
-            for column in 0..dim {
-                matrix[row * dim + column] += f64::from(vector[row]) * f64::from(vector[column]);
-            }
-        }
+        let mut groups = vec![Lanes::ZERO; dim.div_ceil(SIDE)];
+        vector.iter().enumerate().for_each(|(index, &value)| groups[index / SIDE].0[index % SIDE] = f64::from(value));
+        matrix.add_products(&groups, 1, &Progress::default()).unwrap();
     }
-    bpo::cholesky::factor(&mut matrix, dim, &Progress::default()).unwrap();
-    let log_determinant: f64 = (0..dim).map(|index| 2.0 * (matrix[index * (dim + 1)] / 1e-3f64.sqrt()).ln()).sum();
+    matrix.factor(&Progress::default()).unwrap();
+    let log_determinant: f64 = (0..dim).map(|index| 2.0 * (matrix.get(index, index) / 1e-3f64.sqrt()).ln()).sum();
     let total: f64 = design.gains.iter().sum();
     assert!((total - log_determinant).abs() < 1e-9 * total, "{total} {log_determinant}");
 }

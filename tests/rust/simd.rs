@@ -2,6 +2,7 @@
 
 use bpo::gemm::PanelRow;
 use bpo::rng::{Purpose, Stream, philox};
+use bpo::simd::block::{self, Lanes, SIDE};
 use bpo::simd::dots::{Grid, add_products, dots};
 use bpo::simd::{self, Element, Level};
 use half::{bf16, f16};
@@ -10,6 +11,28 @@ use proptest::prelude::*;
 fn values(count: usize, seed: u64) -> Vec<f32> {
     let stream = Stream::new(seed, Purpose::Shuffle, 0);
     (0..count).map(|index| stream.uniform(index as u64) as f32 - 0.5).collect()
+}
+
+fn lanes(count: usize, seed: u64) -> Vec<Lanes> {
+    let values = values(count * SIDE, seed);
+    values.as_chunks().0.iter().map(|values| Lanes(values.map(f64::from))).collect()
+}
+
+/// Every kernel of blocks, on as many rows on the left as fit.
+fn block_kernels(depth: usize, seed: u64) -> Vec<f64> {
+    let (left, right) = (lanes(depth, seed), lanes(depth, seed + 1));
+    let mut blocks = [[Lanes([0.5; SIDE]); SIDE]; 3];
+    block::multiply_add::<false>(&left, &right, &mut blocks[0]);
+    block::multiply_add::<true>(&left, &right, &mut blocks[1]);
+    let rows: Vec<f64> = left.iter().flat_map(|lanes| lanes.0).collect();
+    let count = (depth % (SIDE + 1)).min(rows.len() / (depth + 1));
+    block::multiply_add_rows(&rows, depth + 1, &right, &mut blocks[2][..count]);
+    let mut lower = [Lanes([0.25; SIDE]); SIDE];
+    (0..SIDE).for_each(|row| lower[row].0[row] = 1.5 + row as f64);
+    let [mut solved, ..] = blocks;
+    block::substitute(&lower, &mut solved);
+    let norms = block::squared_norms(&right);
+    blocks.as_flattened().iter().chain(&solved).flat_map(|lanes| lanes.0).chain(norms).collect()
 }
 
 /// Every kernel on one input, as bits.
@@ -62,6 +85,8 @@ fn all_kernels(size: usize, seed: u64, first: usize) -> Vec<u64> {
     add_products(-1.0, grid, grid, size, &mut products, 5);
     bits.extend(products.map(f64::to_bits));
     bits.extend(float64_sums.iter().map(|value| value.to_bits()));
+    bits.extend(simd::pair_products([0.3, -0.7], [&left, &right], &stacked[..size]).map(f64::to_bits));
+    bits.extend(block_kernels(size, seed).iter().map(|value| value.to_bits()));
     bits.extend(words.as_flattened().iter().map(|&word| u64::from(word)));
     bits
 }
@@ -106,6 +131,43 @@ proptest! {
                 prop_assert_eq!(alone[0].to_bits(), found.to_bits());
             }
             prop_assert!(products[row * (others + padding) + others..][..padding].iter().all(|&value| value == 0.5));
+        }
+    }
+
+    #[test]
+    fn blocks_agree_with_the_sums_of_products(depth in 0usize..70, count in 0usize..17, seed in 0u64..1000) {
+        let (left, right) = (lanes(depth, seed), lanes(depth, seed + 1));
+        let mut blocks = [[Lanes([0.5; SIDE]); SIDE]; 3];
+        block::multiply_add::<false>(&left, &right, &mut blocks[0]);
+        block::multiply_add::<true>(&left, &right, &mut blocks[1]);
+        let rows: Vec<f64> = (0..SIDE * (depth + 3)).map(|index| left.get(index % (depth + 3)).map_or(9.0, |lanes| lanes.0[index / (depth + 3)])).collect();
+        block::multiply_add_rows(&rows, depth + 3, &right, &mut blocks[2][..count]);
+        for row in 0..SIDE {
+            for column in 0..SIDE {
+                let chain = |sign: f64| left.iter().zip(&right).fold(0.5, |sum: f64, (left, right)| (sign * left.0[row]).mul_add(right.0[column], sum));
+                prop_assert_eq!(blocks[0][row].0[column], chain(1.0));
+                prop_assert_eq!(blocks[1][row].0[column], chain(-1.0));
+                prop_assert_eq!(blocks[2][row].0[column], if row < count { chain(1.0) } else { 0.5 });
+            }
+        }
+    }
+
+    #[test]
+    fn substitution_solves(seed in 0u64..1000) {
+        let (mut lower, mut block) = ([Lanes::ZERO; SIDE], [Lanes::ZERO; SIDE]);
+        lower.copy_from_slice(&lanes(SIDE, seed));
+        block.copy_from_slice(&lanes(SIDE, seed + 1));
+        (0..SIDE).for_each(|row| lower[row].0[row] += 2.0);
+        let right = block;
+        block::substitute(&lower, &mut block);
+        let norms = block::squared_norms(&block);
+        for column in 0..SIDE {
+            for row in 0..SIDE {
+                let product: f64 = (0..=row).map(|index| lower[index].0[row] * block[index].0[column]).sum();
+                prop_assert!((product - right[row].0[column]).abs() < 1e-12);
+            }
+            let norm: f64 = block.iter().map(|lanes| lanes.0[column].powi(2)).sum();
+            prop_assert!((norm - norms[column]).abs() < 1e-12);
         }
     }
 

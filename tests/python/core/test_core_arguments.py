@@ -273,6 +273,24 @@ def draw_d_optimal(draw):
     assert_picks(picks, gains, budget, len(pairs), limited)
 
 
+def draw_matching(draw):
+    rows, pairs, coefficients = draw.pairs()
+    target = draw.generator.standard_normal(rows.shape[1]).astype(np.float32)
+    budget, limited, pairs = draw.number(1, 20, 2**63), limits(draw, len(pairs)), draw.array(pairs)
+    picks, cosines = _core.matching(
+        draw.array(rows),
+        pairs,
+        draw.array(coefficients),
+        draw.array(target),
+        budget,
+        **limited,
+        cache_bytes=draw.number(0, 1000, 2**30),
+        threads=draw.threads(),
+    )
+    assert_picks(picks, cosines, budget, len(pairs), limited)
+    assert (abs(cosines) <= 1 + 1e-9).all()
+
+
 def draw_allocate_depth(draw):
     n = draw.one_of(1, 30, 500)
     prompts = draw.array(draw.generator.integers(-3, 9, n) * draw.one_of(1, 2**59))
@@ -320,6 +338,7 @@ FUNCTIONS = [
     draw_score_pairs,
     draw_coreset,
     draw_d_optimal,
+    draw_matching,
     draw_allocate_depth,
     draw_ranking_keys,
     draw_sketch,

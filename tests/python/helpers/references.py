@@ -37,3 +37,23 @@ def greedy_design(vectors, budget, regularization, prompts, max_depth, eligible)
         gains.append(max(growth))
         matrix += np.outer(vectors[picks[-1]], vectors[picks[-1]])
     return picks, gains
+
+
+def greedy_matching(vectors, target, budget, eligible=None, prompts=None, max_depth=None):
+    """The cosine of every sum of every step, from the vectors."""
+    vectors, target = vectors.astype(np.float64), target / np.linalg.norm(target.astype(np.float64))
+    open_ = np.ones(len(vectors), dtype=bool) if eligible is None else eligible.copy()
+    total = np.zeros(vectors.shape[1])
+    picks, cosines = [], []
+    while len(picks) < budget and open_.any():
+        sums = total + vectors
+        norms = np.linalg.norm(sums, axis=1)
+        values = np.where(norms > 0, sums @ target / np.where(norms > 0, norms, 1), -np.inf)
+        best = int(np.where(open_, values, -np.inf).argmax()) if (values[open_] > -np.inf).any() else open_.argmax()
+        picks.append(best)
+        cosines.append(values[best] if norms[best] > 0 else 0.0)
+        total = sums[best]
+        open_[best] = False
+        if max_depth is not None and sum(prompts[pick] == prompts[best] for pick in picks) == max_depth:
+            open_ &= prompts != prompts[best]
+    return picks, cosines

@@ -1,0 +1,88 @@
+//! Binding of the matching to a direction.
+
+use numpy::PyArray1;
+use numpy::prelude::*;
+use pyo3::prelude::*;
+
+use super::convert::{PairArrays, RowsArray, Vector, numbers};
+use super::limits::LimitArrays;
+use super::run::run;
+use crate::coreset::CACHE_BYTES;
+use crate::progress::Progress;
+
+/// Picks pairs one by one so that the sum of those picked points most nearly where a target does.
+///
+/// Each step picks the pair with the largest cos(S + z_p, target), where S is the sum of those picked before and
+/// z_p = a_p * rows[w_p] + b_p * rows[l_p]: what a pair is worth is what it adds to those that are there (ours). Ties: the
+/// lower pair. A pair that would make the sum zero, which has no direction, comes after all others. It picks the budget
+/// even where the cosine falls: the cosines tell.
+///
+/// A step compares all pairs by copies of the rows in 8 bits, with a proven bound on the error, and forms the sum in float64
+/// for those that may be the best: so the picks are those of the plain greedy algorithm in float64, unless cosines differ by
+/// no more than rounding, about 1e-13. For B picks it takes O(P d + B (n d + P)) time, the product n d in bytes and not in
+/// numbers, and n d + 40 n + 41 P bytes, of which cache_bytes bounds the first term. Very many pairs that are alike take
+/// longer.
+///
+/// Args:
+///     rows: (n, d) C-contiguous float32, float16, uint16 (the bits of bfloat16) or int8, whose scales then are in the
+///         coefficients; memory maps are fine.
+///     pairs: (P, 2) int64: the two rows of each pair.
+///     coefficients: (P, 2) float32: a and b of each pair; such that z_p has unit length, if all pairs are to weigh alike.
+///     target: (d,) float32: the direction, of any length but zero.
+///     budget: Pairs to pick.
+///     eligible: (P,) bool: the pairs that may be picked; all if None.
+///     prompts: (P,) int64: the prompt of each pair, any numbers; needed with max_depth alone.
+///     max_depth: Pairs of one prompt at most; no limit if None.
+///     cache_bytes: Bytes of rows in 8 bits that are kept from step to step; rows beyond are multiplied as they are in each
+///         step, which takes several times as long. Does not change any bit of the result.
+///     threads: Threads to use; all cores if None. Does not change any bit of the result.
+///     progress: Called with (picked, budget) at most ten times a second, and at the end.
+///
+/// Returns:
+///     The picks in order, (B,) int64, and the cosine of the sum and the target after each, (B,) float64, 0 where the sum is
+///     zero; B is the budget, or less if the limits leave less.
+///
+/// Raises:
+///     TypeError: If an array has another dtype.
+///     ValueError: If an array has another shape or layout, a pair refers to a row that is not there or not finite, the
+///         target is zero or not finite, or max_depth is 0.
+///     MemoryError: If cache_bytes cannot be had.
+#[pyfunction]
+#[expect(clippy::too_many_arguments, reason = "keywords in Python")]
+#[expect(clippy::type_complexity, reason = "a tuple for Python")]
+#[pyo3(signature = (
+    rows, pairs, coefficients, target, budget, *, eligible = None, prompts = None, max_depth = None,
+    cache_bytes = CACHE_BYTES, threads = None, progress = None
+),
+    text_signature = "(rows, pairs, coefficients, target, budget, *, eligible=None, prompts=None, max_depth=None, \
+                      cache_bytes=1073741824, threads=None, progress=None)"
+)]
+pub fn matching<'py>(
+    py: Python<'py>,
+    rows: &Bound<'_, PyAny>,
+    pairs: &Bound<'_, PyAny>,
+    coefficients: &Bound<'_, PyAny>,
+    target: &Bound<'_, PyAny>,
+    budget: usize,
+    eligible: Option<&Bound<'_, PyAny>>,
+    prompts: Option<&Bound<'_, PyAny>>,
+    max_depth: Option<usize>,
+    cache_bytes: usize,
+    threads: Option<usize>,
+    progress: Option<Py<PyAny>>,
+) -> PyResult<(Bound<'py, PyArray1<i64>>, Bound<'py, PyArray1<f64>>)> {
+    let arrays = PairArrays::new(RowsArray::of_pairs(rows, None)?, pairs, coefficients)?;
+    let pairs = arrays.pairs()?;
+    let target = Vector::<f32>::new("target", target)?;
+    let target = target.slice();
+    let limit_arrays = LimitArrays::new(eligible, prompts, max_depth)?;
+    let limits = limit_arrays.borrow();
+    let pick = |progress: &Progress| {
+        let limits = limits.copy(progress)?;
+        let points = pairs.points(progress)?;
+        let matching = crate::matching::matching(&points, target, budget, limits.limits(), cache_bytes, progress)?;
+        Ok((numbers(&matching.picks, progress)?, matching.cosines))
+    };
+    let (picks, cosines) = run(py, threads, progress.as_ref(), pick)?;
+    Ok((picks.into_pyarray(py), cosines.into_pyarray(py)))
+}
