@@ -11,7 +11,7 @@ mod signs;
 pub mod tile;
 mod vector;
 
-pub use element::Element;
+pub use element::{Element, Run};
 pub use signs::spread_signs;
 pub use vector::{
     add_scaled, add_scaled_float64, add_scaled_to_float64, combine, dot, largest_magnitude, lower_bounds, multiply,
