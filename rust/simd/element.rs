@@ -1,5 +1,7 @@
 //! Kernels over the elements of gradients and sketches: float32, and the two types of half precision, which widen exactly.
 
+#[cfg(target_arch = "aarch64")]
+use super::neon;
 use super::{Level, level};
 
 /// An element that widens to float32.
@@ -36,20 +38,20 @@ pub struct Run {
 /// running ahead itself. Measured on one thread of a Zen 4, with values in memory: as fast as without up to 1024 sums, 1.25
 /// (float32) to 1.45 (float16) times as fast at 4096. With 1024, 4096 and 8192 it ran 0.9 to 1 times as fast. On a Zen 3
 /// with AVX2 it gained a quarter from 512 sums on (float16).
-const AHEAD: usize = 2048;
+pub const AHEAD: usize = 2048;
 
 /// The same into the second cache, for long blocks, on top of [`AHEAD`]. Measured on two threads of a Zen 4, sixteen rows
 /// of 1e7 values, in turns with [`AHEAD`] alone for short runs and this alone for long ones: 1.2 times as fast at 4096 and
 /// 8192 sums; 16384 was the same. Alone, it took a third off the speed at 512 and 1024 sums. Four blocks for one load and
 /// store of the sums gained no more for float32, and took a quarter off the speed of half precision.
-const FAR_AHEAD: usize = 8192;
+pub const FAR_AHEAD: usize = 8192;
 
 /// Elements whose signs are one word.
-const WORD: usize = 32;
+pub const WORD: usize = 32;
 
 /// The signs of [`WORD`] elements from bit `first` on; zero beyond the last word.
 #[inline(always)]
-fn signs_at(signs: &[u32], first: usize) -> u32 {
+pub fn signs_at(signs: &[u32], first: usize) -> u32 {
     let [low, high] = [signs.get(first / 32), signs.get(first / 32 + 1)];
     let (low, high) = (u64::from(*low.unwrap_or(&0)), u64::from(*high.unwrap_or(&0)));
     ((low | high << 32) >> (first % 32)) as u32
@@ -98,6 +100,8 @@ macro_rules! element {
                     #[cfg(target_arch = "x86_64")]
                     // SAFETY: as above.
                     Level::Avx2 => unsafe { $avx2::widen(values, out) },
+                    #[cfg(target_arch = "aarch64")]
+                    Level::Neon => neon::widen(values, out),
                     _ => widen_plain(values, out),
                 }
             }
@@ -122,6 +126,8 @@ macro_rules! element {
                     #[cfg(target_arch = "x86_64")]
                     // SAFETY: as above.
                     Level::Avx2 => unsafe { $avx2::add_signed(sums, scale, values, signs, first, runs, far) },
+                    #[cfg(target_arch = "aarch64")]
+                    Level::Neon => neon::add_signed(sums, scale, values, signs, first, runs, far),
                     _ => add_signed_plain(sums, scale, values, signs, first, runs),
                 }
             }
@@ -445,6 +451,15 @@ macro_rules! element {
     };
 }
 
+/// Exactly, in one instruction where every processor has it.
+#[inline(always)]
+fn f16_to_f32(value: half::f16) -> f32 {
+    #[cfg(target_arch = "aarch64")]
+    return neon::f16_to_f32(value);
+    #[cfg(not(target_arch = "aarch64"))]
+    value.to_f32_const()
+}
+
 element! {
     f32,
     to_f32 = |value| value,
@@ -457,7 +472,7 @@ element! {
 
 element! {
     half::f16,
-    to_f32 = half::f16::to_f32_const,
+    to_f32 = f16_to_f32,
     avx512 = f16_avx512,
     avx2 = f16_avx2,
     sixteen = |values| _mm512_cvtph_ps(_mm256_loadu_si256(values.cast())),
