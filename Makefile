@@ -31,12 +31,16 @@ CHECKED := target/checked-wheel
 MIRI = RAYON_NUM_THREADS=2 MIRIFLAGS='-Zmiri-disable-isolation -Zmiri-tree-borrows -Zmiri-permissive-provenance -Zmiri-ignore-leaks \
   $(if $(SEEDS),-Zmiri-many-seeds=$(SEEDS))' cargo +nightly miri test --quiet
 
+# The core for AArch64 on another machine: an emulator and a linker. One of the processors has products of bytes.
+AARCH64 := aarch64-unknown-linux-gnu
+AARCH64_CPUS := max cortex-a72
+
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-rust test-python checked miri same lint lint-rust lint-python bench gpu count fuzz mutants torture \
+.PHONY: help setup demo test test-rust test-python checked miri aarch64 same lint lint-rust lint-python bench gpu count fuzz mutants torture \
   architectures docs wheel clean
 
 help: ## List the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 setup: $(VENV)/.installed ## Virtual environment with the wheel, its dependencies and the tools
 
@@ -64,6 +68,17 @@ miri: ## The core under Miri, which sees undefined behaviour: minutes; SEEDS=0..
 	@cargo +nightly miri --version > /dev/null 2>&1 || { echo 'Miri is missing: rustup toolchain install nightly --component miri rust-src'; exit 1; }
 	$(MIRI) --test tiny
 	$(MIRI) --lib -- order:: prompts:: rng::
+
+aarch64: export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER := aarch64-linux-gnu-gcc
+aarch64: export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER := qemu-aarch64 -L /usr/aarch64-linux-gnu
+aarch64: export PROPTEST_CASES ?= 8
+aarch64: export CARGO_PROFILE_DEV_OPT_LEVEL ?= 1
+aarch64: ## The tests of the core in Rust on AArch64, emulated, and clippy for it
+	@command -v qemu-aarch64 > /dev/null || { echo 'This needs qemu-aarch64, for instance: apt-get install qemu-user'; exit 1; }
+	@command -v aarch64-linux-gnu-gcc > /dev/null || { echo 'This needs a linker, for instance: apt-get install gcc-aarch64-linux-gnu libc6-dev-arm64-cross'; exit 1; }
+	@test -d "$$(rustc --print target-libdir --target $(AARCH64))" || { echo 'This needs: rustup target add $(AARCH64)'; exit 1; }
+	cargo clippy --quiet --target $(AARCH64) --all-targets -- -D warnings
+	for cpu in $(AARCH64_CPUS); do QEMU_CPU=$$cpu cargo test --quiet --target $(AARCH64) $(ARGS) || exit 1; done
 
 # Only dist/ and the dependencies of the working tree are used; the commit is built with a cargo directory of its own.
 same: $(VENV)/.installed ## Whether the working tree behaves as a commit does, byte for byte: make same BASE=COMMIT

@@ -5,6 +5,8 @@
 
 use std::ops::Range;
 
+#[cfg(target_arch = "aarch64")]
+use crate::simd::NEON_ROWS;
 use crate::simd::integer_tile::{self as tile, AVX2_ROWS, AVX512_ROWS, PAIR_STEP, PANEL, Sums, VNNI_STEP};
 use crate::simd::{self, Level};
 
@@ -64,6 +66,9 @@ pub struct Packed8 {
 enum Panels {
     Vnni(Vec<u8>),
     Pairs(Vec<i16>),
+    /// Bytes as they are.
+    #[cfg(target_arch = "aarch64")]
+    Bytes(Vec<i8>),
 }
 
 impl Packed8 {
@@ -72,6 +77,11 @@ impl Packed8 {
         let padded = factors.len().next_multiple_of(PANEL);
         let mut padded_factors = factors.to_vec();
         padded_factors.resize(padded, 0.0);
+        #[cfg(target_arch = "aarch64")]
+        if simd::multiplies_bytes() {
+            let panels = Panels::Bytes(pack(columns, padded, stride, VNNI_STEP, 0, |value| value));
+            return Self { panels, factors: padded_factors, stride };
+        }
         let panels = if tile::uses_vnni(simd::level()) {
             Panels::Vnni(pack(columns, padded, stride, VNNI_STEP, 128, |value| value.cast_unsigned().wrapping_add(128)))
         } else {
@@ -129,6 +139,10 @@ pub fn multiply(rows: &[i8], scales: &[Scale], packed: &Packed8, buffers: &mut B
             while first < scales.len() {
                 let left = scales.len() - first;
                 let group = match (&packed.panels, simd::level()) {
+                    #[cfg(target_arch = "aarch64")]
+                    (_, Level::Neon) if left >= NEON_ROWS => group::<NEON_ROWS>,
+                    #[cfg(target_arch = "aarch64")]
+                    (_, Level::Neon) => group::<1>,
                     (Panels::Pairs(_), Level::Plain | Level::Avx2) if left >= AVX2_ROWS => group::<AVX2_ROWS>,
                     (Panels::Pairs(_), Level::Plain | Level::Avx2) => group::<1>,
                     _ if left >= AVX512_ROWS => group::<AVX512_ROWS>,
@@ -183,6 +197,11 @@ fn group<const ROWS: usize>(
                 pairs(parts(sixteen_bits, count, count), &packed[values], sums);
                 false
             }
+            #[cfg(target_arch = "aarch64")]
+            Panels::Bytes(packed) => {
+                simd::multiply_bytes(rows, &packed[values], sums);
+                false
+            }
         };
         if depths.end == stride {
             let factors = &packed.factors[panel * PANEL..][..PANEL];
@@ -227,6 +246,10 @@ fn pairs<const ROWS: usize>(rows: [&[i16]; ROWS], panel: &[i16], sums: &mut Sums
             return tile::pairs_avx2(rows.map(<[i16]>::as_ptr), panel.as_ptr(), steps, sums);
         },
         Level::Plain => {}
+    }
+    #[cfg(target_arch = "aarch64")]
+    if simd::level() == Level::Neon {
+        return simd::multiply_pairs(rows, panel, sums);
     }
     tile::pairs_plain(rows, panel, sums);
 }

@@ -275,7 +275,12 @@ def materialised(sketches: np.ndarray, pairs: np.ndarray, coefficients: np.ndarr
 
 
 def sparse_sketch(
-    settings: Settings, kind: str, rows: int = 16, width: int = 1_000_000, dim: int = 1024
+    settings: Settings,
+    kind: str,
+    rows: int = 16,
+    width: int = 1_000_000,
+    dim: int = 1024,
+    limit_goal: float = 0.75,
 ) -> Iterator[Row]:
     wide = normal(rows, width)
     tensor = torch.from_numpy(wide).to(getattr(torch, kind))
@@ -317,7 +322,7 @@ def sparse_sketch(
         ],
         limits=[reading()],
         goal=15,
-        limit_goal=0.6,
+        limit_goal=limit_goal,
     )
 
 
@@ -755,6 +760,7 @@ CASES: dict[str, Callable[[Settings], Iterator[Row]]] = {
     "sketch-float32": functools.partial(sparse_sketch, kind="float32"),
     "sketch-float16": functools.partial(sparse_sketch, kind="float16"),
     "sketch-bfloat16": functools.partial(sparse_sketch, kind="bfloat16"),
+    "sketch-short-blocks": functools.partial(sparse_sketch, kind="float16", dim=128, limit_goal=0.4),
     "sketch-one-row": functools.partial(sparse_sketch, kind="float32", rows=1),
     "sketch-wide": functools.partial(sparse_sketch, kind="float32", rows=4, width=10_000_000, dim=8192),
     "dense-rademacher": functools.partial(dense_sketch, kind="rademacher", rows=16),

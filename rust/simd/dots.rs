@@ -102,6 +102,8 @@ pub unsafe trait Number: Copy + Default + Send + Sync + Add<Output = Self> + Mul
     type Avx512: Register<Number = Self>;
     #[cfg(target_arch = "x86_64")]
     type Avx2: Register<Number = Self>;
+    #[cfg(target_arch = "aarch64")]
+    type Neon: Register<Number = Self>;
     type Plain: Register<Number = Self>;
 }
 
@@ -111,6 +113,8 @@ unsafe impl Number for f32 {
     type Avx512 = std::arch::x86_64::__m512;
     #[cfg(target_arch = "x86_64")]
     type Avx2 = std::arch::x86_64::__m256;
+    #[cfg(target_arch = "aarch64")]
+    type Neon = std::arch::aarch64::float32x4_t;
     type Plain = [Self; 32];
 }
 
@@ -120,6 +124,8 @@ unsafe impl Number for f64 {
     type Avx512 = std::arch::x86_64::__m512d;
     #[cfg(target_arch = "x86_64")]
     type Avx2 = std::arch::x86_64::__m256d;
+    #[cfg(target_arch = "aarch64")]
+    type Neon = std::arch::aarch64::float64x2_t;
     type Plain = [Self; 16];
 }
 
@@ -275,6 +281,37 @@ unsafe fn sums_avx2<T: Term, N: Number, const COLUMNS: usize>(
     sums
 }
 
+/// [`sums`] at NEON, of vectors with `depth` values.
+#[cfg(target_arch = "aarch64")]
+fn sums_neon<T: Term, N: Number, const ROWS: usize, const COLUMNS: usize>(
+    left: [&[N]; ROWS],
+    right: [&[N]; COLUMNS],
+    depth: usize,
+) -> [[N; COLUMNS]; ROWS] {
+    let mut tile = [[N::default(); COLUMNS]; ROWS];
+    for (left, tile) in left.iter().zip(&mut tile) {
+        // Of 32 registers, 24 hold the sums of three terms.
+        for (right, tile) in right.chunks(3).zip(tile.chunks_mut(3)) {
+            let (left, right) = ([left.as_ptr()], |index: usize| right[index].as_ptr());
+            // SAFETY: all vectors have `depth` values, and every AArch64 has NEON.
+            unsafe {
+                match tile {
+                    [_, _, _] => {
+                        let [found] = sums::<T, N::Neon, 8, 1, 3>(left, [0, 1, 2].map(right), depth);
+                        tile.copy_from_slice(&found);
+                    }
+                    [_, _] => {
+                        let [found] = sums::<T, N::Neon, 8, 1, 2>(left, [0, 1].map(right), depth);
+                        tile.copy_from_slice(&found);
+                    }
+                    _ => [[tile[0]]] = sums::<T, N::Neon, 8, 1, 1>(left, [right(0)], depth),
+                }
+            }
+        }
+    }
+    tile
+}
+
 /// The sums of the terms of each vector on the left with each on the right.
 #[inline]
 fn tile<T: Term, N: Number, const ROWS: usize, const COLUMNS: usize>(
@@ -308,6 +345,8 @@ fn tile<T: Term, N: Number, const ROWS: usize, const COLUMNS: usize>(
                 }
             }
         }
+        #[cfg(target_arch = "aarch64")]
+        Level::Neon => tile = sums_neon::<T, N, ROWS, COLUMNS>(left, right, depth),
         _ => {
             for (left, tile) in left.iter().zip(&mut tile) {
                 for (right, sum) in right.iter().zip(tile) {

@@ -7,12 +7,16 @@ pub mod block;
 pub mod dots;
 mod element;
 pub mod integer_tile;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod register;
 mod signs;
 pub mod tile;
 mod vector;
 
-pub use element::Element;
+pub use element::{Element, Run};
+#[cfg(target_arch = "aarch64")]
+pub use neon::{NEON_ROWS, multiplies_bytes, multiply_bytes, multiply_pairs};
 pub use signs::spread_signs;
 pub use vector::{
     add_scaled, add_scaled_float64, add_scaled_to_float64, combine, dot, largest_magnitude, lower_bounds, multiply,
@@ -22,17 +26,21 @@ pub use vector::{
 
 use std::sync::atomic::{AtomicU8, Ordering};
 
-/// The instruction sets that a kernel is compiled for. Outside x86-64 the baseline (NEON on AArch64) is all there is.
+/// The instruction sets that a kernel is compiled for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 #[repr(u8)]
 pub enum Level {
+    /// What the compiler makes of plain Rust on every machine of the architecture.
     Plain = 1,
+    /// NEON, which every AArch64 has.
+    #[cfg(target_arch = "aarch64")]
+    Neon = 2,
     /// AVX2 with FMA and F16C.
-    Avx2 = 2,
+    Avx2 = 3,
     /// AVX-512 F, BW, DQ and VL.
-    Avx512 = 3,
+    Avx512 = 4,
     /// AVX-512 with products of bytes.
-    Avx512Vnni = 4,
+    Avx512Vnni = 5,
 }
 
 static LEVEL: AtomicU8 = AtomicU8::new(0);
@@ -58,6 +66,9 @@ pub fn detected_level() -> Level {
             return Level::Avx2;
         }
     }
+    #[cfg(target_arch = "aarch64")]
+    return Level::Neon;
+    #[cfg(not(target_arch = "aarch64"))]
     Level::Plain
 }
 
@@ -66,17 +77,22 @@ pub fn detected_level() -> Level {
 pub fn level() -> Level {
     match LEVEL.load(Ordering::Relaxed) {
         1 => Level::Plain,
-        2 => Level::Avx2,
-        3 => Level::Avx512,
-        4 => Level::Avx512Vnni,
+        #[cfg(target_arch = "aarch64")]
+        2 => Level::Neon,
+        3 => Level::Avx2,
+        4 => Level::Avx512,
+        5 => Level::Avx512Vnni,
         _ => set_level(wanted_level()),
     }
 }
 
-/// What the environment variable `BPO_SIMD` asks for (`plain`, `avx2`, `avx512` or `avx512vnni`), else the best.
+/// What the environment variable `BPO_SIMD` asks for (`plain`, `avx2`, `avx512` or `avx512vnni`; `neon` on AArch64), else the
+/// best.
 fn wanted_level() -> Level {
     match std::env::var("BPO_SIMD").as_deref() {
         Ok("plain") => Level::Plain,
+        #[cfg(target_arch = "aarch64")]
+        Ok("neon") => Level::Neon,
         Ok("avx2") => Level::Avx2,
         Ok("avx512") => Level::Avx512,
         _ => Level::Avx512Vnni,

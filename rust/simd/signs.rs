@@ -14,6 +14,8 @@ pub fn spread_signs(rows: &mut [PanelRow], words: &[u32], scale: f32) {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: as above.
         Level::Avx2 => unsafe { avx2(rows, words, scale) },
+        #[cfg(target_arch = "aarch64")]
+        Level::Neon => super::neon::spread_signs(rows, words, scale),
         _ => {
             for (row, word) in rows.iter_mut().zip(words) {
                 for column in 0..PANEL {

@@ -83,6 +83,10 @@ pub fn multiply_add(
                     (_, 16) => avx512::run::<1>(product),
                     #[cfg(target_arch = "x86_64")]
                     _ => avx2::run::<1>(product),
+                    #[cfg(target_arch = "aarch64")]
+                    (Level::Neon, 16) => neon::run::<4>(product),
+                    #[cfg(target_arch = "aarch64")]
+                    (Level::Neon, _) => neon::run::<2>(product),
                     #[cfg(not(target_arch = "x86_64"))]
                     _ => unreachable!("every other level is one of x86-64"),
                 }
@@ -189,6 +193,16 @@ kernel! {
     store = std::arch::x86_64::_mm256_storeu_ps,
     fill = std::arch::x86_64::_mm256_set1_ps,
     fuse = std::arch::x86_64::_mm256_fmadd_ps,
+}
+
+#[cfg(target_arch = "aarch64")]
+kernel! {
+    neon,
+    lanes = 4,
+    load = std::arch::aarch64::vld1q_f32,
+    store = std::arch::aarch64::vst1q_f32,
+    fill = std::arch::aarch64::vdupq_n_f32,
+    fuse = super::super::neon::fuse,
 }
 
 kernel! {

@@ -270,7 +270,11 @@ pub fn prefetch<T>(values: &[T]) {
         // SAFETY: a prefetch has no effect that a program could see, and the address lies within the slice.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(values.as_ptr().cast::<i8>().add(start)) };
     }
-    #[cfg(not(target_arch = "x86_64"))]
+    #[cfg(target_arch = "aarch64")]
+    for start in (0..size_of_val(values)).step_by(LINE) {
+        super::neon::prefetch::<false>(values.as_ptr().cast::<u8>().wrapping_add(start));
+    }
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
     let _ = (values, LINE);
 }
 

@@ -18,6 +18,7 @@ use crate::error::Result;
 use crate::matrix::Element;
 use crate::progress::Progress;
 use crate::rng::{Purpose, Stream, below};
+use crate::simd::Run;
 
 /// Coordinates between two looks at the cancel token. Their signs are drawn once for all rows and fill 128 KiB, which
 /// stays in the second-level cache.
@@ -32,6 +33,15 @@ const SIGNS: u64 = 128;
 
 /// Positions that one thread draws at a time.
 const POSITIONS: usize = 1024;
+
+/// Coordinates for each output from which on a stretch is added up on the side, where the sums lie as the kernels like them.
+const ASIDE: usize = 32;
+
+/// Values before and after such sums, so that they begin at a line of the cache and whole registers may be stored.
+const MARGIN: usize = 16;
+
+/// Runs that are added by one call.
+const RUNS: usize = 128;
 
 /// Outputs that one task fills at least, where there are few rows for the threads.
 const MIN_OUTPUTS: usize = 256;
@@ -128,6 +138,48 @@ impl Repetition {
     fn rotation(&self, block: u64) -> u64 {
         below(self.rotations[(block - self.first_block) as usize], self.outputs) as u64
     }
+
+    /// Adds those of `values` that meet a part of the outputs. The first value is coordinate `start`, and the sum of the first
+    /// output is `sums[margin]`.
+    fn add<T: Element>(
+        &self,
+        values: &[T],
+        start: u64,
+        scale: f32,
+        part: &Range<usize>,
+        sums: &mut [f32],
+        margin: usize,
+    ) {
+        let size = self.outputs as u64;
+        let end = start + values.len() as u64;
+        let (first_output, end_output) = (part.start as u64, part.end as u64);
+        let signs = self.signs.as_flattened();
+        let first = (start - self.first_sign) as usize;
+        let far = self.outputs >= FAR_OUTPUTS;
+        let mut runs = Vec::with_capacity(RUNS);
+        for block in start / size..=(end - 1) / size {
+            let rotation = self.rotation(block);
+            // A rotated block is two runs: (first position, first output, length).
+            for (position, output, length) in [(0, rotation, size - rotation), (size - rotation, 0, rotation)] {
+                // What lies before or after the coordinates and outputs at hand is skipped.
+                let coordinate = block * size + position;
+                let skip = start.saturating_sub(coordinate).max(first_output.saturating_sub(output));
+                let stop = length.min(end.saturating_sub(coordinate)).min(end_output.saturating_sub(output));
+                if skip < stop {
+                    runs.push(Run {
+                        value: (coordinate + skip - start) as usize,
+                        sum: margin + (output + skip - first_output) as usize,
+                        count: (stop - skip) as usize,
+                    });
+                }
+            }
+            if runs.len() + 2 > RUNS {
+                T::add_signed(sums, scale, values, signs, first, &runs, far);
+                runs.clear();
+            }
+        }
+        T::add_signed(sums, scale, values, signs, first, &runs, far);
+    }
 }
 
 fn fill(stream: &Stream, positions: Range<u64>, words: &mut Vec<[u32; 4]>) {
@@ -144,6 +196,8 @@ struct Task<'t, T> {
     part: Range<usize>,
     /// The part of each repetition.
     outs: Vec<&'t mut [f32]>,
+    /// The sums of a repetition and what surrounds them.
+    aside: Vec<f32>,
 }
 
 /// One task for each row, or several that share the outputs of a row where there are few rows for the threads. An output
@@ -161,6 +215,7 @@ fn tasks<'t, T>(sketcher: &Sketcher, values: &'t [T], width: usize, out: &'t mut
             row,
             part: start..size.min(start + part_size),
             outs: Vec::with_capacity(sketcher.nnz),
+            aside: Vec::new(),
         }));
         for out in out.chunks_exact_mut(size) {
             for (task, out) in tasks[first_task..].iter_mut().zip(out.chunks_mut(part_size)) {
@@ -174,27 +229,14 @@ fn tasks<'t, T>(sketcher: &Sketcher, values: &'t [T], width: usize, out: &'t mut
 impl<T: Element> Task<'_, T> {
     /// Adds those of `values` that meet the outputs of this task in one repetition. The first value is coordinate `start`.
     fn add(&mut self, index: usize, repetition: &Repetition, values: &[T], start: u64, scale: f32) {
-        let size = repetition.outputs as u64;
-        let end = start + values.len() as u64;
-        let (first_output, end_output) = (self.part.start as u64, self.part.end as u64);
-        let signs = repetition.signs.as_flattened();
-        for block in start / size..=(end - 1) / size {
-            let rotation = repetition.rotation(block);
-            // A rotated block is two runs: (first position, first output, length).
-            for (position, output, length) in [(0, rotation, size - rotation), (size - rotation, 0, rotation)] {
-                // What lies before or after the coordinates and outputs at hand is skipped.
-                let coordinate = block * size + position;
-                let skip = start.saturating_sub(coordinate).max(first_output.saturating_sub(output));
-                let stop = length.min(end.saturating_sub(coordinate)).min(end_output.saturating_sub(output));
-                if skip >= stop {
-                    continue;
-                }
-                let count = (stop - skip) as usize;
-                let out = &mut self.outs[index][(output + skip - first_output) as usize..][..count];
-                let values = &values[(coordinate + skip - start) as usize..][..count];
-                let first = (coordinate + skip - repetition.first_sign) as usize;
-                T::add_signed(out, scale, values, signs, first, repetition.outputs >= FAR_OUTPUTS);
-            }
+        let out = &mut *self.outs[index];
+        if values.len() < ASIDE * out.len() {
+            return repetition.add(values, start, scale, &self.part, out, 0);
         }
+        self.aside.resize(out.len() + 3 * MARGIN, 0.0);
+        let margin = MARGIN + self.aside[MARGIN..].as_ptr().align_offset(MARGIN * size_of::<f32>());
+        self.aside[margin..][..out.len()].copy_from_slice(out);
+        repetition.add(values, start, scale, &self.part, &mut self.aside, margin);
+        out.copy_from_slice(&self.aside[margin..][..out.len()]);
     }
 }

@@ -4,7 +4,7 @@ use bpo::gemm::PanelRow;
 use bpo::rng::{Purpose, Stream, philox};
 use bpo::simd::block::{self, Lanes, SIDE};
 use bpo::simd::dots::{Grid, add_products, dots};
-use bpo::simd::{self, Element, Level};
+use bpo::simd::{self, Element, Level, Run};
 use half::{bf16, f16};
 use proptest::prelude::*;
 
@@ -68,7 +68,8 @@ fn all_kernels(size: usize, seed: u64, first: usize) -> Vec<u64> {
     bits.push(simd::squared_rest(&left, 0.125, &eighths).to_bits());
     let mut narrow = left.clone();
     simd::add_scaled(&mut narrow, 0.3, &right);
-    f32::add_signed(&mut narrow, 0.7, &offsets, &signs, first, true);
+    let run = Run { value: 0, sum: 0, count: size };
+    f32::add_signed(&mut narrow, 0.7, &offsets, &signs, first, &[run], true);
     simd::subtract(&mut narrow, &right);
     let mut combined = vec![0.0; size];
     simd::combine(&mut combined, [0.3, -0.7], [&left, &right]);
@@ -204,7 +205,7 @@ proptest! {
         let signs: Vec<u32> = (0..10).map(|i| philox([i, seed, 0, 0], [0, 0])[0]).collect();
         let values = values(size, u64::from(seed));
         let mut sums = vec![1.0; size];
-        f32::add_signed(&mut sums, 0.5, &values, &signs, first, false);
+        f32::add_signed(&mut sums, 0.5, &values, &signs, first, &[Run { value: 0, sum: 0, count: size }], false);
         for (index, (sum, value)) in sums.iter().zip(&values).enumerate() {
             let negative = signs[(first + index) / 32] >> ((first + index) % 32) & 1 == 1;
             prop_assert_eq!(*sum, 1.0 + if negative { -0.5 * value } else { 0.5 * value });
@@ -222,35 +223,55 @@ proptest! {
     }
 
     #[test]
-    fn half_precision_is_added_as_what_it_widens_to(
-        size in 0usize..200, first in 0usize..100, shift in 0usize..20, bits in any::<u64>(),
+    fn runs_are_added_one_by_one(
+        size in 1usize..200, first in 0usize..100, shift in 0usize..20, cuts in [0usize..70, 0..70, 0..70], bits in any::<u64>(),
     ) {
         let stream = Stream::new(bits, Purpose::Shuffle, 0);
         // Finite patterns of any size, the subnormal ones among them.
         let patterns: Vec<u16> = (0..size as u64).map(|index| stream.words(index)[0] as u16 & 0xBBFF).collect();
         let halves: Vec<f16> = patterns.iter().map(|&bits| f16::from_bits(bits)).collect();
         let brains: Vec<bf16> = patterns.iter().map(|&bits| bf16::from_bits(bits)).collect();
+        let floats: Vec<f32> = halves.iter().map(|half| half.to_f32()).collect();
         let signs: Vec<u32> = (0..10).map(|index| stream.words(index)[1]).collect();
+        // Runs that touch and meet one another, of which the last ends with the values and the sums.
+        let mut runs = Vec::new();
+        for (index, cut) in cuts.into_iter().enumerate() {
+            let value = (cut * (index + 1)) % size;
+            runs.push(Run { value, sum: cut.min(value), count: cut.min(size - value) });
+        }
+        runs.push(Run { value: size / 2, sum: size / 2, count: size - size / 2 });
         for level in LEVELS {
             simd::set_level(level);
-            prop_assert_eq!(sums(&halves, &signs, first, shift), widened_sums(&halves, &signs, first, shift));
-            prop_assert_eq!(sums(&brains, &signs, first, shift), widened_sums(&brains, &signs, first, shift));
+            prop_assert_eq!(sums(&halves, &signs, first, shift, &runs), sums_one_by_one(&halves, &signs, first, shift, &runs));
+            prop_assert_eq!(sums(&brains, &signs, first, shift, &runs), sums_one_by_one(&brains, &signs, first, shift, &runs));
+            prop_assert_eq!(sums(&floats, &signs, first, shift, &runs), sums_one_by_one(&floats, &signs, first, shift, &runs));
         }
     }
 }
 
 const LEVELS: [Level; 4] = [Level::Plain, Level::Avx2, Level::Avx512, Level::Avx512Vnni];
 
-/// Sums that begin at any place of a cache line.
-fn sums<T: Element>(values: &[T], signs: &[u32], first: usize, shift: usize) -> Vec<f32> {
-    let mut sums = vec![0.25; shift + values.len()];
-    T::add_signed(&mut sums[shift..], 0.7, values, signs, first, true);
-    sums
+/// Sums, as bits, that begin at any place of a cache line and of which some are -0.
+fn sums<T: Element>(values: &[T], signs: &[u32], first: usize, shift: usize, runs: &[Run]) -> Vec<u32> {
+    let mut sums = start(shift + values.len());
+    T::add_signed(&mut sums[shift..], 0.7, values, signs, first, runs, true);
+    sums.iter().map(|sum| sum.to_bits()).collect()
 }
 
-fn widened_sums<T: Element>(values: &[T], signs: &[u32], first: usize, shift: usize) -> Vec<f32> {
-    let widened: Vec<f32> = values.iter().map(|value| value.to_f32()).collect();
-    sums(&widened, signs, first, shift)
+fn sums_one_by_one<T: Element>(values: &[T], signs: &[u32], first: usize, shift: usize, runs: &[Run]) -> Vec<u32> {
+    let mut sums = start(shift + values.len());
+    for run in runs {
+        for index in 0..run.count {
+            let bit = first + run.value + index;
+            let sign = if signs[bit / 32] >> (bit % 32) & 1 == 1 { -1.0 } else { 1.0 };
+            sums[shift + run.sum + index] += sign * (0.7 * values[run.value + index].to_f32());
+        }
+    }
+    sums.iter().map(|sum| sum.to_bits()).collect()
+}
+
+fn start(count: usize) -> Vec<f32> {
+    (0..count).map(|index| if index % 3 == 0 { -0.0 } else { 0.25 }).collect()
 }
 
 #[test]
