@@ -177,7 +177,7 @@ proptest! {
     }
 }
 
-const LEVELS: [Level; 4] = [Level::Plain, Level::Avx2, Level::Avx512, Level::Avx512Vnni];
+const LEVELS: [Level; 5] = [Level::Plain, Level::Avx2, Level::AvxVnni, Level::Avx512, Level::Avx512Vnni];
 
 /// Sums that begin at any place of a cache line.
 fn sums<T: Element>(values: &[T], signs: &[u32], first: usize, shift: usize) -> Vec<f32> {
