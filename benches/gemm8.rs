@@ -7,7 +7,7 @@ use bpo::simd::{self, Level};
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 
 fn products(criterion: &mut Criterion) {
-    for level in [Level::Avx2, Level::Avx512, Level::Avx512Vnni] {
+    for level in [Level::Avx2, Level::AvxVnni, Level::Avx512, Level::Avx512Vnni] {
         if simd::set_level(level) != level {
             continue;
         }

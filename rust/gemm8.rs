@@ -82,7 +82,7 @@ impl Packed8 {
             let panels = Panels::Bytes(pack(columns, padded, stride, VNNI_STEP, 0, |value| value));
             return Self { panels, factors: padded_factors, stride };
         }
-        let panels = if tile::uses_vnni(simd::level()) {
+        let panels = if tile::uses_vnni(simd::level_of_bytes()) {
             Panels::Vnni(pack(columns, padded, stride, VNNI_STEP, 128, |value| value.cast_unsigned().wrapping_add(128)))
         } else {
             Panels::Pairs(pack(columns, padded, stride, PAIR_STEP, 0, i16::from))
@@ -143,8 +143,10 @@ pub fn multiply(rows: &[i8], scales: &[Scale], packed: &Packed8, buffers: &mut B
                     (_, Level::Neon) if left >= NEON_ROWS => group::<NEON_ROWS>,
                     #[cfg(target_arch = "aarch64")]
                     (_, Level::Neon) => group::<1>,
-                    (Panels::Pairs(_), Level::Plain | Level::Avx2) if left >= AVX2_ROWS => group::<AVX2_ROWS>,
-                    (Panels::Pairs(_), Level::Plain | Level::Avx2) => group::<1>,
+                    (Panels::Pairs(_), Level::Plain | Level::Avx2 | Level::AvxVnni) if left >= AVX2_ROWS => {
+                        group::<AVX2_ROWS>
+                    }
+                    (Panels::Pairs(_), Level::Plain | Level::Avx2 | Level::AvxVnni) => group::<1>,
                     _ if left >= AVX512_ROWS => group::<AVX512_ROWS>,
                     _ if left >= 4 => group::<4>,
                     _ => group::<1>,
@@ -224,9 +226,23 @@ fn vnni<const ROWS: usize>(rows: [&[i8]; ROWS], panel: &[u8], sums: &mut Sums<RO
     let steps = panel.len() / (PANEL * VNNI_STEP);
     assert!(rows.iter().all(|row| row.len() == steps * VNNI_STEP));
     #[cfg(target_arch = "x86_64")]
-    // SAFETY: panels of bytes are packed only where VNNI was detected; the sizes were checked above.
-    unsafe {
-        tile::vnni(rows.map(<[i8]>::as_ptr), panel.as_ptr(), steps, sums);
+    {
+        let wide = match simd::level_of_bytes() {
+            Level::Avx512Vnni => true,
+            Level::AvxVnni => false,
+            // Another level since they were packed.
+            _ => simd::is_detected(Level::Avx512Vnni),
+        };
+        let rows = rows.map(<[i8]>::as_ptr);
+        // SAFETY: a level is one that this machine was detected to have, and panels of bytes are packed only where one of
+        // these two was; the sizes were checked above.
+        unsafe {
+            if wide {
+                tile::vnni_avx512(rows, panel.as_ptr(), steps, sums);
+            } else {
+                tile::vnni_avx2(rows, panel.as_ptr(), steps, sums);
+            }
+        }
     }
     #[cfg(not(target_arch = "x86_64"))]
     unreachable!("panels of bytes are packed only where VNNI was detected: {steps} steps, {} rows", sums.len());
@@ -242,7 +258,7 @@ fn pairs<const ROWS: usize>(rows: [&[i16]; ROWS], panel: &[i16], sums: &mut Sums
             return tile::pairs_avx512(rows.map(<[i16]>::as_ptr), panel.as_ptr(), steps, sums);
         },
         // SAFETY: as above.
-        Level::Avx2 => unsafe {
+        Level::Avx2 | Level::AvxVnni => unsafe {
             return tile::pairs_avx2(rows.map(<[i16]>::as_ptr), panel.as_ptr(), steps, sums);
         },
         Level::Plain => {}

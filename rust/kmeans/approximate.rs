@@ -22,6 +22,9 @@ const MIN_DIM: usize = 48;
 /// Tiles whose mean is the origin.
 const SAMPLED_TILES: usize = 16;
 
+/// Rows of each of these tiles that are enough for points that meet their centroids once.
+const SINGLE_ROWS: usize = 16;
+
 /// What is known of one point x and what it was rounded to, x̂, both measured from the origin.
 #[derive(Clone, Copy, Debug)]
 pub struct Bound {
@@ -84,7 +87,7 @@ impl Approximation {
     ) -> Result<Self> {
         let dim = points.dim();
         let eight_bits = (MIN_DIM..=gemm8::MAX_DEPTH).contains(&dim);
-        let origin = if centred { origin(points) } else { None };
+        let origin = if centred { origin(points, usize::MAX) } else { None };
         let rows: usize = points.tiles().iter().map(|tile| points.rows_of(tile).len()).sum();
         let store = eight_bits && rows.saturating_mul(stride(dim)) <= cache_bytes;
 
@@ -100,9 +103,33 @@ impl Approximation {
         if let Some(point) = first(bounds.len(), progress, |point| !bounds[point].squared_norm.is_finite())? {
             return Err(points.not_finite(point));
         }
-        let needs_float32 = build(points.tiles().len(), POINTS, progress, |_| AtomicBool::new(false))?;
         let stored = if store { stored } else { Vec::new() };
-        Ok(Self { origin, bounds, stored, needs_float32, eight_bits })
+        Ok(Self { origin, bounds, stored, needs_float32: undecided(points, progress)?, eight_bits })
+    }
+
+    /// Looks at some rows only, for points that meet their centroids once and without 8 bits: their tiles are looked at when
+    /// they do, see [`Approximation::look`].
+    ///
+    /// # Errors
+    /// If the memory cannot be had or the computation was cancelled.
+    pub fn unseen<const TERMS: usize>(points: &Points<TERMS>, progress: &Progress) -> Result<Self> {
+        let origin = origin(points, SINGLE_ROWS);
+        let needs_float32 = undecided(points, progress)?;
+        Ok(Self { origin, bounds: Vec::new(), stored: Vec::new(), needs_float32, eight_bits: false })
+    }
+
+    /// Looks at the points of a tile.
+    pub fn look<const TERMS: usize>(
+        &self,
+        points: &Points<TERMS>,
+        tile: &Tile,
+        gathered: &mut Vec<f32>,
+        values: &mut [f32],
+        bounds: &mut Vec<Bound>,
+    ) -> Result<()> {
+        bounds.clear();
+        bounds.resize(tile.points.len(), Bound { squared_norm: 0.0, error: 0.0, spread: 0.0 });
+        bound_points(points, tile, self.origin.as_deref(), false, (gathered, values), bounds).map(|_| ())
     }
 
     /// The origin, or zeros.
@@ -214,6 +241,11 @@ fn bound_points<const TERMS: usize>(
     Ok(bytes)
 }
 
+/// For each tile, that 8 bits were not seen to fail.
+fn undecided<const TERMS: usize>(points: &Points<TERMS>, progress: &Progress) -> Result<Vec<AtomicBool>> {
+    build(points.tiles().len(), POINTS, progress, |_| AtomicBool::new(false))
+}
+
 impl TileBytes {
     fn round(&mut self, gathered: &[f32], dim: usize) {
         let stride = stride(dim);
@@ -238,19 +270,19 @@ impl TileBytes {
     }
 }
 
-/// The mean of a few tiles spread over the points. Any origin gives exact results, so a sample will do, and none is
-/// taken where it would not shorten the rows by much or where differences from it may overflow.
-fn origin<const TERMS: usize>(points: &Points<TERMS>) -> Option<Vec<f32>> {
+/// The mean of the first rows of a few tiles spread over the points. Any origin gives exact results, so a sample will do,
+/// and none is taken where it would not shorten the rows by much or where differences from it may overflow.
+fn origin<const TERMS: usize>(points: &Points<TERMS>, rows_of_each: usize) -> Option<Vec<f32>> {
     let dim = points.dim();
     let tiles = points.tiles();
     let sampled = SAMPLED_TILES.min(tiles.len());
     let (mut sum, mut squares, mut count) = (vec![0.0f64; dim], 0.0, 0.0);
-    let mut gathered = Vec::new();
+    let mut scratch = vec![0.0; dim];
     for index in 0..sampled {
-        points.gather(&tiles[index * tiles.len() / sampled], &mut gathered);
-        for row in gathered.chunks_exact(dim) {
-            simd::add_scaled_to_float64(&mut sum, 1.0, row);
-            squares += simd::squared_norm_float64(row);
+        for &row in points.rows_of(&tiles[index * tiles.len() / sampled]).iter().take(rows_of_each) {
+            let values = points.rows().row(row, &mut scratch);
+            simd::add_scaled_to_float64(&mut sum, 1.0, values);
+            squares += simd::squared_norm_float64(values);
             count += 1.0;
         }
     }

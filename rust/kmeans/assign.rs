@@ -12,10 +12,11 @@
 
 use std::ops::Range;
 
-use super::approximate::{Approximation, TileBytes};
+use super::approximate::{Approximation, Bound, TileBytes};
 use super::centroids::Centroids;
 use super::error_model::{ErrorModel, Precision};
 use super::measure::Measure;
+use crate::error::Result;
 use crate::gemm;
 use crate::gemm8;
 use crate::points::{Points, Tile};
@@ -38,6 +39,8 @@ pub enum Nearest {
 pub struct Scratch {
     gathered: Vec<f32>,
     bytes: TileBytes,
+    /// Of the points of a tile that is looked at when it meets the centroids.
+    bounds: Vec<Bound>,
     buffers: gemm8::Buffers,
     products: Vec<f32>,
     lower: Vec<f32>,
@@ -65,6 +68,41 @@ impl<const TERMS: usize> Search<'_, '_, TERMS> {
         index: usize,
         tile: &Tile,
         limit: impl Fn(usize) -> f64,
+        found: impl FnMut(usize, Nearest),
+    ) {
+        let bounds = &self.approximation.bounds[tile.points.clone()];
+        self.tile_within(scratch, index, tile, bounds, limit, found);
+    }
+
+    /// As [`Search::tile`], of points that are looked at only now and have no limit; returns the largest squared norm. It
+    /// finds nothing where that is not finite.
+    pub fn tile_unseen(
+        &self,
+        scratch: &mut Scratch,
+        index: usize,
+        tile: &Tile,
+        found: impl FnMut(usize, Nearest),
+    ) -> Result<f64> {
+        let mut bounds = std::mem::take(&mut scratch.bounds);
+        let Scratch { gathered, values, .. } = scratch;
+        values.resize(self.points.dim(), 0.0);
+        self.approximation.look(self.points, tile, gathered, values, &mut bounds)?;
+        let finite = bounds.iter().all(|bound| bound.squared_norm.is_finite());
+        if finite {
+            self.tile_within(scratch, index, tile, &bounds, |_| f64::MAX, found);
+        }
+        let largest = bounds.iter().map(|bound| bound.squared_norm).fold(0.0, f64::max);
+        scratch.bounds = bounds;
+        Ok(if finite { largest } else { f64::INFINITY })
+    }
+
+    fn tile_within(
+        &self,
+        scratch: &mut Scratch,
+        index: usize,
+        tile: &Tile,
+        bounds: &[Bound],
+        limit: impl Fn(usize) -> f64,
         mut found: impl FnMut(usize, Nearest),
     ) {
         let Self { points, approximation, centroids } = self;
@@ -81,7 +119,7 @@ impl<const TERMS: usize> Search<'_, '_, TERMS> {
             let Scratch { gathered, bytes, buffers, products, .. } = scratch;
             let bytes = approximation.bytes(points, index, tile, gathered, bytes);
             gemm8::multiply(&bytes.bytes, &bytes.scales, packed, buffers, products);
-            next = self.decide(scratch, tile, next, Precision::EightBits, &limit, &mut found);
+            next = self.decide(scratch, tile, (next, bounds), Precision::EightBits, &limit, &mut found);
             if next < tile.points.end {
                 approximation.set_needs_float32(index);
             }
@@ -90,17 +128,17 @@ impl<const TERMS: usize> Search<'_, '_, TERMS> {
             let Scratch { gathered, products, .. } = scratch;
             let rows = points.gather_or_borrow(tile, approximation.origin.as_deref(), gathered);
             gemm::multiply(rows, centroids.float32(), products);
-            self.decide(scratch, tile, next, Precision::Float32, &limit, &mut found);
+            self.decide(scratch, tile, (next, bounds), Precision::Float32, &limit, &mut found);
         }
     }
 
-    /// Decides the points of a tile from `first` on by its products. Returns the first point left over: if products in
-    /// 8 bits leave too much to be measured, they are given up.
+    /// Decides the points of a tile from `first` on by its products and the bounds of all its points. Returns the first
+    /// point left over: if products in 8 bits leave too much to be measured, they are given up.
     fn decide(
         &self,
         scratch: &mut Scratch,
         tile: &Tile,
-        first: usize,
+        (first, bounds): (usize, &[Bound]),
         precision: Precision,
         limit: &impl Fn(usize) -> f64,
         found: &mut impl FnMut(usize, Nearest),
@@ -111,7 +149,8 @@ impl<const TERMS: usize> Search<'_, '_, TERMS> {
         let mut end = tile.points.end;
         for point in first..tile.points.end {
             let limit = limit(point);
-            let candidates = self.rule_out(scratch, point, limit, model, precision);
+            let candidates =
+                self.rule_out(scratch, point, (limit, &bounds[point - tile.points.start]), model, precision);
             match &scratch.candidates[candidates.clone()] {
                 [] => found(point, Nearest::None),
                 &[only] if limit == f64::INFINITY => {
@@ -135,14 +174,13 @@ impl<const TERMS: usize> Search<'_, '_, TERMS> {
         &self,
         scratch: &mut Scratch,
         point: usize,
-        limit: f64,
+        (limit, bound): (f64, &Bound),
         model: ErrorModel,
         precision: Precision,
     ) -> Range<usize> {
-        let Self { points, approximation, centroids } = *self;
+        let Self { points, centroids, .. } = *self;
         let Scratch { products, lower, candidates, .. } = scratch;
         let padded = centroids.half_norms.len();
-        let bound = &approximation.bounds[point];
         let coefficients = points.coefficients(point);
         let magnitude = coefficients.iter().map(|coefficient| coefficient.abs()).sum();
         let margin = model.margin(bound, magnitude, precision);

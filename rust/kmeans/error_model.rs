@@ -211,7 +211,8 @@ mod tests {
         let dim = 1 << 14;
         let values: Vec<f32> = [vec![1e-3; dim], lost_steps(dim, 1)].concat();
         let rows = Rows::new(Values::F32(&values), 2, dim).unwrap();
-        let pairs = Points::from_pairs(rows, &[[0, 1], [1, 0]], &[[1.0, -1.0], [1.0, -1.0]]).unwrap();
+        let pairs =
+            Points::from_pairs(rows, &[[0, 1], [1, 0]], &[[1.0, -1.0], [1.0, -1.0]], &Progress::default()).unwrap();
         let share = largest_share(&pairs, &values[dim..], Precision::Float32);
         assert!((0.6..=1.0).contains(&share), "{share}");
     }
@@ -221,7 +222,7 @@ mod tests {
     fn coefficients_multiply_what_underflows() {
         let values = [1.1 * 2f32.powi(-121); 64];
         let rows = Rows::new(Values::F32(&values), 1, 64).unwrap();
-        let pairs = Points::from_pairs(rows, &[[0, 0]], &[[2f32.powi(120), 0.0]]).unwrap();
+        let pairs = Points::from_pairs(rows, &[[0, 0]], &[[2f32.powi(120), 0.0]], &Progress::default()).unwrap();
         let centroids: Vec<f32> = (0..16).flat_map(|step| [(1.0 + step as f32 / 16.0) * 2f32.powi(-13); 64]).collect();
         for precision in [Precision::EightBits, Precision::Float32] {
             let share = largest_share(&pairs, &centroids, precision);

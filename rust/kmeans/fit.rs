@@ -23,6 +23,10 @@ use crate::simd;
 /// update still finds in the last-level cache.
 const CHUNK: usize = 128;
 
+/// Centroids up to which rows that meet them once are not rounded to 8 bits: on a Zen 3 that took 0.30 microseconds for a row
+/// of 512 and saved 0.18 of 0.69 with 64.
+const SINGLE_CLUSTERS: usize = 64;
+
 /// Norms whose squares and products are safe from overflow and from subnormal numbers.
 const SAFE_NORMS: Range<f64> = 1e-6..1e6;
 
@@ -153,7 +157,14 @@ pub fn assign<const TERMS: usize>(
     if let Some(index) = centroids.iter().position(|value| !value.is_finite()) {
         return Err(Error::NonFiniteRow { array: "centroids", row: index / dim });
     }
-    progress.start(2 * points.tiles().len());
+    let mut passes = 2;
+    if metric == Metric::Euclidean && TERMS == 1 && centroids.len() / dim <= SINGLE_CLUSTERS {
+        if let Some(found) = assign_unseen(&points, centroids, progress)? {
+            return Ok(found);
+        }
+        passes = 3;
+    }
+    progress.start(passes * points.tiles().len());
     let approximation = prepare(&mut points, centroids, metric, CACHE_BYTES, progress)?;
     let mut centroids = copied(centroids, CENTROIDS)?;
     if metric == Metric::Cosine {
@@ -164,6 +175,48 @@ pub fn assign<const TERMS: usize>(
     progress.finish();
     let clustering = state.finish(metric, squared_distances, Vec::new(), true, progress)?;
     Ok((clustering.labels, clustering.distances))
+}
+
+/// [`assign`] where nothing needs to be known of the points before they meet the centroids, so that they are read once;
+/// none where the squares of some may leave the range of float32.
+fn assign_unseen<const TERMS: usize>(
+    points: &Points<TERMS>,
+    centroids: &[f32],
+    progress: &Progress,
+) -> Result<Option<(Vec<i32>, Vec<f32>)>> {
+    let dim = points.dim();
+    let tiles = points.tiles().len();
+    progress.start(tiles);
+    let approximation = Approximation::unseen(points, progress)?;
+    let origin = approximation.origin_or_zero(dim);
+    let longest =
+        centroids.chunks_exact(dim).map(|own| simd::squared_distance_float64(own, &origin)).fold(0.0, f64::max);
+    let centroids = Centroids::new(copied(centroids, CENTROIDS)?, dim, points.scale(), &approximation)?;
+    let search = Search { points, approximation: &approximation, centroids: &centroids };
+    centroids.room(points)?;
+    let mut labels = build(points.count(), RESULTS, progress, |_| UNASSIGNED.cast_signed())?;
+    let mut distances = build(points.count(), RESULTS, progress, |_| 0.0f32)?;
+    let results = (&mut labels[..], &mut distances[..]);
+    let squares = points.visit(0..tiles, results, Scratch::default, |scratch, index, tile, (labels, distances)| {
+        let largest = search.tile_unseen(scratch, index, tile, |point, nearest| {
+            if let Nearest::Measured(label, distance) = nearest {
+                let place = point - tile.points.start;
+                (labels[place], distances[place]) = (label.cast_signed(), distance.sqrt() as f32);
+            }
+        })?;
+        progress.advance(1)?;
+        Ok(largest)
+    })?;
+    // Points that are not finite are found and named there, too.
+    if squares.iter().any(|square| !square.is_finite()) || !is_safe(squares.into_iter().fold(longest, f64::max).sqrt())
+    {
+        return Ok(None);
+    }
+    if let Some(point) = first(labels.len(), progress, |point| labels[point] == UNASSIGNED.cast_signed())? {
+        return Err(points.changed(point));
+    }
+    progress.finish();
+    Ok(Some((labels, distances)))
 }
 
 /// Rounds the points to 8 bits; gives them unit length for [`Metric::Cosine`], or else, where the squares of points or of
@@ -195,11 +248,16 @@ fn prepare<const TERMS: usize>(
     let lengths = centroids.chunks_exact(dim).map(|centroid| simd::squared_distance_float64(centroid, &origin).sqrt());
     let mut largest = lengths.fold(0.0, f64::max);
     each(points.count(), progress, |point| largest = largest.max(norm(point)))?;
-    if largest == 0.0 || SAFE_NORMS.contains(&largest) {
+    if is_safe(largest) {
         return Ok(approximation);
     }
     points.set_scale((-largest.log2().round()).clamp(-126.0, 126.0).exp2() as f32);
     Approximation::new(points, false, cache_bytes, progress)
+}
+
+/// Whether points and centroids can be measured as they are, given the longest of them.
+fn is_safe(largest: f64) -> bool {
+    largest == 0.0 || SAFE_NORMS.contains(&largest)
 }
 
 fn normalize_rows(array: &'static str, centroids: &mut [f32], dim: usize) -> Result<()> {

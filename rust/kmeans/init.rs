@@ -303,9 +303,10 @@ mod tests {
     #[test]
     fn closest_draws_are_the_closest() {
         let (count, dim) = (2000, 64);
-        let values: Vec<f32> = (0..count * dim).map(|index| stream().uniform(index as u64) as f32 - 0.5).collect();
-        let points = Points::from_rows(Rows::new(Values::F32(&values), count, dim).unwrap());
+        let stream = Stream::new(7, Purpose::Shuffle, 3);
+        let values: Vec<f32> = (0..count * dim).map(|index| stream.uniform(index as u64) as f32 - 0.5).collect();
         let progress = Progress::default();
+        let points = Points::from_rows(Rows::new(Values::F32(&values), count, dim).unwrap(), &progress).unwrap();
         let approximation = Approximation::new(&points, false, 0, &progress).unwrap();
         let drawn: Vec<usize> = (0..40).map(|draw| 37 * draw).collect();
         let mut closest = vec![Closest { distance: f64::MAX, drawn: 0 }; count];

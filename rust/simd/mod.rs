@@ -37,18 +37,20 @@ pub enum Level {
     Neon = 2,
     /// AVX2 with FMA and F16C.
     Avx2 = 3,
+    /// As [`Level::Avx2`], with products of bytes.
+    AvxVnni = 4,
     /// AVX-512 F, BW, DQ and VL.
-    Avx512 = 4,
+    Avx512 = 5,
     /// AVX-512 with products of bytes.
-    Avx512Vnni = 5,
+    Avx512Vnni = 6,
 }
 
 static LEVEL: AtomicU8 = AtomicU8::new(0);
 
-/// The best level of this machine.
-pub fn detected_level() -> Level {
+/// The levels of this machine, the best one first. There are processors with the best that lack [`Level::AvxVnni`].
+fn detected_levels() -> impl Iterator<Item = Level> {
     #[cfg(target_arch = "x86_64")]
-    {
+    let found = {
         let avx2 =
             is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
         let avx512 = avx2
@@ -56,54 +58,69 @@ pub fn detected_level() -> Level {
             && is_x86_feature_detected!("avx512bw")
             && is_x86_feature_detected!("avx512dq")
             && is_x86_feature_detected!("avx512vl");
-        if avx512 && is_x86_feature_detected!("avx512vnni") {
-            return Level::Avx512Vnni;
-        }
-        if avx512 {
-            return Level::Avx512;
-        }
-        if avx2 {
-            return Level::Avx2;
-        }
-    }
+        [
+            (Level::Avx512Vnni, avx512 && is_x86_feature_detected!("avx512vnni")),
+            (Level::Avx512, avx512),
+            (Level::AvxVnni, avx2 && is_x86_feature_detected!("avxvnni")),
+            (Level::Avx2, avx2),
+            (Level::Plain, true),
+        ]
+    };
     #[cfg(target_arch = "aarch64")]
-    return Level::Neon;
-    #[cfg(not(target_arch = "aarch64"))]
-    Level::Plain
+    let found = [(Level::Neon, true), (Level::Plain, true)];
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+    let found = [(Level::Plain, true)];
+    found.into_iter().filter(|(_, there)| *there).map(|(level, _)| level)
 }
 
-/// The level that kernels run at.
+/// Whether this machine has a level.
+pub fn is_detected(level: Level) -> bool {
+    detected_levels().any(|detected| detected == level)
+}
+
+/// The level that kernels of vectors run at.
 #[inline]
 pub fn level() -> Level {
+    match level_of_bytes() {
+        Level::AvxVnni => Level::Avx2,
+        level => level,
+    }
+}
+
+/// The level that products of bytes run at, which alone tell [`Level::AvxVnni`] from [`Level::Avx2`].
+#[inline]
+pub fn level_of_bytes() -> Level {
     match LEVEL.load(Ordering::Relaxed) {
         1 => Level::Plain,
         #[cfg(target_arch = "aarch64")]
         2 => Level::Neon,
         3 => Level::Avx2,
-        4 => Level::Avx512,
-        5 => Level::Avx512Vnni,
+        4 => Level::AvxVnni,
+        5 => Level::Avx512,
+        6 => Level::Avx512Vnni,
         _ => set_level(wanted_level()),
     }
 }
 
-/// What the environment variable `BPO_SIMD` asks for (`plain`, `avx2`, `avx512` or `avx512vnni`; `neon` on AArch64), else the
-/// best.
+/// What the environment variable `BPO_SIMD` asks for (`plain`, `avx2`, `avxvnni`, `avx512` or `avx512vnni`; `neon` on
+/// AArch64), else the best.
 fn wanted_level() -> Level {
     match std::env::var("BPO_SIMD").as_deref() {
         Ok("plain") => Level::Plain,
         #[cfg(target_arch = "aarch64")]
         Ok("neon") => Level::Neon,
         Ok("avx2") => Level::Avx2,
+        Ok("avxvnni") => Level::AvxVnni,
         Ok("avx512") => Level::Avx512,
         _ => Level::Avx512Vnni,
     }
 }
 
-/// Runs kernels at `level`, or at the best level of this machine where that is lower; returns the level in force.
+/// Runs kernels at `level`, or at the next lower one that this machine has; returns the level in force.
 ///
 /// For comparing the levels with one another; they give the same bits, so it is safe at any time.
 pub fn set_level(level: Level) -> Level {
-    let level = level.min(detected_level());
+    let level = detected_levels().find(|&detected| detected <= level).unwrap_or(Level::Plain);
     LEVEL.store(level as u8, Ordering::Relaxed);
     level
 }
@@ -138,7 +155,7 @@ macro_rules! dispatch {
                         return unsafe { avx512 $(::<$generic>)? ($($argument),*) };
                     }
                     // SAFETY: as above.
-                    $crate::simd::Level::Avx2 => return unsafe { avx2 $(::<$generic>)? ($($argument),*) },
+                    $crate::simd::Level::Avx2 | $crate::simd::Level::AvxVnni => return unsafe { avx2 $(::<$generic>)? ($($argument),*) },
                     $crate::simd::Level::Plain => {}
                 }
             }

@@ -39,7 +39,7 @@ proptest! {
     ) {
         let (left, right) = (values(rows * depth, seed), values(columns * depth, seed + 1));
         let expected = bits(&reference(&left, &right, depth));
-        for level in [Level::Plain, Level::Avx2, Level::Avx512, Level::Avx512Vnni] {
+        for level in [Level::Plain, Level::Avx2, Level::AvxVnni, Level::Avx512, Level::Avx512Vnni] {
             simd::set_level(level);
             prop_assert_eq!(&bits(&product(&left, &right, depth)), &expected);
         }

@@ -25,7 +25,7 @@ proptest! {
         let (_, right, right_scales) = quantized(columns, depth, seed + 1);
         let factors: Vec<f32> = right_scales.iter().map(|scale| scale.factor).collect();
         let (mut all, mut buffers) = (Vec::new(), Buffers::default());
-        for level in [Level::Plain, Level::Avx2, Level::Avx512, Level::Avx512Vnni] {
+        for level in [Level::Plain, Level::Avx2, Level::AvxVnni, Level::Avx512, Level::Avx512Vnni] {
             simd::set_level(level);
             let packed = Packed8::new(&right, &factors, stride(depth));
             let mut out = vec![f32::NAN; rows * packed.padded_columns()];

@@ -1,6 +1,6 @@
 //! K-means against Lloyd's algorithm written out, and pairs against materialised pairs.
 
-use bpo::kmeans::{Clustering, Init, Metric, Params, fit};
+use bpo::kmeans::{Clustering, Init, Metric, Params, assign, fit};
 use bpo::matrix::{Rows, Values};
 use bpo::points::Points;
 use bpo::progress::Progress;
@@ -129,7 +129,7 @@ fn threads_do_not_matter() {
 fn levels_do_not_matter() {
     let points = values(2000 * 100, 3);
     let mut found = Vec::new();
-    for level in [Level::Plain, Level::Avx2, Level::Avx512, Level::Avx512Vnni] {
+    for level in [Level::Plain, Level::Avx2, Level::AvxVnni, Level::Avx512, Level::Avx512Vnni] {
         simd::set_level(level);
         found.push(cluster_rows(&points, 100, &Params { max_iterations: 5, ..Params::new(20) }));
     }
@@ -166,5 +166,32 @@ proptest! {
             let own = distance(&found.centroids[label as usize * dim..(label as usize + 1) * dim]);
             prop_assert!(own <= nearest * (1.0 + 1e-5) + 1e-30, "point {}: {} but {}", point, own, nearest);
         }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+
+    /// Pairs of a row with nothing are looked at before they meet the centroids, as rows are where they are far from 1.
+    #[test]
+    fn rows_that_are_read_once_get_the_same_labels(
+        count in 1usize..400,
+        dim in prop::sample::select(vec![3usize, 47, 64, 500]),
+        clusters in prop::sample::select(vec![1usize, 9, 31, 70, 130]),
+        offset in prop::sample::select(vec![0.0f32, 2.0, 300.0]),
+        scale in prop::sample::select(vec![1.0f32, 1e-3, 1e-12, 1e12]),
+        seed in 0u64..1000,
+    ) {
+        let moved = |values: Vec<f32>| values.iter().map(|value| (value + offset) * scale).collect::<Vec<f32>>();
+        let (points, centroids) = (moved(values(count * dim, seed)), moved(values(clusters * dim, seed + 1)));
+        let rows = Rows::new(Values::F32(&points), count, dim).unwrap();
+        let pairs: Vec<[i64; 2]> = (0..count as i64).map(|row| [row, row]).collect();
+        let progress = Progress::default();
+        let pairs = Points::from_pairs(rows, &pairs, &vec![[1.0, 0.0]; count], &progress).unwrap();
+        let points = Points::from_rows(rows, &progress).unwrap();
+        let (labels, distances) = assign(points, &centroids, Metric::Euclidean, &progress).unwrap();
+        let expected = assign(pairs, &centroids, Metric::Euclidean, &progress).unwrap();
+        prop_assert_eq!(labels, expected.0);
+        prop_assert_eq!(distances, expected.1);
     }
 }

@@ -106,7 +106,8 @@ fn clusterings() {
         [Metric::Euclidean, Metric::Cosine].map(|metric| {
             let params = Params { metric, max_iterations: 5, seed: 8, ..Params::new(9) };
             let rows = Rows::new(Values::F32(&points), count, dim).unwrap();
-            let found = fit(Points::from_rows(rows), &params, &Progress::default()).unwrap();
+            let progress = Progress::default();
+            let found = fit(Points::from_rows(rows, &progress).unwrap(), &params, &progress).unwrap();
             let labels: Vec<f32> = found.labels.iter().map(|&label| label as f32).collect();
             (crc(&labels), crc(&found.centroids))
         })

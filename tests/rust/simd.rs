@@ -249,7 +249,7 @@ proptest! {
     }
 }
 
-const LEVELS: [Level; 4] = [Level::Plain, Level::Avx2, Level::Avx512, Level::Avx512Vnni];
+const LEVELS: [Level; 5] = [Level::Plain, Level::Avx2, Level::AvxVnni, Level::Avx512, Level::Avx512Vnni];
 
 /// Sums, as bits, that begin at any place of a cache line and of which some are -0.
 fn sums<T: Element>(values: &[T], signs: &[u32], first: usize, shift: usize, runs: &[Run]) -> Vec<u32> {

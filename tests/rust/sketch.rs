@@ -129,7 +129,7 @@ fn levels_give_the_same_bits() {
             sketch(&sketcher, &values(3000), 3, 7)
         };
         let plain = run(Level::Plain);
-        for level in [Level::Avx2, Level::Avx512, Level::Avx512Vnni] {
+        for level in [Level::Avx2, Level::AvxVnni, Level::Avx512, Level::Avx512Vnni] {
             assert_eq!(run(level), plain);
         }
     }

@@ -52,6 +52,61 @@ proptest! {
     }
 }
 
+/// Pairs of groups of rows that no pair leaves: all pairs of a group, or some of them in any order and direction.
+fn grouped_pairs(sizes: &[usize], all: bool, seed: u64) -> Vec<[i64; 2]> {
+    let stream = Stream::new(seed, Purpose::Shuffle, 1);
+    let mut pairs = Vec::new();
+    let mut first = 0;
+    for &size in sizes {
+        let of_group = (0..size).flat_map(|one| (0..=one).map(move |other| [first + one, first + other]));
+        pairs.extend(of_group.map(|pair| pair.map(|row| row as i64)));
+        first += size;
+    }
+    let count = pairs.len() as u64;
+    pairs.sort_by_key(|pair| stream.words((pair[0] * 300 + pair[1]) as u64)[0]);
+    if !all {
+        pairs.truncate(count as usize / 7 + 1);
+    }
+    pairs.iter().map(|&[one, other]| if (one + other) % 3 == 0 { [other, one] } else { [one, other] }).collect()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    /// A product is the same to the bit whether its group is multiplied as a whole or its pair alone.
+    #[test]
+    fn a_score_does_not_depend_on_the_other_pairs(
+        sizes in prop::collection::vec(1usize..12, 1..8),
+        large in prop::option::of(60usize..80),
+        dim in prop::sample::select(vec![1usize, 31, 100, 520, 1024]),
+        all in any::<bool>(),
+        seed in 0u64..1000,
+    ) {
+        let sizes: Vec<usize> = sizes.into_iter().chain(large).collect();
+        let row_count: usize = sizes.iter().sum();
+        let rows = values(row_count * dim, seed);
+        let view = Rows::new(Values::F32(&rows), row_count, dim).unwrap();
+        let centroids = values(5 * dim, seed + 1);
+        let direction = values(dim, seed + 2);
+        let pairs = grouped_pairs(&sizes, all, seed);
+        let labels: Vec<i32> = (0..pairs.len() as i32).map(|pair| pair * pair % 5).collect();
+        let coefficients = vec![[0.7, -0.4]; pairs.len()];
+        let score = |range: std::ops::Range<usize>| {
+            let points = Points::from_pairs(view, &pairs[range.clone()], &coefficients[range.clone()]).unwrap();
+            let progress = Progress::default();
+            let scores = score_pairs(&points, &centroids, &labels[range], Some(&direction), &progress).unwrap();
+            let norms = pair_norms(&points, &progress).unwrap();
+            (0..norms.len())
+                .map(|pair| [norms[pair], scores.centrality[pair], scores.distance[pair], scores.alignment[pair]])
+                .collect::<Vec<_>>()
+        };
+        let together = score(0..pairs.len());
+        for pair in (0..pairs.len()).step_by(pairs.len() / 40 + 1) {
+            prop_assert_eq!(together[pair], score(pair..pair + 1)[0], "pair {:?}", pairs[pair]);
+        }
+    }
+}
+
 /// Rows close to one far point, so that the rows of a pair nearly cancel.
 fn far_rows(row_count: usize, dim: usize, distance: f32, seed: u64) -> Vec<f32> {
     let origin = values(dim, seed + 100);

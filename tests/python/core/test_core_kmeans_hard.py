@@ -582,7 +582,7 @@ def test_every_processor_finds_the_same():
         parts = (found.labels, found.centroids, found.distances, found.inertia, sketch)
         print(hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest())
     """
-    levels = ("plain", "avx2", "avx512", "avx512vnni")
+    levels = ("plain", "avx2", "avxvnni", "avx512", "avx512vnni")
     runs = [
         subprocess.run(
             [sys.executable, "-c", program],
