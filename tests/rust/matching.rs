@@ -81,7 +81,7 @@ proptest! {
         let prompts: Vec<i64> = (0..count as i64).map(|pair| pair % 211 - 3).collect();
         let eligible: Vec<bool> = (0..count).map(|pair| pair % 5 != 2).collect();
         let view = Rows::new(Values::F32(&rows), row_count, dim).unwrap();
-        let points = Points::from_pairs(view, &pairs, &coefficients).unwrap();
+        let points = Points::from_pairs(view, &pairs, &coefficients, &Progress::default()).unwrap();
         let limits = Limits {
             eligible: masked.then_some(eligible.as_slice()),
             depth: max_depth.map(|depth| (prompts.as_slice(), depth)),
@@ -117,7 +117,7 @@ proptest! {
 fn what_has_no_direction_is_refused() {
     let rows = [1.0, f32::NAN];
     let view = Rows::new(Values::F32(&rows), 2, 1).unwrap();
-    let points = Points::from_pairs(view, &[[0, 0], [0, 1]], &[[1.0, -1.0]; 2]).unwrap();
+    let points = Points::from_pairs(view, &[[0, 0], [0, 1]], &[[1.0, -1.0]; 2], &Progress::default()).unwrap();
     let choose = |target: &[f32], limits: Limits| matching(&points, target, 1, limits, 1 << 20, &Progress::default());
     assert!(matches!(choose(&[0.0], Limits::default()), Err(Error::Argument { argument: "target", .. })));
     assert!(matches!(choose(&[], Limits::default()), Err(Error::Shape { array: "target", .. })));

@@ -12,6 +12,7 @@ use bpo::progress::Progress;
 use bpo::prompts::Limits;
 use bpo::ranking::{Ranking, ranking_keys};
 use bpo::rng::{Purpose, Stream};
+use bpo::simd::Run;
 use bpo::sketch::{Kind, Sketcher};
 use bpo::store::format::{Manifest, RECORD_BYTES};
 use bpo::store::{Encoding, StoreReader, StoreWriter, Tolerance, repair};
@@ -35,7 +36,7 @@ fn view(values: &[f32], dim: usize) -> Rows<'_> {
 /// Each row with the next one.
 fn pairs(rows: Rows<'_>) -> Points<'_, 2> {
     let pairs: Vec<[i64; 2]> = (0..rows.count() as i64 - 1).map(|row| [row, row + 1]).collect();
-    Points::from_pairs(rows, &pairs, &vec![[1.0, -1.0]; pairs.len()]).unwrap()
+    Points::from_pairs(rows, &pairs, &vec![[1.0, -1.0]; pairs.len()], &Progress::default()).unwrap()
 }
 
 fn difference(values: &[f32], dim: usize, pair: usize) -> Vec<f32> {
@@ -64,7 +65,8 @@ fn elements() {
     assert!(widened.iter().zip(&halves[1..]).all(|(value, half)| *value == half.to_f32()));
     bf16::widen(&brains[1..], &mut widened);
     assert!(widened.iter().zip(&brains[1..]).all(|(value, brain)| *value == brain.to_f32()));
-    f16::add_signed(&mut widened[..36], 1.0, &halves[1..], &[0x5555_5555; 3], 33, true);
+    let run = Run { value: 0, sum: 0, count: 36 };
+    f16::add_signed(&mut widened[..36], 1.0, &halves[1..], &[0x5555_5555; 3], 33, &[run], true);
     assert_eq!(widened[0], brains[1].to_f32() + halves[1].to_f32());
     assert_eq!(widened[1], brains[2].to_f32() - halves[2].to_f32());
 }
@@ -124,7 +126,7 @@ fn clusters() {
         let values = values(ROWS * dim, 1);
         let params = Params { max_iterations: 2, ..Params::new(3) };
         let found = fit_rows(view(&values, dim), Some(&[1.0; ROWS]), &params, &progress).unwrap();
-        let points = Points::from_rows(view(&values, dim));
+        let points = Points::from_rows(view(&values, dim), &progress).unwrap();
         let (labels, distances) = assign(points, &found.centroids, Metric::Euclidean, &progress).unwrap();
         assert_eq!(labels, found.labels);
         for (point, values) in values.chunks_exact(dim).enumerate() {
@@ -216,17 +218,22 @@ fn stores() {
         let manifest = Manifest::new(3, encoding.name(), "{\"model\": \"tiny\"}").unwrap();
         let mut writer = StoreWriter::create(directory.path(), manifest).unwrap();
         for rows in values.chunks(2 * 3) {
-            writer.appender().append(rows, &[0; 2 * RECORD_BYTES]).unwrap();
-            writer.appender().commit().unwrap();
+            writer.appender().append(rows, &[0; 2 * RECORD_BYTES], &progress).unwrap();
+            writer.appender().commit(&progress).unwrap();
         }
         drop(writer);
-        let reader = StoreReader::open(directory.path(), Tolerance::None).unwrap();
+        let reader = StoreReader::open(directory.path(), Tolerance::None, &progress).unwrap();
         assert_eq!((reader.count(), reader.verify(None, &progress).unwrap()), (4, vec![]));
         let mut bytes = std::fs::read(reader.rows_path()).unwrap();
         bytes[encoding.row_bytes(3)] ^= 1;
         std::fs::write(reader.rows_path(), bytes).unwrap();
         assert_eq!(reader.verify(Some(&[false, true, true, false]), &progress).unwrap(), [1]);
         assert_eq!(repair(directory.path(), &progress).unwrap().set_aside, [1]);
-        assert!(StoreReader::open(directory.path(), Tolerance::None).unwrap().check(&[true; 4], &progress).is_ok());
+        assert!(
+            StoreReader::open(directory.path(), Tolerance::None, &progress)
+                .unwrap()
+                .check(&[true; 4], &progress)
+                .is_ok()
+        );
     }
 }

@@ -92,7 +92,8 @@ proptest! {
         let labels: Vec<i32> = (0..pairs.len() as i32).map(|pair| pair * pair % 5).collect();
         let coefficients = vec![[0.7, -0.4]; pairs.len()];
         let score = |range: std::ops::Range<usize>| {
-            let points = Points::from_pairs(view, &pairs[range.clone()], &coefficients[range.clone()]).unwrap();
+            let (own, factors) = (&pairs[range.clone()], &coefficients[range.clone()]);
+            let points = Points::from_pairs(view, own, factors, &Progress::default()).unwrap();
             let progress = Progress::default();
             let scores = score_pairs(&points, &centroids, &labels[range], Some(&direction), &progress).unwrap();
             let norms = pair_norms(&points, &progress).unwrap();
