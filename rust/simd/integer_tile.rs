@@ -24,98 +24,168 @@ pub fn uses_vnni(level: Level) -> bool {
     matches!(level, Level::AvxVnni | Level::Avx512Vnni)
 }
 
-/// A kernel: `sums[r][c] += Σ rows[r][p] · panel[p][c]`, where some depths of a column lie side by side, two registers of
-/// columns at a time.
+/// `sums[r][c] += Σ rows[r][p] · panel[p][c]`, where the panel holds `value + 128` in unsigned bytes, four depths of a
+/// column side by side.
+///
+/// # Safety
+/// The machine has AVX-512 VNNI, each of `rows` points to `4 * steps` readable bytes and `panel` to `128 * steps`.
 #[cfg(target_arch = "x86_64")]
-macro_rules! kernel {
-    (
-        $(#[$attribute:meta])*
-        $name:ident($row:ty, $column:ty), step = $step:expr, lanes = $lanes:literal, zero = $zero:ident,
-        load = $load:ident, store = $store:ident, fill = $fill:ident,
-        add = |$sum:ident, $columns:ident, $value:ident| $add:expr $(,)?
-    ) => {
-        $(#[$attribute])*
-        ///
-        /// # Safety
-        /// The machine has the instructions, and for each step there are the readable values of each row and the panel.
-        pub unsafe fn $name<const ROWS: usize>(
-            rows: [*const $row; ROWS],
-            panel: *const $column,
-            steps: usize,
-            sums: &mut Sums<ROWS>,
-        ) {
-            use std::arch::x86_64::*;
-            for first in (0..PANEL).step_by(2 * $lanes) {
-                let mut lanes = [[$zero(); 2]; ROWS];
-                for (sums, lanes) in sums.iter().zip(&mut lanes) {
-                    // SAFETY: two registers from `first` on lie within a row of sums.
-                    unsafe {
-                        lanes[0] = $load(sums.as_ptr().add(first).cast());
-                        lanes[1] = $load(sums.as_ptr().add(first + $lanes).cast());
-                    }
-                }
-                for step in 0..steps {
-                    // SAFETY: `step < steps`, for which the caller vouches.
-                    unsafe {
-                        let columns = panel.add((step * PANEL + first) * $step);
-                        let columns = [$load(columns.cast()), $load(columns.add($lanes * $step).cast())];
-                        for row in 0..ROWS {
-                            let $value = $fill(rows[row].add(step * $step).cast::<i32>().read_unaligned());
-                            for half in 0..2 {
-                                let ($sum, $columns) = (lanes[row][half], columns[half]);
-                                lanes[row][half] = $add;
-                            }
-                        }
-                    }
-                }
-                for (sums, lanes) in sums.iter_mut().zip(lanes) {
-                    // SAFETY: as above.
-                    unsafe {
-                        $store(sums.as_mut_ptr().add(first).cast(), lanes[0]);
-                        $store(sums.as_mut_ptr().add(first + $lanes).cast(), lanes[1]);
-                    }
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+pub unsafe fn vnni_avx512<const ROWS: usize>(
+    rows: [*const i8; ROWS],
+    panel: *const u8,
+    steps: usize,
+    sums: &mut Sums<ROWS>,
+) {
+    use std::arch::x86_64::*;
+    let mut lanes = [[_mm512_setzero_si512(); 2]; ROWS];
+    for (sums, lanes) in sums.iter().zip(&mut lanes) {
+        // SAFETY: two registers are one row of sums.
+        *lanes = unsafe { [0, 16].map(|column| _mm512_loadu_si512(sums.as_ptr().add(column).cast())) };
+    }
+    for step in 0..steps {
+        // SAFETY: `step < steps`, for which the caller vouches.
+        unsafe {
+            let left = _mm512_loadu_si512(panel.add(step * 128).cast());
+            let right = _mm512_loadu_si512(panel.add(step * 128 + 64).cast());
+            for row in 0..ROWS {
+                let value = _mm512_set1_epi32(rows[row].add(step * VNNI_STEP).cast::<i32>().read_unaligned());
+                lanes[row][0] = _mm512_dpbusd_epi32(lanes[row][0], left, value);
+                lanes[row][1] = _mm512_dpbusd_epi32(lanes[row][1], right, value);
+            }
+        }
+    }
+    for (sums, lanes) in sums.iter_mut().zip(lanes) {
+        // SAFETY: two registers are one row of sums.
+        unsafe {
+            _mm512_storeu_si512(sums.as_mut_ptr().cast(), lanes[0]);
+            _mm512_storeu_si512(sums.as_mut_ptr().add(16).cast(), lanes[1]);
+        }
+    }
+}
+
+/// As [`vnni_avx512`], with registers of half the width.
+///
+/// # Safety
+/// The machine has AVX-VNNI, each of `rows` points to `4 * steps` readable bytes and `panel` to `128 * steps`.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,avxvnni")]
+pub unsafe fn vnni_avx2<const ROWS: usize>(
+    rows: [*const i8; ROWS],
+    panel: *const u8,
+    steps: usize,
+    sums: &mut Sums<ROWS>,
+) {
+    use std::arch::x86_64::*;
+    for half in 0..2 {
+        let mut lanes = [[_mm256_setzero_si256(); 2]; ROWS];
+        for (sums, lanes) in sums.iter().zip(&mut lanes) {
+            // SAFETY: four registers are one row of sums.
+            *lanes = unsafe { [0, 8].map(|column| _mm256_loadu_si256(sums.as_ptr().add(half * 16 + column).cast())) };
+        }
+        for step in 0..steps {
+            // SAFETY: `step < steps`, for which the caller vouches.
+            unsafe {
+                let columns = panel.add(step * 128 + half * 64);
+                let left = _mm256_loadu_si256(columns.cast());
+                let right = _mm256_loadu_si256(columns.add(32).cast());
+                for row in 0..ROWS {
+                    let value = _mm256_set1_epi32(rows[row].add(step * VNNI_STEP).cast::<i32>().read_unaligned());
+                    lanes[row][0] = _mm256_dpbusd_avx_epi32(lanes[row][0], left, value);
+                    lanes[row][1] = _mm256_dpbusd_avx_epi32(lanes[row][1], right, value);
                 }
             }
         }
-    };
+        for (sums, lanes) in sums.iter_mut().zip(lanes) {
+            // SAFETY: four registers are one row of sums.
+            unsafe {
+                _mm256_storeu_si256(sums.as_mut_ptr().add(half * 16).cast(), lanes[0]);
+                _mm256_storeu_si256(sums.as_mut_ptr().add(half * 16 + 8).cast(), lanes[1]);
+            }
+        }
+    }
 }
 
+/// `sums[r][c] += Σ rows[r][p] · panel[p][c]`, all 16-bit, two depths of a column side by side.
+///
+/// # Safety
+/// The machine has AVX2, each of `rows` points to `2 * steps` readable values and `panel` to `64 * steps`.
 #[cfg(target_arch = "x86_64")]
-kernel! {
-    /// The panel holds `value + 128` in unsigned bytes, four depths of a column side by side.
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-    vnni_avx512(i8, u8),
-    step = VNNI_STEP, lanes = 16, zero = _mm512_setzero_si512, load = _mm512_loadu_si512, store = _mm512_storeu_si512,
-    fill = _mm512_set1_epi32, add = |sum, columns, value| _mm512_dpbusd_epi32(sum, columns, value),
+#[target_feature(enable = "avx2")]
+pub unsafe fn pairs_avx2<const ROWS: usize>(
+    rows: [*const i16; ROWS],
+    panel: *const i16,
+    steps: usize,
+    sums: &mut Sums<ROWS>,
+) {
+    use std::arch::x86_64::*;
+    for half in 0..2 {
+        let mut lanes = [[_mm256_setzero_si256(); 2]; ROWS];
+        for (sums, lanes) in sums.iter().zip(&mut lanes) {
+            // SAFETY: four registers are one row of sums.
+            *lanes = unsafe { [0, 8].map(|column| _mm256_loadu_si256(sums.as_ptr().add(half * 16 + column).cast())) };
+        }
+        for step in 0..steps {
+            // SAFETY: `step < steps`, for which the caller vouches.
+            unsafe {
+                let columns = panel.add(step * 2 * PANEL + half * PANEL);
+                let left = _mm256_loadu_si256(columns.cast());
+                let right = _mm256_loadu_si256(columns.add(16).cast());
+                for row in 0..ROWS {
+                    let value = _mm256_set1_epi32(rows[row].add(step * PAIR_STEP).cast::<i32>().read_unaligned());
+                    lanes[row][0] = _mm256_add_epi32(lanes[row][0], _mm256_madd_epi16(left, value));
+                    lanes[row][1] = _mm256_add_epi32(lanes[row][1], _mm256_madd_epi16(right, value));
+                }
+            }
+        }
+        for (sums, lanes) in sums.iter_mut().zip(lanes) {
+            // SAFETY: four registers are one row of sums.
+            unsafe {
+                _mm256_storeu_si256(sums.as_mut_ptr().add(half * 16).cast(), lanes[0]);
+                _mm256_storeu_si256(sums.as_mut_ptr().add(half * 16 + 8).cast(), lanes[1]);
+            }
+        }
+    }
 }
 
+/// As [`pairs_avx2`], with registers of twice the width.
+///
+/// # Safety
+/// The machine has AVX-512, each of `rows` points to `2 * steps` readable values and `panel` to `64 * steps`.
 #[cfg(target_arch = "x86_64")]
-kernel! {
-    /// As [`vnni_avx512`], with registers of half the width.
-    #[target_feature(enable = "avx2,avxvnni")]
-    vnni_avx2(i8, u8),
-    step = VNNI_STEP, lanes = 8, zero = _mm256_setzero_si256, load = _mm256_loadu_si256, store = _mm256_storeu_si256,
-    fill = _mm256_set1_epi32, add = |sum, columns, value| _mm256_dpbusd_avx_epi32(sum, columns, value),
-}
-
-#[cfg(target_arch = "x86_64")]
-kernel! {
-    /// All are 16-bit, two depths of a column side by side.
-    #[target_feature(enable = "avx2")]
-    pairs_avx2(i16, i16),
-    step = PAIR_STEP, lanes = 8, zero = _mm256_setzero_si256, load = _mm256_loadu_si256, store = _mm256_storeu_si256,
-    fill = _mm256_set1_epi32,
-    add = |sum, columns, value| _mm256_add_epi32(sum, _mm256_madd_epi16(columns, value)),
-}
-
-#[cfg(target_arch = "x86_64")]
-kernel! {
-    /// As [`pairs_avx2`], with registers of twice the width.
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-    pairs_avx512(i16, i16),
-    step = PAIR_STEP, lanes = 16, zero = _mm512_setzero_si512, load = _mm512_loadu_si512, store = _mm512_storeu_si512,
-    fill = _mm512_set1_epi32,
-    add = |sum, columns, value| _mm512_add_epi32(sum, _mm512_madd_epi16(columns, value)),
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+pub unsafe fn pairs_avx512<const ROWS: usize>(
+    rows: [*const i16; ROWS],
+    panel: *const i16,
+    steps: usize,
+    sums: &mut Sums<ROWS>,
+) {
+    use std::arch::x86_64::*;
+    let mut lanes = [[_mm512_setzero_si512(); 2]; ROWS];
+    for (sums, lanes) in sums.iter().zip(&mut lanes) {
+        // SAFETY: two registers are one row of sums.
+        *lanes = unsafe { [0, 16].map(|column| _mm512_loadu_si512(sums.as_ptr().add(column).cast())) };
+    }
+    for step in 0..steps {
+        // SAFETY: `step < steps`, for which the caller vouches.
+        unsafe {
+            let columns = panel.add(step * 2 * PANEL);
+            let left = _mm512_loadu_si512(columns.cast());
+            let right = _mm512_loadu_si512(columns.add(32).cast());
+            for row in 0..ROWS {
+                let value = _mm512_set1_epi32(rows[row].add(step * PAIR_STEP).cast::<i32>().read_unaligned());
+                lanes[row][0] = _mm512_add_epi32(lanes[row][0], _mm512_madd_epi16(left, value));
+                lanes[row][1] = _mm512_add_epi32(lanes[row][1], _mm512_madd_epi16(right, value));
+            }
+        }
+    }
+    for (sums, lanes) in sums.iter_mut().zip(lanes) {
+        // SAFETY: two registers are one row of sums.
+        unsafe {
+            _mm512_storeu_si512(sums.as_mut_ptr().cast(), lanes[0]);
+            _mm512_storeu_si512(sums.as_mut_ptr().add(16).cast(), lanes[1]);
+        }
+    }
 }
 
 /// The same in plain Rust, for every other machine.
