@@ -111,6 +111,49 @@ CHOICES = [
         "*gain = (*gain - 0.999 * *value * *value).max(0.0);",
         rust="--test d_optimal picks_are",
     ),
+    # The matching
+    Fault(
+        "matching-rows-lose-nothing",
+        "matching/rows.rs",
+        "own.lost * rounded.length + own.length * rounded.lost",
+        "own.length * rounded.lost",
+        python="test_core_matching.py",
+    ),
+    Fault(
+        "matching-rest-loses-nothing",
+        "matching/rows.rs",
+        "own.lost * rounded.length + own.length * rounded.lost",
+        "own.lost * rounded.length",
+        python="test_core_matching.py",
+    ),
+    Fault(
+        "matching-sums-beyond-32-bits",
+        "matching/rows.rs",
+        "(i8::MAX as usize * vector.len())",
+        "i8::MAX as usize",
+        python="test_core_matching.py",
+    ),
+    Fault(
+        "matching-trusts-what-cancelled",
+        "matching/measure.rs",
+        "if least <= TRUSTED_SHARE * terms {",
+        "if least <= 0.0 {",
+        python="test_core_matching.py",
+    ),
+    Fault(
+        "matching-ties-to-the-higher",
+        "matching/measure.rs",
+        "|(_, best)| cosine > best",
+        "|(_, best)| cosine >= best",
+        python="test_core_matching.py",
+    ),
+    Fault(
+        "matching-roots-of-the-middle",
+        "matching/measure.rs",
+        "let (least, most) = (middle - error, middle + error);",
+        "let (least, most) = (middle, middle);",
+        python="test_core_matching.py",
+    ),
     # Scores
     Fault(
         "scores-trust-what-cancelled",
@@ -165,8 +208,8 @@ CHOICES = [
     Fault(
         "shares-by-the-smallest-fraction",
         "shares.rs",
-        "shares[right].fract().total_cmp(&shares[left].fract())",
-        "shares[left].fract().total_cmp(&shares[right].fract())",
+        "descending(share(index).fract())",
+        "descending(-share(index).fract())",
         python="test_core_depth.py -k 'promises or shares'",
     ),
     Fault(
@@ -179,8 +222,8 @@ CHOICES = [
     Fault(
         "depth-ties-to-the-higher",
         "depth.rs",
-        "candidates.usefulness[pair] > candidates.usefulness[best]",
-        "candidates.usefulness[pair] >= candidates.usefulness[best]",
+        "candidates.usefulness[pair] > candidates.usefulness[*best]",
+        "candidates.usefulness[pair] >= candidates.usefulness[*best]",
         python="test_core_depth.py -k promises",
     ),
     Fault(

@@ -179,7 +179,7 @@ KMEANS = [
     Fault(
         "cosine-points-alone-scaled",
         "kmeans/fit.rs",
-        "approximation.multiply(&factors);",
+        "approximation.multiply(&factors, progress)?;",
         "",
         python=proofs("rounding_of_points or chains"),
     ),
@@ -321,8 +321,8 @@ KMEANS = [
     Fault(
         "the-nearest-point-refills",
         "kmeans/update.rs",
-        "cost(right).total_cmp(&cost(left))",
-        "cost(left).total_cmp(&cost(right))",
+        "descending(points.weight(point) * squared_distances[point])",
+        "descending(-points.weight(point) * squared_distances[point])",
         python=proofs("refilling"),
     ),
     Fault(
@@ -342,22 +342,22 @@ KMEANS = [
     Fault(
         "sample-not-scaled",
         "points/mod.rs",
-        "Self { scale: self.scale, ..subset }",
-        "subset",
+        "Ok(Self { scale: self.scale, ..Self::new(self.rows, coefficients, terms, progress)? })",
+        "Self::new(self.rows, coefficients, terms, progress)",
         python=proofs("scale_changes"),
     ),
     Fault(
         "no-label-noticed-in-a-pass",
         "kmeans/fit.rs",
-        "assigned(points, tile, labels)?;",
-        "",
+        "assigned(points, tile, labels)?;\n                progress.advance(1)?;",
+        "progress.advance(1)?;",
         python=proofs("not_finite_any_more"),
     ),
     Fault(
         "no-label-noticed-at-the-end",
         "kmeans/fit.rs",
-        "assigned(points, tile, &labels)?;",
-        "",
+        "assigned(points, tile, labels)?;\n                progress.advance(1)\n",
+        "progress.advance(1)\n",
         python=proofs("not_finite_any_more"),
     ),
     # Seeding
