@@ -19,6 +19,7 @@ CLUSTERS = GENERATOR.integers(0, 5, 400).astype(np.int32)
 PROMPTS = np.arange(400) // 4
 SCORES = GENERATOR.standard_normal(400)
 OF_PAIRS = (ROWS, PAIRS, COEFFICIENTS)
+TARGET = ROWS.sum(axis=0)
 SKETCHER = _core.Sketcher(48, seed=3, nnz=3)
 
 
@@ -34,6 +35,7 @@ def jobs(reader):
         lambda threads: _core.allocate_depth(PROMPTS, CLUSTERS, SCORES, 150, threads=threads),
         lambda threads: _core.coreset(*OF_PAIRS, CLUSTERS, 40, prompts=PROMPTS, max_depth=2, threads=threads),
         lambda threads: _core.d_optimal(*OF_PAIRS, 40, threads=threads),
+        lambda threads: _core.matching(*OF_PAIRS, TARGET, 40, threads=threads),
         lambda threads: SKETCHER.sketch(ROWS, 1000, threads=threads),
         lambda threads: reader.verify(threads=threads),
         lambda _: reader.records(),

@@ -141,6 +141,13 @@ def d_optimal(n, folder):
     return lambda: _core.d_optimal(*arrays, n // 1000, prompts=prompts, max_depth=3)
 
 
+@call
+def matching(n, folder):
+    arrays, prompts = _pairs(n), np.arange(n) // 28
+    target = np.ones(arrays[0].shape[1], dtype=np.float32)
+    return lambda: _core.matching(*arrays, target, n // 1000, prompts=prompts, max_depth=3)
+
+
 def _allocate_depth(n, prompts, clusters):
     usefulness = np.random.default_rng(2).standard_normal(n)
     return lambda: _core.allocate_depth(prompts, clusters, usefulness, n // 2)
