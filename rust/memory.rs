@@ -15,6 +15,9 @@ use crate::progress::Progress;
 /// Values of one piece.
 pub const PIECE: usize = 1 << 18;
 
+/// Indices that one step of a search looks at.
+const BLOCK: usize = 1 << 12;
+
 /// Bytes that a large list leaves for all that is small. The system maps so many apart and takes them back at once.
 const ROOM: usize = 40 << 20;
 
@@ -132,8 +135,14 @@ pub fn chosen<T: Send>(
 pub fn first(count: usize, progress: &Progress, is: impl Fn(usize) -> bool + Sync) -> Result<Option<usize>> {
     for piece in pieces(count) {
         progress.check()?;
-        if let Some(index) = piece.into_par_iter().find_first(|&index| is(index)) {
-            return Ok(Some(index));
+        // In blocks, as a parallel search looks after each of its steps whether another found something.
+        let end = piece.end;
+        let found = piece
+            .into_par_iter()
+            .step_by(BLOCK)
+            .find_map_first(|block| (block..end.min(block + BLOCK)).find(|&index| is(index)));
+        if found.is_some() {
+            return Ok(found);
         }
     }
     Ok(None)

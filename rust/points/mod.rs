@@ -120,15 +120,16 @@ impl<'a> Points<'a, 2> {
         }
         let count = rows.count();
         let terms = |pair: usize| {
-            let outside = |row: &i64| *row < 0 || *row as u64 >= count as u64;
-            let indices = pairs[pair];
-            match indices.into_iter().find(outside) {
-                Some(row) => Err(Error::RowOutOfRange { pair, row, rows: count }),
-                None => Ok(indices.map(|row| row as usize)),
-            }
+            let there = |row: i64| row >= 0 && (row as u64) < count as u64;
+            let [chosen, rejected] = pairs[pair];
+            (there(chosen) && there(rejected)).then_some([chosen as usize, rejected as usize])
         };
-        if let Some(pair) = memory::first(pairs.len(), progress, |pair| terms(pair).is_err())? {
-            terms(pair)?;
+        let outside = |pair: usize| {
+            let row = pairs[pair].into_iter().find(|&row| row < 0 || row as u64 >= count as u64).unwrap_or(-1);
+            Error::RowOutOfRange { pair, row, rows: count }
+        };
+        if let Some(pair) = memory::first(pairs.len(), progress, |pair| terms(pair).is_none())? {
+            return Err(outside(pair));
         }
         let values = memory::build(pairs.len(), POINTS, progress, |pair| coefficients[pair])?;
         let infinite = |pair: usize| values[pair].into_iter().find(|value| !value.is_finite());
@@ -137,16 +138,19 @@ impl<'a> Points<'a, 2> {
             return Err(Error::NotFinite { array: "coefficients", index, value });
         }
         // They are checked once more where they are used: another thread may have changed them.
-        Self::new(rows, values, terms, progress)
+        Self::new(rows, values, terms, progress).map_err(|error| match error {
+            Error::Changed { point } => outside(point),
+            other => other,
+        })
     }
 }
 
 impl<'a, const TERMS: usize> Points<'a, TERMS> {
-    /// Cuts the points into tiles. The cuts depend on the points alone.
+    /// Cuts the points into tiles. The cuts depend on the points alone. `terms` has none for a point that changed.
     fn new(
         rows: Rows<'a>,
         coefficients: Vec<[f32; TERMS]>,
-        mut terms: impl FnMut(usize) -> Result<[usize; TERMS]>,
+        mut terms: impl FnMut(usize) -> Option<[usize; TERMS]>,
         progress: &Progress,
     ) -> Result<Self> {
         let count = coefficients.len();
@@ -167,7 +171,7 @@ impl<'a, const TERMS: usize> Points<'a, TERMS> {
                 progress.check()?;
             }
             let tile = tiles.len() as u32 + 1;
-            slots.push(terms(point)?.map(|row| {
+            slots.push(terms(point).ok_or(Error::Changed { point })?.map(|row| {
                 if listed[row].0 != tile {
                     listed[row] = (tile, (tile_rows.len() - first_row) as u16);
                     tile_rows.push(row);
@@ -255,7 +259,7 @@ impl<'a, const TERMS: usize> Points<'a, TERMS> {
                 tile += 1;
             }
             let rows = self.rows_of(&self.tiles[tile]);
-            Ok(self.slots(point).map(|slot| rows[slot]))
+            Some(self.slots(point).map(|slot| rows[slot]))
         };
         Ok(Self { scale: self.scale, ..Self::new(self.rows, coefficients, terms, progress)? })
     }
