@@ -27,6 +27,13 @@ CHOICES = [
         python=proofs("rounding_of_the_residual"),
     ),
     Fault(
+        "coreset-copies-summed-in-float32",
+        "coreset/search.rs",
+        "simd::squared_norm_float64(values).sqrt()",
+        "f64::from(dots(values, [values])[0]).sqrt()",
+        rust="--lib a_wide_copy",
+    ),
+    Fault(
         "coreset-sums-beyond-32-bits",
         "coreset/search.rs",
         "(i8::MAX as usize * residual.len())",
