@@ -56,13 +56,14 @@ test-python: $(VENV)/.installed
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 8 --dist loadfile --no-loadscope-reorder \
 	  $(if $(ROOM),$(ROOM_TESTS) || test $$? = 5,tests/python --pyargs bpo)
 
-# The wheel lies beside the environment and is found first, wherever the installed one is.
+# The wheel lies beside the environment and is found first, wherever the installed one is. Interrupts and want of memory take
+# minutes and meet no other numbers.
 checked: $(VENV)/.installed ## The tests of the core on one that panics where a number wraps or what it asserts does not hold
 	rm -rf $(CHECKED)
 	$(BIN)/maturin build --quiet --profile checked --out $(CHECKED)
 	$(BIN)/python -m zipfile -e $(CHECKED)/*.whl $(CHECKED)/site
 	PYTHONPATH=$(CHECKED)/site $(BIN)/python -c 'import bpo; assert "$(CHECKED)" in bpo.__file__, bpo.__file__'
-	PYTHONPATH='$(CURDIR)/$(CHECKED)/site' $(BIN)/python -m pytest tests/python/core
+	PYTHONPATH='$(CURDIR)/$(CHECKED)/site' $(BIN)/python -m pytest tests/python/core --ignore tests/python/core/test_core_calm.py
 
 miri: ## The core under Miri, which sees undefined behaviour: minutes; SEEDS=0..8 for other orders of the threads
 	@cargo +nightly miri --version > /dev/null 2>&1 || { echo 'Miri is missing: rustup toolchain install nightly --component miri rust-src'; exit 1; }
