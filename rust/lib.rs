@@ -9,6 +9,7 @@
 //! partial results are folded in the order of the pieces.
 
 pub mod cholesky;
+mod codes;
 pub mod coreset;
 pub mod d_optimal;
 pub mod depth;

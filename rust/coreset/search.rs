@@ -5,6 +5,7 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
+use crate::codes::{Rounded, multiply_codes};
 use crate::error::Result;
 use crate::memory::{CACHE, filled};
 use crate::points::Points;
@@ -94,7 +95,7 @@ impl Copies {
         parallel: bool,
         progress: &Progress,
     ) -> Result<Option<(usize, f64)>> {
-        let rounded = RoundedResidual::new(residual);
+        let rounded = Rounded::new(residual);
         let of_chunk = |chunk: usize| {
             progress.check()?;
             let range = chunk * CHUNK..members.len().min((chunk + 1) * CHUNK);
@@ -150,7 +151,7 @@ impl Copies {
 
     /// What the product of a pair with the residual is at least and at most (Cauchy and Schwarz). The last terms of the
     /// error cover the rounding of the bounds themselves.
-    fn bounds(&self, index: usize, residual: &RoundedResidual) -> (f64, f64) {
+    fn bounds(&self, index: usize, residual: &Rounded) -> (f64, f64) {
         let own = &self.roundings[index];
         let product = multiply_codes(&self.codes[index * self.dim..(index + 1) * self.dim], &residual.codes);
         let middle = own.step * residual.step * f64::from(product);
@@ -216,29 +217,6 @@ struct Possible {
     uppers: Vec<(usize, f64)>,
 }
 
-/// A residual, rounded to numbers whose inner product with a copy fits into 32 bits.
-struct RoundedResidual {
-    codes: Vec<i16>,
-    step: f64,
-    /// The length of the residual itself.
-    length: f64,
-    /// The length of what rounding took.
-    lost: f64,
-}
-
-impl RoundedResidual {
-    fn new(residual: &[f64]) -> Self {
-        let largest = residual.iter().fold(0.0f64, |largest, value| largest.max(value.abs()));
-        let limit = i32::MAX as usize / (i8::MAX as usize * residual.len());
-        let limit = limit.clamp(1, i16::MAX as usize) as f64;
-        let step = if largest > 0.0 { largest / limit } else { 1.0 };
-        let codes: Vec<i16> = residual.iter().map(|value| (value / step).round_ties_even() as i16).collect();
-        let lost: f64 =
-            residual.iter().zip(&codes).map(|(value, &code)| (value - step * f64::from(code)).powi(2)).sum();
-        Self { codes, step, length: dots(residual, [residual])[0].sqrt(), lost: lost.sqrt() }
-    }
-}
-
 /// Adds up some pairs, and copies as many of them as there is room for.
 fn copy_pairs(points: &Points<2>, pairs: &[usize], room: Chunk, progress: &Progress) -> Result<Vec<f64>> {
     progress.check()?;
@@ -274,14 +252,6 @@ fn copy(values: &mut [f32], square: f64, codes: &mut [i8], rounded: &mut [f32]) 
     let [copy, lost] = [&*rounded, &*values].map(|values| simd::squared_norm_float64(values).sqrt());
     let step = f64::from(largest) / f64::from(i8::MAX);
     Rounding { step, length: step * copy * (1.0 + FLOAT32), lost: step * (lost + FLOAT32 * copy) }
-}
-
-dispatch! {
-    /// The inner product of whole numbers, whose order of addition never shows.
-    fn multiply_codes(left: &[i8], right: &[i16]) -> i32 {
-        let products = left.iter().zip(right).map(|(&left, &right)| i32::from(left) * i32::from(right));
-        products.sum()
-    }
 }
 
 dispatch! {

@@ -2,12 +2,13 @@
 
 use rayon::prelude::*;
 
+use crate::codes::{Rounded, multiply_codes};
 use crate::error::Result;
 use crate::memory::{CACHE, POINTS, build, filled};
 use crate::points::Points;
 use crate::progress::Progress;
+use crate::simd;
 use crate::simd::dots::dots;
-use crate::simd::{self, dispatch};
 
 /// Rows of one piece of work.
 const PIECE: usize = 128;
@@ -126,38 +127,4 @@ fn copy(values: &[f32], codes: &mut [i8]) -> Rounding {
     simd::round_to_bytes(values, f32::from(i8::MAX) / largest, codes);
     let lost = simd::squared_rest(values, step, codes).sqrt() + FLOAT32 * length;
     Rounding { step: f64::from(step), length: length + lost, lost }
-}
-
-/// A vector, rounded to numbers whose inner product with a copy fits into 32 bits.
-struct Rounded {
-    codes: Vec<i16>,
-    step: f64,
-    /// The length of the vector itself.
-    length: f64,
-    /// The length of what rounding took.
-    lost: f64,
-}
-
-impl Rounded {
-    fn new(vector: &[f64]) -> Self {
-        let largest = vector.iter().fold(0.0f64, |largest, value| largest.max(value.abs()));
-        let limit = i32::MAX as usize / (i8::MAX as usize * vector.len());
-        let limit = limit.clamp(1, i16::MAX as usize) as f64;
-        let step = if largest > 0.0 { largest / limit } else { 1.0 };
-        let codes: Vec<i16> = vector.iter().map(|value| (value / step).round_ties_even() as i16).collect();
-        let lost: f64 = vector.iter().zip(&codes).map(|(value, &code)| (value - step * f64::from(code)).powi(2)).sum();
-        Self { codes, step, length: dots(vector, [vector])[0].sqrt(), lost: lost.sqrt() }
-    }
-}
-
-dispatch! {
-    /// The inner product of whole numbers, whose order of addition never shows.
-    fn multiply_codes(left: &[i8], right: &[i16]) -> i32 {
-        // A loop, as the compiler then multiplies two by two: not through an iterator's sum, which it may leave apart.
-        let mut sum = 0;
-        for (left, right) in left.iter().zip(right) {
-            sum += i32::from(*left) * i32::from(*right);
-        }
-        sum
-    }
 }

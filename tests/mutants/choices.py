@@ -35,8 +35,8 @@ CHOICES = [
     ),
     Fault(
         "coreset-sums-beyond-32-bits",
-        "coreset/search.rs",
-        "(i8::MAX as usize * residual.len())",
+        "codes.rs",
+        "(i8::MAX as usize * vector.len())",
         "i8::MAX as usize",
         python=proofs("largest_codes"),
     ),
@@ -135,7 +135,7 @@ CHOICES = [
     ),
     Fault(
         "matching-sums-beyond-32-bits",
-        "matching/rows.rs",
+        "codes.rs",
         "(i8::MAX as usize * vector.len())",
         "i8::MAX as usize",
         python="test_core_matching.py",
