@@ -22,6 +22,7 @@ WIDTH, MARGIN = 900, 16
 LANE, GAP, BETWEEN_ROWS = 20, 18, 36
 WIDEST_BOX = 440
 LINE, CHARACTER = 14.5, 6.0
+KEPT_ORDERS = 6
 GROUND = "_core: the Rust core, which does the arithmetic over all rows and keeps the store"
 LEFT_OUT = "An arrow points to what a room imports; it is left out where a longer way leads there, too."
 STYLE = (
@@ -48,7 +49,7 @@ def main() -> int:
 def rooms() -> dict[str, str]:
     """The folders and files of bpo, each with the one sentence of its docstring."""
     paths = {path.parent.name: path for path in PACKAGE.glob("*/__init__.py")}
-    paths |= {path.stem: path for path in PACKAGE.glob("*.py") if path.stem != "__init__"}
+    paths |= {path.stem: path for path in PACKAGE.glob("[!_]*.py")}
     sentences = {name: ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) for name, path in paths.items()}
     return {name: (text or "").partition("\n")[0].replace("``", "") for name, text in sorted(sentences.items())}
 
@@ -61,7 +62,7 @@ def imports() -> set[Arrow]:
     for module in graph.modules:
         for imported in graph.find_modules_directly_imported_by(module):
             importer, target = module.split(".")[1:2], imported.split(".")[1:2]
-            if importer and target and importer != target:
+            if importer and target and importer != target and not importer[0].startswith("_"):
                 found.add((importer[0], target[0]))
     return found
 
@@ -97,7 +98,7 @@ def arrange(names: list[str], arrows: list[Arrow]) -> list[list[Item]]:
     for importer, target in arrows:
         for height in range(level[target] + 1, level[importer]):
             rows[top - height].append((importer, target))
-    # The best way to each order of a row, row by row: cost, and the orders so far.
+    # The best way to each order of a row, row by row: cost, and the orders so far. Of a row the best orders suffice.
     best: dict[tuple[Item, ...], tuple[float, list[tuple[Item, ...]]]] = {(): (0.0, [])}
     for row in rows:
         following = {}
@@ -105,7 +106,7 @@ def arrange(names: list[str], arrows: list[Arrow]) -> list[list[Item]]:
             options = ((cost + between(above, order, arrows), orders) for above, (cost, orders) in best.items())
             cost, orders = min(options, key=lambda option: option[0])
             following[order] = (cost, [*orders, order])
-        best = following
+        best = dict(sorted(following.items(), key=lambda option: option[1][0])[:KEPT_ORDERS])
     return [list(order) for order in min(best.values(), key=lambda option: option[0])[1]]
 
 

@@ -63,8 +63,10 @@ if TYPE_CHECKING:
     from bpo.training.warmup import warm_up as warm_up
     from bpo.training.weighting import WeightedDPOConfig as WeightedDPOConfig
     from bpo.training.weighting import WeightedDPOTrainer as WeightedDPOTrainer
+    from bpo.world.world import alone as alone
 # Imported when first used: torch, transformers and trl take seconds, `import bpo` takes milliseconds.
 _LAZY = {
+    "alone": "bpo.world.world",
     "allocate_depth": "bpo._core",
     "compress_breadth": "bpo.breadth.compress",
     "near_duplicates": "bpo.breadth.duplicates",

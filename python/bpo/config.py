@@ -151,6 +151,7 @@ class SelectConfig:
             it keeps them in 8 bits from pass to pass, which is faster. ``None`` is what they need and 1 GiB. What a
             strategy of your own takes is not counted. Results do not depend on it.
         threads: Threads of the Rust core; ``None`` is all cores. Results do not depend on it.
+        process_timeout: Seconds after which processes of one job name one that does not come, or brings nothing.
         trust_remote_code: Whether code shipped with a model may run. Off unless asked for.
 
     Raises:
@@ -214,6 +215,7 @@ class SelectConfig:
     regularization: float = 1.0
     max_memory: int | str | None = None
     threads: int | None = None
+    process_timeout: float = 1800.0
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
@@ -259,7 +261,7 @@ class SelectConfig:
             )
 
     def _check_numbers(self) -> None:
-        for name in ("beta", "discopop_tau", "temperature", "regularization"):
+        for name in ("beta", "discopop_tau", "temperature", "regularization", "process_timeout"):
             value = getattr(self, name)
             if not _is_finite(value) or value <= 0:
                 raise ValueError(f"SelectConfig.{name} must be above 0, got {value!r}")
@@ -477,9 +479,7 @@ def _bytes(name: str, value: Any) -> int | None:
         if found:
             size = float(found[1]) * float(1024 if found[3] else 1000) ** " KMGT".index(found[2].upper() or " ")
     if not 1 <= size < 2**63:
-        raise ValueError(
-            f"SelectConfig.{name} must be a number of bytes, such as 8_000_000_000 or '8GiB', got {value!r}"
-        )
+        raise ValueError(f"SelectConfig.{name} must be a number of bytes, as 8_000_000_000 or '8GiB', got {value!r}")
     return int(size)
 
 

@@ -7,10 +7,12 @@ import contextlib
 import os
 import sys
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import bpo
 from bpo.system.signals import Told, ending_when_told
+from bpo.world.world import world
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -47,9 +49,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(arguments: Sequence[str] | None) -> int:
     options = _parser().parse_args(arguments)
-    with warnings.catch_warnings():
-        warnings.showwarning = _print_warning
-        status = int(options.run(options) or 0)
+    processes = world()
+    with warnings.catch_warnings(), contextlib.ExitStack() as stack:
+        warnings.showwarning = _print_warning if processes.is_main else lambda *_, **__: None
+        if not processes.is_main:
+            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(Path(os.devnull).open("w"))))
+        # What all processes of a job do not work at together, the first of them does.
+        together = options.command in ("select", "reselect", "compare")
+        status = int((options.run(options) if together else processes.from_main(lambda: options.run(options))) or 0)
     if sys.stdout is not None:
         sys.stdout.flush()  # now, when it can still be told that it fails
     return status

@@ -9,6 +9,7 @@ import bpo
 from bpo.cli.arguments import add_fields, count_or_fraction, fields
 from bpo.selection.strategies import STRATEGIES
 from bpo.system.paths import check_apart
+from bpo.world.world import world
 
 if TYPE_CHECKING:
     import argparse
@@ -64,8 +65,13 @@ def _run(options: argparse.Namespace) -> None:
         config=bpo.SelectConfig.from_dict(fields(options)),
         seed=options.seed,
     )
-    selection.save(options.output)
-    report = selection.report(options.output / "report.html")
+    report = world().from_main(lambda: _saved(selection, options.output))
     print(selection.summary())
     print(f"\ndataset  {options.output / 'dataset'}  (trl dpo --dataset_name {options.output / 'dataset'} …)")
     print(f"report   {report}")
+
+
+def _saved(selection: bpo.Selection, output: Path) -> Path:
+    """Saves a selection and its report; returns where the report is."""
+    selection.save(output)
+    return selection.report(output / "report.html")

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-from collections.abc import Iterator, Mapping
+import hashlib
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
 from tqdm.auto import tqdm
 
 import bpo
@@ -17,31 +15,30 @@ from bpo.data.read import read_configured
 from bpo.data.tokenizers import load_tokenizer, tokenizer_fingerprint
 from bpo.data.tokens import tokenize_configured
 from bpo.gradients.choose import choose_features
+from bpo.gradients.extract import Extraction, add_rows
 from bpo.gradients.plan import find_plan
 from bpo.gradients.preconditioner import load_preconditioner, preconditioner_path
-from bpo.policy.batches import batch_tokens, in_batches, storage_order
+from bpo.policy.batches import BatchTokens, batch_tokens, blocks_of, storage_order
 from bpo.policy.logprobs import Forward, check_vocabulary
 from bpo.policy.models import load_policy, model_fingerprint, window
 from bpo.policy.reference import Reference
 from bpo.policy.state import inference_state
-from bpo.policy.transfer import Fetched
 from bpo.sketching.batches import Sketching
-from bpo.store.gradient_store import FIRST_UNPREDICTED, NONFINITE, ZERO
+from bpo.store.parts import Parts, check_shared
 from bpo.store.writer import GradientWriter
-from bpo.system.memory import HeapTrimmer
+from bpo.world.world import world
 
 if TYPE_CHECKING:
     import os
 
+    import numpy as np
     import numpy.typing as npt
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from bpo.data.candidates import Candidates
     from bpo.data.tokens import TokenizedResponses
-    from bpo.gradients.capture import Plan
     from bpo.gradients.features import Features
     from bpo.gradients.preconditioner import Preconditioner
-    from bpo.sketching.batches import SketchBatch
     from bpo.store.gradient_store import GradientStore
 
 
@@ -137,22 +134,50 @@ def collect(
     reference = Reference.of(model, config) if reference is None else reference
     reference.check_vocabulary(tokenized)
     made_with = _made_with(model, tokenized, processing_class, config, features, precondition, reference)
-    writer = GradientWriter.open(store, made_with, candidates.known_ids, tokenized.sequence_ids)
-    if tokenized.ref_logps is not None:
-        writer.check_ref_logps(tokenized.sequence_ids, tokenized.ref_logps)
-    missing = _missing(writer, candidates, tokenized)
-    bar = _progress_bar(tokenized, missing, features.noun, progress)
+    shared = world()
+    if shared.size > 1:
+        check_shared(store)
+        data = hashlib.sha256(tokenized.sequence_ids.tobytes()).hexdigest()
+        same = {"data set": data, "tokens_per_batch": config.tokens_per_batch, **made_with}
+        shared.check_same(same, config.process_timeout)
+    order = storage_order(tokenized.lengths, candidates.prompt_of_response[tokenized.response_of])
+    blocks = blocks_of(order, tokenized.lengths, config.tokens_per_batch)
+
+    def opened() -> tuple[GradientWriter, Parts]:
+        writer = GradientWriter.open(store, made_with, candidates.known_ids, tokenized.sequence_ids)
+        if tokenized.ref_logps is not None:
+            writer.check_ref_logps(tokenized.sequence_ids, tokenized.ref_logps)
+        return writer, Parts(writer, blocks, tokenized.sequence_ids)
+
+    if shared.size > 1:
+        shared.from_main(lambda: opened()[1].share())
+    writer, parts = opened()
+    if parts.take_leftovers():
+        writer, parts = opened()
+    missing = order[writer.lacks(tokenized.sequence_ids)[order]]
+    bar = _progress_bar(tokenized, missing, features.noun, progress and shared.is_main)
     with contextlib.ExitStack() as stack:
         for context in (writer, bar, inference_state(model)):
             stack.enter_context(context)
         if len(missing):
-            writer.lock()  # before any work that another writer would make useless
+            if shared.size == 1:
+                writer.lock()  # before any work that another writer would make useless
             forward = Forward.of(model, tokenized, processing_class, config)
             plan = find_plan(features, forward)
             features.warn_of_gaps(model)
-            sketching = stack.enter_context(Sketching.of(config))
-            extraction = _Extraction(forward, reference, features, plan, candidates, sketching, precondition)
-            _add(writer, extraction, missing, batch_tokens(config.tokens_per_batch, model), bar)
+            sketching = stack.enter_context(Sketching.of(config, shared.local_size))
+            tokens = BatchTokens(batch_tokens(config.tokens_per_batch, model))
+            extraction = Extraction(forward, reference, features, plan, candidates, sketching, precondition, tokens)
+            work = parts.in_order()
+            if shared.size > 1:
+                start = shared.rank * len(blocks) // shared.size
+
+                def found(rows: npt.NDArray[np.int64]) -> None:
+                    bar.update(int(tokenized.lengths[rows].sum()))
+
+                work = parts.claimed(start, shared.name, config.process_timeout, found)
+            for target, rows in stack.enter_context(contextlib.closing(work)):
+                add_rows(target, extraction, rows, bar)
     return writer.reopen()
 
 
@@ -186,12 +211,6 @@ def _made_with(
     }
 
 
-def _missing(writer: GradientWriter, candidates: Candidates, tokenized: TokenizedResponses) -> npt.NDArray[np.int64]:
-    """The sequences that a store lacks, in the order in which it keeps them."""
-    order = storage_order(tokenized.lengths, candidates.prompt_of_response[tokenized.response_of])
-    return order[writer.rows_of(tokenized.sequence_ids)[order] < 0]
-
-
 def _progress_bar(
     tokenized: TokenizedResponses, missing: npt.NDArray[np.int64], noun: str, progress: bool
 ) -> tqdm[Any]:
@@ -205,108 +224,3 @@ def _progress_bar(
         unit_scale=True,
         disable=not progress,
     )
-
-
-def _add(
-    writer: GradientWriter,
-    extraction: _Extraction,
-    missing: npt.NDArray[np.int64],
-    tokens_per_batch: int,
-    bar: tqdm[Any],
-) -> None:
-    """Adds the rows of the missing sequences to a store; the bar counts those that no crash takes away."""
-    lengths = extraction.forward.tokenized.lengths
-    trim = HeapTrimmer()
-    shown = 0
-
-    def show(committed: int) -> None:
-        nonlocal shown
-        bar.update(int(lengths[missing[shown:committed]].sum()))
-        shown = committed
-
-    for done in extraction.run(missing, tokens_per_batch):
-        show(_append(writer, done, extraction.candidates, extraction.forward.tokenized))
-        trim()
-    show(writer.commit())
-
-
-def _append(writer: GradientWriter, done: _Done, candidates: Candidates, tokenized: TokenizedResponses) -> int:
-    """Appends one row a response of a batch; returns how many rows are committed."""
-    rows, sketch = done.rows, done.sketches.rows()
-    responses = tokenized.response_of[rows]
-    logps, ref_logps = done.logps.numpy(), done.ref_logps.numpy()
-    # A row whose squared norm overflows is as useless to k-means as an infinite one.
-    with np.errstate(over="ignore", invalid="ignore"):
-        finite = np.isfinite(np.square(sketch).sum(axis=1)) & np.isfinite(logps) & np.isfinite(ref_logps)
-    flags = NONFINITE * ~finite + ZERO * ~sketch.any(axis=1)
-    flags += FIRST_UNPREDICTED * (tokenized.prompt_lengths[rows] == 0)
-    sketch[~finite] = 0.0
-    return writer.append(
-        sketch,
-        prompt_ids=candidates.prompt_ids[candidates.prompt_of_response[responses]],
-        response_ids=tokenized.sequence_ids[rows],
-        scores=candidates.scores[responses],
-        logps=logps,
-        ref_logps=ref_logps,
-        lengths=tokenized.response_lengths[rows],
-        flags=flags,
-        log_weights=done.log_weights.numpy(),
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Done:
-    """One batch that went through the model, or is on its way there; its numbers may still be under way."""
-
-    rows: npt.NDArray[np.int64]
-    sketches: SketchBatch
-    logps: Fetched
-    ref_logps: Fetched
-    log_weights: Fetched
-
-
-@dataclasses.dataclass
-class _Extraction:
-    """Responses through the model, in batches that memory allows."""
-
-    forward: Forward
-    reference: Reference
-    features: Features
-    plan: Plan
-    candidates: Candidates
-    sketching: Sketching
-    precondition: Preconditioner | None
-
-    def run(self, missing: npt.NDArray[np.int64], tokens_per_batch: int) -> Iterator[_Done]:
-        """Yields the batches in the order given.
-
-        One whose sketches are under way comes once the next one has gone through the model, or is on its way there.
-        """
-        lengths = self.forward.tokenized.lengths
-        previous: _Done | None = None
-        for _, done in in_batches(self._batch, missing, lengths, tokens_per_batch, self._name):
-            if previous is not None:
-                yield previous
-            previous = done
-            if not done.sketches.under_way:
-                yield done
-                previous = None
-        if previous is not None:
-            yield previous
-
-    def _name(self, sequence: np.int64) -> str:
-        prompt = self.candidates.prompt_of_response[self.forward.tokenized.response_of[sequence]]
-        return f" (row {self.candidates.prompt_rows[prompt]})"
-
-    def _batch(self, rows: npt.NDArray[np.int64]) -> _Done:
-        sketches = self.sketching.batch(len(rows))
-
-        def consume(offset: int, gradients: torch.Tensor, samples: slice) -> None:
-            if self.precondition is not None:
-                gradients = self.precondition(offset, gradients)
-            sketches.consume(offset, gradients, samples)
-
-        result = self.features.catch(self.forward, self.plan, rows, consume)
-        sketches.finish()
-        ref_logps = self.reference.logps(self.forward, rows, result.logps)
-        return _Done(rows, sketches, Fetched(result.logps), Fetched(ref_logps), Fetched(result.log_weights))

@@ -26,6 +26,7 @@ from bpo.policy.reference import Reference
 from bpo.policy.state import inference_state
 from bpo.sketching.batches import Sketching
 from bpo.store.gradient_store import EMBEDDED, RECORD, row_bytes
+from bpo.world.world import by_main
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -151,6 +152,7 @@ class Diagnosis:
         return "\n".join(lines)
 
 
+@by_main
 def doctor(
     model: Any,
     dataset: Any,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, TypeVar
 
@@ -21,14 +22,26 @@ _CPU_TOKENS = 1024
 _GPU_TOKENS = range(4096, 32768 + 1)
 _GPU_TOKENS_TIMES_PARAMETERS = 2e13
 
+# Tokens of a block where no tokens of a batch are given, and batches of a block where they are. Blocks must not depend
+# on the machine, since it is at their ends that batches are cut alike wherever they are computed.
+_BLOCK_TOKENS = 1 << 17
+_BATCHES_OF_A_BLOCK = 8
+
 _Result = TypeVar("_Result")
+
+
+@dataclasses.dataclass
+class BatchTokens:
+    """How many padded tokens a batch of more than one sequence holds at most; less once memory did not suffice."""
+
+    limit: int
 
 
 def in_batches(
     run: Callable[[npt.NDArray[np.int64]], _Result],
     order: npt.NDArray[np.int64],
     lengths: npt.NDArray[np.int64],
-    tokens_per_batch: int,
+    tokens_per_batch: int | BatchTokens,
     name: Callable[[np.int64], str] = lambda row: "",
 ) -> Iterator[tuple[npt.NDArray[np.int64], _Result]]:
     """Runs sequences in batches. One that does not fit into memory is halved, and so are those after it.
@@ -37,7 +50,8 @@ def in_batches(
         run: Takes the (n,) indices of a batch.
         order: (R,) indices of the sequences, in the order in which they are run.
         lengths: (S,) tokens of each sequence.
-        tokens_per_batch: At most so many padded tokens in a batch of more than one.
+        tokens_per_batch: At most so many padded tokens in a batch of more than one; or a limit that is lowered where
+            memory does not suffice, and holds for what comes after these sequences, too.
         name: What an error calls a sequence, after its number of tokens.
 
     Yields:
@@ -46,9 +60,10 @@ def in_batches(
     Raises:
         MemoryError: Memory does not suffice for a single sequence.
     """
+    tokens = tokens_per_batch if isinstance(tokens_per_batch, BatchTokens) else BatchTokens(tokens_per_batch)
     remaining = order
     while len(remaining):
-        size = first_batch(lengths[remaining], tokens_per_batch)
+        size = first_batch(lengths[remaining], tokens.limit)
         rows, longest = remaining[:size], int(lengths[remaining[:size]].max())
         result, error = within_memory(run, rows)
         if result is None and size == 1:
@@ -57,7 +72,7 @@ def in_batches(
                 "SelectConfig.max_length, set gradient_checkpointing, or load the model in a smaller dtype."
             )
         if result is None:
-            tokens_per_batch = longest * (size // 2)
+            tokens.limit = longest * (size // 2)
             warn(f"Memory does not suffice for {size} sequences of {longest} tokens; going on with {size // 2}.")
             continue
         remaining = remaining[size:]
@@ -144,6 +159,28 @@ def storage_order(
     if len(place):
         place[place == place[np.argmax(lengths)]] = -1
     return np.lexsort((-lengths, place))
+
+
+def blocks_of(
+    order: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64], tokens_per_batch: int | None
+) -> list[npt.NDArray[np.int64]]:
+    """Cuts the sequences of a store into blocks, each of which any process can compute, with the same batches.
+
+    Args:
+        order: (S,) indices of all sequences of the data, in the order in which they are kept.
+        lengths: (S,) tokens of each sequence.
+        tokens_per_batch: The setting; None for what suits the model.
+
+    Returns:
+        The indices of each block.
+
+    Example:
+        >>> [block.tolist() for block in blocks_of(np.arange(6), np.full(6, 100), 25)]
+        [[0, 1], [2, 3], [4, 5]]
+    """
+    tokens = _BLOCK_TOKENS if tokens_per_batch is None else _BATCHES_OF_A_BLOCK * tokens_per_batch
+    before = np.cumsum(lengths[order]) - lengths[order]
+    return np.split(order, np.flatnonzero(np.diff(before // tokens)) + 1) if len(order) else []
 
 
 def first_batch(lengths: npt.NDArray[np.int64], tokens_per_batch: int) -> int:

@@ -16,6 +16,7 @@ from bpo.responses.refusals import is_refusal
 from bpo.responses.rowfile import RowFile, check_output
 from bpo.responses.sources import ServerSource
 from bpo.system.warn import warn
+from bpo.world.world import by_main
 
 if TYPE_CHECKING:
     import os
@@ -30,6 +31,7 @@ Kept = Literal["truncated", "refusal"]
 _REASONS = ("empty", "truncated", "refusal", "duplicate", "failed")
 
 
+@by_main
 def sample_responses(
     model: Any,
     prompts: Any,

@@ -15,6 +15,7 @@ from bpo.responses.prompts import lay_out, need_messages, read_responses, to_dat
 from bpo.responses.rowfile import ROW_ID, RowFile, check_output
 from bpo.responses.scorer import FunctionScorer, Score, Scorer, reason_of, scores_of
 from bpo.system.warn import warn
+from bpo.world.world import by_main
 
 if TYPE_CHECKING:
     import os
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 _ALIKE = 3
 
 
+@by_main
 def score_responses(
     dataset: Any,
     scorer: Callable[..., Any] | Scorer,

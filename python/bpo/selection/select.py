@@ -13,8 +13,9 @@ from bpo.selection.read import read
 from bpo.selection.request import Request
 from bpo.selection.scored import look_at, score, toward
 from bpo.selection.selection import Selection
-from bpo.selection.sources import measure, source_of
+from bpo.selection.sources import extract, measure, source_of
 from bpo.selection.tables import SELECTED, pair_table, training_set
+from bpo.world.world import world
 
 if TYPE_CHECKING:
     import os
@@ -22,7 +23,9 @@ if TYPE_CHECKING:
 
     from bpo.config import SelectConfig
     from bpo.policy.reference import Reference
-    from bpo.selection.sources import Source
+    from bpo.selection.inputs import Pool
+    from bpo.selection.prompts import Kept
+    from bpo.selection.sources import Filled, Source
 
 
 def select(
@@ -107,7 +110,8 @@ def _select(
     at_most: bool = False,
 ) -> Selection:
     """The stages. An ``earlier`` selection says which prompts are kept; ``at_most`` takes all of few pairs."""
-    request = dataclasses.replace(request, config=source.config)
+    processes = world()
+    request = dataclasses.replace(request, config=source.config, progress=request.progress and processes.is_main)
 
     # Read: candidate pairs, with their tokens or their rows in a store, and those of the target.
     pool = read(dataset, target, source, request)
@@ -116,9 +120,16 @@ def _select(
     # Keep prompts: breadth.
     kept = keep_prompts(pool, limits, dataset, source, request)
 
-    # Measure: one sketched gradient a response, and two scalars a pair.
+    # Extract: one sketched gradient a response, by all processes of a job together; the first of them does the rest.
+    filled = extract(kept.inputs, pool.goal, source, request, kept.n_pairs)
+    return processes.from_main(lambda: _choose(request, source, pool, kept, filled))
+
+
+def _choose(request: Request, source: Source, pool: Pool, kept: Kept, filled: Filled | None) -> Selection:
+    """The stages after the gradients."""
+    # Measure: two scalars a pair.
     candidates = kept.inputs.candidates
-    measured, wanted = measure(kept.inputs, pool.goal, source, request, kept.n_pairs)
+    measured, wanted = measure(filled, kept.inputs, pool.goal, source, request)
 
     # Cluster: gradients of pairs at unit length, and what they are worth.
     scored = score(candidates.prompt_of_pair, candidates.score_gaps, kept.inputs.pair_lengths, measured, request)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -22,8 +23,6 @@ from bpo.selection.inputs import Inputs
 from bpo.store.gradient_store import GradientStore, with_settings_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     import numpy.typing as npt
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -33,6 +32,9 @@ if TYPE_CHECKING:
     from bpo.selection.inputs import Goal
     from bpo.selection.request import Request
     from bpo.selection.selection import Selection
+
+Filled = Sequence[Sequence[GradientStore]]
+"""The stores of each part: one, or one for each checkpoint."""
 
 Measured = tuple[MeasuredPairs | None, MeasuredPairs | None]
 """What was measured of the candidates and of the target; None where nothing was."""
@@ -56,7 +58,10 @@ class Source(Protocol):
     def find(self, candidates: Candidates) -> Inputs:
         """Returns the pairs that can be used, with their tokens or their rows in a store."""
 
-    def measure(self, parts: Sequence[Inputs], progress: bool) -> list[MeasuredPairs]:
+    def fill(self, parts: Sequence[Inputs], progress: bool) -> Filled:
+        """Computes what of the parts no store holds yet, by all processes of a job together; returns the stores."""
+
+    def read(self, filled: Filled, parts: Sequence[Inputs], progress: bool) -> list[MeasuredPairs]:
         """Returns the gradients and log-probabilities of the pairs of each part."""
 
 
@@ -117,7 +122,11 @@ class Unmeasured:
         """Tokenizes the pairs where there is a tokenizer."""
         return Inputs(candidates) if self.policy is None else self.policy.tokenize(candidates, self.reading)
 
-    def measure(self, parts: Sequence[Inputs], progress: bool) -> list[MeasuredPairs]:
+    def fill(self, parts: Sequence[Inputs], progress: bool) -> Filled:
+        """Nothing is computed."""
+        raise AssertionError("the strategy reads no gradients")
+
+    def read(self, filled: Filled, parts: Sequence[Inputs], progress: bool) -> list[MeasuredPairs]:
         """Nothing is measured."""
         raise AssertionError("the strategy reads no gradients")
 
@@ -143,13 +152,17 @@ class StoreAlone:
         lengths = self.store.records["length"][stored].astype(np.int64)[candidates.pairs]
         return Inputs(candidates, stored=stored, lengths=lengths)
 
-    def measure(self, parts: Sequence[Inputs], progress: bool) -> list[MeasuredPairs]:
+    def fill(self, parts: Sequence[Inputs], progress: bool) -> Filled:
+        """Everything is there."""
+        return [[self.store]] * len(parts)
+
+    def read(self, filled: Filled, parts: Sequence[Inputs], progress: bool) -> list[MeasuredPairs]:
         """Reads the rows of the pairs."""
         found = []
-        for part in parts:
+        for stores, part in zip(filled, parts, strict=True):
             assert part.stored is not None
             rows, weights = part.stored[part.candidates.pairs], part.candidates.weights
-            found.append(measured([self.store], [rows], self.config, weights=weights, progress=progress))
+            found.append(measured(stores, [rows], self.config, weights=weights, progress=progress))
         return found
 
     def of_tokens(self, tokenized: TokenizedResponses) -> MeasuredPairs | None:
@@ -186,23 +199,28 @@ class FromPolicy(_Tokenizing):
         self._preconditioner = preconditioner
         self._reference = reference
 
-    def measure(self, parts: Sequence[Inputs], progress: bool) -> list[MeasuredPairs]:
-        """Completes the store, and reads the pairs from it."""
-        stores = [
-            collect(
-                self.policy.load(),
-                candidates,
-                tokenized,
-                self.policy.tokenizer,
-                config=self.config,
-                store=self._store,
-                progress=progress,
-                preconditioner=self._preconditioner,
-                reference=self._reference_of(tokenized),
-            )
+    def fill(self, parts: Sequence[Inputs], progress: bool) -> Filled:
+        """Completes the store."""
+        return [
+            [
+                collect(
+                    self.policy.load(),
+                    candidates,
+                    tokenized,
+                    self.policy.tokenizer,
+                    config=self.config,
+                    store=self._store,
+                    progress=progress,
+                    preconditioner=self._preconditioner,
+                    reference=self._reference_of(tokenized),
+                )
+            ]
             for candidates, tokenized in _of_one_store(parts)
         ]
-        return [_read_pairs([store], part, self.config, progress) for store, part in zip(stores, parts, strict=True)]
+
+    def read(self, filled: Filled, parts: Sequence[Inputs], progress: bool) -> list[MeasuredPairs]:
+        """Reads the pairs from the store."""
+        return [_read_pairs(stores, part, self.config, progress) for stores, part in zip(filled, parts, strict=True)]
 
     def _reference_of(self, tokenized: TokenizedResponses) -> Reference | None:
         """What the policy is compared with; None where the settings say it."""
@@ -231,21 +249,26 @@ class FromCheckpoints(_Tokenizing):
     def __init__(self, policy: Policy, request: Request) -> None:
         check_checkpoints(request.config, request.store)
         super().__init__(policy, request)
+        self._ref_logps: list[npt.NDArray[np.float32] | None] = []
 
-    def measure(self, parts: Sequence[Inputs], progress: bool) -> list[MeasuredPairs]:
-        """Runs the reference once, completes the store of each checkpoint, and reads the pairs from them."""
+    def fill(self, parts: Sequence[Inputs], progress: bool) -> Filled:
+        """Runs the reference once, and completes the store of each checkpoint."""
         shared: dict[str, Any] = {"config": self.config, "store": self._store, "progress": progress}
         tokenizer = self.policy.tokenizer
         texts = _of_one_store(parts)
         references = [collect_reference(self.policy.load(), tokens, tokenizer, **shared) for _, tokens in texts]
         self.policy.let_go()
-        stores = [
+        self._ref_logps = [reference.known for reference in references]
+        return [
             collect_checkpoints(reference, *text, tokenizer, **shared)
             for reference, text in zip(references, texts, strict=True)
         ]
+
+    def read(self, filled: Filled, parts: Sequence[Inputs], progress: bool) -> list[MeasuredPairs]:
+        """Reads the pairs from the stores of the checkpoints."""
         return [
-            _read_pairs(of_part, part, self.config, progress, reference.known)
-            for of_part, part, reference in zip(stores, parts, references, strict=True)
+            _read_pairs(stores, part, self.config, progress, logps)
+            for stores, part, logps in zip(filled, parts, self._ref_logps, strict=True)
         ]
 
 
@@ -285,20 +308,33 @@ def source_of(
     return FromPolicy(policy, request, preconditioner, reference)
 
 
-def measure(kept: Inputs, goal: Goal | None, source: Source, request: Request, budget: int) -> Measured:
-    """Measures candidates, and the target where there is one: step 5 of the method.
+def extract(kept: Inputs, goal: Goal | None, source: Source, request: Request, budget: int) -> Filled | None:
+    """Has the gradients of candidates, and of the target where there is one, in stores: step 5 of the method.
+
+    All processes of a job do it together. None where the strategy reads no gradients.
 
     Raises:
         ValueError: What follows takes more than ``SelectConfig.max_memory``.
     """
     if "gradients" not in request.needs:
-        return None, None
+        return None
     dim = request.config.sketch_dim * len(request.config.checkpoints or [None])
-    parts = [kept] if goal is None else [kept, goal.inputs]
+    parts = _parts(kept, goal)
     n_rows, n_pairs = (sum(len(getattr(part.candidates, name)) for part in parts) for name in ("responses", "pairs"))
     check_memory(n_rows, n_pairs, dim, request.clustering, strategy=request.strategy, budget=budget)
-    found = source.measure(parts, request.progress)
+    return source.fill(parts, request.progress)
+
+
+def measure(filled: Filled | None, kept: Inputs, goal: Goal | None, source: Source, request: Request) -> Measured:
+    """Reads what was extracted of the candidates, and of the target where there is one."""
+    if filled is None:
+        return None, None
+    found = source.read(filled, _parts(kept, goal), request.progress)
     return found[0], found[1] if len(found) > 1 else None
+
+
+def _parts(kept: Inputs, goal: Goal | None) -> list[Inputs]:
+    return [kept] if goal is None else [kept, goal.inputs]
 
 
 def _check_without_model(request: Request, breadth: Any, lacks_gradients: bool, embeds_with_policy: bool) -> None:

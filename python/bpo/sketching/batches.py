@@ -12,6 +12,7 @@ import torch
 from bpo import _core
 from bpo.sketching.device import DeviceSums, device_works
 from bpo.sketching.host import HostSketcher, HostSums
+from bpo.system.processes import cores
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -93,12 +94,13 @@ class Sketching:
         self._on_device = on_device
 
     @classmethod
-    def of(cls, config: SelectConfig) -> Sketching:
-        """Returns the sketching that a configuration asks for."""
+    def of(cls, config: SelectConfig, sharers: int = 1) -> Sketching:
+        """Returns the sketching that a configuration asks for, on a machine that so many processes share."""
         sketcher = _core.Sketcher(
             config.sketch_dim, seed=config.sketch_seed, kind=config.sketch_kind, nnz=config.sketch_nnz
         )
-        return cls(sketcher, config.threads)
+        threads = config.threads if config.threads is not None or sharers == 1 else max(1, cores() // sharers)
+        return cls(sketcher, threads)
 
     def batch(self, size: int) -> SketchBatch:
         """Starts the sketches of a batch of n samples."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bpo import _core
-from bpo._core import StoreError
+from bpo._core import StoreError, StoreLockedError
 from bpo.store.gradient_store import RECORD, GradientStore, StoreMismatchError, as_bytes
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ class GradientWriter:
         self._present = present
         self._writer: _core.StoreWriter | None = None
         self._committed_at = 0.0
+        self._taken: set[bytes] = set()
         # Whatever comes in between: an error, an interrupt, the end of the program.
         self._finalizer = weakref.finalize(self, shutil.rmtree, path, ignore_errors=True) if temporary else None
 
@@ -98,6 +99,37 @@ class GradientWriter:
             return np.full(len(response_ids), -1, dtype=np.int64)
         return self._present.rows_of(response_ids)
 
+    def lacks(self, response_ids: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
+        """(n,) bool, which responses are neither in the store as it was opened nor taken from another one since."""
+        lacking: npt.NDArray[np.bool_] = self.rows_of(response_ids) < 0
+        if self._taken:
+            taken = (key in self._taken for key in as_bytes(response_ids, 16).tolist())
+            lacking &= ~np.fromiter(taken, dtype=bool, count=len(lacking))
+        return lacking
+
+    def take(self, store: GradientStore) -> None:
+        """Adds, and commits, the rows of another store that this one lacks, bytes and all.
+
+        Raises:
+            bpo.StoreError: One is damaged.
+            OSError: A file cannot be read or written.
+        """
+        if self._writer is None:
+            raise ValueError(f"{self.path}: lock() comes before take()")
+        ids = store.records["response_id"]
+        wanted = ~store.set_aside & self.lacks(ids)
+        self._writer.copy_from(store.reader, wanted)
+        self._taken.update(as_bytes(ids[wanted], 16).tolist())
+
+    def again(self) -> GradientWriter:
+        """Returns a writer of the same store as it is now."""
+        return self.part(self.path)
+
+    def part(self, path: Path) -> GradientWriter:
+        """Returns a writer of a store of such rows in another directory, which may be empty."""
+        present = GradientStore(path) if (path / "manifest.json").exists() else None
+        return GradientWriter(path, self._fingerprint, present, temporary=False)
+
     def check_ref_logps(self, response_ids: npt.NDArray[np.uint8], ref_logps: npt.NDArray[np.float64]) -> None:
         """Checks that the rows which are there already have these reference log-probabilities ((n,) float64).
 
@@ -129,7 +161,7 @@ class GradientWriter:
         lengths: npt.NDArray[np.int64],
         flags: npt.NDArray[np.int64],
         log_weights: npt.NDArray[np.float32],
-    ) -> int:
+    ) -> None:
         """Appends one row a response, and commits what was appended if the last commit is some time ago.
 
         Args:
@@ -142,9 +174,6 @@ class GradientWriter:
             lengths: (n,).
             flags: (n,).
             log_weights: (n,).
-
-        Returns:
-            How many of the rows appended so far are committed, so that no crash takes them away.
 
         Raises:
             OSError: A file cannot be written, for example because the disk is full; the message says what is kept.
@@ -161,28 +190,25 @@ class GradientWriter:
         if self._writer is None:
             raise ValueError(f"{self.path}: lock() comes before append()")
         self._writer.append(sketches, records)
-        if time.monotonic() - self._committed_at < _COMMIT_SECONDS:
-            return self._writer.committed - self._n_present
-        return self.commit()
+        if time.monotonic() - self._committed_at >= _COMMIT_SECONDS:
+            self.commit()
 
-    def commit(self) -> int:
-        """Waits until everything appended is on disk; returns how many rows that are."""
-        if self._writer is None:
-            return 0
-        self._writer.commit()
-        self._committed_at = time.monotonic()
-        return self._writer.committed - self._n_present
+    def commit(self) -> None:
+        """Waits until everything appended is on disk."""
+        if self._writer is not None:
+            self._writer.commit()
+            self._committed_at = time.monotonic()
 
     @property
-    def _n_present(self) -> int:
-        return 0 if self._present is None else len(self._present)
+    def committed(self) -> int:
+        """Rows that no crash takes away, once this has the lock."""
+        return 0 if self._writer is None else self._writer.committed
 
     def lock(self) -> None:
         """Creates the store where there is none, and keeps every other writer out until this one is closed.
 
         Raises:
-            bpo.StoreLockedError: Another process is writing.
-            bpo.StoreError: Another process added rows since this store was opened.
+            bpo.StoreLockedError: Another process is writing, or added rows since this store was opened.
         """
         if self._present is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -194,7 +220,7 @@ class GradientWriter:
         self._writer = _core.StoreWriter.append_to(os.fspath(self.path))
         if len(self._writer) != len(self._present):
             self._writer.close()
-            raise StoreError(f"{self.path}: another process added rows just now; run again to go on from there.")
+            raise StoreLockedError(f"{self.path}: another process added rows just now; run again to go on from there.")
 
     def reopen(self) -> GradientStore:
         """Opens for reading what was written; a temporary store lives as long as the returned object."""

@@ -19,6 +19,9 @@ Task = TypeVar("Task")
 _PR_SET_PDEATHSIG = 1
 _SECONDS_TO_END = 10.0
 
+# By which a launcher tells a process of the others that it started: a worker is none of them.
+_LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID")
+
 
 class Workers:
     """Processes that do tasks, several at a time; one that dies over a task is replaced.
@@ -129,6 +132,8 @@ def _serve(connection: Any, attempt: Callable[[Any], Any], threads: int, parent:
         if signum is not None and signal.getsignal(signum) == signal.SIG_DFL:
             signal.signal(signum, lambda *_: sys.exit(1))  # so that temporary files go
     _end_with(parent)
+    for name in _LAUNCHED:
+        os.environ.pop(name, None)
     import torch
 
     torch.set_num_threads(threads)

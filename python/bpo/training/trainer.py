@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 
 from bpo.data.tokenizers import load_tokenizer
 from bpo.policy.models import window
@@ -28,6 +27,7 @@ from bpo.training.resampling import kept_rows, resample
 from bpo.training.rounds import SavedRounds, directory_of, file_of, last_whole_checkpoint, load_rounds, save_round
 from bpo.training.settings import select_settings
 from bpo.training.weighting import WeightedDPOTrainer
+from bpo.world.world import world
 
 if TYPE_CHECKING:
     from bpo.config import SelectConfig
@@ -40,8 +40,7 @@ class BPOTrainer(WeightedDPOTrainer):
     All arguments but ``scorer`` and ``target`` are those of TRL's ``DPOTrainer``; ``train_dataset`` is any format that
     :func:`bpo.select` takes, and ``args`` is a :class:`BPOConfig` with a budget. The gradients are those of a fresh
     adapter on every linear layer, of the rank of ``peft_config`` where one is given, or of the adapter that the model
-    has. With several processes the first fills the store and the others read it, so a ``store`` on a shared disk is
-    required.
+    has. Several processes fill the store together, so a ``store`` on a disk that all see is required.
 
     Selection is for the loss of ``args``. The auxiliary loss that TRL adds for mixtures of experts
     (``router_aux_loss_coef``) belongs to a batch, not to a pair, and takes no part in it.
@@ -147,27 +146,25 @@ class BPOTrainer(WeightedDPOTrainer):
             self.add_callback(SavedRounds())
 
     def _select_first(self, model: Any, args: BPOConfig, quantization_config: Any, processing_class: Any) -> Selection:
-        """Selects with the policy before any training; with several processes the first one fills the store."""
-        state = PartialState()
-        if state.num_processes > 1 and args.store is None:
+        """Selects with the policy before any training; several processes fill the store together."""
+        if PartialState().num_processes > 1 and args.store is None:
             raise ValueError(
                 "With several processes BPOTrainer needs BPOConfig.store, a directory that all of them see."
             )
         assert args.budget is not None
-        with state.main_process_first():
-            return select(
-                load_to_train(model, args, quantization_config),
-                self._candidates,
-                budget=count_or_fraction(args.budget),
-                breadth=None if args.breadth is None else count_or_fraction(args.breadth),
-                processing_class=processing_class,
-                strategy=args.strategy,
-                target=self._target,
-                store=directory_of(0, args.store) if args.store and self._reselects else args.store,
-                config=self._settings,
-                seed=args.seed,
-                progress=not args.disable_tqdm and state.is_main_process,
-            )
+        return select(
+            load_to_train(model, args, quantization_config),
+            self._candidates,
+            budget=count_or_fraction(args.budget),
+            breadth=None if args.breadth is None else count_or_fraction(args.breadth),
+            processing_class=processing_class,
+            strategy=args.strategy,
+            target=self._target,
+            store=directory_of(0, args.store) if args.store and self._reselects else args.store,
+            config=self._settings,
+            seed=args.seed,
+            progress=not args.disable_tqdm,
+        )
 
     def _pairs_to_evaluate(self, dataset: Any) -> Any:
         """Returns every pair of what is to be evaluated, as TRL takes it; the name of a data set stays."""
@@ -259,7 +256,7 @@ class BPOTrainer(WeightedDPOTrainer):
 
     def _select_again(self, number: int) -> None:
         """Selects with the policy as it is, and trains on that from now on."""
-        args, state = self.args, PartialState()
+        args = self.args
         first = self._rounds[0][1]
         reference = None if args.resample is None and self._target is None else self._reference()
         settings: dict[str, Any] = {
@@ -269,7 +266,7 @@ class BPOTrainer(WeightedDPOTrainer):
             "store": None if args.store is None else directory_of(number, args.store),
             "config": self._settings,
             "seed": args.seed + number,
-            "progress": not args.disable_tqdm and state.is_main_process,
+            "progress": not args.disable_tqdm,
         }
         with contextlib.ExitStack() as stack:
             for model in (self.model, self.ref_model):
@@ -282,13 +279,12 @@ class BPOTrainer(WeightedDPOTrainer):
                     return select_again(self.model, self._candidates, first, reference=reference, **settings)
                 return select_at_most(self.model, rows, first.budget, reference, **settings)
 
-            with state.main_process_first():
-                try:
-                    selection = select_now()
-                except StoreMismatchError:
-                    # Left by a training whose policy became another one. It is of no use to any other.
-                    shutil.rmtree(settings["store"])
-                    selection = select_now()
+            try:
+                selection = select_now()
+            except StoreMismatchError:
+                # Left by a training whose policy became another one. It is of no use to any other.
+                world().from_main(lambda: shutil.rmtree(settings["store"]))
+                selection = select_now()
         before = _contents(self.selection)
         kept = [pair in before for pair in _contents(selection)]
         self._train_on([*self._rounds, (number, selection)])
@@ -298,9 +294,8 @@ class BPOTrainer(WeightedDPOTrainer):
 
     def _resampled(self, number: int, seed: int, progress: bool) -> list[dict[str, Any]]:
         """Returns new responses to the prompts of the first round, with their scores; the first process makes them."""
-        rows: list[Any] = [None]
-        if PartialState().is_main_process:
-            rows[0] = resample(
+        scored: list[dict[str, Any]] = world().from_main(
+            lambda: resample(
                 self.model,
                 kept_rows(self._candidates, self._rounds[0][1]),
                 self._scorer,
@@ -311,8 +306,7 @@ class BPOTrainer(WeightedDPOTrainer):
                 progress=progress,
                 **(self.args.resample_config or {}),
             )
-        broadcast_object_list(rows)
-        scored: list[dict[str, Any]] = rows[0]
+        )
         return scored
 
     def _reference(self) -> Reference:

@@ -60,7 +60,8 @@ def test_a_policy_its_store_and_an_earlier_selection_measure_alike(model, tokeni
     assert parts[0].tokenized is not None and parts[1].stored is not None
     np.testing.assert_array_equal(parts[0].lengths, parts[1].lengths)
     (first,), (second,) = (
-        source.measure([part], False) for source, part in zip((of_policy, of_store), parts, strict=True)
+        source.read(source.fill([part], False), [part], False)
+        for source, part in zip((of_policy, of_store), parts, strict=True)
     )
     for left, right in ((first.gradients[0], second.gradients[0]), (first.differences, second.differences)):
         np.testing.assert_array_equal(left.rows[left.pairs], right.rows[right.pairs])
@@ -71,7 +72,8 @@ def test_a_policy_its_store_and_an_earlier_selection_measure_alike(model, tokeni
     kept = np.array(earlier.pairs["fate"]) != "breadth"
     assert 0 < kept.sum() < len(kept)
     part, index = parts[0].keep_pairs(kept)
-    (again,) = source_of(asked(), model, tokenizer, earlier=earlier).measure([part], False)
+    source = source_of(asked(), model, tokenizer, earlier=earlier)
+    (again,) = source.read(source.fill([part], False), [part], False)
     known = np.stack([earlier.pairs[f"ref_logp_{side}"].to_numpy()[index] for side in ("chosen", "rejected")], axis=1)
     np.testing.assert_array_equal(again.ref_logps, known.astype(np.float32))
     np.testing.assert_allclose(again.margins(SelectConfig()), 0, atol=1e-4)

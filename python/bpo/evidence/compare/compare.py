@@ -23,6 +23,7 @@ from bpo.selection.strategies import registered
 from bpo.store.gradient_store import GradientStore, StoreMismatchError
 from bpo.system.optional import import_matplotlib, import_scipy
 from bpo.system.paths import check_not_within
+from bpo.world.world import world
 
 if TYPE_CHECKING:
     import os
@@ -87,8 +88,9 @@ def compare(config: Any, output: str | os.PathLike[str], *, jobs: int = 1, progr
         The results. A run that failed does not stop the others and is named in ``failures``.
 
     Raises:
-        ValueError: A bad setting, by the name of its field; unusable data; an ``output`` with other settings; or, with
-            several jobs, a strategy of your own that other processes cannot import.
+        ValueError: A bad setting, by the name of its field; unusable data; an ``output`` with other settings; several
+            processes that a launcher started; or, with several jobs, a strategy of your own that other processes cannot
+            import.
         FileNotFoundError: A path that does not exist.
         FileExistsError: An ``output`` that holds something else.
         BlockingIOError: An ``output`` in which another comparison is at work.
@@ -103,6 +105,11 @@ def compare(config: Any, output: str | os.PathLike[str], *, jobs: int = 1, progr
     config = CompareConfig.of(config)
     if isinstance(jobs, bool) or not isinstance(jobs, int) or jobs < 1:
         raise ValueError(f"jobs must be a whole number of at least 1, got {jobs!r}")
+    if (size := world().size) > 1:
+        raise ValueError(
+            f"A comparison trains in processes of its own (jobs), and this is one of {size} that a launcher started: "
+            "start it without one, or in one process within `with bpo.alone():`."
+        )
     # Before hours of work whose results could not be told.
     import_scipy("stats")
     import_matplotlib()

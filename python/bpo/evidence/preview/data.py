@@ -57,7 +57,11 @@ class PreviewData:
     def _measured(
         cls, sources: Mapping[str | None, StoreAlone], inputs: Mapping[str | None, Inputs], progress: bool = False
     ) -> PreviewData:
-        pairs = {name: source.measure([inputs[name]], progress)[0] for name, source in sources.items()}
+        parts = {name: [inputs[name]] for name in sources}
+        pairs = {
+            name: source.read(source.fill(parts[name], progress), parts[name], progress)[0]
+            for name, source in sources.items()
+        }
         usable = np.ones(len(inputs[None].candidates.pairs), dtype=bool)
         for name, source in sources.items():
             norms = pair_norms(pairs[name].gradients[0], source.config.threads)

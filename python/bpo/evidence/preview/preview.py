@@ -23,6 +23,7 @@ from bpo.selection.sources import StoreAlone
 from bpo.selection.strategies import STRATEGIES
 from bpo.store.gradient_store import GradientStore
 from bpo.system.optional import import_scipy
+from bpo.world.world import by_main
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from bpo.evidence.preview.arms import PreviewArm
 
 
+@by_main
 def preview(
     store: str | os.PathLike[str],
     dataset: Any,

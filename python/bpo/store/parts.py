@@ -1,0 +1,264 @@
+"""A store filled block by block: by one process in order, or by several at once, a block in a store of its own first.
+
+The blocks lie in ``parts/`` within the store until all are whole, and then go into it in their order, so that its bytes
+do not depend on how many processes there were. Whoever works at a block holds the lock of its store, which the system
+lets go of when the process dies, however it dies: others see that and go on after the last row that was committed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from bpo._core import StoreError, StoreLockedError
+from bpo.store.gradient_store import GradientStore
+from bpo.store.writer import GradientWriter
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Sequence
+
+    import numpy.typing as npt
+
+_PARTS = "parts"
+_ORDER = "order"  # what the numbers of the blocks mean
+
+_SECONDS_BETWEEN_LOOKS = 0.2
+
+Work = tuple[GradientWriter, "npt.NDArray[np.int64]"]
+"""Where rows are to be added, and the sequences, in order, that are lacking there."""
+
+
+class Parts:
+    """The blocks of a store.
+
+    Args:
+        writer: The store, which is there.
+        blocks: The sequences of each block, in the order in which the store keeps them; together all of the data.
+        ids: (S, 16) uint8, of all sequences.
+    """
+
+    def __init__(
+        self, writer: GradientWriter, blocks: Sequence[npt.NDArray[np.int64]], ids: npt.NDArray[np.uint8]
+    ) -> None:
+        self._writer = writer
+        self._blocks = blocks
+        self._ids = ids
+        self._directory = writer.path / _PARTS
+        self._order = hashlib.sha256(b"".join(ids[block].tobytes() + b"|" for block in blocks)).hexdigest()
+
+    def take_leftovers(self) -> bool:
+        """Puts what an interrupted run left into the store, where no more is lacking, or where its blocks are others.
+
+        Returns:
+            Whether there was any.
+
+        Raises:
+            bpo.StoreLockedError: Another process is writing.
+        """
+        self._tidy()
+        if not self._directory.is_dir():
+            return False
+        if self._order_there() == self._order and self._writer.lacks(self._ids).any():
+            return False
+        with self._writer.again() as writer:
+            writer.lock()
+            for path in sorted(self._directory.iterdir()):
+                if (path / "manifest.json").is_file():
+                    writer.take(GradientStore(path))
+            self._remove()
+        return True
+
+    def share(self) -> None:
+        """Makes the store, and room in it for blocks, of which several processes may then take one each.
+
+        Raises:
+            bpo.StoreLockedError: Another process is writing.
+        """
+        self.take_leftovers()
+        with self._writer.again() as writer:
+            if not (writer.path / "manifest.json").exists():
+                writer.lock()
+            if self._directory.is_dir() or not writer.lacks(self._ids).any():
+                return
+        fresh = self._directory.with_name(f"{_PARTS}.new")
+        shutil.rmtree(fresh, ignore_errors=True)
+        fresh.mkdir()
+        (fresh / _ORDER).write_text(self._order)
+        fresh.rename(self._directory)
+
+    def in_order(self) -> Generator[Work, None, None]:
+        """Yields what is lacking, block after block, for one process that has the lock and adds it to the store itself.
+
+        Rows of blocks that several processes began go into the store before the rest of their block does.
+        """
+        for number, block in enumerate(self._blocks):
+            part = self._part(number)
+            if (part / "manifest.json").is_file():
+                self._writer.take(GradientStore(part))
+            lacking = block[self._writer.lacks(self._ids[block])]
+            if len(lacking):
+                yield self._writer, lacking
+        self._writer.commit()
+        self._remove()
+
+    def claimed(
+        self, start: int, name: str, timeout: float, found: Callable[[npt.NDArray[np.int64]], object]
+    ) -> Generator[Work, None, None]:
+        """Yields blocks that no other process is at, until all are whole and in the store.
+
+        Args:
+            start: The block to look at first, so that processes do not all look at the same.
+            name: This process, as others name it.
+            timeout: Seconds in which something must come to the blocks that others are at.
+            found: Called with the sequences of each block that others made whole.
+
+        Raises:
+            TimeoutError: Nothing came; the message says who is at what.
+        """
+        if not self._directory.is_dir() and not (self._writer.path / "manifest.json").exists():
+            raise FileNotFoundError(
+                f"Process {name} does not see the gradient store {self._writer.path}, which process 0 has just made: "
+                "name a directory on a disk that all processes see."
+            )
+        todo = [(start + step) % len(self._blocks) for step in range(len(self._blocks))]
+        watch = _Watch(timeout)
+        while todo:
+            before = len(todo)
+            for number in list(todo):
+                lacking = self._blocks[number][self._writer.lacks(self._ids[self._blocks[number]])]
+                if self._is_whole(number, lacking):
+                    todo.remove(number)
+                    found(lacking)
+                    continue
+                with contextlib.ExitStack() as stack:
+                    part = self._claim(number, name, stack)
+                    if part is None:
+                        continue
+                    rest = lacking[part.lacks(self._ids[lacking])]
+                    found(lacking[~np.isin(lacking, rest)])
+                    if len(rest):
+                        yield part, rest
+                todo.remove(number)
+            if todo and len(todo) == before:
+                watch.look({self._part(number): self._worker(number) for number in todo})
+        while self._directory.is_dir() and not self._gathered():
+            watch.look({self._writer.path: "another process"})
+
+    def _is_whole(self, number: int, lacking: npt.NDArray[np.int64]) -> bool:
+        """Whether a block needs no more work."""
+        if not len(lacking) or not self._directory.is_dir():  # or all went into the store meanwhile
+            return True
+        with contextlib.suppress(FileNotFoundError):
+            return bool((GradientStore(self._part(number)).rows_of(self._ids[lacking]) >= 0).all())
+        return False
+
+    def _claim(self, number: int, name: str, stack: contextlib.ExitStack) -> GradientWriter | None:
+        """Takes a block until ``stack`` is left; None where another process has it."""
+        path = self._part(number)
+        made = False
+        try:
+            path.mkdir(exist_ok=True)  # not what it is in, which is gone once all is done
+            made = not (path / "manifest.json").exists()
+            part = stack.enter_context(self._writer.part(path))
+            part.lock()
+            path.with_suffix(".by").write_text(name)
+        except (FileNotFoundError, StoreLockedError):
+            return None
+        except StoreError:
+            if made and (path / "manifest.json").exists():  # another one made it at this moment
+                return None
+            raise
+        return part
+
+    def _gathered(self) -> bool:
+        """Puts the blocks into the store; returns False where another process is at it."""
+        try:
+            with self._writer.again() as writer:
+                writer.lock()
+                for number in range(len(self._blocks)):
+                    if (self._part(number) / "manifest.json").is_file():
+                        writer.take(GradientStore(self._part(number)))
+                self._remove()
+        except StoreLockedError:
+            return False
+        return True
+
+    def _part(self, number: int) -> Path:
+        return self._directory / f"{number:06d}"
+
+    def _worker(self, number: int) -> str:
+        """Who said last that it works at a block."""
+        try:
+            return f"process {self._part(number).with_suffix('.by').read_text()}"
+        except OSError:
+            return "another process"
+
+    def _order_there(self) -> str:
+        try:
+            return (self._directory / _ORDER).read_text()
+        except FileNotFoundError:
+            return ""
+
+    def _remove(self) -> None:
+        """Takes the blocks away at once, so that nobody takes half of them for what is to be done."""
+        if self._directory.is_dir():
+            self._directory.rename(self._directory.with_name(f"{_PARTS}.done-{os.getpid()}"))
+            self._tidy()
+
+    def _tidy(self) -> None:
+        """Deletes what was taken away, also by a process that died over it."""
+        for done in self._writer.path.glob(f"{_PARTS}.done-*"):
+            shutil.rmtree(done, ignore_errors=True)
+
+
+class _Watch:
+    """Whether anything comes to stores that others write to."""
+
+    def __init__(self, timeout: float) -> None:
+        self._timeout = timeout
+        self._seen: dict[Path, list[int]] = {}
+        self._since = time.monotonic()
+
+    def look(self, stores: dict[Path, str]) -> None:
+        """Waits a moment; stores that grew, or are others than before, start the time anew.
+
+        Raises:
+            TimeoutError: Nothing came for too long.
+        """
+        seen = {path: _sizes(path) for path in stores}
+        if seen != self._seen:
+            self._seen, self._since = seen, time.monotonic()
+        if time.monotonic() - self._since > self._timeout:
+            places = "; ".join(f"{worker} is at {path}" for path, worker in list(stores.items())[:4])
+            raise TimeoutError(
+                f"Nothing came to the gradient store for {self._timeout:g} s (SelectConfig.process_timeout): {places}. "
+                "What was committed is kept; end that process, and run again to go on from there."
+            )
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+
+
+def _sizes(path: Path) -> list[int]:
+    """Bytes of the files of a store."""
+    try:
+        return [entry.stat().st_size for entry in sorted(path.iterdir())]
+    except OSError:
+        return []
+
+
+def check_shared(path: str | os.PathLike[str] | None) -> None:
+    """Checks that processes of one job name a store.
+
+    Raises:
+        ValueError: They do not.
+    """
+    if path is None:
+        raise ValueError(
+            "Several processes that work together need a gradient store: name a directory that all of them see (store)."
+        )

@@ -1,0 +1,212 @@
+"""The processes of a job, over ``torch.distributed``: one that works for all, and settings that all must share."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+import datetime
+import functools
+import os
+import pickle
+import platform
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+from bpo.world.launch import launched
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+_Result = TypeVar("_Result")
+_Given = ParamSpec("_Given")
+
+# What one process does for all may take days, and while it lives the others wait; that it died they learn at once.
+_LONGEST = datetime.timedelta(days=100)
+
+_alone = contextvars.ContextVar("bpo_alone", default=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    """The processes that call the same functions in the same order.
+
+    Attributes:
+        rank: The number of this one, from 0 on.
+        size: How many there are.
+        local_size: How many of them share this machine.
+    """
+
+    rank: int
+    size: int
+    local_size: int
+    _group: Any = None
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the first process, which prints and saves."""
+        return self.rank == 0
+
+    @property
+    def name(self) -> str:
+        """This process, as messages of others name it."""
+        return f"{self.rank} ({os.getpid()} on {platform.node()})"
+
+    def from_main(self, work: Callable[[], _Result]) -> _Result:
+        """Has the first process do something, and returns in each what came of it.
+
+        Raises:
+            Exception: What it raised there, in each.
+        """
+        if self.size == 1:
+            return work()
+        sent: list[Any] = [None, None]
+        failed: Exception | None = None
+        if self.is_main:
+            try:
+                with alone():
+                    sent[0] = work()
+            except Exception as error:
+                failed, sent[1] = error, _sendable(error)
+        self._broadcast(sent)
+        if failed is not None:
+            raise failed
+        if sent[1] is not None:
+            raise sent[1]
+        result: _Result = sent[0]
+        return result
+
+    def check_same(self, values: Mapping[str, Any], timeout: float) -> None:
+        """Waits for all processes, and checks that they are about to do the same.
+
+        Args:
+            values: What must be the same everywhere, by the name that an error gives it.
+            timeout: Seconds to wait for the others.
+
+        Raises:
+            TimeoutError: One did not come.
+            ValueError: One came with something else.
+        """
+        if self.size == 1:
+            return
+        import torch.distributed
+
+        self._wait(timeout)
+        others: list[Any] = [None] * self.size
+        torch.distributed.all_gather_object(others, dict(values), group=self._group)
+        for name in values:
+            for rank, other in enumerate(others):
+                if other.get(name) != others[0].get(name):
+                    raise ValueError(
+                        f"Process {rank} of {self.size} has another {name} than process 0: {_brief(other.get(name))} "
+                        f"there, {_brief(others[0].get(name))} here. All processes of a job must be given the same."
+                    )
+
+    def _wait(self, timeout: float) -> None:
+        import torch.distributed
+
+        try:
+            torch.distributed.monitored_barrier(
+                self._group, timeout=datetime.timedelta(seconds=timeout), wait_all_ranks=True
+            )
+        except RuntimeError as error:
+            raise TimeoutError(
+                f"Process {self.name} of {self.size} waited {timeout:g} s for all others to get as far (which "
+                "SelectConfig.process_timeout sets): call bpo in every process of a job that a launcher started, or in "
+                f"one alone within `with bpo.alone():`. torch.distributed says: {error}"
+            ) from None
+
+    def _broadcast(self, values: list[Any]) -> None:
+        import torch.distributed
+
+        try:
+            torch.distributed.broadcast_object_list(values, src=0, group=self._group)
+        except RuntimeError as error:
+            raise ConnectionError(f"Process {self.name} of {self.size} lost a process of its job: {error}") from None
+
+
+def world() -> World:
+    """Returns the processes of this job: as ``torch.distributed`` knows them where it runs, else as a launcher says.
+
+    Within :func:`alone`, this process by itself.
+    """
+    if _alone.get():
+        return World(0, 1, 1)
+    launch = launched()
+    if launch.size == 1 and not _running():
+        return World(0, 1, 1)
+    return _joined(os.getpid())
+
+
+@functools.cache
+def _joined(pid: int) -> World:
+    """Joins the others, once in the life of a process, over a group that serves nothing but this."""
+    from accelerate import PartialState
+
+    launch = launched()
+    os.environ.update(launch.variables)
+    try:
+        PartialState()  # starts torch.distributed, and takes the device that is this process's
+    except RuntimeError as error:
+        raise ConnectionError(
+            f"Process {launch.rank} of {launch.size} could not meet the others of its job at "
+            f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}: {error}"
+        ) from None
+    import torch.distributed
+
+    if not _running():
+        return World(0, 1, 1)
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    group = torch.distributed.new_group(backend="gloo", timeout=_LONGEST)
+    return World(rank, size, min(size, launch.local_size if launch.size == size else size), group)
+
+
+def _running() -> bool:
+    import sys
+
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_available() and distributed.is_initialized()
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Lets this process call bpo without the others of its job.
+
+    Every process of a job that ``torchrun``, ``accelerate launch`` or ``srun`` started is otherwise expected to make
+    the same calls in the same order.
+
+    Example:
+        >>> import bpo
+        >>> rows = [{"prompt": "1 + 1 =", "chosen": " 2", "rejected": " 3"}]
+        >>> with bpo.alone():
+        ...     len(bpo.select(None, rows, budget=1, strategy="random").dataset)
+        1
+    """
+    token = _alone.set(True)
+    try:
+        yield
+    finally:
+        _alone.reset(token)
+
+
+def by_main(work: Callable[_Given, _Result]) -> Callable[_Given, _Result]:
+    """Makes a function that all processes of a job call one that the first does, and that returns the same in each."""
+
+    @functools.wraps(work)
+    def call(*args: _Given.args, **kwargs: _Given.kwargs) -> _Result:
+        return world().from_main(lambda: work(*args, **kwargs))
+
+    return call
+
+
+def _sendable(error: Exception) -> Exception:
+    """An error as another process can raise it."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"Process 0 failed: {type(error).__name__}: {error}")
+    return error
+
+
+def _brief(value: Any) -> str:
+    text = str(value)
+    return text[:12] + "…" if len(text) == 64 else text

@@ -1,0 +1,103 @@
+"""Processes that work together as torchrun would start them, forked from one that has imported everything."""
+
+import multiprocessing
+import os
+import socket
+import sys
+import traceback
+from pathlib import Path
+
+import torch
+
+import bpo
+from tiny import build_tokenizer, scored_rows, tiny_llama
+
+ROWS = scored_rows(14, 5)
+SETTINGS = {"sketch_dim": 64, "tokens_per_batch": 24, "threads": 1, "process_timeout": 60.0}
+
+
+def context():
+    """A server of processes, which start in a moment."""
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(
+        ["torch", "transformers", "trl", "peft", "accelerate", "bpo.gradients.collect", "job"]
+    )
+    return server
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def _member(rank, size, port, output, work, arguments):
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), ACCELERATE_USE_CPU="true")
+    if size == 1:
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+            del os.environ[name]
+    torch.set_num_threads(1)
+    sys.stdout = sys.stderr = (output / f"{rank}.out").open("w")
+    try:
+        work(rank, *arguments)
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def start(size, output, work, *arguments):
+    """Starts processes that call ``work(rank, *arguments)``, and write what they say to ``output``."""
+    output = Path(output)
+    output.mkdir(parents=True, exist_ok=True)
+    port, server = free_port(), context()
+    members = [server.Process(target=_member, args=(rank, size, port, output, work, arguments)) for rank in range(size)]
+    for member in members:
+        member.start()
+    return members
+
+
+def said(output, rank):
+    return (Path(output) / f"{rank}.out").read_text()
+
+
+def finish(members, output):
+    """Waits until all have ended, and well."""
+    for member in members:
+        member.join(120)
+    assert [member.exitcode for member in members] == [0] * len(members), [said(output, r) for r in range(len(members))]
+
+
+def collect(rank, store, rows=ROWS, **settings):
+    """The gradients of a tiny model, with a commit after every batch."""
+    import bpo.store.writer
+
+    bpo.store.writer._COMMIT_SECONDS = 0
+    tokenizer = build_tokenizer()
+    return bpo.collect_gradients(
+        tiny_llama(tokenizer),
+        rows,
+        processing_class=tokenizer,
+        store=store,
+        config=bpo.SelectConfig(**{**SETTINGS, **settings}),
+        progress=False,
+    )
+
+
+def select(rank, store, output):
+    """A selection, which each process writes down."""
+    tokenizer = build_tokenizer()
+    selection = bpo.select(
+        tiny_llama(tokenizer),
+        ROWS,
+        budget=30,
+        breadth=9,
+        processing_class=tokenizer,
+        store=store,
+        config=bpo.SelectConfig(**SETTINGS),
+        progress=False,
+    )
+    selection.save(Path(output) / f"selection-{rank}")

@@ -1,0 +1,122 @@
+"""The command as launchers start it, and functions that one process calls for all or for itself."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+import bpo
+import job
+from bpo.world.world import world
+from store_writer import contents
+from tiny import build_tokenizer, tiny_llama
+
+COMMAND = ["-m", "bpo", "select", "model", "rows.jsonl", "--budget", "30", "--set", "sketch_dim=64"]
+COMMAND += ["--set", "tokens_per_batch=24", "--set", "device=cpu"]
+# What a step of SLURM with two tasks says, but for which of them this is.
+STEP = {
+    "SLURM_JOB_ID": str(job.free_port()),
+    "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NUM_TASKS": "2",
+    "SLURM_STEP_TASKS_PER_NODE": "2",
+    "SLURM_STEP_NODELIST": "localhost",
+}
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    """A model, data, and what one process makes of them."""
+    path = tmp_path_factory.mktemp("launched")
+    tokenizer = build_tokenizer()
+    tiny_llama(tokenizer).save_pretrained(path / "model")
+    tokenizer.save_pretrained(path / "model")
+    (path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in job.ROWS))
+    settings = {"sketch_dim": 64, "tokens_per_batch": 24, "device": "cpu"}
+    selection = bpo.select(
+        str(path / "model"),
+        str(path / "rows.jsonl"),
+        budget=30,
+        store=path / "store",
+        config=bpo.SelectConfig(**settings),
+        progress=False,
+    )
+    selection.save(path / "one")
+    return path
+
+
+def assert_as_one(directory, name, outputs):
+    assert sum("dataset  " in output for output in outputs) == 1, "only the first process says what it did"
+    assert contents(directory / f"store-{name}") == contents(directory / "store")
+    found, one = (bpo.Selection.load(directory / path) for path in (name, "one"))
+    assert found.pairs.equals(one.pairs) and found.dataset.to_list() == one.dataset.to_list()
+
+
+def test_torchrun(directory, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={job.free_port()}"]
+    command = [sys.executable, *launcher, *COMMAND, "--store", "store-launched", "--output", "launched"]
+    done = subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert_as_one(directory, "launched", [done.stdout])
+
+
+def test_a_step_of_slurm(directory, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    for name, value in STEP.items():
+        monkeypatch.setenv(name, value)
+    members = []
+    for rank in range(2):
+        monkeypatch.setenv("SLURM_PROCID", str(rank))
+        monkeypatch.setenv("SLURM_LOCALID", str(rank))
+        command = [sys.executable, *COMMAND, "--store", "store-step", "--output", "step"]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        members.append(subprocess.Popen(command, cwd=directory, **pipes))
+    said = [member.communicate(timeout=240) for member in members]
+    assert [member.returncode for member in members] == [0, 0], said
+    assert_as_one(directory, "step", [output for output, _ in said])
+
+
+def together(rank, output):
+    """What each process finds, written down."""
+    found = {"rank": world().rank, "size": world().size}
+    scored = bpo.score_responses(
+        [{"prompt": "a", "responses": ["b", "cc"]}], Counted(output), output=output / "scored.jsonl", progress=False
+    )
+    found["scored"] = list(scored)
+    with bpo.alone():
+        found["alone"] = world().size
+    try:
+        bpo.compare({"model": "model", "dataset": [], "budget": 1, "arms": ["random"]}, output / "comparison")
+    except ValueError as error:
+        found["compare"] = str(error)
+    try:
+        bpo.doctor("no/such/model")
+    except Exception as error:
+        found["doctor"] = f"{type(error).__name__}: {error}"
+    (output / f"{rank}.json").write_text(json.dumps(found))
+
+
+class Counted:
+    """A scorer that leaves a trace of each response."""
+
+    def __init__(self, output):
+        self.output = output
+
+    def __call__(self, prompt, response):
+        with (self.output / "calls").open("a") as file:
+            file.write(response)
+        return float(len(response))
+
+
+def test_what_one_process_does_all_get(tmp_path):
+    job.finish(job.start(2, tmp_path, together, tmp_path), tmp_path)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert (first.pop("rank"), second.pop("rank")) == (0, 1)
+    assert first == second
+    assert first["size"] == 2 and first["alone"] == 1
+    assert (tmp_path / "calls").read_text() == "bcc"
+    assert "this is one of 2 that a launcher started" in first["compare"]
+    assert "no/such/model" in first["doctor"]
