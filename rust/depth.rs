@@ -109,10 +109,7 @@ fn check(
     }
     let weights = cluster_weights.unwrap_or_default();
     match weights.iter().position(|weight| !(weight.is_finite() && *weight >= 0.0)) {
-        Some(index) => {
-            let value = format!("{} for cluster {index}", weights[index]);
-            Err(Error::argument("cluster_weights", "finite and not negative", value))
-        }
+        Some(index) => Err(Error::Weight { array: "cluster_weights", index, value: weights[index] }),
         None => Ok(()),
     }
 }

@@ -80,7 +80,7 @@ fn unit(target: &[f32], dim: usize) -> Result<Vec<f64>> {
     let values = || target.iter().map(|&value| f64::from(value));
     let norm = values().map(|value| value * value).sum::<f64>().sqrt();
     if norm == 0.0 {
-        return Err(Error::argument("target", "a direction", "zero"));
+        return Err(Error::ZeroVector { array: "target" });
     }
     Ok(values().map(|value| value / norm).collect())
 }

@@ -44,8 +44,9 @@ use crate::progress::Progress;
 ///
 /// Raises:
 ///     TypeError: If an array has another dtype.
-///     ValueError: If an array has another shape or layout, a pair refers to a row that is not there or not finite, or a
-///         cluster is negative.
+///     NotFiniteError: If a row of a pair, or a coefficient, is not finite, or a pair is too long for float32.
+///     OutOfRangeError: If a pair refers to a row that is not there, or a cluster is negative.
+///     ValueError: If an array has another shape or layout, or max_depth is 0.
 ///     MemoryError: If cache_bytes cannot be had.
 #[pyfunction]
 #[expect(clippy::too_many_arguments, reason = "keywords in Python")]

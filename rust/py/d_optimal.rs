@@ -38,8 +38,10 @@ use crate::progress::Progress;
 ///
 /// Raises:
 ///     TypeError: If an array has another dtype.
-///     ValueError: If an array has another shape or layout, a pair refers to a row that is not there or not finite, or an
-///         argument is out of its range.
+///     NotFiniteError: If a row of a pair, or a coefficient, is not finite, or a pair is too long for float32.
+///     OutOfRangeError: If a pair refers to a row that is not there.
+///     NotDefiniteError: If A is not positive definite to float64 precision: regularization is too small for these pairs.
+///     ValueError: If an array has another shape or layout, or an argument is out of its range.
 ///     MemoryError: If two triangles of d^2 / 2 float64 numbers cannot be had.
 #[pyfunction]
 #[expect(clippy::too_many_arguments, reason = "keywords in Python")]

@@ -44,8 +44,10 @@ use crate::progress::Progress;
 ///
 /// Raises:
 ///     TypeError: If an array has another dtype.
-///     ValueError: If an array has another shape or layout, a pair refers to a row that is not there or not finite, the
-///         target is zero or not finite, or max_depth is 0.
+///     NotFiniteError: If a row of a pair, a coefficient or the target is not finite.
+///     OutOfRangeError: If a pair refers to a row that is not there.
+///     NoDirectionError: If the target is zero.
+///     ValueError: If an array has another shape or layout, or max_depth is 0.
 ///     MemoryError: If cache_bytes cannot be had.
 #[pyfunction]
 #[expect(clippy::too_many_arguments, reason = "keywords in Python")]

@@ -93,8 +93,9 @@ impl<D: Disk> Appender<D> {
         }
         for (piece, sketches) in sketches.chunks(PIECE.div_ceil(dim) * dim).enumerate() {
             progress.check()?;
-            if let Some(row) = sketches.chunks_exact(dim).position(|row| !row.iter().all(|value| value.is_finite())) {
-                return Err(Error::NonFiniteRow { array: "sketches", row: piece * PIECE.div_ceil(dim) + row });
+            if let Some(index) = sketches.iter().position(|value| !value.is_finite()) {
+                let (row, column) = (piece * PIECE.div_ceil(dim) + index / dim, index % dim);
+                return Err(Error::NonFiniteRow { array: "sketches", row, column, value: f64::from(sketches[index]) });
             }
         }
         self.check()?;

@@ -3,6 +3,7 @@
 mod products;
 
 use crate::error::{Error, Result};
+use crate::matrix::check_finite;
 use crate::memory::{RESULTS, TILES, build, first, room};
 use crate::points::Points;
 use crate::progress::Progress;
@@ -153,9 +154,7 @@ fn check(
         let label = i64::from(labels[index]);
         return Err(Error::ClusterOutOfRange { array: "labels", index, label, clusters });
     }
-    if let Some(index) = centroids.iter().position(|value| !value.is_finite()) {
-        return Err(Error::NonFiniteRow { array: "centroids", row: index / dim });
-    }
+    check_finite("centroids", centroids, dim)?;
     if let Some(direction) = direction {
         if direction.len() != dim {
             return Err(Error::shape("direction", format!("({dim},)"), format!("({},)", direction.len())));
