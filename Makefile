@@ -90,11 +90,12 @@ same: $(VENV)/.installed ## Whether the working tree behaves as a commit does, b
 	cd $(SAME)/source && CARGO_TARGET_DIR='$(CURDIR)/$(SAME)/cargo' '$(CURDIR)/$(BIN)/maturin' build --quiet --release --out ../dist
 	$(BIN)/python tests/same $(SAME)/dist/*.whl dist/*.whl $(ARGS)
 
-lint: lint-rust lint-python ## Formatting, clippy, ruff, mypy, stubtest, the order of the rooms, and what else is agreed
+lint: lint-rust lint-python ## Formatting, clippy, rustdoc, ruff, mypy, stubtest, the order of the rooms, and what else is agreed
 
 lint-rust:
 	cargo fmt --check
 	cargo clippy --quiet --all-targets --all-features -- -D warnings
+	RUSTDOCFLAGS='-D warnings' cargo doc --quiet --no-deps --all-features
 
 lint-python: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
 //! Symmetric positive definite matrices in float64: sums of squares, the Cholesky factor, and systems with it.
 //!
-//! Everything is made of blocks of 16 x 16 numbers and of one step, [`eliminate`], on 16 right sides that do not know of
+//! Everything is made of blocks of 16 x 16 numbers and of one step, `eliminate`, on 16 right sides that do not know of
 //! others; so it runs in parallel, and no result depends on the number of threads. Dimensions are rounded up to whole
 //! blocks: what is added is zero, but for the diagonal.
 
@@ -15,6 +15,22 @@ use crate::simd::block::{Lanes, SIDE, multiply_add, substitute};
 ///
 /// Panel i begins with column 0 and ends with its block on the diagonal; column s of it holds the numbers s of the rows
 /// from 16 i on. Above the diagonal a block has whatever it has.
+///
+/// ```
+/// use bpo::cholesky::Triangle;
+/// use bpo::progress::Progress;
+/// use bpo::simd::block::{Lanes, SIDE};
+///
+/// let mut matrix = Triangle::zeros(2)?;
+/// matrix.set_diagonal(1.0);
+/// let mut vector = Lanes([0.0; SIDE]);
+/// vector.0[..2].copy_from_slice(&[3.0, 4.0]);
+/// matrix.add_products(&[vector], 1, &Progress::default())?; // I + vvᵀ
+/// matrix.factor(&Progress::default())?;
+/// let determinant = (matrix.get(0, 0) * matrix.get(1, 1)).powi(2);
+/// assert!((determinant - 26.0).abs() < 1e-12);
+/// # Ok::<(), bpo::Error>(())
+/// ```
 #[derive(Clone, Debug)]
 pub struct Triangle {
     values: Vec<Lanes>,

@@ -57,6 +57,21 @@ pub struct Design {
 /// Picks at most `budget` pairs, fewer only if the limits leave fewer. A is `regularization` times the identity first;
 /// ties go to the lower pair.
 ///
+/// ```
+/// use bpo::d_optimal::d_optimal;
+/// use bpo::matrix::{Rows, Values};
+/// use bpo::points::Points;
+/// use bpo::progress::Progress;
+/// use bpo::prompts::Limits;
+///
+/// let rows = Rows::new(Values::F32(&[1.0, 0.0, 2.0, 0.0, 0.0, 1.0]), 3, 2)?;
+/// let pairs = Points::from_pairs(rows, &[[0, 0], [1, 1], [2, 2]], &[[1.0, 0.0]; 3], &Progress::default())?;
+/// let found = d_optimal(&pairs, 2, 1.0, Limits::default(), &Progress::default())?;
+/// assert_eq!(found.picks, [1, 2]); // the longest, then the one that goes elsewhere
+/// assert!((found.gains[0] - 5f64.ln()).abs() < 1e-12 && (found.gains[1] - 2f64.ln()).abs() < 1e-12);
+/// # Ok::<(), bpo::Error>(())
+/// ```
+///
 /// # Errors
 /// If shapes do not fit, the dimension is above [`MAX_DIM`] or its matrices do not fit into memory, the regularization is
 /// not positive, a row is not finite, or the computation was cancelled.

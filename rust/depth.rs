@@ -34,6 +34,20 @@ pub struct Candidates<'a> {
 ///
 /// O(P log P) time for P pairs, of which only the sorting is more than O(P), and 16 bytes a pair twice.
 ///
+/// ```
+/// use bpo::depth::{Candidates, allocate_depth};
+/// use bpo::progress::Progress;
+///
+/// let candidates =
+///     Candidates { prompts: &[0, 0, 0, 1], clusters: &[0, 0, 1, 0], usefulness: &[0.9, 0.8, 0.7, 0.1] };
+/// let kept = allocate_depth(candidates, 2, true, None, None, &Progress::default())?;
+/// assert_eq!(kept, [true, false, false, true]);
+/// // Not each prompt, but each cluster in proportion to its pairs.
+/// let kept = allocate_depth(candidates, 3, false, None, None, &Progress::default())?;
+/// assert_eq!(kept, [true, true, true, false]);
+/// # Ok::<(), bpo::Error>(())
+/// ```
+///
 /// # Errors
 /// If lengths differ, a usefulness is NaN, a cluster is negative or without weight, a weight is negative or not finite,
 /// the budget is below the number of prompts that each get a pair, the memory cannot be had, or the computation was
@@ -109,10 +123,7 @@ fn check(
     }
     let weights = cluster_weights.unwrap_or_default();
     match weights.iter().position(|weight| !(weight.is_finite() && *weight >= 0.0)) {
-        Some(index) => {
-            let value = format!("{} for cluster {index}", weights[index]);
-            Err(Error::argument("cluster_weights", "finite and not negative", value))
-        }
+        Some(index) => Err(Error::Weight { array: "cluster_weights", index, value: weights[index] }),
         None => Ok(()),
     }
 }

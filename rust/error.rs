@@ -15,23 +15,33 @@ pub enum Error {
     #[error("`k` = {clusters} clusters need at least as many points, but there are {points}; lower `k`")]
     TooManyClusters { clusters: usize, points: usize },
 
-    #[error("`{array}` row {row} holds a NaN or infinite value; remove that row first")]
-    NonFiniteRow { array: &'static str, row: usize },
+    #[error("`{array}` row {row} holds a NaN or infinite value, {value} in column {column}; remove that row first")]
+    NonFiniteRow { array: &'static str, row: usize, column: usize, value: f64 },
 
     #[error("`{array}` holds {value} at index {index}; remove that entry first")]
     NotFinite { array: &'static str, index: usize, value: f64 },
 
-    #[error("point {point} is too long for float32: its squared norm overflows; scale the rows or coefficients down")]
-    Overflow { point: usize },
+    #[error("`{array}` must be finite and not negative, but is {value} at index {index}")]
+    Weight { array: &'static str, index: usize, value: f64 },
+
+    /// A point is a row of `array`, as in those that follow.
+    #[error("point {point} is too long for float32; scale the rows or coefficients down")]
+    Overflow { array: &'static str, point: usize },
 
     #[error("point {point} has zero length and so no direction; remove it, or use metric=\"euclidean\"")]
-    ZeroPoint { point: usize },
+    ZeroPoint { array: &'static str, point: usize },
 
     #[error(
         "point {point} is too short for float32 to bring it to unit length; scale the rows up, or use \
          metric=\"euclidean\""
     )]
-    TooShort { point: usize },
+    TooShort { array: &'static str, point: usize },
+
+    #[error("`{array}` must be free of zero rows with metric=\"cosine\", but is zero in row {row}")]
+    ZeroRow { array: &'static str, row: usize },
+
+    #[error("`{array}` must be a direction, but is zero")]
+    ZeroVector { array: &'static str },
 
     #[error("point {point} changed while it was worked on; let nothing write to `rows` meanwhile")]
     Changed { point: usize },

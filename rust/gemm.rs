@@ -105,6 +105,15 @@ impl Packed {
 
 /// `out = left * right`, on the calling thread: `left` row-major (rows, depth), `out` row-major (rows, padded columns).
 ///
+/// ```
+/// use bpo::gemm::{Packed, multiply};
+///
+/// let right = Packed::from_columns(&[1.0, 2.0, 3.0, 4.0], 2);
+/// let mut product = vec![0.0; right.padded_columns()];
+/// multiply(&[5.0, 6.0], &right, &mut product);
+/// assert_eq!(product[..right.columns()], [17.0, 39.0]);
+/// ```
+///
 /// # Panics
 /// If a slice does not have the size that the right factor implies.
 pub fn multiply(left: &[f32], right: &Packed, out: &mut [f32]) {

@@ -33,6 +33,20 @@ impl Values<'_> {
     }
 }
 
+/// Checks the values of an array of rows of `dim`.
+///
+/// # Errors
+/// If one is not finite.
+pub fn check_finite(array: &'static str, values: &[f32], dim: usize) -> Result<()> {
+    match values.iter().position(|value| !value.is_finite()) {
+        Some(index) => {
+            let value = f64::from(values[index]);
+            Err(Error::NonFiniteRow { array, row: index / dim, column: index % dim, value })
+        }
+        None => Ok(()),
+    }
+}
+
 /// A row-major matrix view of `count` rows of `dim` values.
 #[derive(Clone, Copy, Debug)]
 pub struct Rows<'a> {

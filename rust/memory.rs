@@ -1,7 +1,7 @@
 //! Lists whose length grows with the data: had in full or refused with [`Error::Memory`], and filled in pieces between
 //! which the cancel token is looked at.
 //!
-//! What one tile or one piece needs is allocated as usual, since [`ROOM`] is left for it: such lists are bounded, but for
+//! What one tile or one piece needs is allocated as usual, since `ROOM` is left for it: such lists are bounded, but for
 //! what is as wide as a row or has a number for each cluster, for which [`room`] asks before a pass.
 
 use std::hint::black_box;

@@ -8,6 +8,19 @@ use crate::error::{Error, Result};
 ///
 /// Algorithms call [`Progress::advance`] or [`Progress::check`] between blocks of their work, such as tiles; how long a
 /// block takes depends on the data. The counters carry no data between threads, so relaxed ordering is enough.
+///
+/// ```
+/// use bpo::progress::Progress;
+/// use bpo::ranking::{Ranking, ranking_keys};
+///
+/// let progress = Progress::default();
+/// ranking_keys(&[0.5; 40_000], Ranking::Nearest, 0, &progress)?;
+/// assert_eq!(progress.steps(), (3, 3));
+/// progress.cancel(); // from whatever thread
+/// let refused = ranking_keys(&[0.5; 40_000], Ranking::Nearest, 0, &progress);
+/// assert!(matches!(refused, Err(bpo::Error::Cancelled)));
+/// # Ok::<(), bpo::Error>(())
+/// ```
 #[derive(Debug, Default)]
 pub struct Progress {
     done: AtomicU64,

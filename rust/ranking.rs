@@ -31,6 +31,19 @@ pub enum Ranking {
 ///
 /// O(P) time for P pairs.
 ///
+/// ```
+/// use bpo::progress::Progress;
+/// use bpo::ranking::{Ranking, ranking_keys};
+///
+/// let scores = [0.1, 0.7, 0.4];
+/// let keys = ranking_keys(&scores, Ranking::Farthest, 0, &Progress::default())?;
+/// assert_eq!(keys, [-0.1, -0.7, -0.4]);
+/// // So cold that the draw follows the scores.
+/// let keys = ranking_keys(&scores, Ranking::Softmax { temperature: 1e-3 }, 0, &Progress::default())?;
+/// assert!(keys[1] > keys[2] && keys[2] > keys[0]);
+/// # Ok::<(), bpo::Error>(())
+/// ```
+///
 /// # Errors
 /// If a score is not finite, the temperature is not positive, the memory cannot be had, or the computation was cancelled.
 pub fn ranking_keys(scores: &[f64], ranking: Ranking, seed: u64, progress: &Progress) -> Result<Vec<f64>> {

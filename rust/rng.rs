@@ -37,6 +37,16 @@ pub enum Purpose {
 }
 
 /// One stream of random words.
+///
+/// ```
+/// use bpo::rng::{Purpose, Stream};
+///
+/// let stream = Stream::new(7, Purpose::Shuffle, 0);
+/// let mut words = [[0; 4]; 3];
+/// stream.fill(100, &mut words);
+/// assert_eq!(words[2], stream.words(102)); // any part alone
+/// assert_ne!(words[2], Stream::new(8, Purpose::Shuffle, 0).words(102));
+/// ```
 #[derive(Clone, Copy, Debug)]
 pub struct Stream {
     key: [u32; 2],

@@ -8,6 +8,15 @@ use crate::progress::Progress;
 /// Splits `total` in proportion to `masses`, of which one at least is positive: the whole parts first, then one more to
 /// those with the largest fractions (ties: the lower index).
 ///
+/// ```
+/// use bpo::progress::Progress;
+/// use bpo::shares::largest_remainder;
+///
+/// // 2.4, 0.8 and 0.8 of four.
+/// assert_eq!(largest_remainder(&[3.0, 1.0, 1.0], 4, &Progress::default())?, [2, 1, 1]);
+/// # Ok::<(), bpo::Error>(())
+/// ```
+///
 /// # Errors
 /// If the memory cannot be had, or the computation was cancelled.
 pub fn largest_remainder(masses: &[f64], total: usize, progress: &Progress) -> Result<Vec<usize>> {

@@ -9,7 +9,17 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from bpo._core import StoreDamagedError, StoreError, StoreLockedError, StoreVersionError, __version__
+from bpo._core import (
+    NoDirectionError,
+    NotDefiniteError,
+    NotFiniteError,
+    OutOfRangeError,
+    StoreDamagedError,
+    StoreError,
+    StoreLockedError,
+    StoreVersionError,
+    __version__,
+)
 
 if TYPE_CHECKING:
     from bpo._core import allocate_depth as allocate_depth
@@ -119,7 +129,18 @@ _LAZY = {
     "WeightedDPOConfig": "bpo.training.weighting",
     "WeightedDPOTrainer": "bpo.training.weighting",
 }
-__all__ = ["StoreDamagedError", "StoreError", "StoreLockedError", "StoreVersionError", "__version__", *_LAZY]
+__all__ = [
+    "NoDirectionError",
+    "NotDefiniteError",
+    "NotFiniteError",
+    "OutOfRangeError",
+    "StoreDamagedError",
+    "StoreError",
+    "StoreLockedError",
+    "StoreVersionError",
+    "__version__",
+    *_LAZY,
+]
 
 
 def __getattr__(name: str) -> Any:

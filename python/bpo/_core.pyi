@@ -9,6 +9,10 @@ from numpy.typing import NDArray
 
 __all__ = [
     "KMeansResult",
+    "NoDirectionError",
+    "NotDefiniteError",
+    "NotFiniteError",
+    "OutOfRangeError",
     "PairScores",
     "Sketcher",
     "StoreDamagedError",
@@ -42,6 +46,22 @@ _DType = Literal["float32", "float16", "bfloat16", "int8"]
 # Called with (done, total).
 _Progress = Callable[[int, int], object]
 
+class NotFiniteError(ValueError):
+    array: str
+    index: int
+    column: int | None
+    value: float
+
+class NoDirectionError(ValueError):
+    array: str
+    index: int | None
+
+class OutOfRangeError(ValueError):
+    array: str
+    index: int
+    value: int | float
+
+class NotDefiniteError(ValueError): ...
 class StoreError(ValueError): ...
 class StoreDamagedError(StoreError): ...
 class StoreLockedError(StoreError): ...

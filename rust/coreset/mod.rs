@@ -44,6 +44,21 @@ pub struct Coreset {
 
 /// Chooses `budget` pairs, fewer only if the limits leave fewer. Clusters share what the limits keep a cluster from using.
 ///
+/// ```
+/// use bpo::coreset::{CACHE_BYTES, coreset};
+/// use bpo::matrix::{Rows, Values};
+/// use bpo::points::Points;
+/// use bpo::progress::Progress;
+/// use bpo::prompts::Limits;
+///
+/// let rows = Rows::new(Values::F32(&[1.0, 0.0, 0.0, 1.0, 0.6, 0.8]), 3, 2)?;
+/// let pairs = Points::from_pairs(rows, &[[0, 0], [1, 1], [2, 2]], &[[1.0, 0.0]; 3], &Progress::default())?;
+/// let found = coreset(&pairs, &[0, 0, 0], 1, Limits::default(), CACHE_BYTES, &Progress::default())?;
+/// assert_eq!(found.picks, [2]); // it alone is near the mean of the three
+/// assert!((found.weights[0] - 0.8).abs() < 1e-6);
+/// # Ok::<(), bpo::Error>(())
+/// ```
+///
 /// # Errors
 /// If shapes do not fit, a cluster is negative, a row is not finite, or the computation was cancelled.
 pub fn coreset(

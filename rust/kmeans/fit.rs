@@ -12,7 +12,7 @@ use super::measure::Measure;
 use super::params::{CACHE_BYTES, Init, Metric, Params};
 use super::update::{Changes, Move, Sums, UNASSIGNED};
 use crate::error::{Error, Result};
-use crate::matrix::Rows;
+use crate::matrix::{Rows, check_finite};
 use crate::memory::{CENTROIDS, POINTS, RESULTS, build, copied, each, first};
 use crate::points::{Points, Tile};
 use crate::progress::Progress;
@@ -154,9 +154,7 @@ pub fn assign<const TERMS: usize>(
         let (expected, found) = (format!("(k, {dim}) with k and d of at least 1"), format!("({},)", centroids.len()));
         return Err(Error::shape("centroids", expected, found));
     }
-    if let Some(index) = centroids.iter().position(|value| !value.is_finite()) {
-        return Err(Error::NonFiniteRow { array: "centroids", row: index / dim });
-    }
+    check_finite("centroids", centroids, dim)?;
     let mut passes = 2;
     if metric == Metric::Euclidean && TERMS == 1 && centroids.len() / dim <= SINGLE_CLUSTERS {
         if let Some(found) = assign_unseen(&points, centroids, progress)? {
@@ -237,8 +235,8 @@ fn prepare<const TERMS: usize>(
         let factors = build(points.count(), POINTS, progress, |point| norm(point).recip() as f32)?;
         if let Some(point) = first(points.count(), progress, |point| !factors[point].is_finite())? {
             let zero = approximation.bounds[point].squared_norm == 0.0;
-            let point = points.number(point);
-            return Err(if zero { Error::ZeroPoint { point } } else { Error::TooShort { point } });
+            let (array, point) = (Points::<TERMS>::ARRAY, points.number(point));
+            return Err(if zero { Error::ZeroPoint { array, point } } else { Error::TooShort { array, point } });
         }
         points.multiply(&factors, progress)?;
         approximation.multiply(&factors, progress)?;
@@ -264,11 +262,7 @@ fn normalize_rows(array: &'static str, centroids: &mut [f32], dim: usize) -> Res
     for (row, centroid) in centroids.chunks_exact_mut(dim).enumerate() {
         let norm = simd::squared_norm_float64(centroid).sqrt();
         if norm.is_nan() || norm <= 0.0 {
-            return Err(Error::argument(
-                array,
-                "free of zero rows with metric=\"cosine\"",
-                format!("zero in row {row}"),
-            ));
+            return Err(Error::ZeroRow { array, row });
         }
         if (norm as f32).is_normal() {
             let norm = norm as f32;

@@ -1,6 +1,7 @@
 //! What k-means is asked to do, checked once.
 
 use crate::error::{Error, Result};
+use crate::matrix::check_finite;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Metric {
@@ -83,9 +84,7 @@ impl Params {
                 let found = format!("({}, {dim})", centroids.len() as f64 / dim as f64);
                 return Err(Error::shape("init", expected, found));
             }
-            if let Some(index) = centroids.iter().position(|value| !value.is_finite()) {
-                return Err(Error::NonFiniteRow { array: "init", row: index / dim });
-            }
+            check_finite("init", centroids, dim)?;
         }
         Ok(())
     }

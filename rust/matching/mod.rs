@@ -33,6 +33,22 @@ pub struct Matching {
 /// the sum zero, which has no direction, comes after all others. Copies of rows take `cache_bytes` at most; rows beyond
 /// are multiplied as they are.
 ///
+/// ```
+/// use bpo::coreset::CACHE_BYTES;
+/// use bpo::matching::matching;
+/// use bpo::matrix::{Rows, Values};
+/// use bpo::points::Points;
+/// use bpo::progress::Progress;
+/// use bpo::prompts::Limits;
+///
+/// let rows = Rows::new(Values::F32(&[1.0, 0.0, 0.9, 0.3, 0.0, 1.0]), 3, 2)?;
+/// let pairs = Points::from_pairs(rows, &[[0, 0], [1, 1], [2, 2]], &[[1.0, 0.0]; 3], &Progress::default())?;
+/// let found = matching(&pairs, &[1.0, 1.0], 2, Limits::default(), CACHE_BYTES, &Progress::default())?;
+/// assert_eq!(found.picks, [1, 2]); // the one that is nearest, and the one that takes the sum nearest
+/// assert!(found.cosines[0] < 0.9 && found.cosines[1] > 0.97);
+/// # Ok::<(), bpo::Error>(())
+/// ```
+///
 /// # Errors
 /// If shapes do not fit, the target is zero or not finite, a row is not finite, the memory cannot be had, or the
 /// computation was cancelled.
@@ -80,7 +96,7 @@ fn unit(target: &[f32], dim: usize) -> Result<Vec<f64>> {
     let values = || target.iter().map(|&value| f64::from(value));
     let norm = values().map(|value| value * value).sum::<f64>().sqrt();
     if norm == 0.0 {
-        return Err(Error::argument("target", "a direction", "zero"));
+        return Err(Error::ZeroVector { array: "target" });
     }
     Ok(values().map(|value| value / norm).collect())
 }

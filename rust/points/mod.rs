@@ -88,8 +88,7 @@ impl<'a> Points<'a, 1> {
         }
         let wrong = |row: usize| !(weights[row].is_finite() && weights[row] >= 0.0);
         if let Some(index) = memory::first(count, progress, wrong)? {
-            let value = format!("{} at index {index}", weights[index]);
-            return Err(Error::argument("sample_weight", "finite and not negative", value));
+            return Err(Error::Weight { array: "sample_weight", index, value: f64::from(weights[index]) });
         }
         if memory::first(count, progress, |row| weights[row] > 0.0)?.is_none() {
             return Err(Error::argument("sample_weight", "positive somewhere", "zero everywhere"));
@@ -132,10 +131,11 @@ impl<'a> Points<'a, 2> {
             return Err(outside(pair));
         }
         let values = memory::build(pairs.len(), POINTS, progress, |pair| coefficients[pair])?;
-        let infinite = |pair: usize| values[pair].into_iter().find(|value| !value.is_finite());
-        if let Some(index) = memory::first(pairs.len(), progress, |pair| infinite(pair).is_some())? {
-            let value = infinite(index).map_or(f64::NAN, f64::from);
-            return Err(Error::NotFinite { array: "coefficients", index, value });
+        let infinite = |pair: usize| values[pair].iter().position(|value| !value.is_finite());
+        if let Some(row) = memory::first(pairs.len(), progress, |pair| infinite(pair).is_some())? {
+            let column = infinite(row).unwrap_or_default();
+            let value = f64::from(values[row][column]);
+            return Err(Error::NonFiniteRow { array: "coefficients", row, column, value });
         }
         // They are checked once more where they are used: another thread may have changed them.
         Self::new(rows, values, terms, progress).map_err(|error| match error {
@@ -146,6 +146,9 @@ impl<'a> Points<'a, 2> {
 }
 
 impl<'a, const TERMS: usize> Points<'a, TERMS> {
+    /// The array whose rows are the points.
+    pub const ARRAY: &'static str = if TERMS == 1 { "rows" } else { "pairs" };
+
     /// Cuts the points into tiles. The cuts depend on the points alone. `terms` has none for a point that changed.
     fn new(
         rows: Rows<'a>,
@@ -227,7 +230,7 @@ impl<'a, const TERMS: usize> Points<'a, TERMS> {
         )?;
         let infinite = |point: usize| !self.coefficients[point].iter().all(|coefficient| coefficient.is_finite());
         match memory::first(self.count(), progress, infinite)? {
-            Some(point) => Err(Error::TooShort { point: self.number(point) }),
+            Some(point) => Err(Error::TooShort { array: Self::ARRAY, point: self.number(point) }),
             None => Ok(()),
         }
     }
@@ -406,11 +409,11 @@ impl<'a, const TERMS: usize> Points<'a, TERMS> {
         for slot in self.slots(point) {
             let row = rows[slot];
             self.rows.copy_row(row, &mut values);
-            if values.iter().any(|value| !value.is_finite()) {
-                return Error::NonFiniteRow { array: "rows", row };
+            if let Some(column) = values.iter().position(|value| !value.is_finite()) {
+                return Error::NonFiniteRow { array: "rows", row, column, value: f64::from(values[column]) };
             }
         }
-        Error::Overflow { point: self.number(point) }
+        Error::Overflow { array: Self::ARRAY, point: self.number(point) }
     }
 
     /// The error for a point that was looked at before and is another one now: what is wrong with it, if anything is.

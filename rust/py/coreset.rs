@@ -1,14 +1,10 @@
 //! Binding of the coresets.
 
-use numpy::PyArray1;
-use numpy::prelude::*;
 use pyo3::prelude::*;
 
-use super::convert::{PairArrays, RowsArray, Vector, indices, numbers};
-use super::limits::LimitArrays;
-use super::run::run;
+use super::convert::{PairArrays, RowsArray, Vector, indices};
+use super::limits::{LimitArguments, Picks, pick};
 use crate::coreset::CACHE_BYTES;
-use crate::progress::Progress;
 
 /// Picks, per cluster, the pairs whose weighted sum comes closest to the cluster's mean.
 ///
@@ -44,12 +40,12 @@ use crate::progress::Progress;
 ///
 /// Raises:
 ///     TypeError: If an array has another dtype.
-///     ValueError: If an array has another shape or layout, a pair refers to a row that is not there or not finite, or a
-///         cluster is negative.
+///     NotFiniteError: If a row of a pair, or a coefficient, is not finite, or a pair is too long for float32.
+///     OutOfRangeError: If a pair refers to a row that is not there, or a cluster is negative.
+///     ValueError: If an array has another shape or layout, or max_depth is 0.
 ///     MemoryError: If cache_bytes cannot be had.
 #[pyfunction]
 #[expect(clippy::too_many_arguments, reason = "keywords in Python")]
-#[expect(clippy::type_complexity, reason = "a tuple for Python")]
 #[pyo3(signature = (
     rows, pairs, coefficients, clusters, budget, *, eligible = None, prompts = None, max_depth = None,
     cache_bytes = CACHE_BYTES, threads = None, progress = None
@@ -70,19 +66,14 @@ pub fn coreset<'py>(
     cache_bytes: usize,
     threads: Option<usize>,
     progress: Option<Py<PyAny>>,
-) -> PyResult<(Bound<'py, PyArray1<i64>>, Bound<'py, PyArray1<f64>>)> {
-    let arrays = PairArrays::new(RowsArray::of_pairs(rows, None)?, pairs, coefficients)?;
-    let pairs = arrays.pairs()?;
+) -> PyResult<Picks<'py>> {
+    let pairs = PairArrays::new(RowsArray::of_pairs(rows, None)?, pairs, coefficients)?;
     let clusters = Vector::<i32>::new("clusters", clusters)?;
     let clusters = clusters.slice();
-    let limit_arrays = LimitArrays::new(eligible, prompts, max_depth)?;
-    let limits = limit_arrays.borrow();
-    let pick = |progress: &Progress| {
-        let (clusters, limits) = (indices(clusters, progress)?, limits.copy(progress)?);
-        let points = pairs.points(progress)?;
-        let coreset = crate::coreset::coreset(&points, &clusters, budget, limits.limits(), cache_bytes, progress)?;
-        Ok((numbers(&coreset.picks, progress)?, coreset.weights))
-    };
-    let (picks, weights) = run(py, threads, progress.as_ref(), pick)?;
-    Ok((picks.into_pyarray(py), weights.into_pyarray(py)))
+    let limits = LimitArguments { eligible, prompts, max_depth };
+    pick(py, &pairs, &limits, threads, progress.as_ref(), |points, limits, progress| {
+        let clusters = indices(clusters, progress)?;
+        let coreset = crate::coreset::coreset(points, &clusters, budget, limits, cache_bytes, progress)?;
+        Ok((coreset.picks, coreset.weights))
+    })
 }

@@ -1,13 +1,9 @@
 //! Binding of the D-optimal design.
 
-use numpy::PyArray1;
-use numpy::prelude::*;
 use pyo3::prelude::*;
 
-use super::convert::{PairArrays, RowsArray, numbers};
-use super::limits::LimitArrays;
-use super::run::run;
-use crate::progress::Progress;
+use super::convert::{PairArrays, RowsArray};
+use super::limits::{LimitArguments, Picks, pick};
 
 /// Picks pairs by the greedy growth of log det A, with A = regularization * I + sum of v v^T over the picks.
 ///
@@ -38,12 +34,13 @@ use crate::progress::Progress;
 ///
 /// Raises:
 ///     TypeError: If an array has another dtype.
-///     ValueError: If an array has another shape or layout, a pair refers to a row that is not there or not finite, or an
-///         argument is out of its range.
+///     NotFiniteError: If a row of a pair, or a coefficient, is not finite, or a pair is too long for float32.
+///     OutOfRangeError: If a pair refers to a row that is not there.
+///     NotDefiniteError: If A is not positive definite to float64 precision: regularization is too small for these pairs.
+///     ValueError: If an array has another shape or layout, or an argument is out of its range.
 ///     MemoryError: If two triangles of d^2 / 2 float64 numbers cannot be had.
 #[pyfunction]
 #[expect(clippy::too_many_arguments, reason = "keywords in Python")]
-#[expect(clippy::type_complexity, reason = "a tuple for Python")]
 #[pyo3(signature = (
     rows, pairs, coefficients, budget, *, regularization = 1.0, eligible = None, prompts = None, max_depth = None,
     threads = None, progress = None
@@ -60,17 +57,11 @@ pub fn d_optimal<'py>(
     max_depth: Option<usize>,
     threads: Option<usize>,
     progress: Option<Py<PyAny>>,
-) -> PyResult<(Bound<'py, PyArray1<i64>>, Bound<'py, PyArray1<f64>>)> {
-    let arrays = PairArrays::new(RowsArray::of_pairs(rows, None)?, pairs, coefficients)?;
-    let pairs = arrays.pairs()?;
-    let limit_arrays = LimitArrays::new(eligible, prompts, max_depth)?;
-    let limits = limit_arrays.borrow();
-    let pick = |progress: &Progress| {
-        let limits = limits.copy(progress)?;
-        let points = pairs.points(progress)?;
-        let design = crate::d_optimal::d_optimal(&points, budget, regularization, limits.limits(), progress)?;
-        Ok((numbers(&design.picks, progress)?, design.gains))
-    };
-    let (picks, gains) = run(py, threads, progress.as_ref(), pick)?;
-    Ok((picks.into_pyarray(py), gains.into_pyarray(py)))
+) -> PyResult<Picks<'py>> {
+    let pairs = PairArrays::new(RowsArray::of_pairs(rows, None)?, pairs, coefficients)?;
+    let limits = LimitArguments { eligible, prompts, max_depth };
+    pick(py, &pairs, &limits, threads, progress.as_ref(), |points, limits, progress| {
+        let design = crate::d_optimal::d_optimal(points, budget, regularization, limits, progress)?;
+        Ok((design.picks, design.gains))
+    })
 }

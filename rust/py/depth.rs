@@ -36,8 +36,10 @@ use crate::progress::Progress;
 ///
 /// Raises:
 ///     TypeError: If an array has another dtype.
-///     ValueError: If an array has another shape or layout, a usefulness is NaN, a cluster has no weight, min_depth is
-///         neither 0 nor 1, or the budget is below the number of prompts that get a pair each.
+///     NotFiniteError: If a usefulness is NaN, or a weight not finite.
+///     OutOfRangeError: If a cluster has no weight, or it or its weight is negative.
+///     ValueError: If an array has another shape or layout, min_depth is neither 0 nor 1, max_depth is 0, or the budget is
+///         below the number of prompts that get a pair each.
 #[pyfunction]
 #[expect(clippy::too_many_arguments, reason = "keywords in Python")]
 #[pyo3(signature = (

@@ -151,8 +151,10 @@ impl InitArgument<'_> {
 ///
 /// Raises:
 ///     TypeError: If an array has another dtype.
-///     ValueError: If an array has another shape or layout, an argument is out of its range, a row is not finite, or a
-///         point has no direction (metric="cosine").
+///     NotFiniteError: If a row, scale, weight or first centroid is not finite.
+///     OutOfRangeError: If a weight is negative.
+///     NoDirectionError: If a row or a first centroid has no direction (metric="cosine").
+///     ValueError: If an array has another shape or layout, or an argument is out of its range.
 #[pyfunction]
 #[expect(clippy::too_many_arguments, reason = "keywords in Python")]
 #[pyo3(
@@ -221,8 +223,9 @@ type Assignment = (Py<PyArray1<i32>>, Py<PyArray1<f32>>);
 ///
 /// Raises:
 ///     TypeError: If an array has another dtype.
-///     ValueError: If an array has another shape or layout, a row is not finite, or a row has no direction
-///         (metric="cosine").
+///     NotFiniteError: If a row, scale or centroid is not finite.
+///     NoDirectionError: If a row or a centroid has no direction (metric="cosine").
+///     ValueError: If an array has another shape or layout.
 #[pyfunction]
 #[pyo3(signature = (rows, centroids, *, scales = None, metric = "euclidean", threads = None, progress = None))]
 pub fn assign(
@@ -277,8 +280,11 @@ pub fn assign(
 ///
 /// Raises:
 ///     TypeError: If an array has another dtype.
-///     ValueError: If an array has another shape or layout, an argument is out of its range, a pair refers to a row that
-///         is not there or not finite, or a pair has no direction (metric="cosine").
+///     NotFiniteError: If a row of a pair, a scale, coefficient or first centroid is not finite, or a pair is too long for
+///         float32.
+///     OutOfRangeError: If a pair refers to a row that is not there.
+///     NoDirectionError: If a pair or a first centroid has no direction (metric="cosine").
+///     ValueError: If an array has another shape or layout, or an argument is out of its range.
 #[pyfunction]
 #[expect(clippy::too_many_arguments, reason = "keywords in Python")]
 #[pyo3(

@@ -1,77 +1,55 @@
-//! The arguments that limit a choice of pairs.
+//! How pairs are picked within limits: what all functions that do so have in common.
 
+use numpy::PyArray1;
+use numpy::prelude::*;
 use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
 
-use super::convert::{Mask, Vector, bools, indices};
+use super::convert::{Mask, PairArrays, Vector, bools, indices, numbers};
+use super::run::run;
 use crate::error::Result;
+use crate::points::Points;
 use crate::progress::Progress;
 use crate::prompts::Limits;
 
-pub struct LimitArrays<'py> {
-    eligible: Option<Mask<'py>>,
-    depth: Option<(Vector<'py, i64>, usize)>,
+/// The arguments that limit a choice of pairs.
+pub struct LimitArguments<'a, 'py> {
+    pub eligible: Option<&'a Bound<'py, PyAny>>,
+    pub prompts: Option<&'a Bound<'py, PyAny>>,
+    pub max_depth: Option<usize>,
 }
 
-/// The same as the core reads them.
-#[derive(Clone, Copy)]
-pub struct Borrowed<'a> {
-    eligible: Option<&'a [u8]>,
-    depth: Option<(&'a [i64], usize)>,
-}
+/// Picks, and a number of each.
+pub type Picks<'py> = (Bound<'py, PyArray1<i64>>, Bound<'py, PyArray1<f64>>);
 
-/// Copies of them.
-pub struct Owned {
-    eligible: Option<Vec<bool>>,
-    depth: Option<(Vec<i64>, usize)>,
-}
-
-impl<'py> LimitArrays<'py> {
-    /// # Errors
-    /// As for any vector, and `TypeError` for a depth without prompts.
-    pub fn new(
-        eligible: Option<&Bound<'py, PyAny>>,
-        prompts: Option<&Bound<'py, PyAny>>,
-        max_depth: Option<usize>,
-    ) -> PyResult<Self> {
-        let eligible = eligible.map(|eligible| Mask::new("eligible", eligible)).transpose()?;
-        let prompts = prompts.map(|prompts| Vector::new("prompts", prompts)).transpose()?;
-        let depth = match (prompts, max_depth) {
-            (Some(prompts), Some(max_depth)) => Some((prompts, max_depth)),
-            (None, Some(_)) => {
-                return Err(PyTypeError::new_err("`max_depth` needs `prompts`, the prompt of each pair"));
-            }
-            (_, None) => None,
-        };
-        Ok(Self { eligible, depth })
+/// Runs `choose` on the pairs and on copies of their limits.
+///
+/// # Errors
+/// As for any array, `TypeError` for a depth without prompts, and as [`run`].
+pub fn pick<'py>(
+    py: Python<'py>,
+    pairs: &PairArrays,
+    limits: &LimitArguments,
+    threads: Option<usize>,
+    progress: Option<&Py<PyAny>>,
+    choose: impl FnOnce(&Points<2>, Limits, &Progress) -> Result<(Vec<usize>, Vec<f64>)> + Send,
+) -> PyResult<Picks<'py>> {
+    let pairs = pairs.pairs()?;
+    let LimitArguments { eligible, prompts, max_depth } = *limits;
+    let eligible = eligible.map(|eligible| Mask::new("eligible", eligible)).transpose()?;
+    let prompts = prompts.map(|prompts| Vector::<i64>::new("prompts", prompts)).transpose()?;
+    if max_depth.is_some() && prompts.is_none() {
+        return Err(PyTypeError::new_err("`max_depth` needs `prompts`, the prompt of each pair"));
     }
-
-    pub fn borrow(&self) -> Borrowed<'_> {
-        Borrowed {
-            eligible: self.eligible.as_ref().map(Mask::bytes),
-            depth: self.depth.as_ref().map(|(prompts, max_depth)| (prompts.slice(), *max_depth)),
-        }
-    }
-}
-
-impl Borrowed<'_> {
-    /// # Errors
-    /// If the memory for the copies cannot be had, or the computation was cancelled.
-    pub fn copy(&self, progress: &Progress) -> Result<Owned> {
-        let eligible = self.eligible.map(|bytes| bools(bytes, progress)).transpose()?;
-        let depth = match self.depth {
-            Some((prompts, max_depth)) => Some((indices(prompts, progress)?, max_depth)),
-            None => None,
-        };
-        Ok(Owned { eligible, depth })
-    }
-}
-
-impl Owned {
-    pub fn limits(&self) -> Limits<'_> {
-        Limits {
-            eligible: self.eligible.as_deref(),
-            depth: self.depth.as_ref().map(|(prompts, max_depth)| (prompts.as_slice(), *max_depth)),
-        }
-    }
+    let eligible = eligible.as_ref().map(Mask::bytes);
+    let prompts = prompts.as_ref().map(Vector::slice).filter(|_| max_depth.is_some());
+    let work = |progress: &Progress| {
+        let eligible = eligible.map(|bytes| bools(bytes, progress)).transpose()?;
+        let prompts = prompts.map(|prompts| indices(prompts, progress)).transpose()?;
+        let limits = Limits { eligible: eligible.as_deref(), depth: prompts.as_deref().zip(max_depth) };
+        let (picks, values) = choose(&pairs.points(progress)?, limits, progress)?;
+        Ok((numbers(&picks, progress)?, values))
+    };
+    let (picks, values) = run(py, threads, progress, work)?;
+    Ok((picks.into_pyarray(py), values.into_pyarray(py)))
 }

@@ -1,14 +1,10 @@
 //! Binding of the matching to a direction.
 
-use numpy::PyArray1;
-use numpy::prelude::*;
 use pyo3::prelude::*;
 
-use super::convert::{PairArrays, RowsArray, Vector, numbers};
-use super::limits::LimitArrays;
-use super::run::run;
+use super::convert::{PairArrays, RowsArray, Vector};
+use super::limits::{LimitArguments, Picks, pick};
 use crate::coreset::CACHE_BYTES;
-use crate::progress::Progress;
 
 /// Picks pairs one by one so that the sum of those picked points most nearly where a target does.
 ///
@@ -44,12 +40,13 @@ use crate::progress::Progress;
 ///
 /// Raises:
 ///     TypeError: If an array has another dtype.
-///     ValueError: If an array has another shape or layout, a pair refers to a row that is not there or not finite, the
-///         target is zero or not finite, or max_depth is 0.
+///     NotFiniteError: If a row of a pair, a coefficient or the target is not finite.
+///     OutOfRangeError: If a pair refers to a row that is not there.
+///     NoDirectionError: If the target is zero.
+///     ValueError: If an array has another shape or layout, or max_depth is 0.
 ///     MemoryError: If cache_bytes cannot be had.
 #[pyfunction]
 #[expect(clippy::too_many_arguments, reason = "keywords in Python")]
-#[expect(clippy::type_complexity, reason = "a tuple for Python")]
 #[pyo3(signature = (
     rows, pairs, coefficients, target, budget, *, eligible = None, prompts = None, max_depth = None,
     cache_bytes = CACHE_BYTES, threads = None, progress = None
@@ -70,19 +67,13 @@ pub fn matching<'py>(
     cache_bytes: usize,
     threads: Option<usize>,
     progress: Option<Py<PyAny>>,
-) -> PyResult<(Bound<'py, PyArray1<i64>>, Bound<'py, PyArray1<f64>>)> {
-    let arrays = PairArrays::new(RowsArray::of_pairs(rows, None)?, pairs, coefficients)?;
-    let pairs = arrays.pairs()?;
+) -> PyResult<Picks<'py>> {
+    let pairs = PairArrays::new(RowsArray::of_pairs(rows, None)?, pairs, coefficients)?;
     let target = Vector::<f32>::new("target", target)?;
     let target = target.slice();
-    let limit_arrays = LimitArrays::new(eligible, prompts, max_depth)?;
-    let limits = limit_arrays.borrow();
-    let pick = |progress: &Progress| {
-        let limits = limits.copy(progress)?;
-        let points = pairs.points(progress)?;
-        let matching = crate::matching::matching(&points, target, budget, limits.limits(), cache_bytes, progress)?;
-        Ok((numbers(&matching.picks, progress)?, matching.cosines))
-    };
-    let (picks, cosines) = run(py, threads, progress.as_ref(), pick)?;
-    Ok((picks.into_pyarray(py), cosines.into_pyarray(py)))
+    let limits = LimitArguments { eligible, prompts, max_depth };
+    pick(py, &pairs, &limits, threads, progress.as_ref(), |points, limits, progress| {
+        let matching = crate::matching::matching(points, target, budget, limits, cache_bytes, progress)?;
+        Ok((matching.picks, matching.cosines))
+    })
 }

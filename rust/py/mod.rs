@@ -29,7 +29,10 @@ mod _core {
     #[pymodule_export]
     use super::depth::allocate_depth;
     #[pymodule_export]
-    use super::errors::{StoreDamagedError, StoreError, StoreLockedError, StoreVersionError};
+    use super::errors::{
+        NoDirectionError, NotDefiniteError, NotFiniteError, OutOfRangeError, StoreDamagedError, StoreError,
+        StoreLockedError, StoreVersionError,
+    };
     #[pymodule_export]
     use super::kmeans::{KMeansResult, assign, kmeans, pair_kmeans};
     #[pymodule_export]

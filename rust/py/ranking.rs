@@ -26,7 +26,8 @@ use crate::ranking::{self, Ranking};
 ///
 /// Raises:
 ///     TypeError: If scores has another dtype.
-///     ValueError: If a score is not finite or an argument is out of its range.
+///     NotFiniteError: If a score is not finite.
+///     ValueError: If scores has another shape or layout, or an argument is out of its range.
 #[pyfunction]
 #[pyo3(signature = (scores, ranking = "nearest", *, temperature = 1.0, seed = 0, threads = None, progress = None))]
 pub fn ranking_keys<'py>(

@@ -166,7 +166,8 @@ impl StoreWriter {
     ///
     /// Raises:
     ///     TypeError: If an array has another dtype.
-    ///     ValueError: If an array has another shape or layout, a value is not finite, or the writer is closed.
+    ///     NotFiniteError: If a value of a sketch is not finite.
+    ///     ValueError: If an array has another shape or layout, or the writer is closed.
     ///     OSError: If a file cannot be written.
     fn append(&self, py: Python<'_>, sketches: &Bound<'_, PyAny>, records: &Bound<'_, PyAny>) -> PyResult<()> {
         let sketches = Matrix::<f32>::new("sketches", sketches)?;

@@ -30,8 +30,9 @@ use crate::usefulness;
 ///
 /// Raises:
 ///     TypeError: If an array has another dtype.
-///     ValueError: If an array has another shape or layout, or a pair refers to a row that is not there or, where that
-///         matters, not finite.
+///     NotFiniteError: If a coefficient is not finite or, where that matters, a row or a length.
+///     OutOfRangeError: If a pair refers to a row that is not there.
+///     ValueError: If an array has another shape or layout.
 #[pyfunction]
 #[pyo3(signature = (rows, pairs, coefficients, *, finite = true, threads = None, progress = None))]
 pub fn pair_norms<'py>(
@@ -113,7 +114,10 @@ impl PairScores {
 ///
 /// Raises:
 ///     TypeError: If an array has another dtype.
-///     ValueError: If an array has another shape or layout, a label has no centroid, or a value is not finite.
+///     NotFiniteError: If a row of a pair, a coefficient, a centroid or the direction is not finite, or a pair is too long
+///         for float32.
+///     OutOfRangeError: If a pair refers to a row that is not there, or a label has no centroid.
+///     ValueError: If an array has another shape or layout.
 #[pyfunction]
 #[expect(clippy::too_many_arguments, reason = "keywords in Python")]
 #[pyo3(signature = (rows, pairs, coefficients, centroids, labels, *, direction = None, threads = None, progress = None))]

@@ -2,7 +2,7 @@
 //!
 //! Each is the sum of a fixed number of chains, each with a stride of that number along the vectors, folded as a tree;
 //! nothing fuses a multiplication with an addition. So neither how many are computed side by side nor the [`Level`] ever
-//! shows. One kernel does all, [`sums`], over the registers of a level and over what is added up.
+//! shows. One kernel does all, `sums`, over the registers of a level and over what is added up.
 
 use std::ops::{Add, Mul};
 

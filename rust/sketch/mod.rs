@@ -28,6 +28,19 @@ pub enum Kind {
     Normal,
 }
 
+/// ```
+/// use bpo::matrix::{Rows, Values};
+/// use bpo::progress::Progress;
+/// use bpo::sketch::{Kind, Sketcher};
+///
+/// let gradients: Vec<f32> = (0..2 * 10_000).map(|index| (index as f32 * 0.7).sin()).collect();
+/// let rows = Rows::new(Values::F32(&gradients), 2, 10_000)?;
+/// let mut sketches = vec![0.0; 2 * 1024];
+/// Sketcher::new(1024, 7, Kind::Sparse, 1)?.sketch(rows, 0, &mut sketches, &Progress::default())?;
+/// let square = |values: &[f32]| values.iter().map(|value| value * value).sum::<f32>();
+/// assert!((square(&sketches[..1024]) / square(&gradients[..10_000]) - 1.0).abs() < 0.15);
+/// # Ok::<(), bpo::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug)]
 pub struct Sketcher {
     dim: usize,

@@ -36,6 +36,26 @@ pub enum Tolerance {
 }
 
 /// The rows that were committed when the store was opened.
+///
+/// ```
+/// use bpo::progress::Progress;
+/// # use bpo::store::StoreWriter;
+/// # use bpo::store::format::{Manifest, RECORD_BYTES};
+/// use bpo::store::{StoreReader, Tolerance};
+///
+/// # let directory = tempfile::tempdir().unwrap();
+/// let path = directory.path().join("gradients");
+/// # let mut writer = StoreWriter::create(&path, Manifest::new(2, "float16", "{}")?)?;
+/// # writer.appender().append(&[0.5, 1.0, -2.0, 0.25], &[0; 2 * RECORD_BYTES], &Progress::default())?;
+/// # writer.appender().close(&Progress::default())?;
+/// # drop(writer);
+/// let reader = StoreReader::open(&path, Tolerance::None, &Progress::default())?;
+/// assert_eq!((reader.count(), reader.manifest().dim), (2, 2));
+/// assert!(reader.verify(None, &Progress::default())?.is_empty());
+/// std::fs::write(reader.rows_path(), [0x55; 8]).unwrap();
+/// assert_eq!(reader.verify(None, &Progress::default())?, [0, 1]); // what is no longer as it was written
+/// # Ok::<(), bpo::Error>(())
+/// ```
 #[derive(Debug)]
 pub struct StoreReader {
     paths: Paths,

@@ -33,6 +33,24 @@ pub struct Repair {
 /// Repairs the store in `directory`: manifest, header, records, then what lies behind them. No row is moved, and records
 /// are written beside the old file first, so a repair that is interrupted can be repeated.
 ///
+/// ```
+/// use bpo::progress::Progress;
+/// use bpo::store::repair;
+/// # use bpo::store::{StoreReader, StoreWriter, Tolerance};
+/// # use bpo::store::format::{Manifest, RECORD_BYTES};
+///
+/// # let directory = tempfile::tempdir().unwrap();
+/// let path = directory.path().join("gradients");
+/// # let mut writer = StoreWriter::create(&path, Manifest::new(2, "float16", "{}")?)?;
+/// # writer.appender().append(&[0.5, 1.0, -2.0, 0.25], &[0; 2 * RECORD_BYTES], &Progress::default())?;
+/// # writer.appender().close(&Progress::default())?;
+/// # drop(writer);
+/// std::fs::remove_file(path.join("manifest.json")).unwrap();
+/// let done = repair(&path, &Progress::default())?;
+/// assert_eq!((done.mended, done.count), (vec!["manifest.json".to_owned()], 2));
+/// # Ok::<(), bpo::Error>(())
+/// ```
+///
 /// # Errors
 /// If neither the manifest nor its copy is sound, a process is writing to the store, the computation was cancelled, or a
 /// file cannot be read or written; a row that cannot be read at all may be readable again, so it stops the repair.

@@ -93,8 +93,9 @@ impl<D: Disk> Appender<D> {
         }
         for (piece, sketches) in sketches.chunks(PIECE.div_ceil(dim) * dim).enumerate() {
             progress.check()?;
-            if let Some(row) = sketches.chunks_exact(dim).position(|row| !row.iter().all(|value| value.is_finite())) {
-                return Err(Error::NonFiniteRow { array: "sketches", row: piece * PIECE.div_ceil(dim) + row });
+            if let Some(index) = sketches.iter().position(|value| !value.is_finite()) {
+                let (row, column) = (piece * PIECE.div_ceil(dim) + index / dim, index % dim);
+                return Err(Error::NonFiniteRow { array: "sketches", row, column, value: f64::from(sketches[index]) });
             }
         }
         self.check()?;
@@ -238,6 +239,22 @@ impl<D: Disk> Appender<D> {
 }
 
 /// Appends rows to a store in a directory. Holds its lock until it is dropped.
+///
+/// ```
+/// use bpo::progress::Progress;
+/// use bpo::store::format::{Manifest, RECORD_BYTES};
+/// use bpo::store::{StoreReader, StoreWriter, Tolerance};
+///
+/// # let directory = tempfile::tempdir().unwrap();
+/// let path = directory.path().join("gradients");
+/// let mut writer = StoreWriter::create(&path, Manifest::new(2, "float16", "{\"model\": \"mine\"}")?)?;
+/// writer.appender().append(&[0.5, 1.0, -2.0, 0.25], &[0; 2 * RECORD_BYTES], &Progress::default())?;
+/// // A row counts once it is committed.
+/// assert_eq!(StoreReader::open(&path, Tolerance::None, &Progress::default())?.count(), 0);
+/// writer.appender().close(&Progress::default())?;
+/// assert_eq!(StoreReader::open(&path, Tolerance::None, &Progress::default())?.count(), 2);
+/// # Ok::<(), bpo::Error>(())
+/// ```
 #[derive(Debug)]
 pub struct StoreWriter {
     paths: Paths,

@@ -3,6 +3,7 @@
 mod products;
 
 use crate::error::{Error, Result};
+use crate::matrix::check_finite;
 use crate::memory::{RESULTS, TILES, build, first, room};
 use crate::points::Points;
 use crate::progress::Progress;
@@ -19,6 +20,18 @@ const BLOCKS: usize = 64;
 /// cancels, the pair is formed and measured instead.
 ///
 /// Those of rows that are not finite, or too long for float32, are not finite either.
+///
+/// ```
+/// use bpo::matrix::{Rows, Values};
+/// use bpo::points::Points;
+/// use bpo::progress::Progress;
+/// use bpo::usefulness::pair_norms;
+///
+/// let rows = Rows::new(Values::F32(&[3.0, 0.0, 0.0, 4.0]), 2, 2)?;
+/// let pairs = Points::from_pairs(rows, &[[0, 1], [1, 1]], &[[1.0, -1.0]; 2], &Progress::default())?;
+/// assert_eq!(pair_norms(&pairs, &Progress::default())?, [5.0, 0.0]);
+/// # Ok::<(), bpo::Error>(())
+/// ```
 ///
 /// # Errors
 /// If the memory cannot be had, or the computation was cancelled.
@@ -61,6 +74,20 @@ pub struct Scores {
 /// with itself, with its partners, and with each centroid that its pairs belong to; the rest is arithmetic on those
 /// numbers, ‖z − c‖² = ‖z‖² − 2⟨z, c⟩ + ‖c‖². Where that cancels, the pair is formed and measured instead. One pass over
 /// the rows; one more, which adds up each row once, if no direction is given.
+///
+/// ```
+/// use bpo::matrix::{Rows, Values};
+/// use bpo::points::Points;
+/// use bpo::progress::Progress;
+/// use bpo::usefulness::score_pairs;
+///
+/// let rows = Rows::new(Values::F32(&[3.0, 0.0, 0.0, 4.0]), 2, 2)?;
+/// let pairs = Points::from_pairs(rows, &[[0, 1]], &[[1.0, -1.0]], &Progress::default())?;
+/// let scores = score_pairs(&pairs, &[3.0, 0.0], &[0], Some(&[0.0, -2.0]), &Progress::default())?;
+/// // The pair is (3, -4).
+/// assert_eq!((scores.centrality[0], scores.distance[0], scores.alignment[0]), (3.0, 4.0, 4.0));
+/// # Ok::<(), bpo::Error>(())
+/// ```
 ///
 /// # Errors
 /// If shapes do not fit, a label has no centroid, a value is not finite, the memory cannot be had, or the computation was
@@ -153,9 +180,7 @@ fn check(
         let label = i64::from(labels[index]);
         return Err(Error::ClusterOutOfRange { array: "labels", index, label, clusters });
     }
-    if let Some(index) = centroids.iter().position(|value| !value.is_finite()) {
-        return Err(Error::NonFiniteRow { array: "centroids", row: index / dim });
-    }
+    check_finite("centroids", centroids, dim)?;
     if let Some(direction) = direction {
         if direction.len() != dim {
             return Err(Error::shape("direction", format!("({dim},)"), format!("({},)", direction.len())));

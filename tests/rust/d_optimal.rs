@@ -141,7 +141,7 @@ fn what_cannot_be_chosen_from_is_refused() {
     let choose =
         |regularization: f64, limits: Limits| d_optimal(&points, 1, regularization, limits, &Progress::default());
     assert!(matches!(choose(0.0, Limits::default()), Err(Error::Argument { argument: "regularization", .. })));
-    assert!(matches!(choose(1.0, Limits::default()), Err(Error::NonFiniteRow { array: "rows", row: 1 })));
+    assert!(matches!(choose(1.0, Limits::default()), Err(Error::NonFiniteRow { array: "rows", row: 1, .. })));
     let limits = Limits { eligible: Some(&[true]), ..Limits::default() };
     assert!(matches!(choose(1.0, limits), Err(Error::Shape { array: "eligible", .. })));
     let limits = Limits { depth: Some((&[0, 0], 0)), ..Limits::default() };

@@ -119,10 +119,10 @@ fn what_has_no_direction_is_refused() {
     let view = Rows::new(Values::F32(&rows), 2, 1).unwrap();
     let points = Points::from_pairs(view, &[[0, 0], [0, 1]], &[[1.0, -1.0]; 2], &Progress::default()).unwrap();
     let choose = |target: &[f32], limits: Limits| matching(&points, target, 1, limits, 1 << 20, &Progress::default());
-    assert!(matches!(choose(&[0.0], Limits::default()), Err(Error::Argument { argument: "target", .. })));
+    assert!(matches!(choose(&[0.0], Limits::default()), Err(Error::ZeroVector { array: "target" })));
     assert!(matches!(choose(&[], Limits::default()), Err(Error::Shape { array: "target", .. })));
     assert!(matches!(choose(&[f32::INFINITY], Limits::default()), Err(Error::NotFinite { array: "target", .. })));
-    assert!(matches!(choose(&[1.0], Limits::default()), Err(Error::NonFiniteRow { array: "rows", row: 1 })));
+    assert!(matches!(choose(&[1.0], Limits::default()), Err(Error::NonFiniteRow { array: "rows", row: 1, .. })));
     let limits = Limits { depth: Some((&[0, 0], 0)), ..Limits::default() };
     assert!(matches!(choose(&[1.0], limits), Err(Error::Argument { argument: "max_depth", .. })));
 }

@@ -142,7 +142,8 @@ def cluster_pairs(
         Labels, centroids and scores.
 
     Raises:
-        ValueError: Shapes that do not fit, a pair that names no row, or no usable pair.
+        bpo.OutOfRangeError: A pair that names no row.
+        ValueError: Shapes that do not fit, or no usable pair.
 
     Example:
         >>> rows = np.array([[1, 0], [0, 1], [0, 0.9]], dtype=np.float32)

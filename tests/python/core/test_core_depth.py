@@ -118,7 +118,7 @@ def test_errors_name_the_culprit():
         allocate_depth(prompts, clusters - 1, np.zeros(3), 3)
     with pytest.raises(ValueError, match=r"`clusters` holds cluster 0 at index 0; it must be in 0\.\.0"):
         allocate_depth(prompts, clusters, np.zeros(3), 3, cluster_weights=np.zeros(0))
-    with pytest.raises(ValueError, match="`cluster_weights` must be finite and not negative, but is -1 for cluster 0"):
+    with pytest.raises(ValueError, match="`cluster_weights` must be finite and not negative, but is -1 at index 0"):
         allocate_depth(prompts, clusters, np.zeros(3), 3, cluster_weights=np.array([-1.0]))
     with pytest.raises(ValueError, match="`max_depth` must be at least 1"):
         allocate_depth(prompts, clusters, np.zeros(3), 3, max_depth=0)

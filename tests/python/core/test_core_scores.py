@@ -112,7 +112,7 @@ def test_errors_name_the_culprit(problem):
     broken[pairs[5, 0]] = np.inf
     with pytest.raises(ValueError, match="holds a NaN or infinite value"):
         pair_norms(broken, pairs, coefficients)
-    with pytest.raises(ValueError, match="`coefficients` holds NaN at index 2"):
+    with pytest.raises(ValueError, match="`coefficients` row 2 holds a NaN or infinite value, NaN in column"):
         coefficients[2] = np.nan
         pair_norms(rows, pairs, coefficients)
 
