@@ -23,6 +23,9 @@ use crate::points::{Points, Tile};
 use crate::simd;
 use crate::simd::dots::each_squared_distance;
 
+/// Candidates of some points beyond which these are measured before others are looked at, which bounds the memory.
+const MOST_CANDIDATES: usize = 1 << 16;
+
 /// The nearest centroid of a point.
 #[derive(Clone, Copy, Debug)]
 pub enum Nearest {
@@ -144,9 +147,7 @@ impl<const TERMS: usize> Search<'_, '_, TERMS> {
         found: &mut impl FnMut(usize, Nearest),
     ) -> usize {
         let model = ErrorModel::new(self.points.dim(), self.points.scale());
-        scratch.candidates.clear();
-        scratch.open.clear();
-        let mut end = tile.points.end;
+        let (mut end, mut measured) = (tile.points.end, 0);
         for point in first..tile.points.end {
             let limit = limit(point);
             let candidates =
@@ -159,9 +160,14 @@ impl<const TERMS: usize> Search<'_, '_, TERMS> {
                 }
                 _ => scratch.open.push((point, limit, candidates)),
             }
-            if precision == Precision::EightBits && self.is_too_open(scratch.candidates.len(), point + 1 - first) {
+            let listed = measured + scratch.candidates.len();
+            if precision == Precision::EightBits && self.is_too_open(listed, point + 1 - first) {
                 end = point + 1;
                 break;
+            }
+            if scratch.candidates.len() > MOST_CANDIDATES {
+                self.measure(scratch, tile, found);
+                measured = listed;
             }
         }
         self.measure(scratch, tile, found);
@@ -208,7 +214,7 @@ impl<const TERMS: usize> Search<'_, '_, TERMS> {
         candidates > affordable * (points + 8)
     }
 
-    /// Measures the candidates of the open points.
+    /// Measures the candidates of the open points, which then are none.
     fn measure(&self, scratch: &mut Scratch, tile: &Tile, found: &mut impl FnMut(usize, Nearest)) {
         let Self { points, centroids, .. } = *self;
         let (vectors, measure) = (centroids.vectors(), Measure::new(points.dim(), points.scale()));
@@ -240,5 +246,7 @@ impl<const TERMS: usize> Search<'_, '_, TERMS> {
             }
             found(*point, if nearest.0 == u32::MAX { Nearest::None } else { Nearest::Measured(nearest.0, nearest.1) });
         }
+        candidates.clear();
+        open.clear();
     }
 }

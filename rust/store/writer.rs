@@ -18,7 +18,7 @@ use crate::error::{Error, Result};
 use crate::memory::{PIECE, ROWS_OF_STORE, grow, reserved};
 use crate::progress::Progress;
 
-/// Bytes of copied rows between two commits.
+/// Bytes of copied rows and their records between two commits, for which the disk is waited for whatever happens.
 const COMMIT_BYTES: u64 = 64 << 20;
 
 /// Bytes of records that are written at once: a multiple of what the system keeps in one piece.
@@ -353,8 +353,9 @@ impl StoreWriter {
                 }
                 self.appender.append(&sketches, &records, progress)?;
             }
-            let uncommitted = (self.appender.count() - self.appender.committed()) * ours.row_bytes() as u64;
-            if uncommitted >= COMMIT_BYTES { self.appender.commit(progress) } else { Ok(()) }
+            let uncommitted = self.appender.count() - self.appender.committed();
+            let bytes = uncommitted * (ours.row_bytes() + RECORD_BYTES) as u64;
+            if bytes >= COMMIT_BYTES { self.appender.commit(progress) } else { Ok(()) }
         })?;
         self.appender.commit(progress)
     }

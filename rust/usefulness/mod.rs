@@ -107,7 +107,7 @@ pub fn score_pairs(
         Some(given) => normalized(given.iter().map(|&value| f64::from(value)).collect()),
         None => normalized(sum(points, progress)?),
     };
-    let centroids = Centroids::new(centroids, dim);
+    let centroids = Centroids::new(centroids, dim)?;
     let target = Target { centroids: &centroids, labels, direction: &direction };
 
     let zeros = || build(points.count(), RESULTS, progress, |_| 0.0);

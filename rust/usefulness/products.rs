@@ -2,6 +2,8 @@
 
 use std::ops::RangeInclusive;
 
+use crate::error::Result;
+use crate::memory::{CENTROIDS, TILES, reserved, room};
 use crate::points::{Points, Tile};
 use crate::simd;
 use crate::simd::dots::dots;
@@ -33,15 +35,21 @@ pub struct Centroids<'a> {
 }
 
 impl<'a> Centroids<'a> {
-    pub fn new(values: &'a [f32], dim: usize) -> Self {
-        let squares: Vec<f32> = values.chunks_exact(dim).map(|centroid| simd::dot(centroid, centroid)).collect();
+    /// # Errors
+    /// If the memory cannot be had: that of [`Products`] of all threads is asked for here.
+    pub fn new(values: &'a [f32], dim: usize) -> Result<Self> {
+        let count = values.len() / dim;
+        let mut squares: Vec<f32> = reserved(count, CENTROIDS)?;
+        squares.extend(values.chunks_exact(dim).map(|centroid| simd::dot(centroid, centroid)));
         let inverse = |(centroid, &square): (&[f32], &f32)| {
             let exact = TRUSTED_SQUARES.contains(&square);
             let square = if exact { f64::from(square) } else { simd::squared_norm_float64(centroid) };
             if square > 0.0 { square.sqrt().recip() } else { 0.0 }
         };
-        let inverse_norms = values.chunks_exact(dim).zip(&squares).map(inverse).collect();
-        Self { values, dim, squares, inverse_norms }
+        let mut inverse_norms = reserved(count, CENTROIDS)?;
+        inverse_norms.extend(values.chunks_exact(dim).zip(&squares).map(inverse));
+        room((count * size_of::<Known>()).saturating_mul(rayon::current_num_threads()), TILES)?;
+        Ok(Self { values, dim, squares, inverse_norms })
     }
 
     pub fn row(&self, cluster: usize) -> &'a [f32] {
@@ -68,13 +76,16 @@ enum Place {
     RejectedCentroid = 2,
 }
 
+/// A row, and the place of a product among its own.
+type Known = (usize, u32);
+
 /// The products of a tile's rows that its pairs need, each computed once; reused from tile to tile.
 pub struct Products {
     /// Requests of the slots, one slot after the other, and where those of a slot end.
     requests: Vec<Request>,
     ends: Vec<usize>,
     /// For each cluster the last row that was multiplied with it, and the product's place among those of the row.
-    memo: Vec<(usize, u32)>,
+    memo: Vec<Known>,
     /// Rows looked at so far.
     rows: usize,
     /// Of each slot: ‖h‖² and ⟨h, u⟩.

@@ -3,6 +3,11 @@
 from kmeans import proofs
 from planted import Fault
 
+
+def matches(names):
+    return f"test_core_matching_hard.py -k '{names}'"
+
+
 CHOICES = [
     # The pursuit
     Fault(
@@ -124,28 +129,28 @@ CHOICES = [
         "matching/rows.rs",
         "own.lost * rounded.length + own.length * rounded.lost",
         "own.length * rounded.lost",
-        python="test_core_matching.py",
+        python=matches("rounding_of_rows"),
     ),
     Fault(
         "matching-rest-loses-nothing",
         "matching/rows.rs",
         "own.lost * rounded.length + own.length * rounded.lost",
         "own.lost * rounded.length",
-        python="test_core_matching.py",
+        python=matches("rounding_of_the_rest"),
     ),
     Fault(
         "matching-sums-beyond-32-bits",
         "codes.rs",
         "(i8::MAX as usize * vector.len())",
         "i8::MAX as usize",
-        python="test_core_matching.py",
+        python=matches("largest_codes"),
     ),
     Fault(
         "matching-trusts-what-cancelled",
         "matching/measure.rs",
         "if least <= TRUSTED_SHARE * terms {",
         "if least <= 0.0 {",
-        python="test_core_matching.py",
+        python=matches("across_the_target"),
     ),
     Fault(
         "matching-ties-to-the-higher",

@@ -234,6 +234,21 @@ KMEANS = [
         python=proofs("cannot_tell_apart"),
     ),
     Fault(
+        "a-candidate-left-out",
+        "kmeans/assign.rs",
+        "simd::not_above(lower, highest, centroids.count(), candidates);",
+        "simd::not_above(lower, highest, centroids.count(), candidates);\n"
+        "        candidates.truncate(start + (centroids.count() / 8).max(8));",
+        python=proofs("many_centroids"),
+    ),
+    Fault(
+        "a-point-left-out",
+        "kmeans/assign.rs",
+        "end = point + 1;",
+        "end = point + 2;",
+        python=proofs("many_centroids"),
+    ),
+    Fault(
         "limit-too-low",
         "kmeans/assign.rs",
         "(limit - bound.squared_norm) / 2.0",

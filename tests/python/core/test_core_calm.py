@@ -85,7 +85,7 @@ def test_memory_that_cannot_be_had_is_an_error(name, tmp_path):
 
 def test_a_store_says_what_it_holds_while_it_is_written(tmp_path):
     """Even to the thread that a call waits for."""
-    n = 1 << 20
+    n = 1 << 19
     with _core.StoreWriter.create(tmp_path / "store", 4, "{}") as writer:
         writer.append(np.ones((n, 4), dtype=np.float32), np.zeros(n, dtype=RECORD))
     reader = _core.StoreReader(tmp_path / "store")
