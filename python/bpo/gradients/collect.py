@@ -152,7 +152,7 @@ def collect(
     if shared.size > 1:
         shared.from_main(lambda: opened()[1].share())
     writer, parts = opened()
-    if parts.take_leftovers():
+    if shared.size == 1 and parts.take_leftovers():
         writer, parts = opened()
     missing = order[writer.lacks(tokenized.sequence_ids)[order]]
     bar = _progress_bar(tokenized, missing, features.noun, progress and shared.is_main)
@@ -160,8 +160,9 @@ def collect(
         for context in (writer, bar, inference_state(model)):
             stack.enter_context(context)
         if len(missing):
-            if shared.size == 1:
-                writer.lock()  # before any work that another writer would make useless
+            if shared.size == 1:  # before any work that another writer would make useless
+                writer.lock()
+                parts.check_idle()
             forward = Forward.of(model, tokenized, processing_class, config)
             plan = find_plan(features, forward)
             features.warn_of_gaps(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -122,7 +123,8 @@ def _select(
 
     # Extract: one sketched gradient a response, by all processes of a job together; the first of them does the rest.
     filled = extract(kept.inputs, pool.goal, source, request, kept.n_pairs)
-    return processes.from_main(lambda: _choose(request, source, pool, kept, filled))
+    rest = functools.partial(_choose, request, source, pool, kept, filled)
+    return rest() if filled is None else processes.from_main(rest)
 
 
 def _choose(request: Request, source: Source, pool: Pool, kept: Kept, filled: Filled | None) -> Selection:

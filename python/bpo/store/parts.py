@@ -57,7 +57,7 @@ class Parts:
         """Puts what an interrupted run left into the store, where no more is lacking, or where its blocks are others.
 
         Returns:
-            Whether there was any.
+            Whether the store has rows that it had not.
 
         Raises:
             bpo.StoreLockedError: Another process is writing.
@@ -65,15 +65,36 @@ class Parts:
         self._tidy()
         if not self._directory.is_dir():
             return False
-        if self._order_there() == self._order and self._writer.lacks(self._ids).any():
-            return False
+        if self._writer.lacks(self._ids).any():
+            if self._order_there() == self._order:
+                return False
+            self._take_all()
+            return True
+        with contextlib.suppress(StoreLockedError, OSError):  # which takes nothing from who only reads
+            self._take_all()
+        return False
+
+    def _take_all(self) -> None:
+        self.check_idle()
         with self._writer.again() as writer:
             writer.lock()
-            for path in sorted(self._directory.iterdir()):
-                if (path / "manifest.json").is_file():
-                    writer.take(GradientStore(path))
+            for path in self._there():
+                writer.take(GradientStore(path))
             self._remove()
-        return True
+
+    def check_idle(self) -> None:
+        """Checks that no process is at a block.
+
+        Raises:
+            bpo.StoreLockedError: One is.
+        """
+        for path in self._there():
+            with self._writer.part(path) as part:
+                part.lock()
+
+    def _there(self) -> list[Path]:
+        """The blocks that were begun, in their order."""
+        return sorted(path.parent for path in self._directory.glob("*/manifest.json"))
 
     def share(self) -> None:
         """Makes the store, and room in it for blocks, of which several processes may then take one each.

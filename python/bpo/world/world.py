@@ -23,6 +23,9 @@ _Given = ParamSpec("_Given")
 # What one process does for all may take days, and while it lives the others wait; that it died they learn at once.
 _LONGEST = datetime.timedelta(days=100)
 
+# All that were launched together should come to their first call of bpo within this time.
+_MEETING = datetime.timedelta(seconds=1800)
+
 _alone = contextvars.ContextVar("bpo_alone", default=False)
 
 
@@ -104,16 +107,10 @@ class World:
     def _wait(self, timeout: float) -> None:
         import torch.distributed
 
-        try:
+        with _meeting(f"Process {self.name} of {self.size}", timeout, "SelectConfig.process_timeout"):
             torch.distributed.monitored_barrier(
                 self._group, timeout=datetime.timedelta(seconds=timeout), wait_all_ranks=True
             )
-        except RuntimeError as error:
-            raise TimeoutError(
-                f"Process {self.name} of {self.size} waited {timeout:g} s for all others to get as far (which "
-                "SelectConfig.process_timeout sets): call bpo in every process of a job that a launcher started, or in "
-                f"one alone within `with bpo.alone():`. torch.distributed says: {error}"
-            ) from None
 
     def _broadcast(self, values: list[Any]) -> None:
         import torch.distributed
@@ -156,8 +153,22 @@ def _joined(pid: int) -> World:
     if not _running():
         return World(0, 1, 1)
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    with _meeting(f"Process {rank} of {size}", _MEETING.total_seconds(), "the first time"):
+        torch.distributed.new_group(backend="gloo", timeout=_MEETING)
     group = torch.distributed.new_group(backend="gloo", timeout=_LONGEST)
     return World(rank, size, min(size, launch.local_size if launch.size == size else size), group)
+
+
+@contextlib.contextmanager
+def _meeting(name: str, seconds: float, setting: str) -> Iterator[None]:
+    """Says what to do where the others do not come."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise TimeoutError(
+            f"{name} waited up to {seconds:g} s ({setting}) for all others to get as far: call bpo in every process of "
+            f"a job that a launcher started, or in one alone within `with bpo.alone():`. torch says: {error}"
+        ) from None
 
 
 def _running() -> bool:

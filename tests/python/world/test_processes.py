@@ -4,6 +4,7 @@ A few times on every run; ``make torture`` sets BPO_TORTURE for many kills.
 """
 
 import contextlib
+import datetime
 import hashlib
 import json
 import os
@@ -172,6 +173,19 @@ def test_one_that_dies_is_replaced_by_those_that_live(tmp_path, whole):
     assert contents(store) == contents(whole)
 
 
+def test_one_process_by_itself_stays_out_while_several_are_at_work(tmp_path, whole):
+    store = tmp_path / "store"
+    members = job.start(2, tmp_path, hanging, store)
+    until(lambda: len(parts_of(store)) >= 2, members)
+    with pytest.raises(bpo.StoreLockedError, match="parts"):
+        job.collect(0, store)
+    for member in members:
+        member.kill()
+        member.join()
+    job.finish(job.start(1, tmp_path, job.collect, store), tmp_path)
+    assert same(store, whole)
+
+
 def test_one_that_hangs_is_named(tmp_path):
     store = tmp_path / "store"
     members = job.start(2, tmp_path, hanging, store)
@@ -204,8 +218,28 @@ def test_one_that_does_not_come_is_waited_for_no_longer_than_said(tmp_path):
     members = job.start(2, tmp_path, absent, tmp_path / "store")
     members[0].join(60)
     said = job.said(tmp_path, 0)
-    assert "TimeoutError" in said and "waited 2 s for all others" in said and "bpo.alone()" in said
+    assert "TimeoutError" in said and "waited up to 2 s (SelectConfig.process_timeout) for all others" in said
+    assert "bpo.alone()" in said
     assert not (tmp_path / "store").exists()
+    members[1].kill()
+    members[1].join()
+
+
+def elsewhere_at_work(rank, store):
+    from accelerate import PartialState
+
+    PartialState()
+    if rank == 1:
+        time.sleep(1000)
+    bpo.world.world._MEETING = datetime.timedelta(seconds=2)
+    job.collect(rank, store)
+
+
+def test_one_that_calls_bpo_never_is_waited_for_no_longer_either(tmp_path):
+    members = job.start(2, tmp_path, elsewhere_at_work, tmp_path / "store")
+    members[0].join(60)
+    said = job.said(tmp_path, 0)
+    assert "TimeoutError" in said and "waited up to 2 s (the first time)" in said and "bpo.alone()" in said
     members[1].kill()
     members[1].join()
 
