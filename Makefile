@@ -36,7 +36,7 @@ AARCH64 := aarch64-unknown-linux-gnu
 AARCH64_CPUS := max cortex-a72
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-rust test-python checked miri aarch64 same lint lint-rust lint-python bench gpu count fuzz mutants torture \
+.PHONY: help setup demo test test-rust test-python checked miri aarch64 same lint lint-rust lint-python bench gpu scaling count fuzz mutants torture \
   architectures docs wheel clean
 
 help: ## List the targets
@@ -115,6 +115,9 @@ bench: $(VENV)/.installed ## Benchmarks in short mode: criterion and pytest for 
 
 gpu: $(VENV)/.installed ## Whether the GPU's gradients are right, and how fast they come, in under 8 minutes; ARGS='--only fast --output FOLDER'
 	$(BIN)/python benches/python/gpu.py $(ARGS)
+
+scaling: $(VENV)/.installed ## How extraction scales with processes on this machine, against the ideal; ARGS='--processes 1 2 4'
+	$(BIN)/python benches/python/scaling.py $(ARGS)
 
 count: ## Instructions of each kernel under callgrind, where the clock is too noisy (needs valgrind)
 	@binary=$$(cargo bench --bench count --no-run 2>&1 | sed -n 's/.*(\(.*count-.*\))/\1/p'); \

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from bpo.data.tokenizers import padding_id
 from bpo.data.tokens import tokenize_prompts
 from bpo.selection.request import check_budget, counted
 from bpo.system.warn import warn
+from bpo.world.world import world
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -101,21 +103,34 @@ def keep_prompts(pool: Pool, limits: Limits, dataset: Any, source: Source, reque
     if limits.compresses and request.config.prompt_embeddings is not None:
         embeddings = given_embeddings(dataset, candidates, request.config.prompt_embeddings)
     if kept is None:
-        if embeddings is None:
-            embeddings = _embed(candidates, source, request)
-        kept = compress_breadth(
-            embeddings,
-            limits.n_prompts,
-            method=request.config.breadth_method,
-            seed=request.seed,
-            threads=request.config.threads,
-            progress=request.progress,
-        ).kept
-        noted = _near_duplicates(candidates, embeddings, request.config, request.progress)
+        compress = functools.partial(_compress, candidates, embeddings, limits.n_prompts, source, request)
+        # Where gradients follow, the processes of a job are together.
+        kept, noted = world().from_main(compress) if "gradients" in request.needs else compress()
     inputs, pair_index = pool.inputs.keep_pairs(kept[candidates.prompt_of_pair])
     n_pairs = counted("budget", limits.budget, len(pair_index))
     check_budget(limits.budget, n_pairs, limits.floor, request.strategy)
     return Kept(inputs, pair_index, n_pairs, noted)
+
+
+def _compress(
+    candidates: Candidates,
+    embeddings: npt.NDArray[np.float32] | None,
+    n_prompts: int,
+    source: Source,
+    request: Request,
+) -> tuple[npt.NDArray[np.bool_], Skipped]:
+    """Chooses prompts, embedded here unless they are already; returns also which are nearly the same."""
+    if embeddings is None:
+        embeddings = _embed(candidates, source, request)
+    compressed = compress_breadth(
+        embeddings,
+        n_prompts,
+        method=request.config.breadth_method,
+        seed=request.seed,
+        threads=request.config.threads,
+        progress=request.progress,
+    )
+    return compressed.kept, _near_duplicates(candidates, embeddings, request.config, request.progress)
 
 
 def _embed(candidates: Candidates, source: Source, request: Request) -> npt.NDArray[np.float32]:

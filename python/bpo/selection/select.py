@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -117,6 +118,10 @@ def _select(
     # Read: candidate pairs, with their tokens or their rows in a store, and those of the target.
     pool = read(dataset, target, source, request)
     limits = Limits.of(breadth, budget, pool, request, earlier=earlier, at_most=at_most)
+    if "gradients" in request.needs:
+        data = hashlib.sha256(pool.candidates.known_ids.tobytes() + pool.candidates.pairs.tobytes()).hexdigest()
+        asked = {"strategy": request.strategy, "seed": request.seed, "budget": budget, "breadth": breadth}
+        processes.check_same({"data set": data, **asked}, request.config.process_timeout)
 
     # Keep prompts: breadth.
     kept = keep_prompts(pool, limits, dataset, source, request)

@@ -13,7 +13,7 @@ import bpo
 from tiny import build_tokenizer, scored_rows, tiny_llama
 
 ROWS = scored_rows(14, 5)
-SETTINGS = {"sketch_dim": 64, "tokens_per_batch": 24, "threads": 1, "process_timeout": 60.0}
+SETTINGS = {"sketch_dim": 64, "tokens_per_batch": 24, "threads": 1, "process_timeout": 600.0}
 
 
 def context():
@@ -67,7 +67,7 @@ def said(output, rank):
 def finish(members, output):
     """Waits until all have ended, and well."""
     for member in members:
-        member.join(120)
+        member.join(600)
     assert [member.exitcode for member in members] == [0] * len(members), [said(output, r) for r in range(len(members))]
 
 

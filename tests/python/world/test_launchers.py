@@ -1,6 +1,7 @@
 """The command as launchers start it, and functions that one process calls for all or for itself."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -14,14 +15,6 @@ from tiny import build_tokenizer, tiny_llama
 
 COMMAND = ["-m", "bpo", "select", "model", "rows.jsonl", "--budget", "30", "--set", "sketch_dim=64"]
 COMMAND += ["--set", "tokens_per_batch=24", "--set", "device=cpu"]
-# What a step of SLURM with two tasks says, but for which of them this is.
-STEP = {
-    "SLURM_JOB_ID": str(job.free_port()),
-    "SLURM_STEP_ID": "0",
-    "SLURM_STEP_NUM_TASKS": "2",
-    "SLURM_STEP_TASKS_PER_NODE": "2",
-    "SLURM_STEP_NODELIST": "localhost",
-}
 
 
 @pytest.fixture(scope="module")
@@ -57,26 +50,32 @@ def test_torchrun(directory, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={job.free_port()}"]
     command = [sys.executable, *launcher, *COMMAND, "--store", "store-launched", "--output", "launched"]
-    done = subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert_as_one(directory, "launched", [done.stdout])
 
 
-def test_a_step_of_slurm(directory, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    for name, value in STEP.items():
-        monkeypatch.setenv(name, value)
-    members = []
-    for rank in range(2):
-        monkeypatch.setenv("SLURM_PROCID", str(rank))
-        monkeypatch.setenv("SLURM_LOCALID", str(rank))
-        command = [sys.executable, *COMMAND, "--store", "store-step", "--output", "step"]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        members.append(subprocess.Popen(command, cwd=directory, **pipes))
-    said = [member.communicate(timeout=240) for member in members]
-    assert [member.returncode for member in members] == [0, 0], said
-    assert_as_one(directory, "step", [output for output, _ in said])
+def stepping(rank, directory, step):
+    """The command in a step of SLURM."""
+    from bpo.cli.main import main
+
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        del os.environ[name]
+    os.environ.update(step, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank))
+    os.chdir(directory)
+    assert main([*COMMAND[2:], "--store", "store-step", "--output", "step"]) == 0
+
+
+def test_a_step_of_slurm(directory, tmp_path):
+    step = {
+        "SLURM_JOB_ID": str(job.free_port()),
+        "SLURM_STEP_ID": "0",
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_STEP_TASKS_PER_NODE": "2",
+        "SLURM_STEP_NODELIST": "localhost",
+    }
+    job.finish(job.start(2, tmp_path, stepping, directory, step), tmp_path)
+    assert_as_one(directory, "step", [job.said(tmp_path, rank) for rank in range(2)])
 
 
 def together(rank, output):
@@ -93,7 +92,7 @@ def together(rank, output):
     except ValueError as error:
         found["compare"] = str(error)
     try:
-        bpo.doctor("no/such/model")
+        bpo.doctor("no/such/model", job.ROWS)
     except Exception as error:
         found["doctor"] = f"{type(error).__name__}: {error}"
     (output / f"{rank}.json").write_text(json.dumps(found))

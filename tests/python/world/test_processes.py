@@ -21,6 +21,7 @@ import bpo._core
 import bpo.world.world
 import job
 from store_writer import contents
+from tiny import build_tokenizer, tiny_llama
 
 TORTURE = int(os.environ.get("BPO_TORTURE", "0"))
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
@@ -54,11 +55,6 @@ def rows_in(store):
     return found
 
 
-def rows_by(directory):
-    """The processes that began to add rows."""
-    return list(directory.glob("took-*"))
-
-
 def until(condition, members):
     """Waits for something that comes if the processes live."""
     while not condition():
@@ -66,22 +62,60 @@ def until(condition, members):
         time.sleep(0.01)
 
 
-def meeting(rank, store):
-    """As job.collect, but nobody goes on before everybody is at some block."""
+def adding(change):
+    """Has the rows of a block added by ``change``, which is given the function that adds them, and its arguments."""
     import bpo.gradients.collect
 
-    add, met, size = bpo.gradients.collect.add_rows, set(), int(os.environ["WORLD_SIZE"])
+    add = bpo.gradients.collect.add_rows
+    bpo.gradients.collect.add_rows = lambda *arguments: change(add, arguments)
 
-    def add_later(*arguments):
+
+def for_ever():
+    while True:
+        time.sleep(1)
+
+
+def meeting(rank, store, stops=-1):
+    """As job.collect, but nobody goes on before everybody is at some block, and one never does."""
+    met, size = set(), int(os.environ["WORLD_SIZE"])
+
+    def change(add, arguments):
         while len(met) < size:
             met.update(path.read_text() for path in store.glob("parts/*.by"))
             time.sleep(0.01)
         with (store.parent / f"took-{rank}").open("a") as file:
             file.write("x")
+        if rank == stops:
+            for_ever()
         add(*arguments)
 
-    bpo.gradients.collect.add_rows = add_later
+    adding(change)
     job.collect(rank, store)
+
+
+def hanging(rank, store):
+    """As job.collect, but the second process never comes to an end of its first block, which the first soon minds."""
+    from bpo.store.parts import Parts
+
+    claimed = Parts.claimed
+    if rank == 0:
+        Parts.claimed = lambda self, start, name, timeout, found: claimed(self, start, name, 2.0, found)
+    meeting(rank, store, stops=1)
+
+
+def stopping(rank, store, rows, blocks):
+    """As job.collect, but each process stops once it has filled so many blocks."""
+    filled = []
+
+    def change(add, arguments):
+        if len(filled) == blocks:
+            (store.parent / f"stopped-{rank}").touch()
+            for_ever()
+        add(*arguments)
+        filled.append(arguments)
+
+    adding(change)
+    job.collect(rank, store, rows)
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
@@ -121,7 +155,7 @@ def test_killed_processes_lose_nothing_and_any_number_goes_on_to_the_same_bytes(
                 members[victim].kill()
                 kills += 1
             for member in members:
-                member.join(60)
+                member.join(600)
                 assert member.exitcode is not None
             # Those that live go on without the others, and finish; unless the first was killed while they prepared.
             finished = any(member.exitcode == 0 for member in members)
@@ -135,8 +169,8 @@ def test_killed_processes_lose_nothing_and_any_number_goes_on_to_the_same_bytes(
 def test_a_block_of_which_nothing_was_committed_is_computed(tmp_path, whole):
     """One that was killed before its first row leaves a store of none."""
     store, written = tmp_path / "store", bpo.GradientStore.open(whole)
-    members = job.start(2, tmp_path, job.collect, store)
-    until(lambda: len(parts_of(store)) >= 2, members)
+    members = job.start(2, tmp_path, stopping, store, job.ROWS, 0)
+    until(lambda: len(list(tmp_path.glob("stopped-*"))) == 2, members)
     for member in members:
         member.kill()
         member.join()
@@ -164,13 +198,13 @@ def test_what_was_whole_already_is_tidied_up(tmp_path, whole):
 
 def test_one_that_dies_is_replaced_by_those_that_live(tmp_path, whole):
     store = tmp_path / "store"
-    members = job.start(3, tmp_path, meeting, store)
-    until(lambda: len(rows_by(tmp_path)) == 3, members)
+    members = job.start(3, tmp_path, meeting, store, 1)
+    until(lambda: (tmp_path / "took-1").exists(), members)
     members[1].kill()
     for member in members:
-        member.join(60)
+        member.join(600)
     assert [member.exitcode for member in members] == [0, -signal.SIGKILL, 0], job.said(tmp_path, 0)
-    assert contents(store) == contents(whole)
+    assert same(store, whole)
 
 
 def test_one_process_by_itself_stays_out_while_several_are_at_work(tmp_path, whole):
@@ -189,22 +223,13 @@ def test_one_process_by_itself_stays_out_while_several_are_at_work(tmp_path, who
 def test_one_that_hangs_is_named(tmp_path):
     store = tmp_path / "store"
     members = job.start(2, tmp_path, hanging, store)
-    members[0].join(60)
+    members[0].join(600)
     assert members[0].exitcode == 1
     said = job.said(tmp_path, 0)
     assert "TimeoutError: Nothing came to the gradient store for 2 s" in said
     assert f"process 1 ({members[1].pid} on " in said
     members[1].kill()
     members[1].join()
-
-
-def hanging(rank, store):
-    """As job.collect, but the second process never comes to an end of its first block."""
-    import bpo.gradients.collect
-
-    if rank == 1:
-        bpo.gradients.collect.add_rows = lambda *arguments: time.sleep(1000)
-    job.collect(rank, store, process_timeout=2.0 if rank == 0 else 60.0)
 
 
 def absent(rank, store):
@@ -216,7 +241,7 @@ def absent(rank, store):
 
 def test_one_that_does_not_come_is_waited_for_no_longer_than_said(tmp_path):
     members = job.start(2, tmp_path, absent, tmp_path / "store")
-    members[0].join(60)
+    members[0].join(600)
     said = job.said(tmp_path, 0)
     assert "TimeoutError" in said and "waited up to 2 s (SelectConfig.process_timeout) for all others" in said
     assert "bpo.alone()" in said
@@ -237,7 +262,7 @@ def elsewhere_at_work(rank, store):
 
 def test_one_that_calls_bpo_never_is_waited_for_no_longer_either(tmp_path):
     members = job.start(2, tmp_path, elsewhere_at_work, tmp_path / "store")
-    members[0].join(60)
+    members[0].join(600)
     said = job.said(tmp_path, 0)
     assert "TimeoutError" in said and "waited up to 2 s (the first time)" in said and "bpo.alone()" in said
     members[1].kill()
@@ -257,20 +282,39 @@ def unlike(rank, store, what):
 def test_processes_that_were_given_other_things_are_refused_by_name(tmp_path, what):
     members = job.start(2, tmp_path, unlike, tmp_path / "store", what)
     for rank, member in enumerate(members):
-        member.join(60)
+        member.join(600)
         assert member.exitcode == 1
         assert f"ValueError: Process 1 of 2 has another {what} than process 0" in job.said(tmp_path, rank)
     assert not (tmp_path / "store").exists()
 
 
+def selecting_unlike(rank, store, what):
+    asked = {"rows": job.ROWS, "seed": 0, "breadth": 9}
+    asked[what] = {"rows": job.ROWS[rank:], "seed": rank, "breadth": 9 + rank}[what]
+    tokenizer = build_tokenizer()
+    rows = asked.pop("rows")
+    bpo.select(tiny_llama(tokenizer), rows, budget=20, processing_class=tokenizer, store=store, **asked)
+
+
+@pytest.mark.parametrize("what", ["rows", "seed", "breadth"])
+def test_processes_that_were_asked_for_other_selections_are_refused_by_name(tmp_path, what):
+    members = job.start(2, tmp_path, selecting_unlike, tmp_path / "store", what)
+    for rank, member in enumerate(members):
+        member.join(600)
+        assert member.exitcode == 1
+        name = {"rows": "data set"}.get(what, what)
+        assert f"ValueError: Process 1 of 2 has another {name} than process 0" in job.said(tmp_path, rank)
+    assert not (tmp_path / "store").exists()
+
+
 def elsewhere(rank, store):
-    job.collect(rank, store if rank == 0 else store.with_name("elsewhere"), process_timeout=5.0)
+    job.collect(rank, store if rank == 0 else store.with_name("elsewhere"), process_timeout=600.0)
 
 
 def test_a_store_that_not_all_see_is_refused(tmp_path):
     members = job.start(2, tmp_path, elsewhere, tmp_path / "store")
     for member in members:
-        member.join(60)
+        member.join(600)
     assert members[1].exitcode == 1
     assert "name a directory on a disk that all processes see" in job.said(tmp_path, 1)
     assert not (tmp_path / "elsewhere").exists()
@@ -293,19 +337,19 @@ def test_what_the_first_process_refuses_all_refuse(tmp_path):
     ):
         members = job.start(2, tmp_path / "out", work, *arguments)
         for rank, member in enumerate(members):
-            member.join(60)
+            member.join(600)
             assert member.exitcode == 1 and expected in job.said(tmp_path / "out", rank)
 
 
 def test_what_an_interrupted_run_over_less_data_left_is_not_computed_again(tmp_path):
     store, rows = tmp_path / "store", job.ROWS
-    members = job.start(2, tmp_path, job.collect, store, rows[:8])
-    until(lambda: rows_in(store) >= 15, members)
+    members = job.start(2, tmp_path, stopping, store, rows[:8], 1)
+    until(lambda: len(list(tmp_path.glob("stopped-*"))) == 2, members)
     for member in members:
         member.kill()
         member.join()
     there = rows_in(store)
-    assert parts_of(store) and 15 <= there <= 40
+    assert parts_of(store) and 10 <= there < 40
     made = job.collect(0, store, rows)
     assert len(made) == 70 and not parts_of(store)
     assert len({bytes(one) for one in made.records["response_id"]}) == 70
