@@ -68,14 +68,16 @@ class Parts:
         if self._writer.lacks(self._ids).any():
             if self._order_there() == self._order:
                 return False
+            self.check_idle()
             self._take_all()
             return True
         with contextlib.suppress(StoreLockedError, OSError):  # which takes nothing from who only reads
+            self.check_idle()
             self._take_all()
         return False
 
     def _take_all(self) -> None:
-        self.check_idle()
+        """Puts the blocks into the store in their order."""
         with self._writer.again() as writer:
             writer.lock()
             for path in self._there():
@@ -119,11 +121,11 @@ class Parts:
 
         Rows of blocks that several processes began go into the store before the rest of their block does.
         """
-        for number, block in enumerate(self._blocks):
+        for number in range(len(self._blocks)):
             part = self._part(number)
             if (part / "manifest.json").is_file():
                 self._writer.take(GradientStore(part))
-            lacking = block[self._writer.lacks(self._ids[block])]
+            lacking = self._lacking(number)
             if len(lacking):
                 yield self._writer, lacking
         self._writer.commit()
@@ -148,14 +150,14 @@ class Parts:
                 f"Process {name} does not see the gradient store {self._writer.path}, which process 0 has just made: "
                 "name a directory on a disk that all processes see."
             )
-        todo = [(start + step) % len(self._blocks) for step in range(len(self._blocks))]
+        numbers = [(start + step) % len(self._blocks) for step in range(len(self._blocks))]
+        todo = {number: self._lacking(number) for number in numbers}
         watch = _Watch(timeout)
         while todo:
             before = len(todo)
-            for number in list(todo):
-                lacking = self._blocks[number][self._writer.lacks(self._ids[self._blocks[number]])]
+            for number, lacking in list(todo.items()):
                 if self._is_whole(number, lacking):
-                    todo.remove(number)
+                    del todo[number]
                     found(lacking)
                     continue
                 with contextlib.ExitStack() as stack:
@@ -166,7 +168,7 @@ class Parts:
                     found(lacking[~np.isin(lacking, rest)])
                     if len(rest):
                         yield part, rest
-                todo.remove(number)
+                del todo[number]
             if todo and len(todo) == before:
                 watch.look({self._part(number): self._worker(number) for number in todo})
         while self._directory.is_dir() and not self._gathered():
@@ -201,15 +203,15 @@ class Parts:
     def _gathered(self) -> bool:
         """Puts the blocks into the store; returns False where another process is at it."""
         try:
-            with self._writer.again() as writer:
-                writer.lock()
-                for number in range(len(self._blocks)):
-                    if (self._part(number) / "manifest.json").is_file():
-                        writer.take(GradientStore(self._part(number)))
-                self._remove()
+            self._take_all()
         except StoreLockedError:
             return False
         return True
+
+    def _lacking(self, number: int) -> npt.NDArray[np.int64]:
+        """The sequences of a block that the store lacks, as far as its writer knows."""
+        block = self._blocks[number]
+        return block[self._writer.lacks(self._ids[block])]
 
     def _part(self, number: int) -> Path:
         return self._directory / f"{number:06d}"

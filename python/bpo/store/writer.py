@@ -17,6 +17,7 @@ import numpy as np
 from bpo import _core
 from bpo._core import StoreError, StoreLockedError
 from bpo.store.gradient_store import RECORD, GradientStore, StoreMismatchError, as_bytes
+from bpo.world.world import brief
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -251,14 +252,9 @@ def check_fingerprint(path: Path, stored: dict[str, Any], wanted: dict[str, Any]
     for key, (name, remedy) in _MISMATCH.items():
         if stored.get(key) != wanted.get(key):
             raise StoreMismatchError(
-                f"The gradient store {path} was made with another {name}: {_brief(stored.get(key))} there, "
-                f"{_brief(wanted.get(key))} here. Name another store directory, or {remedy}."
+                f"The gradient store {path} was made with another {name}: {brief(stored.get(key))} there, "
+                f"{brief(wanted.get(key))} here. Name another store directory, or {remedy}."
             )
-
-
-def _brief(value: Any) -> str:
-    text = str(value)
-    return text[:12] + "…" if len(text) == 64 else text
 
 
 def _check_data(present: GradientStore, known_ids: npt.NDArray[np.uint8], wanted_ids: npt.NDArray[np.uint8]) -> None:

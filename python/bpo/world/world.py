@@ -10,6 +10,7 @@ import functools
 import os
 import pickle
 import platform
+import sys
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from bpo.world.launch import launched
@@ -100,8 +101,8 @@ class World:
             for rank, other in enumerate(others):
                 if other.get(name) != others[0].get(name):
                     raise ValueError(
-                        f"Process {rank} of {self.size} has another {name} than process 0: {_brief(other.get(name))} "
-                        f"there, {_brief(others[0].get(name))} here. All processes of a job must be given the same."
+                        f"Process {rank} of {self.size} has another {name} than process 0: {brief(other.get(name))} "
+                        f"there, {brief(others[0].get(name))} here. All processes of a job must be given the same."
                     )
 
     def _wait(self, timeout: float) -> None:
@@ -121,16 +122,19 @@ class World:
             raise ConnectionError(f"Process {self.name} of {self.size} lost a process of its job: {error}") from None
 
 
+_BY_ITSELF = World(0, 1, 1)
+
+
 def world() -> World:
     """Returns the processes of this job: as ``torch.distributed`` knows them where it runs, else as a launcher says.
 
     Within :func:`alone`, this process by itself.
     """
     if _alone.get():
-        return World(0, 1, 1)
+        return _BY_ITSELF
     launch = launched()
     if launch.size == 1 and not _running():
-        return World(0, 1, 1)
+        return _BY_ITSELF
     return _joined(os.getpid())
 
 
@@ -151,7 +155,7 @@ def _joined(pid: int) -> World:
     import torch.distributed
 
     if not _running():
-        return World(0, 1, 1)
+        return _BY_ITSELF
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     with _meeting(f"Process {rank} of {size}", _MEETING.total_seconds(), "the first time"):
         torch.distributed.new_group(backend="gloo", timeout=_MEETING)
@@ -172,8 +176,6 @@ def _meeting(name: str, seconds: float, setting: str) -> Iterator[None]:
 
 
 def _running() -> bool:
-    import sys
-
     distributed = sys.modules.get("torch.distributed")
     return distributed is not None and distributed.is_available() and distributed.is_initialized()
 
@@ -218,6 +220,7 @@ def _sendable(error: Exception) -> Exception:
     return error
 
 
-def _brief(value: Any) -> str:
+def brief(value: Any) -> str:
+    """Returns a value as a message shows it that compares two: of a checksum the first digits."""
     text = str(value)
     return text[:12] + "…" if len(text) == 64 else text
