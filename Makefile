@@ -50,7 +50,7 @@ demo: $(VENV)/.installed ## The main job end to end on a real model; ARGS=--full
 test: $(if $(ROOM),,test-rust checked) test-python ## Every test; ROOM=data for one room of python/bpo or tests/python, and its docstrings
 
 test-rust:
-	cargo test --quiet
+	cargo test --quiet --profile checked
 
 test-python: $(VENV)/.installed
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 8 --dist loadfile --no-loadscope-reorder \

@@ -60,8 +60,7 @@ def work(options: argparse.Namespace) -> int:
     import torch
     import transformers
 
-    import gpu_right
-    from gpu_setting import Card
+    from gpu_setting import Card, failed
 
     warnings.simplefilter("ignore")
     logging.disable(logging.INFO)  # bergson's list of layers
@@ -92,7 +91,7 @@ def work(options: argparse.Namespace) -> int:
             card.now()
         except Exception as error:
             traceback.print_exc(limit=-4)
-            report_row(gpu_right.failed(name, error))
+            report_row(failed(name, error))
         report(seconds=time.time() - start)
         if not answers():
             return BROKEN

@@ -22,7 +22,7 @@ from bpo.policy.logprobs import Forward
 from bpo.policy.state import inference_state
 from bpo.sketching.batches import Sketching
 from extraction import RANK
-from gpu_setting import SHAPES, Card, Data, Measurement, Shape, extracted, settings, twins
+from gpu_setting import SHAPES, Card, Data, Measurement, Shape, extracted, failed, settings, twins
 from peers import Row
 
 # Largest error of a sketch relative to its length. bfloat16 keeps 8 bits, TF32 11.
@@ -256,11 +256,6 @@ def distance(found: np.ndarray, expected: np.ndarray) -> float:
 
 def exact(name: str, shown: str, peer: str, right: bool) -> Row:
     return Row(name, shown, peer, "", (float(right),) * 3, 1.0)
-
-
-def failed(name: str, error: BaseException) -> Row:
-    text = str(error).strip().splitlines()
-    return Row(name, "FAILED", type(error).__name__, (text[0] if text else "")[:200])
 
 
 @contextlib.contextmanager

@@ -256,3 +256,8 @@ def extracted(model: Any, data: Data, **changes: Any) -> np.ndarray:
             progress=False,
         )
         return np.array(store.sketches(store.rows_of(data.tokenized.sequence_ids)))
+
+
+def failed(name: str, error: BaseException) -> Row:
+    text = str(error).strip().splitlines()
+    return Row(name, "FAILED", type(error).__name__, (text[0] if text else "")[:200])

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 
 import bpo
-from gpu_right import failed
-from gpu_setting import SHAPES, Card, Data, Measurement
+from gpu_setting import SHAPES, Card, Data, Measurement, failed
 from peers import Row
 
 DEMO = Path(__file__).resolve().parents[2] / "demo"

@@ -5,8 +5,6 @@ import math
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -21,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from trl import DPOTrainer
 
 import bpo
+import job
 from bpo.cli.main import main
 from bpo.evidence.compare.config import CompareConfig
 from bpo.evidence.compare.yaml_file import read_yaml
@@ -215,15 +214,13 @@ def test_killed_and_resumed_it_gives_the_same(finished, settings, tmp_path):
     """Two workers, killed with their parent once a run is there."""
     file, output = tmp_path / "compare.yaml", tmp_path / "out"
     file.write_text(yaml.safe_dump(settings))
-    command = [sys.executable, "-m", "bpo.cli", "compare", str(file), "--output", str(output), "--jobs", "2"]
-    process = subprocess.Popen(
-        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True, stderr=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + 300
-    while not list(output.glob("runs/seed*.json")) and process.poll() is None and time.monotonic() < deadline:
+    process = job.command(["compare", file, "--output", output, "--jobs", "2"])
+    process.start()
+    while not list(output.glob("runs/seed*.json")) and process.is_alive():
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     there = {path: path.stat().st_mtime_ns for path in (output / "runs").glob("seed*.json")}
     assert 0 < len(there) < 4
     resumed = bpo.compare(file, output, progress=False)

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 import bpo
+import bpo.cli.main
 from tiny import build_tokenizer, scored_rows, tiny_llama
 
 ROWS = scored_rows(14, 5)
@@ -20,9 +21,20 @@ def context():
     """A server of processes, which start in a moment."""
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(
-        ["torch", "transformers", "trl", "peft", "accelerate", "bpo.gradients.collect", "job"]
+        ["torch", "transformers", "trl", "peft", "accelerate", "bpo.gradients.collect", "bpo.training.trainer", "job"]
     )
     return server
+
+
+def command(arguments):
+    """The command ``bpo`` as a program of its own, in a session of its own, which was not started yet."""
+    return context().Process(target=_command, args=(list(map(str, arguments)),))
+
+
+def _command(arguments):
+    os.setsid()
+    sys.argv = ["bpo", *arguments]
+    sys.exit(bpo.cli.main.main(arguments))
 
 
 def free_port():

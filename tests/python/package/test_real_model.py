@@ -1,7 +1,6 @@
 """The real SmolLM2-135M-Instruct, from the package index, on the demo's own data."""
 
 import json
-import os
 import warnings
 from pathlib import Path
 
@@ -15,19 +14,12 @@ from tiny import hooked
 DEMO = Path(__file__).resolve().parents[3] / "demo"
 
 
-@pytest.fixture(scope="module")
-def policy(smollm2):
-    torch.set_num_threads(os.cpu_count())
-    yield smollm2
-    torch.set_num_threads(1)
-
-
 def rows(n):
     lines = (DEMO / "data" / "responses.jsonl").read_text(encoding="utf-8").splitlines()
     return [{key: json.loads(line)[key] for key in ("prompt", "responses", "scores")} for line in lines[:n]]
 
 
-def test_gradients_are_exact(policy):
+def test_gradients_are_exact(smollm2):
     """B-gradients of the whole model against autograd through PEFT, one response at a time."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -37,8 +29,8 @@ def test_gradients_are_exact(policy):
     from bpo.gradients.parameters import FreshAdapter
     from bpo.policy.logprobs import completion_logps
 
-    tokenizer = AutoTokenizer.from_pretrained(policy)
-    model = AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
     tokenized = tokenize_responses(bpo.read_candidates(rows(1)), tokenizer, 1024)[0]
     features = FreshAdapter(model, rank=8, seed=0)
     batch = np.array([0, 1])
@@ -57,7 +49,7 @@ def test_gradients_are_exact(policy):
         assert float((gradients[index] - exact).norm() / exact.norm()) < 3e-5
 
 
-def test_sketch_error_on_real_pair_gradients(policy):
+def test_sketch_error_on_real_pair_gradients(smollm2):
     """RMS error of the cosines of real DPO pair gradients, against the figures that the sketch was chosen by."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -66,8 +58,8 @@ def test_sketch_error_on_real_pair_gradients(policy):
     from bpo.data.tokens import tokenize_responses
     from bpo.gradients.parameters import FreshAdapter
 
-    tokenizer = AutoTokenizer.from_pretrained(policy)
-    model = AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", bpo.InvalidDataWarning)
         candidates = bpo.read_candidates(rows(4), max_pairs_per_prompt=3)
@@ -84,14 +76,14 @@ def test_sketch_error_on_real_pair_gradients(policy):
 
     exact = cosines(differences)
     for dim, expected in ((256, 0.0599), (1024, 0.0307), (4096, 0.0152)):
-        errors = [cosines(_core.Sketcher(dim, seed=seed).sketch(differences)) - exact for seed in range(30)]
+        errors = [cosines(_core.Sketcher(dim, seed=seed).sketch(differences)) - exact for seed in range(10)]
         assert np.sqrt(np.mean(np.square(errors))) == pytest.approx(expected, rel=0.15)
-        assert abs(np.mean(errors)) < 3 * expected / np.sqrt(30)  # unbiased
+        assert abs(np.mean(errors)) < 3 * expected / np.sqrt(10)  # unbiased
 
 
-def test_select_end_to_end(policy, tmp_path):
+def test_select_end_to_end(smollm2, tmp_path):
     data = rows(3)
-    selection = bpo.select(policy, data, budget=6, breadth=2, store=tmp_path / "store", progress=False)
+    selection = bpo.select(smollm2, data, budget=6, breadth=2, store=tmp_path / "store", progress=False)
     assert len(selection) == 6
     assert (selection.depth > 0).sum() == 2
     centrality = np.array(selection.dataset["bpo_centrality"][:])

@@ -1,11 +1,9 @@
 """Rounds of selection within one training."""
 
 import json
-import multiprocessing
 import os
 import random
 import shutil
-import sys
 import time
 from pathlib import Path
 
@@ -17,9 +15,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import TrainerCallback
 
 import bpo
+import job
 from bpo.system.files import write_whole
 from bpo.training.rounds import last_whole_checkpoint, load_rounds
-from disks import run
 from tiny import build_tokenizer, scored_rows, tiny_llama
 
 TORTURE = int(os.environ.get("BPO_TORTURE", "0"))
@@ -375,8 +373,7 @@ def train_rounds(output, resume):
 
 
 def test_a_training_that_is_killed_at_random_ends_where_an_uninterrupted_one_does(tmp_path):
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "transformers", "trl", "peft", "bpo.training.trainer", "conftest"])
+    context = job.context()
 
     def run(output, resume=False, seconds=None):
         process = context.Process(target=train_rounds, args=(output, resume))
@@ -450,29 +447,21 @@ def test_weights_and_controls_go_through_rounds(tokenizer, tmp_path):
     assert weights.items() <= {row["prompt"]: row["weight"] for row in rows}.items()
 
 
-_SEVERAL = """
-import json, os, sys
-from pathlib import Path
-from tiny import build_tokenizer
-from test_rounds import ROWS, pairs_of, trained, trainer_of, weights_of
-
-output = Path(sys.argv[1])
-rows = [{**row, "weight": 1.0 + index} for index, row in enumerate(ROWS)]
-settings = {"store": str(output / "store"), "reselect_strategy": "steps", "reselect_steps": 1, "num_train_epochs": 1}
-trainer = trained(trainer_of(build_tokenizer(), output, rows=rows, per_device_train_batch_size=1, **settings))
-found = {"rounds": [pairs_of(one) for one in trainer.selections], "weights": weights_of(trainer).tolist()}
-(output / f"{os.environ['RANK']}.json").write_text(json.dumps(found))
-"""
+WEIGHTED = [{**row, "weight": 1.0 + index} for index, row in enumerate(ROWS)]
+EVERY_STEP = {"reselect_strategy": "steps", "reselect_steps": 1, "num_train_epochs": 1}
 
 
-def test_several_processes_train_the_same_rounds_as_one(tokenizer, tmp_path, monkeypatch):
-    rows = [{**row, "weight": 1.0 + index} for index, row in enumerate(ROWS)]
-    settings = {"reselect_strategy": "steps", "reselect_steps": 1, "num_train_epochs": 1}
-    alone = trained(trainer_of(tokenizer, tmp_path / "alone", rows=rows, **settings))
-    (tmp_path / "several.py").write_text(_SEVERAL)
-    here = str(Path(__file__).parent)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])]))
-    run(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", tmp_path / "several.py", tmp_path)
+def train_together(rank, output):
+    """One process of a training by several, which notes its weights and pairs."""
+    settings = {"store": str(output / "store"), "per_device_train_batch_size": 1, **EVERY_STEP}
+    trainer = trained(trainer_of(build_tokenizer(), output, rows=WEIGHTED, **settings))
+    found = {"rounds": [pairs_of(one) for one in trainer.selections], "weights": weights_of(trainer).tolist()}
+    (output / f"{rank}.json").write_text(json.dumps(found))
+
+
+def test_several_processes_train_the_same_rounds_as_one(tokenizer, tmp_path):
+    alone = trained(trainer_of(tokenizer, tmp_path / "alone", rows=WEIGHTED, **EVERY_STEP))
+    job.finish(job.start(2, tmp_path, train_together, tmp_path), tmp_path)
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert first == second
     assert first["rounds"] == [pairs_of(one) for one in alone.selections]
