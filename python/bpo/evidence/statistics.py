@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bpo.system.optional import import_scipy
-
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -68,7 +66,6 @@ def paired(differences: npt.ArrayLike, heldout_share: float | None = None, confi
         same and not zero, which happens to a few seeds by chance and says nothing of the spread.
 
     Raises:
-        ImportError: SciPy is missing.
         ValueError: No difference, one that is not finite, or a share or confidence out of range.
 
     Example:
@@ -85,7 +82,8 @@ def paired(differences: npt.ArrayLike, heldout_share: float | None = None, confi
         raise ValueError(f"heldout_share must be above 0 and below 1, got {heldout_share!r}")
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must be above 0 and below 1, got {confidence!r}")
-    scipy_stats = import_scipy("stats")
+    from scipy import stats as scipy_stats
+
     n, mean = len(values), float(values.mean())
     if n == 1:
         nan = math.nan
@@ -115,16 +113,18 @@ def paired(differences: npt.ArrayLike, heldout_share: float | None = None, confi
 
 def _power(noncentrality: float, degrees: int, confidence: float) -> float:
     """Probability that the two-sided t-test rejects."""
-    scipy_stats = import_scipy("stats")
+    from scipy import stats as scipy_stats
+
     critical = scipy_stats.t.ppf((1 + confidence) / 2, degrees)
     # The other tail adds nothing that matters once the power is near 80 %.
     return float(scipy_stats.nct.sf(critical, degrees, noncentrality))
 
 
 def _detectable(error: Callable[[int], float], n: int, confidence: float) -> float:
+    from scipy import stats as scipy_stats
     from scipy.optimize import brentq
 
-    critical = float(import_scipy("stats").t.ppf((1 + confidence) / 2, n - 1))
+    critical = float(scipy_stats.t.ppf((1 + confidence) / 2, n - 1))
     root = brentq(lambda effect: _power(effect, n - 1, confidence) - POWER, 0.0, 3 * critical + 3)
     return float(root) * error(n)
 
@@ -218,7 +218,9 @@ def rank_correlation(first: npt.ArrayLike, second: npt.ArrayLike) -> float:
     left, right = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
     if len(left) < 2 or np.ptp(left) == 0 or np.ptp(right) == 0:
         return math.nan
-    return float(import_scipy("stats").spearmanr(left, right).statistic)
+    from scipy.stats import spearmanr
+
+    return float(spearmanr(left, right).statistic)
 
 
 def clustered_standard_error(values: npt.NDArray[np.float64], clusters: npt.NDArray[np.int64]) -> float:

@@ -22,10 +22,21 @@ _SIGN_DRAWS = 1000
 _ROWS_AT_ONCE = 256
 
 
+def target_features(target: MeasuredPairs, config: SelectConfig) -> tuple[PairGradients, npt.NDArray[np.bool_]]:
+    """Returns the unit gradients of a target's T pairs, as those of the candidates are, and which are usable, (T,)."""
+    if config.checkpoints is not None:
+        rows, norms = pair_features(target.gradients, list(config.checkpoints.values()), threads=config.threads)
+        return PairGradients.of_rows(rows), np.isfinite(norms)
+    norms = pair_norms(target.gradients[0], config.threads)
+    known = np.isfinite(norms) & (norms > 0)
+    return unit_features(target.gradients[0], norms, known), known
+
+
 def influence(
     features: PairGradients,
     usable: npt.NDArray[np.bool_],
-    target: MeasuredPairs,
+    target: PairGradients,
+    known: npt.NDArray[np.bool_],
     subtask_of_pair: npt.NDArray[np.int64],
     config: SelectConfig,
 ) -> npt.NDArray[np.float32]:
@@ -36,9 +47,10 @@ def influence(
     Args:
         features: Of the P pairs, those that they are clustered by.
         usable: (P,) bool.
-        target: The pairs of the target, of the same stores.
+        target: Unit gradients of the T pairs of the target.
+        known: (T,) bool, which of them are usable.
         subtask_of_pair: (T,) int64, the subtask of each of them, from 0.
-        config: Uses ``checkpoints`` and ``threads``.
+        config: Uses ``threads``.
 
     Returns:
         (P,) float32, NaN where not usable.
@@ -46,21 +58,13 @@ def influence(
     Raises:
         ValueError: A subtask without a usable pair.
     """
-    if config.checkpoints is not None:
-        rows, norms = pair_features(target.gradients, list(config.checkpoints.values()), threads=config.threads)
-        wanted = PairGradients.of_rows(rows)
-        known = np.isfinite(norms)
-    else:
-        norms = pair_norms(target.gradients[0], config.threads)
-        known = np.isfinite(norms) & (norms > 0)
-        wanted = unit_features(target.gradients[0], norms, known)
     best = np.full(len(usable), np.nan, dtype=np.float32)
     index = np.flatnonzero(usable)
     for subtask in range(int(subtask_of_pair.max()) + 1):
         members = np.flatnonzero((subtask_of_pair == subtask) & known)
         if len(members) == 0:
             raise ValueError(f"No pair of subtask {subtask} of the target has a usable gradient.")
-        mean = _sum(wanted.take(members)) / len(members)
+        mean = _sum(target.take(members)) / len(members)
         scores = _core.score_pairs(
             features.rows,
             features.pairs[index],

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from bpo.pairs.pair_gradients import pair_norms
 from bpo.store.gradient_store import widened
-from bpo.system.optional import import_scipy
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import numpy.typing as npt
 
     from bpo.pairs.pair_gradients import PairGradients
 # Rows of the store that are multiplied with the fitted weights at a time.
 _ROWS_AT_ONCE = 8192
+# Among which the penalty is chosen: the largest first, whose fit is where the next one starts.
+_PENALTIES = (1000.0, 100.0, 10.0, 1.0)
+_FOLDS = 5
+# Pairs that the penalty is chosen by; it is a property of the gradients, not of how many there are.
+_VALIDATED_PAIRS = 20_000
 
 
 def pulls(gradients: PairGradients, scale: npt.NDArray[np.float32] | np.float32) -> npt.NDArray[np.float32]:
@@ -55,9 +61,6 @@ def linearised_correct(
 
     Returns:
         (P,) float64, 1, 0, or ½ for a tie or an unusable pair.
-
-    Raises:
-        ImportError: SciPy is missing.
     """
     norms = pair_norms(training, None)
     usable = np.flatnonzero(np.isfinite(norms) & (norms > 0))
@@ -67,6 +70,51 @@ def linearised_correct(
     return correct
 
 
+def training_direction(
+    features: PairGradients, prompt_of_pair: npt.NDArray[np.int64], seed: int
+) -> npt.NDArray[np.float64]:
+    """Returns where training on all of some pairs leads in the linear regime *(ours)*.
+
+    That is the solution w of the logistic regression Σ log(1 + exp(⟨w, ẑ⟩)) + λ/2 ‖w‖² on the unit gradients ẑ of the
+    pairs, what DPO is near its start; λ is the one of 1000, 100, 10 and 1 that ranks most pairs of prompts that were
+    left out rightly, in five folds, the largest of several. Likelihood in place of accuracy would choose by how sure
+    the margins are, and where labels are wrong by how well they are learned by heart.
+
+    Args:
+        features: Unit gradients of n ≥ 1 pairs, all finite.
+        prompt_of_pair: (n,) int64. Folds keep prompts together; of very many pairs the prompts of about 20,000 are
+            drawn.
+        seed: Of the folds.
+
+    Returns:
+        (d,) float64.
+    """
+    return PairRegression(features).fit(_penalty(features, prompt_of_pair, seed))
+
+
+def _penalty(features: PairGradients, prompt_of_pair: npt.NDArray[np.int64], seed: int) -> float:
+    """The penalty that ranks most pairs of left-out prompts rightly; the largest where one prompt is all there is."""
+    prompts, place = np.unique(prompt_of_pair, return_inverse=True)
+    order = np.random.default_rng(seed).permutation(len(prompts))
+    if len(prompts) == 1:
+        return _PENALTIES[0]
+    fold = order[place] % min(_FOLDS, len(prompts))
+    counts = np.bincount(place)[np.argsort(order)]
+    n_drawn = max(_FOLDS, int(np.searchsorted(np.cumsum(counts), _VALIDATED_PAIRS, side="right")))
+    drawn: npt.NDArray[np.bool_] = order[place] < n_drawn
+    regression = PairRegression(features.take(np.flatnonzero(drawn)))
+    fold, n_folds = fold[drawn], min(_FOLDS, len(prompts))
+    right = []
+    fitted: list[npt.NDArray[np.float64] | None] = [None] * n_folds
+    for penalty in _PENALTIES:
+        n_right = 0
+        for left_out in range(n_folds):
+            weights = fitted[left_out] = regression.fit(penalty, start=fitted[left_out], among=fold != left_out)
+            n_right += int((regression.margins(weights)[fold == left_out] > 0).sum())
+        right.append(n_right)
+    return _PENALTIES[int(np.argmax(right))]
+
+
 def fit_direction(
     features: npt.NDArray[np.float32],
     regularization: float,
@@ -74,16 +122,75 @@ def fit_direction(
 ) -> npt.NDArray[np.float64]:
     """Fits Σ v log(1 + exp(−⟨w, x⟩)) + λ/2 ‖w‖² over the rows x with weights v; returns w, (d,)."""
     each = np.ones(len(features)) if pair_weights is None else pair_weights
+    return _fit(
+        lambda weights: features @ weights.astype(np.float32),
+        lambda pull: (pull.astype(np.float32) @ features).astype(np.float64),
+        each,
+        np.zeros(features.shape[1]),
+        regularization,
+    )
 
+
+class PairRegression:
+    """The same fit over pairs whose gradients are never formed: a pass reads the rows of the responses, twice.
+
+    Args:
+        features: The unit gradients z of n pairs, all finite; what is fitted is x = −z.
+    """
+
+    def __init__(self, features: PairGradients) -> None:
+        self._rows = features.rows
+        self._used, places = np.unique(features.pairs, return_inverse=True)
+        self._places = places.reshape(features.pairs.shape)
+        self._coefficients = -features.coefficients.astype(np.float64)
+
+    def fit(
+        self,
+        regularization: float,
+        *,
+        start: npt.NDArray[np.float64] | None = None,
+        among: npt.NDArray[np.bool_] | None = None,
+    ) -> npt.NDArray[np.float64]:
+        """Returns w, (d,), fitted to all pairs or to those of a (n,) bool, from a start on."""
+        each = np.ones(len(self._places)) if among is None else among.astype(np.float64)
+        begin = np.zeros(self._rows.shape[1]) if start is None else start
+        return _fit(self.margins, self._transposed, each, begin, regularization)
+
+    def margins(self, weights: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """⟨w, x⟩ of each pair, (n,)."""
+        narrow = weights.astype(np.float32)
+        products = np.concatenate([self._part(at) @ narrow for at in range(0, len(self._used), _ROWS_AT_ONCE)])
+        margins: npt.NDArray[np.float64] = (self._coefficients * products[self._places]).sum(axis=1)
+        return margins
+
+    def _transposed(self, pull: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """Σ p·x over the pairs, (d,)."""
+        of_row = np.bincount(self._places.ravel(), (self._coefficients * pull[:, None]).ravel(), len(self._used))
+        total = np.zeros(self._rows.shape[1])
+        for at in range(0, len(self._used), _ROWS_AT_ONCE):
+            total += of_row[at : at + _ROWS_AT_ONCE].astype(np.float32) @ self._part(at)
+        return total
+
+    def _part(self, at: int) -> npt.NDArray[np.float32]:
+        return widened(self._rows[self._used[at : at + _ROWS_AT_ONCE]])
+
+
+def _fit(
+    margins_of: Callable[[npt.NDArray[np.float64]], npt.NDArray[Any]],
+    sum_of: Callable[[npt.NDArray[np.float64]], npt.NDArray[np.float64]],
+    each: npt.NDArray[np.float64],
+    start: npt.NDArray[np.float64],
+    regularization: float,
+) -> npt.NDArray[np.float64]:
     def objective(weights: npt.NDArray[np.float64]) -> tuple[float, npt.NDArray[np.float64]]:
-        margins = features @ weights.astype(np.float32)
+        margins = margins_of(weights)
         loss = float(each @ np.logaddexp(0, -margins.astype(np.float64)))
-        pull = (each / (1 + np.exp(np.clip(margins, -60, 60)))).astype(np.float32)
-        gradient = regularization * weights - (pull @ features).astype(np.float64)
-        return loss + 0.5 * regularization * float(weights @ weights), gradient
+        pull = each / (1 + np.exp(np.clip(margins, -60, 60)))
+        return loss + 0.5 * regularization * float(weights @ weights), regularization * weights - sum_of(pull)
 
     # ‖w‖ is at most √n/λ-ish and accuracies depend on its direction, so a loose tolerance is enough.
-    minimize = import_scipy("optimize").minimize
-    result = minimize(objective, np.zeros(features.shape[1]), jac=True, method="L-BFGS-B", options={"maxiter": 200})
+    from scipy.optimize import minimize
+
+    result = minimize(objective, start, jac=True, method="L-BFGS-B", options={"maxiter": 200})
     weights: npt.NDArray[np.float64] = result.x
     return weights

@@ -35,6 +35,7 @@ def choose(
         seed=request.seed,
         clusters=scored.clusters,
         features=scored.features,
+        target=scored.target,
         differences=None if measured is None else measured.differences,
         margins=None if measured is None else measured.margins(config),
     )

@@ -10,7 +10,7 @@ import numpy as np
 from bpo.data.candidates import Skipped, report_skipped
 from bpo.pairs.checkpoints import cluster_checkpoints
 from bpo.pairs.clustering import cluster_pairs
-from bpo.pairs.direction import influence, prompts_agree
+from bpo.pairs.direction import influence, prompts_agree, target_features
 from bpo.pairs.pair_gradients import unit_features
 from bpo.system.progress import core_progress
 
@@ -41,6 +41,7 @@ class ScoredPairs:
         measured: Gradients and log-probabilities; None where no gradients are needed, and so are the next two.
         clusters: Clusters and scores.
         features: Gradients at unit length (NaN where unusable).
+        target: Those of the target's pairs, usable ones only, where there is a target.
     """
 
     prompt_of_pair: npt.NDArray[np.int64]
@@ -50,6 +51,7 @@ class ScoredPairs:
     measured: MeasuredPairs | None = None
     clusters: PairClusters | None = None
     features: PairGradients | None = None
+    target: PairGradients | None = None
 
 
 def score(
@@ -82,8 +84,10 @@ def toward(scored: ScoredPairs, goal: Goal | None, target: MeasuredPairs | None,
     if goal is None or target is None:
         return scored
     assert scored.clusters is not None and scored.features is not None
-    influences = influence(scored.features, scored.eligible, target, goal.subtask_of_pair, config)
-    return dataclasses.replace(scored, clusters=dataclasses.replace(scored.clusters, alignment=influences))
+    wanted, known = target_features(target, config)
+    influences = influence(scored.features, scored.eligible, wanted, known, goal.subtask_of_pair, config)
+    clusters = dataclasses.replace(scored.clusters, alignment=influences)
+    return dataclasses.replace(scored, clusters=clusters, target=wanted.take(np.flatnonzero(known)))
 
 
 def look_at(scored: ScoredPairs, kept: Candidates, request: Request) -> Skipped:

@@ -62,10 +62,11 @@ def select(
         breadth: Prompts to keep: a count, a fraction, or None for all.
         strategy: ``"bpo"``, ``"uniform"`` (the same depth for every prompt), ``"random"``, ``"best_worst"`` (one pair a
             prompt), ``"margin"`` (the largest score gaps), ``"fused_margin"`` (and implicit margins), ``"less"`` (the
-            influence on a target), ``"coreset"`` or ``"d_optimal"``; or what :func:`bpo.register_strategy` made known.
-        target: A few pairs that say where to go, as a dataset of its own: ``"less"`` needs it, and ``alignment`` is
-            then the influence on it. Rows with the same value in a column ``subtask`` are a subtask. Its gradients go
-            to the same ``store``.
+            influence on a target), ``"matching"`` (pairs whose sum points where training on all of them leads),
+            ``"coreset"`` or ``"d_optimal"``; or what :func:`bpo.register_strategy` made known.
+        target: A few pairs that say where to go, as a dataset of its own: ``"less"`` needs it, ``"matching"`` goes
+            where it does, and ``alignment`` is then the influence on it. Rows with the same value in a column
+            ``subtask`` are a subtask. Its gradients go to the same ``store``.
         store: Directory of the gradient store, reused and completed when it is there; with
             ``SelectConfig.checkpoints``, of one store for each. None computes anew and keeps nothing. Strategies
             without gradients leave it alone. The rows that are used are compared with their checksums.

@@ -11,6 +11,7 @@ import numpy as np
 from bpo import _core
 from bpo.data.pairing import ranks_in_prompts
 from bpo.pairs.clustering import cache_bytes
+from bpo.pairs.linear import training_direction
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -37,6 +38,7 @@ class Candidacy:
         clusters: Clusters and scores of the pairs, for strategies that need ``"gradients"``, ``"clusters"`` (else all
             pairs are one cluster) or a ``"target"`` (``alignment`` is then the influence on it).
         features: The gradients of the pairs at unit length, likewise; side by side where there are several checkpoints.
+        target: Those of the pairs of the target, where there is one.
         differences: h_w − h_l of the pairs, for strategies that need ``"differences"``.
         margins: (P,) float64, likewise: Δ = β(log π(y_w)/π_ref(y_w) − log π(y_l)/π_ref(y_l)), the implicit margins.
     """
@@ -49,6 +51,7 @@ class Candidacy:
     seed: int
     clusters: PairClusters | None = None
     features: PairGradients | None = None
+    target: PairGradients | None = None
     differences: PairGradients | None = None
     margins: npt.NDArray[np.float64] | None = None
 
@@ -199,6 +202,36 @@ def less(candidacy: Candidacy) -> Choice:
     return _largest(candidacy, index, candidacy.clusters.alignment[index].astype(np.float64))
 
 
+def matching(candidacy: Candidacy) -> Choice:
+    """The pairs whose sum points where training on all candidates leads, taken one after another *(ours)*.
+
+    A pair is worth what it adds to those that are there: at each turn the one comes that most raises the cosine between
+    the sum of unit gradients and the direction of training (:func:`bpo.pairs.linear.training_direction`); with a
+    target, that of training on the target's pairs. Pairs are ranked by their turn: 0, −1, −2 and so on.
+    """
+    assert candidacy.features is not None
+    config = candidacy.config
+    index = np.flatnonzero(candidacy.eligible)
+    features, prompts = candidacy.features.take(index), candidacy.prompt_of_pair[index]
+    if candidacy.target is None:
+        direction = training_direction(features, prompts, candidacy.seed)
+    else:
+        wanted = candidacy.target
+        direction = training_direction(wanted, np.arange(len(wanted.pairs)), candidacy.seed)
+    picks, _ = _core.matching(
+        *features,
+        (-direction).astype(np.float32),
+        candidacy.budget,
+        prompts=prompts,
+        max_depth=config.max_depth,
+        cache_bytes=cache_bytes(
+            len(features.rows), len(candidacy.eligible), features.rows.shape[1], config, strategy="matching"
+        ),
+        threads=config.threads,
+    )
+    return _picked(candidacy, index[picks], -np.arange(len(picks), dtype=np.float64))
+
+
 def coreset(candidacy: Candidacy) -> Choice:
     """The pairs of each cluster whose weighted sum comes closest to its mean (TAGCOS, arXiv 2407.15235).
 
@@ -262,6 +295,7 @@ STRATEGIES: dict[str, Strategy] = {
     "margin": Strategy(margin, frozenset({"scores"})),
     "fused_margin": Strategy(fused_margin, _GRADIENTS | {"scores", "differences"}),
     "less": Strategy(less, _GRADIENTS | {"target"}),
+    "matching": Strategy(matching, _GRADIENTS),
     "coreset": Strategy(coreset, _GRADIENTS | {"clusters"}),
     "d_optimal": Strategy(d_optimal, _GRADIENTS | {"differences"}),
 }

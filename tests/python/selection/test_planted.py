@@ -28,6 +28,7 @@ ARMS = {
     "bpo, clusters by alignment": ("bpo", {"cluster_weighting": "alignment"}),
     "bpo, 12 clusters": ("bpo", {"n_clusters": 12}),
     "bpo, farthest": ("bpo", {"ranking": "farthest"}),
+    "matching": ("matching", {}),
     "coreset": ("coreset", {}),
     "d_optimal": ("d_optimal", {}),
 }
@@ -111,7 +112,10 @@ def averages(settings, arms=ARMS, seeds=4):
 
 @pytest.fixture(scope="module")
 def planted():
-    arms = {name: ARMS[name] for name in ("random", "bpo", "bpo, centrality alone", "bpo, farthest", "d_optimal")}
+    arms = {
+        name: ARMS[name]
+        for name in ("random", "bpo", "matching", "bpo, centrality alone", "bpo, farthest", "d_optimal")
+    }
     return {name: averages(settings, arms) for name, settings in WORLDS.items()}
 
 
@@ -120,6 +124,7 @@ def test_depth_goes_where_the_usefulness_is_planted(planted):
     assert found["random"]["noise"] > 0.28
     assert found["bpo"]["noise"] < 0.1 < 0.6 < found["bpo, farthest"]["noise"]
     assert found["bpo"]["accuracy"] > found["random"]["accuracy"] + 0.04
+    assert found["matching"]["accuracy"] > found["bpo"]["accuracy"] + 0.005
 
 
 def test_flipped_labels_are_left_out(planted):
@@ -128,13 +133,16 @@ def test_flipped_labels_are_left_out(planted):
     assert found["bpo"]["flipped"] < 0.12 < found["bpo, centrality alone"]["flipped"]
     assert found["bpo"]["accuracy"] > found["bpo, centrality alone"]["accuracy"] + 0.02
     assert found["bpo, centrality alone"]["accuracy"] > found["random"]["accuracy"] + 0.04
+    assert found["matching"]["flipped"] < 0.1
+    assert found["matching"]["accuracy"] > found["bpo"]["accuracy"] + 0.02
 
 
 def test_copies_get_no_more_than_their_share(planted):
     found = planted["a fifth are copies of twenty"]
     assert found["random"]["copies"] > 0.15
     assert found["bpo"]["copies"] < 0.25
-    assert found["d_optimal"]["copies"] < 0.05
+    assert found["d_optimal"]["copies"] < 0.05 and found["matching"]["copies"] < 0.1
+    assert found["matching"]["accuracy"] > found["bpo"]["accuracy"] + 0.01
 
 
 def test_where_there_is_nothing_to_learn_nothing_is_claimed(planted):

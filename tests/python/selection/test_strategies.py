@@ -4,11 +4,12 @@ import dataclasses
 
 import numpy as np
 import pytest
+from sklearn.linear_model import LogisticRegression
 
 import bpo
 from bpo import SelectConfig
 from bpo.selection.strategies import STRATEGIES
-from references import greedy_design, pursuit
+from references import greedy_design, greedy_matching, pursuit
 from tiny import WORDS, scored_rows
 
 CONFIG = SelectConfig(sketch_dim=64, sketch_dtype="float32", n_clusters=4)
@@ -122,6 +123,57 @@ def test_coreset_is_a_pursuit_of_each_clusters_mean(select, store, rows):
         assert sorted(members[expected].tolist()) == own
         ranked = selection.pairs["usefulness"].to_numpy()[members[expected]]
         np.testing.assert_allclose(ranked, weights, atol=1e-5)
+
+
+def direction_of(x, penalty):
+    """Where training on pairs of unit gradients −x leads, by scikit-learn."""
+    doubled, labels = np.concatenate([x, -x]), np.repeat([1, -1], len(x))  # it asks for both classes
+    return (
+        LogisticRegression(C=0.5 / penalty, fit_intercept=False, tol=1e-10, max_iter=10_000)
+        .fit(doubled, labels)
+        .coef_[0]
+    )
+
+
+def penalty_of(x, prompts, seed=0):
+    """The largest of the penalties that rank most pairs of left-out prompts rightly."""
+    order = np.random.default_rng(seed).permutation(prompts.max() + 1)
+    fold = order[prompts] % 5
+    right = {}
+    for penalty in (1000, 100, 10, 1):
+        fitted = [direction_of(x[fold != left_out], penalty) for left_out in range(5)]
+        right[penalty] = sum((x[fold == k] @ fitted[k] > 0).sum() for k in range(5))
+    return max(right, key=right.get)
+
+
+def test_matching_adds_up_to_the_direction_of_training(select, store, rows):
+    selection = select(24, "matching", changes={"max_depth": 3})
+    x = unit(np.subtract(*sketches(store, rows).transpose(1, 0, 2)))
+    prompts = np.array(selection.pairs["prompt"])
+    direction = direction_of(x, penalty_of(x, prompts))
+    picks, cosines = greedy_matching(x, direction, 24, prompts=prompts, max_depth=3)
+    assert picked(selection) == sorted(picks)
+    assert selection.pairs["usefulness"].to_numpy()[picks].tolist() == [-turn for turn in range(24)]
+    assert selection.depth.max() == 3
+    total = x[picks].sum(axis=0)
+    assert cosines[-1] == pytest.approx(total @ direction / np.linalg.norm(total) / np.linalg.norm(direction), abs=1e-4)
+    # In another order of k-means nothing changes: there are no clusters in it.
+    assert picked(select(24, "matching", changes={"max_depth": 3, "n_clusters": 2})) == picked(selection)
+
+
+def test_matching_goes_where_a_target_does(select, store, rows):
+    """Of a target's pairs each is left out by itself."""
+    selection = select(15, "matching", target=target_rows())
+    x = unit(np.subtract(*sketches(store, rows).transpose(1, 0, 2)))
+    wanted = unit(np.subtract(*sketches(store, target_rows()).transpose(1, 0, 2)))
+    direction = direction_of(wanted, penalty_of(wanted, np.arange(6)))
+    picks, _ = greedy_matching(x, direction, 15)
+    assert picked(selection) == sorted(picks) != picked(select(15, "matching"))
+
+
+def test_matching_does_not_depend_on_threads(select):
+    one, two = (select(30, "matching", changes={"threads": threads}) for threads in (1, 2))
+    assert picked(one) == picked(two)
 
 
 def test_d_optimal_grows_the_determinant_most(select, store, rows):

@@ -21,7 +21,7 @@ from bpo.report.comparison_page import write_report
 from bpo.selection.sources import StoreAlone
 from bpo.selection.strategies import registered
 from bpo.store.gradient_store import GradientStore, StoreMismatchError
-from bpo.system.optional import import_matplotlib, import_scipy
+from bpo.system.optional import import_matplotlib
 from bpo.system.paths import check_not_within
 from bpo.world.world import world
 
@@ -94,7 +94,7 @@ def compare(config: Any, output: str | os.PathLike[str], *, jobs: int = 1, progr
         FileNotFoundError: A path that does not exist.
         FileExistsError: An ``output`` that holds something else.
         BlockingIOError: An ``output`` in which another comparison is at work.
-        ImportError: SciPy or matplotlib is missing: ``pip install 'bpo[compare]'``.
+        ImportError: matplotlib is missing: ``pip install 'bpo[compare]'``.
 
     Example:
         .. code-block:: python
@@ -111,7 +111,6 @@ def compare(config: Any, output: str | os.PathLike[str], *, jobs: int = 1, progr
             "start it without one, or in one process within `with bpo.alone():`."
         )
     # Before hours of work whose results could not be told.
-    import_scipy("stats")
     import_matplotlib()
     files = ComparisonFiles(Path(output))
     files.check_directory()

@@ -22,7 +22,6 @@ from bpo.pairs.linear import fit_direction
 from bpo.selection.sources import StoreAlone
 from bpo.selection.strategies import STRATEGIES
 from bpo.store.gradient_store import GradientStore
-from bpo.system.optional import import_scipy
 from bpo.world.world import by_main
 
 if TYPE_CHECKING:
@@ -83,7 +82,6 @@ def preview(
     Raises:
         ValueError: An arm or strategy that is unknown, a strategy that needs what a store does not hold, budgets above
             the candidates, or too few prompts to split.
-        ImportError: SciPy is missing.
         FileNotFoundError: No store where one is named.
         bpo.StoreError: As :func:`bpo.select`.
 
@@ -93,7 +91,6 @@ def preview(
             print(bpo.preview("gradients", "responses.jsonl", budget=[60, 150]).summary())
     """
     start = time.perf_counter()
-    import_scipy("optimize")
     present = GradientStore.open(store)
     source = StoreAlone(present, SelectConfig.of(dict(config) if isinstance(config, Mapping) else config))
     if not isinstance(seeds, int) or isinstance(seeds, bool) or seeds < 1:
