@@ -11,13 +11,17 @@ import argparse
 import json
 import multiprocessing
 import os
-import socket
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests/python/helpers"))
+
+from job import environment, free_port
 
 WORDS = "red green blue one two three cat dog bird sun moon star tea milk bread north south east west".split()  # noqa: SIM905
 
@@ -65,8 +69,7 @@ def model_and_tokenizer():
 
 def member(rank: int, size: int, port: int, n_prompts: int, store: str, found: multiprocessing.SimpleQueue) -> None:
     """One process of a job; tells the seconds from when all have come."""
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), ACCELERATE_USE_CPU="true")
+    os.environ.update(environment(rank, size, port))
     import torch
 
     import bpo
@@ -86,11 +89,8 @@ def seconds(size: int, n_prompts: int) -> float:
     """The time of the slowest process."""
     context = multiprocessing.get_context("spawn")
     found = context.SimpleQueue()
-    with tempfile.TemporaryDirectory() as directory, socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-        listener.close()
-        given = (size, port, n_prompts, str(Path(directory) / "store"), found)
+    with tempfile.TemporaryDirectory() as directory:
+        given = (size, free_port(), n_prompts, str(Path(directory) / "store"), found)
         members = [context.Process(target=member, args=(rank, *given)) for rank in range(size)]
         for each in members:
             each.start()
