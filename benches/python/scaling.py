@@ -11,13 +11,17 @@ import argparse
 import json
 import multiprocessing
 import os
-import socket
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests/python/helpers"))
+
+from job import context, environment, free_port
 
 WORDS = "red green blue one two three cat dog bird sun moon star tea milk bread north south east west".split()  # noqa: SIM905
 
@@ -65,8 +69,7 @@ def model_and_tokenizer():
 
 def member(rank: int, size: int, port: int, n_prompts: int, store: str, found: multiprocessing.SimpleQueue) -> None:
     """One process of a job; tells the seconds from when all have come."""
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), ACCELERATE_USE_CPU="true")
+    os.environ.update(environment(rank, size, port))
     import torch
 
     import bpo
@@ -75,7 +78,7 @@ def member(rank: int, size: int, port: int, n_prompts: int, store: str, found: m
     torch.set_num_threads(1)
     model, tokenizer = model_and_tokenizer()
     rows = data(n_prompts)
-    config = bpo.SelectConfig(tokens_per_batch=1024, threads=1)  # blocks of 8192 tokens
+    config = bpo.SelectConfig(tokens_per_batch=256, threads=1)  # blocks of 2048 tokens
     world().check_same({}, 600)
     begin = time.perf_counter()
     bpo.collect_gradients(model, rows, processing_class=tokenizer, store=store, config=config, progress=False)
@@ -84,14 +87,11 @@ def member(rank: int, size: int, port: int, n_prompts: int, store: str, found: m
 
 def seconds(size: int, n_prompts: int) -> float:
     """The time of the slowest process."""
-    context = multiprocessing.get_context("spawn")
-    found = context.SimpleQueue()
-    with tempfile.TemporaryDirectory() as directory, socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-        listener.close()
-        given = (size, port, n_prompts, str(Path(directory) / "store"), found)
-        members = [context.Process(target=member, args=(rank, *given)) for rank in range(size)]
+    server = context()  # has imported everything
+    found = server.SimpleQueue()
+    with tempfile.TemporaryDirectory() as directory:
+        given = (size, free_port(), n_prompts, str(Path(directory) / "store"), found)
+        members = [server.Process(target=member, args=(rank, *given)) for rank in range(size)]
         for each in members:
             each.start()
         for each in members:
@@ -107,12 +107,17 @@ def main() -> None:
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--prompts", type=int, default=150)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--short", action="store_true", help="one round of few prompts")
     options = parser.parse_args()
+    if options.short:
+        options.prompts, options.rounds = 12, 1
     times: dict[tuple[str, int], list[float]] = {}
     for _ in range(options.rounds):  # in turns, as machines are noisy
         for size in options.processes:
-            times.setdefault(("strong", size), []).append(seconds(size, options.prompts))
-            times.setdefault(("weak", size), []).append(seconds(size, options.prompts * size))
+            strong = seconds(size, options.prompts)
+            weak = strong if size == 1 else seconds(size, options.prompts * size)
+            times.setdefault(("strong", size), []).append(strong)
+            times.setdefault(("weak", size), []).append(weak)
     lines = []
     for (kind, size), found in sorted(times.items()):
         ones = times[kind, options.processes[0]]

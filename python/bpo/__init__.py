@@ -68,6 +68,7 @@ if TYPE_CHECKING:
     from bpo.store.maintenance import merge_stores as merge_stores
     from bpo.store.maintenance import repair_store as repair_store
     from bpo.store.maintenance import verify_store as verify_store
+    from bpo.store.shards import gather_stores as gather_stores
     from bpo.training.config import BPOConfig as BPOConfig
     from bpo.training.trainer import BPOTrainer as BPOTrainer
     from bpo.training.warmup import warm_up as warm_up
@@ -104,6 +105,7 @@ _LAZY = {
     "pair_coefficients": "bpo.pairs.losses",
     "describe_store": "bpo.store.maintenance",
     "export_store": "bpo.store.maintenance",
+    "gather_stores": "bpo.store.shards",
     "merge_stores": "bpo.store.maintenance",
     "repair_store": "bpo.store.maintenance",
     "verify_store": "bpo.store.maintenance",

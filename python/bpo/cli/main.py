@@ -55,7 +55,7 @@ def _run(arguments: Sequence[str] | None) -> int:
         if not processes.is_main:
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(Path(os.devnull).open("w"))))
         # What all processes of a job do not work at together, the first of them does.
-        together = options.command in ("select", "reselect", "compare")
+        together = options.command in ("select", "reselect", "collect", "sample", "score", "compare")
         status = int((options.run(options) if together else processes.from_main(lambda: options.run(options))) or 0)
     if sys.stdout is not None:
         sys.stdout.flush()  # now, when it can still be told that it fails
@@ -71,6 +71,7 @@ def _failed(reason: object, status: int) -> int:
 def _parser() -> argparse.ArgumentParser:
     """Each command adds its arguments, and as ``run`` the function that takes them."""
     # Imported here, since that takes a moment in which Ctrl-C is to be answered as in any other.
+    from bpo.cli.collect import add_collect
     from bpo.cli.compare import add_compare
     from bpo.cli.doctor import add_doctor
     from bpo.cli.preview import add_preview
@@ -86,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     # In the order of --help.
     add_select(commands)
     add_reselect(commands)
+    add_collect(commands)
     add_preview(commands)
     add_sample(commands)
     add_score(commands)

@@ -25,7 +25,7 @@ def add_score(commands: Commands) -> None:
     scorer.add_argument("--function", metavar="MODULE:NAME", help="a function of (prompt, response)")
     command.add_argument("--output", type=Path, required=True, help="a .jsonl file; an interrupted run goes on in it")
     command.add_argument("--overwrite", action="store_true", help="replace scores that the data has")
-    add_fields(command, "tokens_per_batch, dtype, device, …")
+    add_fields(command, "tokens_per_batch, dtype, device, process_timeout, …")
     command.add_argument("--model", dest="model_name", metavar="NAME", help="with --judge: the model's name there")
     command.add_argument("--mode", choices=["rating", "pairwise"], default="rating", help="how the judge scores")
     command.add_argument("--criteria", help="what the judge goes by, in words")
@@ -38,7 +38,13 @@ def add_score(commands: Commands) -> None:
 def _run(options: argparse.Namespace) -> None:
     check_rows(options, **{"--reward-model": options.reward_model})
     scorer = _scorer(options)
-    dataset = bpo.score_responses(options.dataset, scorer, output=options.output, overwrite=options.overwrite)
+    dataset = bpo.score_responses(
+        options.dataset,
+        scorer,
+        output=options.output,
+        overwrite=options.overwrite,
+        process_timeout=bpo.SelectConfig.of(fields(options)).process_timeout,
+    )
     print(bpo.describe_responses(dataset))
     if options.judge:
         print("judge: " + ", ".join(f"{count} {name}" for name, count in scorer.counts.items()))

@@ -1,4 +1,4 @@
-"""``bpo store``: describe, verify, repair, merge and export gradient stores."""
+"""``bpo store``: describe, verify, repair, merge, gather and export gradient stores."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def add_store(commands: Commands) -> None:
     """Adds the command, with one of its own for each task."""
-    command = commands.add_parser("store", help="describe, verify, repair, merge and export gradient stores")
+    command = commands.add_parser("store", help="describe, verify, repair, merge, gather and export gradient stores")
     tasks = command.add_subparsers(dest="task", required=True)
     for name, run, text in (
         ("info", show, "what a store holds and what it was made with"),
@@ -33,6 +33,10 @@ def add_store(commands: Commands) -> None:
     merge.add_argument("stores", type=Path, nargs="+")
     merge.add_argument("--dtype", choices=get_args(SketchDType), help="keep the numbers in this type")
     merge.set_defaults(run=_merge)
+    gather = tasks.add_parser("gather", help="put the shares that bpo collect --shard made into the store of one run")
+    gather.add_argument("output", type=Path, help="directory of the store; an interrupted gathering goes on there")
+    gather.add_argument("shards", type=Path, nargs="+", help="directories of all shares, in any order")
+    gather.set_defaults(run=_gather)
     export = tasks.add_parser("export", help="write the rows for other programs")
     export.add_argument("path", type=Path)
     export.add_argument("output", type=Path, help="a new file, .npz or .parquet")
@@ -65,6 +69,10 @@ def _repair(options: argparse.Namespace) -> None:
 
 def _merge(options: argparse.Namespace) -> None:
     print(bpo.merge_stores(options.output, options.stores, dtype=options.dtype))
+
+
+def _gather(options: argparse.Namespace) -> None:
+    print(bpo.gather_stores(options.output, options.shards))
 
 
 def _export(options: argparse.Namespace) -> None:

@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from tqdm.auto import tqdm
 
 import bpo
@@ -25,13 +26,13 @@ from bpo.policy.reference import Reference
 from bpo.policy.state import inference_state
 from bpo.sketching.batches import Sketching
 from bpo.store.parts import Parts, check_shared
+from bpo.store.shards import Shard, check_shard
 from bpo.store.writer import GradientWriter
 from bpo.world.world import world
 
 if TYPE_CHECKING:
     import os
 
-    import numpy as np
     import numpy.typing as npt
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -48,6 +49,7 @@ def collect_gradients(
     *,
     processing_class: Any = None,
     store: str | os.PathLike[str] | None = None,
+    shard: tuple[int, int] | str | None = None,
     config: SelectConfig | Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> GradientStore:
@@ -62,6 +64,8 @@ def collect_gradients(
         processing_class: The tokenizer; by default the one saved with the model.
         store: Directory of the gradient store. Responses that it already holds are not computed again. ``None`` is a
             temporary directory that goes with the returned object.
+        shard: Which share of the responses, of how many, such as ``(2, 4)`` or ``"2/4"``: for machines that see no disk
+            in common. :func:`bpo.gather_stores` puts all shares together. ``None`` for all.
         config: Settings; ``checkpoints`` must be None, since a store is that of one model.
         progress: Whether to show a progress bar.
 
@@ -79,6 +83,7 @@ def collect_gradients(
             selection = bpo.select(None, "responses.jsonl", budget=500, store="gradients")
     """
     config = SelectConfig.of(config)
+    share = None if shard is None else Shard.of(shard)
     if config.checkpoints is not None:
         raise ValueError("collect_gradients serves one model: give it a checkpoint as the model, and checkpoints=None.")
     preconditioner = preconditioner_path(model, config)
@@ -95,6 +100,7 @@ def collect_gradients(
         store=store,
         progress=progress,
         preconditioner=preconditioner,
+        shard=share,
     )
 
 
@@ -109,6 +115,7 @@ def collect(
     progress: bool,
     preconditioner: str | None = None,
     reference: Reference | None = None,
+    shard: Shard | None = None,
 ) -> GradientStore:
     """Adds the sketched gradient (or embedding) of every response (every sequence) that the store lacks.
 
@@ -123,6 +130,7 @@ def collect(
         preconditioner: File of second moments (:func:`bpo.gradients.preconditioner.preconditioner_path`).
         reference: The reference's log-probabilities; None computes them with ``config.ref_model``, else takes the
             policy's own.
+        shard: The share of the sequences; None for all.
 
     Returns:
         The store, open for reading.
@@ -134,17 +142,22 @@ def collect(
     reference = Reference.of(model, config) if reference is None else reference
     reference.check_vocabulary(tokenized)
     made_with = _made_with(model, tokenized, processing_class, config, features, precondition, reference)
+    order = storage_order(tokenized.lengths, candidates.prompt_of_response[tokenized.response_of])
+    blocks = blocks_of(order, tokenized.lengths, config.tokens_per_batch)
+    if shard is not None:
+        made_with["shard"] = shard.describe(blocks, tokenized.sequence_ids)
+        blocks = shard.cut(blocks)
+        order = np.concatenate(blocks)
     shared = world()
     if shared.size > 1:
         check_shared(store)
         data = hashlib.sha256(tokenized.sequence_ids.tobytes()).hexdigest()
         same = {"data set": data, "tokens_per_batch": config.tokens_per_batch, **made_with}
         shared.check_same(same, config.process_timeout)
-    order = storage_order(tokenized.lengths, candidates.prompt_of_response[tokenized.response_of])
-    blocks = blocks_of(order, tokenized.lengths, config.tokens_per_batch)
 
     def opened() -> tuple[GradientWriter, Parts]:
-        writer = GradientWriter.open(store, made_with, candidates.known_ids, tokenized.sequence_ids)
+        check_shard(store, made_with.get("shard"))
+        writer = GradientWriter.open(store, made_with, candidates.known_ids, tokenized.sequence_ids[order])
         if tokenized.ref_logps is not None:
             writer.check_ref_logps(tokenized.sequence_ids, tokenized.ref_logps)
         return writer, Parts(writer, blocks, tokenized.sequence_ids)
@@ -155,7 +168,7 @@ def collect(
     if shared.size == 1 and parts.take_leftovers():
         writer, parts = opened()
     missing = order[writer.lacks(tokenized.sequence_ids)[order]]
-    bar = _progress_bar(tokenized, missing, features.noun, progress and shared.is_main)
+    bar = _progress_bar(tokenized.lengths, order, missing, features.noun, progress and shared.is_main)
     with contextlib.ExitStack() as stack:
         for context in (writer, bar, inference_state(model)):
             stack.enter_context(context)
@@ -213,14 +226,18 @@ def _made_with(
 
 
 def _progress_bar(
-    tokenized: TokenizedResponses, missing: npt.NDArray[np.int64], noun: str, progress: bool
+    lengths: npt.NDArray[np.int64],
+    wanted: npt.NDArray[np.int64],
+    missing: npt.NDArray[np.int64],
+    noun: str,
+    progress: bool,
 ) -> tqdm[Any]:
     """A bar that starts at what is there. It counts tokens, since those of a response tell its time."""
-    total, n_present = int(tokenized.lengths.sum()), len(tokenized.ids) - len(missing)
+    total, n_present = int(lengths[wanted].sum()), len(wanted) - len(missing)
     return tqdm(
         total=total,
-        initial=total - int(tokenized.lengths[missing].sum()),
-        desc=noun.capitalize() + (f" ({n_present} of {len(tokenized.ids)} responses are there)" if n_present else ""),
+        initial=total - int(lengths[missing].sum()),
+        desc=noun.capitalize() + (f" ({n_present} of {len(wanted)} responses are there)" if n_present else ""),
         unit="token",
         unit_scale=True,
         disable=not progress,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from bpo.policy.logprobs import check_vocabulary, input_device, known_id, takes
 from bpo.policy.models import load_policy, model_fingerprint, window
 from bpo.policy.state import inference_state
 from bpo.responses.client import ChatError
+from bpo.responses.rowblocks import in_blocks
 from bpo.responses.sources import Sampled, random_stream
 from bpo.system.memory import within_memory
 from bpo.system.warn import warn
@@ -76,16 +78,23 @@ class ModelSource:
             raise ValueError(f"No prompt can be responded to; lower max_new_tokens.\n{skipped.describe()}")
         return fitting
 
+    def blocks(self, rows: Sequence[PromptResponses]) -> list[list[int]]:
+        """Whole batches, as one process generates them."""
+        return in_blocks(self._batches)
+
+    @functools.cached_property
+    def _batches(self) -> list[list[int]]:
+        # Longest first: memory peaks in the first batch. Batches do not depend on what is there already, so that an
+        # interrupted run goes on with the same arithmetic.
+        order = sorted(range(len(self.prompt_ids)), key=lambda index: -len(self.prompt_ids[index]))
+        return [order[start : start + self.size] for start in range(0, len(order), self.size)]
+
     def sample(
         self, rows: Sequence[PromptResponses], todo: Sequence[int], on_response: Callable[[int], Any]
     ) -> Iterator[tuple[int, list[Sampled | ChatError]]]:
         """Yields the responses to the prompts, batch by batch; what is no text is a failure among them."""
         wanted = set(todo)
-        # Longest first: memory peaks in the first batch. Batches do not depend on what is there already, so that an
-        # interrupted run goes on with the same arithmetic.
-        order = sorted(range(len(rows)), key=lambda index: -len(self.prompt_ids[index]))
-        for start in range(0, len(order), self.size):
-            batch = order[start : start + self.size]
+        for batch in self._batches:
             if wanted.isdisjoint(batch):
                 continue
             with inference_state(self.model), _own_distribution(self.model):

@@ -132,6 +132,7 @@ class Judge(Scorer):
     """
 
     reads_columns = False
+    share = 0  # requests at a time, and a minute, are those of one process
 
     def __init__(
         self,

@@ -56,6 +56,7 @@ class RewardModel(Scorer):
     """
 
     reads_columns = False
+    share = _PROMPTS_AT_ONCE
 
     def __init__(
         self, model: Any, processing_class: Any = None, *, config: SelectConfig | Mapping[str, Any] | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import json
 import os
@@ -14,7 +15,7 @@ from bpo.system.identity import CHANGES, NOT_COMPARED
 from bpo.system.locks import FileLock
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 ROW_ID = "bpo_id"
 """The column by which a row of the file is known: a hash of everything that it was made from."""
@@ -55,7 +56,9 @@ class RowFile:
         self.ids = list(ids)
         self.rows: dict[str, dict[str, Any]] = {}
         self.path = check_output(path)
+        self._wanted = set(self.ids)
         self._valid = valid
+        self._block = False  # whether it is one of a file that several processes fill
         self._lock: FileLock | None = None
         self._read_digest = b""
         # Bytes of the file that are whole rows.
@@ -72,7 +75,8 @@ class RowFile:
     def __enter__(self) -> RowFile:
         if self.path is None:
             return self
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if not self._block:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock.beside(self.path)
         try:
             self._read(self.path)  # what others have written until now
@@ -112,7 +116,6 @@ class RowFile:
             return
         rows: dict[str, dict[str, Any]] = {}
         whole = data.rfind(b"\n") + 1
-        wanted = set(self.ids)
         strangers: list[int] = []
         for number, line in enumerate(data[:whole].splitlines(), start=1):
             row = _row(line)
@@ -121,13 +124,13 @@ class RowFile:
                     f"{path}, line {number}: no row that bpo wrote. Remove the line, and it is made again."
                 )
             rows[row[ROW_ID]] = row
-            if row[ROW_ID] not in wanted:
+            if row[ROW_ID] not in self._wanted:
                 strangers.append(number)
         if strangers:
             raise ValueError(
                 f"{path} holds {len(strangers)} rows that were made from other prompts or responses, or from other "
-                f"scores of them, than the {len(wanted)} given; the first is line {strangers[0]}. Give those again, or "
-                "choose another output."
+                f"scores of them, than the {len(self._wanted)} given; the first is line {strangers[0]}. Give those "
+                "again, or choose another output."
             )
         self.rows, self._whole, self._read_digest = rows, whole, digest
 
@@ -172,11 +175,22 @@ class RowFile:
         """
         if self.path is None or self._lock is None or not self._written(self.path):
             return
-        there = flattened(json.loads(self._manifest_path.read_text(encoding="utf-8"))["settings"])
         began, now = flattened(self._manifest["settings"]), flattened(_as_json(settings))
-        changed = dict.fromkeys(differing(began, now), CHANGES)
+        self.note_changes(differing(began, now))
+
+    @property
+    def changes(self) -> list[str]:
+        """The settings that have changed while rows were made, as the manifest says."""
+        return [name for name, value in self._settings_there().items() if value == CHANGES]
+
+    def note_changes(self, names: Iterable[str]) -> None:
+        """Takes note of such settings."""
+        changed = dict.fromkeys(names, CHANGES)
         if changed:
-            self._write_manifest({**there, **changed})
+            self._write_manifest({**self._settings_there(), **changed})
+
+    def _settings_there(self) -> dict[str, Any]:
+        return flattened(json.loads(self._manifest_path.read_text(encoding="utf-8"))["settings"])
 
     def add(self, row_id: str, row: Mapping[str, Any]) -> None:
         """Keeps a finished row; one of the same id is replaced.
@@ -198,8 +212,7 @@ class RowFile:
     def _append(self, path: Path, line: bytes) -> None:
         if (path.stat().st_size if path.exists() else 0) != self._whole:
             # Removed, cut or written to by something else, or a row that could not be taken back.
-            write_whole(path, b"".join(map(_line, self.rows.values())).decode())
-            self._whole = path.stat().st_size
+            self.write_anew()
         with _naming(path), path.open("ab", buffering=0) as file:
             rest = memoryview(line)
             try:
@@ -210,6 +223,29 @@ class RowFile:
                 raise
         self._whole += len(line)
 
+    def write_anew(self) -> None:
+        """Writes the file as the rows are now."""
+        assert self.path is not None
+        write_whole(self.path, b"".join(map(_line, self.rows.values())).decode())
+        self._whole = self.path.stat().st_size
+
+    def block(self, path: Path) -> RowFile:
+        """Returns another file for some of the rows, in a directory that is there."""
+        block = copy.copy(self)
+        block.path, block.rows, block._block = path, {}, True
+        block._lock, block._whole, block._read_digest = None, 0, b""
+        return block
+
+    def read(self) -> None:
+        """Reads what is in the file now."""
+        if self.path is not None:
+            self._read(self.path)
+
+    def in_order(self) -> list[dict[str, Any]]:
+        """Returns the rows in the order of the data, without their ids."""
+        rows = (self.rows[row_id] for row_id in self.ids)
+        return [{name: value for name, value in row.items() if name != ROW_ID} for row in rows]
+
     def finish(self) -> list[dict[str, Any]]:
         """Brings the file into the order of the data and returns the rows in it, without their ids."""
         rows = [self.rows[row_id] for row_id in self.ids]
@@ -219,7 +255,7 @@ class RowFile:
                 if not self.path.exists() or self.path.read_bytes() != text:
                     write_whole(self.path, text.decode())
             self._whole = len(text)
-        return [{name: value for name, value in row.items() if name != ROW_ID} for row in rows]
+        return self.in_order()
 
 
 def check_output(path: Any) -> Path | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -12,14 +13,15 @@ from bpo.config import SelectConfig
 from bpo.data.values import content_id
 from bpo.responses.client import ChatError, ChatServer
 from bpo.responses.prompts import lay_out, lay_out_again, need_messages, read_responses, to_dataset
-from bpo.responses.refusals import is_refusal
+from bpo.responses.rowblocks import Work, check_same_rows, fill
 from bpo.responses.rowfile import RowFile, check_output
 from bpo.responses.sources import ServerSource
 from bpo.system.warn import warn
-from bpo.world.world import by_main
+from bpo.world.world import world
 
 if TYPE_CHECKING:
     import os
+    from collections.abc import Generator
 
     import datasets
 
@@ -31,7 +33,6 @@ Kept = Literal["truncated", "refusal"]
 _REASONS = ("empty", "truncated", "refusal", "duplicate", "failed")
 
 
-@by_main
 def sample_responses(
     model: Any,
     prompts: Any,
@@ -105,7 +106,6 @@ def sample_responses(
     _check(n_responses, temperature, top_p, max_new_tokens, batch_size, seed, keep)
     config = SelectConfig.of(config)
     check_output(output)  # before a model is loaded
-    rows = read_responses(prompts, prompts_only=not keep_existing)
     settings: dict[str, Any] = {
         "n_responses": int(n_responses),
         "temperature": float(temperature),
@@ -115,34 +115,65 @@ def sample_responses(
         "keep_existing": keep_existing,
         "seed": int(seed),
     }
-    source: Source
-    if isinstance(model, ChatServer):
-        source = ServerSource(model, settings)
-    else:
-        from bpo.responses.generation import ModelSource  # not for servers, which need no torch
 
-        source = ModelSource(model, processing_class, config, settings, batch_size)
-    rows = source.fitting(rows)
-    if output is not None:
-        settings = {"model": source.describe(), **settings}
+    def sampled() -> datasets.Dataset:
+        rows = read_responses(prompts, prompts_only=not keep_existing)
+        source: Source
+        if isinstance(model, ChatServer):
+            source = ServerSource(model, settings)
+        else:
+            from bpo.responses.generation import ModelSource  # not for servers, which need no torch
+
+            source = ModelSource(model, processing_class, config, settings, batch_size)
+        same = {"batch_size": batch_size}
+        return _sampled(source, source.fitting(rows), settings, same, output, config.process_timeout, progress)
+
+    # One process asks a server, as it keeps to the concurrency and the rate that were asked for.
+    return world().from_main(sampled) if isinstance(model, ChatServer) else sampled()
+
+
+def _sampled(
+    source: Source,
+    rows: list[PromptResponses],
+    settings: dict[str, Any],
+    same: dict[str, Any],
+    output: Any,
+    timeout: float,
+    progress: bool,
+) -> datasets.Dataset:
+    """Samples responses to what is lacking, and returns all."""
+    job = world()
+    count, keep, keep_existing = settings["n_responses"], settings["keep"], settings["keep_existing"]
+    described = {"model": source.describe(), **settings} if output is not None or job.size > 1 else settings
     ids = [_row_id(row) for row in rows]
+    check_same_rows(job, rows, ids, {**same, **described}, output, timeout)
     as_messages = need_messages(rows)
-    bar = tqdm(total=len(rows) * n_responses, desc="Sampling", unit="response", disable=not progress)
-    with RowFile(output, "responses", settings, ids, _is_whole) as file, bar:
+    file = RowFile(output, "responses", described, ids, _is_whole)
+    bar = tqdm(total=len(rows) * count, desc="Sampling", unit="response", disable=not (progress and job.is_main))
+
+    def known() -> list[int]:
         for row, row_id in zip(rows, ids, strict=True):
             if row_id in file.rows:
                 file.replace(row_id, lay_out_again(row, file.rows[row_id], as_messages=as_messages))
         # What a server failed at is tried again.
         todo = [i for i, name in enumerate(ids) if name not in file.rows or file.rows[name]["dropped"]["failed"]]
-        todo.sort(key=lambda index: ids[index] in file.rows)  # first what was not tried: a failure for good stops none
-        bar.update((len(rows) - len(todo)) * n_responses)
+        bar.n = max(bar.n, (len(rows) - len(todo)) * count)
+        bar.refresh()
+        return sorted(
+            todo, key=lambda i: ids[i] in file.rows
+        )  # what was not tried first: a failure for good stops none
+
+    def make(todo: Sequence[int]) -> Generator[tuple[int, dict[str, Any]], None, None]:
         for index, sampled in source.sample(rows, todo, bar.update):
             row = rows[index]
             responses, dropped = _sift(row, sampled, keep)
             scores = {"scores": row.scores + [None] * (len(responses) - len(row.scores))} if keep_existing else {}
-            file.add(ids[index], lay_out(row, responses, as_messages=as_messages, **scores, dropped=dropped))
-        finished = file.finish()
-    _report(finished, source.failures, max_new_tokens)
+            yield index, lay_out(row, responses, as_messages=as_messages, **scores, dropped=dropped)
+
+    with bar:
+        work = Work(source.blocks(rows), known, make, lambda found: bar.update(count * len(found)))
+        finished = fill(file, work, job, timeout)
+    _report(finished, source.failures, settings["max_new_tokens"], job.is_main)
     return to_dataset(finished)
 
 
@@ -207,7 +238,7 @@ def _sift(
     return responses, dropped
 
 
-def _report(rows: Sequence[dict[str, Any]], failures: Sequence[str], max_new_tokens: int) -> None:
+def _report(rows: Sequence[dict[str, Any]], failures: Sequence[str], max_new_tokens: int, is_main: bool) -> None:
     """Warns where prompts cannot form pairs, and of requests that failed."""
     dropped = {reason: sum(row["dropped"][reason] for row in rows) for reason in _REASONS}
     said = ", ".join(f"{count} {reason}" for reason, count in dropped.items() if count) or "nothing"
@@ -221,8 +252,71 @@ def _report(rows: Sequence[dict[str, Any]], failures: Sequence[str], max_new_tok
         said += f"; the first failure: {failures[0]}"
     if not any(row["responses"] for row in rows):
         raise ValueError(f"Not one response is left of all that were sampled; dropped: {said}.{hint}")
+    if not is_main:  # the first process warns for all
+        return
     single = sum(len(row["responses"]) < 2 for row in rows if len(row["responses"]) + sum(row["dropped"].values()) > 1)
     if single:
         warn(f"{single} of {len(rows)} prompts have fewer than two responses, so no pair; dropped: {said}.{hint}")
-    elif failures:
+    elif dropped["failed"]:
         warn(f"{dropped['failed']} requests failed, and are tried again by the same call; dropped: {said}.{hint}")
+
+
+# How refusals begin, in languages that models often refuse in (ours); case and curly apostrophes do not matter.
+_CANNOT = r"(can't|cannot|can not|won't|will not|am unable|'m unable|am not able|'m not able|am not going|must decline)"
+_HELP = (
+    r"(help|assist|answer|comply|provide|fulfil|fulfill|do that|do this|support|engage|create|generate|discuss|write|"
+    r"participate|share|offer)"
+)
+REFUSAL_PATTERNS: tuple[str, ...] = (
+    # English
+    rf"(i'?m|i am) ((really|very|so|truly) )?sorry[,.]? (but )?(as an? [^.!?\n]{{0,40}},? )?i ?{_CANNOT}",
+    rf"(sorry|apologies|unfortunately)[,.]? (but )?i ?{_CANNOT}",
+    rf"i (apologize|apologise|regret),? (but|that) i ?{_CANNOT}",
+    rf"i ?{_CANNOT} (to )?{_HELP}",
+    rf"as an? (ai|artificial intelligence|language model)\b[^.!?\n]{{0,40}},? i ?{_CANNOT}",
+    # German
+    r"(es )?tut mir (sehr )?leid,? (aber |doch )?(ich (kann|darf|werde)|dabei|das kann)",
+    r"(leider|entschuldigung,?( aber)?) (kann|darf) ich [^.!?\n]{0,60}\b(nicht|keine?n?)\b",
+    r"ich (kann|darf|werde) (dir|ihnen|dabei|das|diese[nmrs]?|darauf)\b[^.!?\n]{0,60}\bnicht (weiter)?(helfen|"
+    r"beantworten|unterstützen|erfüllen)",
+    # French
+    r"(je suis )?(vraiment )?(désolée?|navrée?),? (mais )?je ne (peux|suis|vais)",
+    r"je ne (peux|suis) pas (en mesure|vous aider|t'aider|répondre|fournir|capable|autorisé)",
+    # Spanish
+    r"lo (siento|lamento)( mucho)?,? (pero )?no (puedo|estoy|me es)",
+    r"no puedo (ayudar|responder|proporcionar|cumplir|asistir|ofrecer)",
+    # Portuguese
+    r"(sinto muito|desculpe|lamento),? (mas )?(eu )?não (posso|consigo|sou)",
+    r"(eu )?não (posso|consigo) (ajudar|responder|fornecer|atender|auxiliar)",
+    # Italian
+    r"(mi dispiace|spiacente),? (ma )?non (posso|sono)",
+    r"non posso (aiutar|risponder|fornir|soddisfar|assister)",
+    # Russian
+    r"(извините|простите|к сожалению),? (но )?(я )?не (могу|смогу)",
+    r"я не могу (помочь|ответить|предоставить|выполнить)",
+    # Chinese
+    r"(很|非常|十分)?(抱歉|对不起|對不起)[,，。!！ ]{0,2}(但)?(我|作为|作為)?[^。!！\n]{0,12}"
+    r"(不能|无法|無法|不会|不會)",
+    r"我(不能|无法|無法)(帮|幫|协助|協助|回答|提供|满足|滿足|为您|為您)",
+    # Japanese
+    r"(大変)?(申し訳(ありません|ございません|ない)|すみません|ごめんなさい)[^\n]{0,60}"
+    r"(できません|できかねます|いたしかねます|お答えできない)",
+    # Korean
+    r"(죄송합니다|죄송하지만|미안하지만)[^\n]{0,60}(수 없습니다|수 없어요|어렵습니다)",
+)
+_REFUSAL = re.compile("|".join(f"(?:{pattern})" for pattern in REFUSAL_PATTERNS), re.IGNORECASE)
+_LEADING = " \t\n\"'“”‘’*_>#-"
+
+
+def is_refusal(text: str) -> bool:
+    """Whether a response begins as a refusal to answer (:data:`REFUSAL_PATTERNS`).
+
+    It is a list of phrases: one that refuses in other words, or later on, is not found.
+
+    Example:
+        >>> is_refusal("I’m sorry, but I can't help with that."), is_refusal("I cannot recommend this film enough!")
+        (True, False)
+        >>> is_refusal("Es tut mir leid, aber ich kann dabei nicht helfen."), is_refusal("抱歉，我无法回答这个问题。")
+        (True, True)
+    """
+    return _REFUSAL.match(text.lstrip(_LEADING).replace("’", "'")) is not None

@@ -122,6 +122,8 @@ class Scorer(abc.ABC):
             together.
         reads_columns: Whether scores depend on the other columns of a row (its ``columns``), as they may unless you say
             otherwise: then a file of scores of other columns is refused, else the columns are brought up to date.
+        share: Prompts that each of several processes of a job scores at a time; 0 has the first process score all, as
+            where a server is asked that counts requests.
 
     Example:
         >>> import bpo
@@ -138,6 +140,7 @@ class Scorer(abc.ABC):
 
     relative = False
     reads_columns = True
+    share = 16
 
     @abc.abstractmethod
     def describe(self) -> dict[str, Any]:
@@ -159,6 +162,11 @@ class Scorer(abc.ABC):
             Exception: Whatever stops it. An ``OSError`` or a ``MemoryError`` ends the run; of any other the rows that
                 are left are given one by one, and what stops it again is a failure of that row.
         """
+
+    def pieces(self, rows: Sequence[PromptResponses]) -> list[list[int]]:
+        """Cuts rows, by index, into pieces that one process scores."""
+        size = self.share or len(rows)
+        return [list(range(start, min(len(rows), start + size))) for start in range(0, len(rows), size)]
 
 
 class FunctionScorer(Scorer):
@@ -192,6 +200,10 @@ class FunctionScorer(Scorer):
             given = iter(self._list(items) if self.batch_size else [self._one(*item) for item in items])
             for index in chunk:
                 yield index, [next(given) for _ in rows[index].responses]
+
+    def pieces(self, rows: Sequence[PromptResponses]) -> list[list[int]]:
+        """Cuts rows as the function gets them."""
+        return list(_chunks(rows, self.batch_size or 1))
 
     def _one(self, prompt: Text, response: Text) -> Score:
         try:

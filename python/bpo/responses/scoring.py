@@ -5,17 +5,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import numbers
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
 from bpo.data.values import content_id
 from bpo.responses.prompts import lay_out, need_messages, read_responses, to_dataset
+from bpo.responses.rowblocks import Work, check_same_rows, fill, in_blocks
 from bpo.responses.rowfile import ROW_ID, RowFile, check_output
 from bpo.responses.scorer import FunctionScorer, Score, Scorer, reason_of, scores_of
 from bpo.system.warn import warn
-from bpo.world.world import by_main
+from bpo.world.world import world
 
 if TYPE_CHECKING:
     import os
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 _ALIKE = 3
 
 
-@by_main
 def score_responses(
     dataset: Any,
     scorer: Callable[..., Any] | Scorer,
@@ -37,6 +37,7 @@ def score_responses(
     output: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     batch_size: int | None = None,
+    process_timeout: float = 1800.0,
     progress: bool = True,
 ) -> datasets.Dataset:
     """Gives every response a score.
@@ -59,6 +60,8 @@ def score_responses(
             ones to all responses of a prompt as soon as one has none.
         batch_size: Lets a function take lists of about so many prompts and responses and return a list of scores. One
             over which it raises is given again, one by one.
+        process_timeout: Seconds after which processes of one job (``docs/scaling.md``) name one that does not come, or
+            brings nothing.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -86,26 +89,113 @@ def score_responses(
         judge = FunctionScorer(scorer, batch_size)
     else:
         raise TypeError(f"scorer must be a function, a bpo.RewardModel or a bpo.Judge, not {type(scorer).__name__}.")
-    rows = read_responses(dataset)
+
+    def scored() -> datasets.Dataset:
+        rows = read_responses(dataset)
+        return _scored(judge, rows, overwrite, batch_size, output, process_timeout, progress)
+
+    return scored() if judge.share else world().from_main(scored)
+
+
+def _scored(
+    judge: Scorer,
+    rows: Sequence[PromptResponses],
+    overwrite: bool,
+    batch_size: int | None,
+    output: Any,
+    timeout: float,
+    progress: bool,
+) -> datasets.Dataset:
+    """Scores what is lacking, and returns all."""
+    job = world()
     ids = [_row_id(row, judge.reads_columns) for row in rows]
-    settings = {} if output is None else {"scorer": judge.describe(), "overwrite": overwrite}
+
+    def settings() -> dict[str, Any]:
+        return {"scorer": judge.describe(), "overwrite": overwrite}
+
+    described = {} if output is None and job.size == 1 else settings()
+    check_same_rows(job, rows, ids, {"batch_size": batch_size, **described}, output, timeout)
     counts = {row_id: len(row.responses) for row_id, row in zip(ids, rows, strict=True)}
-    as_messages = need_messages(rows)
-    with RowFile(output, "scores", settings, ids, lambda row: _is_whole(row, counts)) as file:
-        if file.rows and file.not_compared():
-            warn(
-                f"{file.path} goes on with a scorer of which nobody can say whether {', '.join(file.not_compared())} "
-                "is what it was before; give it a describe() that returns what its scores depend on."
-            )
-        todo = _lay_out_known(rows, ids, file, overwrite, as_messages)
-        try:
-            _score(judge, [(rows[index], ids[index]) for index in todo], file, overwrite, as_messages, progress)
-        finally:
-            if output is not None and isinstance(judge, FunctionScorer):
-                file.allow_changes({"scorer": judge.describe(), "overwrite": overwrite})
-        finished = file.finish()
-    _report(finished, judge)
+    file = RowFile(output, "scores", described, ids, lambda row: _is_whole(row, counts))
+    with tqdm(total=0, desc="Scoring", unit="response", disable=not (progress and job.is_main)) as bar:
+        scoring = _Scoring(judge, rows, file, overwrite, bar)
+        now = settings if output is not None and isinstance(judge, FunctionScorer) else None
+        work = Work(scoring.blocks(), scoring.known, scoring.make, scoring.found, now)
+        finished = fill(file, work, job, timeout)
+    _report(finished, judge, job.is_main)
     return to_dataset(finished)
+
+
+class _Scoring:
+    """Rows, and the scores that a file has of them."""
+
+    def __init__(
+        self, judge: Scorer, rows: Sequence[PromptResponses], file: RowFile, overwrite: bool, bar: tqdm[Any]
+    ) -> None:
+        self._judge = judge
+        self._rows = rows
+        self._file = file
+        self._overwrite = overwrite
+        self._bar = bar
+        self._as_messages = need_messages(rows)
+
+    def blocks(self) -> list[list[int]]:
+        """Cuts the rows that the data has not all scores of as one process gives them to the scorer."""
+        places = {index: self._lacking(index, None) for index in range(len(self._rows))}
+        fresh = [index for index in places if self._overwrite or None in self._rows[index].scores]
+        pieces = self._judge.pieces([self._part(index, places[index]) for index in fresh])
+        return in_blocks([[fresh[place] for place in piece] for piece in pieces])
+
+    def known(self) -> list[int]:
+        """Lays out what has its scores already; returns which rows have not."""
+        first = not self._bar.total
+        if first and self._file.rows and (unknown := self._file.not_compared()):
+            warn(
+                f"{self._file.path} goes on with a scorer of which nobody can say whether {', '.join(unknown)} is what "
+                "it was before; give it a describe() that returns what its scores depend on."
+            )
+        todo = _lay_out_known(self._rows, self._file, self._overwrite, self._as_messages)
+        if first:
+            self._bar.reset(sum(len(self._lacking_now(index)) for index in todo))
+        return todo
+
+    def make(self, todo: Sequence[int]) -> Generator[tuple[int, dict[str, Any]], None, None]:
+        """Scores rows."""
+        wanted = [self._lacking_now(index) for index in todo]
+        parts = [self._part(index, places) for index, places in zip(todo, wanted, strict=True)]
+        for number, given in _each_once(self._judge, parts):
+            index = todo[number]
+            scores = [Score(score) for score in self._present(index, self._earlier(index))]
+            for place, score in zip(wanted[number], given, strict=True):
+                scores[place] = score
+            yield index, _laid_out(self._rows[index], scores, self._as_messages)
+            self._bar.update(len(given))
+
+    def found(self, indices: Sequence[int]) -> None:
+        """Counts what other processes scored."""
+        self._bar.update(sum(len(self._lacking_now(index)) for index in indices))
+
+    def _part(self, index: int, places: Sequence[int]) -> PromptResponses:
+        row = self._rows[index]
+        return dataclasses.replace(row, responses=[row.responses[place] for place in places])
+
+    def _earlier(self, index: int) -> dict[str, Any] | None:
+        return self._file.rows.get(self._file.ids[index])
+
+    def _lacking_now(self, index: int) -> list[int]:
+        return self._lacking(index, self._earlier(index))
+
+    def _lacking(self, index: int, earlier: dict[str, Any] | None) -> list[int]:
+        """Which responses of a row are scored: those without a score, or all."""
+        present = self._present(index, earlier)
+        return [place for place, score in enumerate(present) if self._judge.relative or score is None]
+
+    def _present(self, index: int, earlier: dict[str, Any] | None) -> list[float | None]:
+        """Returns the scores that stay: those of an earlier run, else those of the data."""
+        if earlier is not None:
+            return list(earlier["scores"])
+        row = self._rows[index]
+        return [None] * len(row.responses) if self._overwrite else row.scores
 
 
 def _row_id(row: PromptResponses, with_columns: bool) -> str:
@@ -124,12 +214,10 @@ def _is_whole(row: dict[str, Any], counts: Mapping[str, int]) -> bool:
     return len(scores) == counts.get(row[ROW_ID], len(scores))
 
 
-def _lay_out_known(
-    rows: Sequence[PromptResponses], ids: Sequence[str], file: RowFile, overwrite: bool, as_messages: bool
-) -> list[int]:
+def _lay_out_known(rows: Sequence[PromptResponses], file: RowFile, overwrite: bool, as_messages: bool) -> list[int]:
     """Lays out what has its scores already, with the columns as they are now; returns which rows have not."""
     todo = []
-    for index, (row, row_id) in enumerate(zip(rows, ids, strict=True)):
+    for index, (row, row_id) in enumerate(zip(rows, file.ids, strict=True)):
         if row_id in file.rows:
             earlier = file.rows[row_id]
             # A score that is no number is none, whoever wrote it.
@@ -143,34 +231,8 @@ def _lay_out_known(
         elif overwrite or any(score is None for score in row.scores):
             todo.append(index)
         else:
-            file.add(row_id, _laid_out(row, [Score(score) for score in row.scores], as_messages))
+            file.replace(row_id, _laid_out(row, [Score(score) for score in row.scores], as_messages))
     return todo
-
-
-def _score(
-    judge: Scorer,
-    todo: Sequence[tuple[PromptResponses, str]],
-    file: RowFile,
-    overwrite: bool,
-    as_messages: bool,
-    progress: bool,
-) -> None:
-    """Scores rows, and adds each to the file as soon as its scores are there."""
-    present = [_present(row, file.rows.get(row_id), overwrite) for row, row_id in todo]
-    # Which responses of a row are scored: those without a score, or all.
-    wanted = [[place for place, score in enumerate(scores) if judge.relative or score is None] for scores in present]
-    parts = [
-        dataclasses.replace(row, responses=[row.responses[place] for place in places])
-        for (row, _), places in zip(todo, wanted, strict=True)
-    ]
-    with tqdm(total=sum(map(len, wanted)), desc="Scoring", unit="response", disable=not progress) as bar:
-        for index, given in _each_once(judge, parts):
-            row, row_id = todo[index]
-            scores = [Score(score) for score in present[index]]
-            for place, score in zip(wanted[index], given, strict=True):
-                scores[place] = score
-            file.add(row_id, _laid_out(row, scores, as_messages))
-            bar.update(len(given))
 
 
 def _each_once(judge: Scorer, parts: Sequence[PromptResponses]) -> Iterator[tuple[int, list[Score]]]:
@@ -226,13 +288,6 @@ def _checked(
             yield index, [Score(None, "the scorer yielded no scores of this prompt")] * len(left.pop(index).responses)
 
 
-def _present(row: PromptResponses, earlier: dict[str, Any] | None, overwrite: bool) -> list[float | None]:
-    """Returns the scores that stay: those of an earlier run, else those of the data."""
-    if earlier is not None:
-        return list(earlier["scores"])
-    return [None] * len(row.responses) if overwrite else row.scores
-
-
 def _laid_out(row: PromptResponses, scores: Sequence[Score], as_messages: bool) -> dict[str, Any]:
     return lay_out(
         row,
@@ -243,7 +298,7 @@ def _laid_out(row: PromptResponses, scores: Sequence[Score], as_messages: bool) 
     )
 
 
-def _report(rows: Sequence[dict[str, Any]], judge: Scorer) -> None:
+def _report(rows: Sequence[dict[str, Any]], judge: Scorer, is_main: bool) -> None:
     """Warns of failures; refuses a result of nothing else, with what the function raised first as the cause."""
     errors = [error for row in rows for error in row["score_errors"] if error is not None]
     total = sum(len(row["scores"]) for row in rows)
@@ -251,7 +306,7 @@ def _report(rows: Sequence[dict[str, Any]], judge: Scorer) -> None:
         raise ValueError(f"Not one of the {total} responses could be scored; the first: {errors[0]}.") from getattr(
             judge, "first_error", None
         )
-    if errors:
+    if errors and is_main:  # the first process warns for all
         warn(
             f"{len(errors)} of {total} responses have no score, and bpo.select sets them aside; the first: {errors[0]}."
         )

@@ -47,6 +47,9 @@ class Source(Protocol):
     def fitting(self, rows: Sequence[PromptResponses]) -> list[PromptResponses]:
         """Returns the prompts that can be responded to, as the source takes them."""
 
+    def blocks(self, rows: Sequence[PromptResponses]) -> list[list[int]]:
+        """Cuts the rows, by index, into those that a process of a job takes at a time."""
+
     def sample(
         self, rows: Sequence[PromptResponses], todo: Sequence[int], on_response: Callable[[int], Any]
     ) -> Iterator[tuple[int, Sequence[Sampled | ChatError]]]:
@@ -83,6 +86,10 @@ class ServerSource:
             if isinstance(row.prompt, str):
                 row.prompt = [{"role": "user", "content": row.prompt}]
         return list(rows)
+
+    def blocks(self, rows: Sequence[PromptResponses]) -> list[list[int]]:
+        """All at once, since one process asks a server."""
+        return [list(range(len(rows)))]
 
     def sample(
         self, rows: Sequence[PromptResponses], todo: Sequence[int], on_response: Callable[[int], Any]

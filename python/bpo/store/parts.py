@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import os
 import shutil
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +19,7 @@ import numpy as np
 from bpo._core import StoreError, StoreLockedError
 from bpo.store.gradient_store import GradientStore
 from bpo.store.writer import GradientWriter
+from bpo.world.blocks import Watch, say_worker, taken_in_turns, worker_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
 _PARTS = "parts"
 _ORDER = "order"  # what the numbers of the blocks mean
-
-_SECONDS_BETWEEN_LOOKS = 0.2
 
 Work = tuple[GradientWriter, "npt.NDArray[np.int64]"]
 """Where rows are to be added, and the sequences, in order, that are lacking there."""
@@ -40,8 +38,9 @@ class Parts:
 
     Args:
         writer: The store, which is there.
-        blocks: The sequences of each block, in the order in which the store keeps them; together all of the data.
-        ids: (S, 16) uint8, of all sequences.
+        blocks: The sequences of each block, in the order in which the store keeps them; together all that it
+            is to hold.
+        ids: (S, 16) uint8, of all sequences of the data.
     """
 
     def __init__(
@@ -50,6 +49,7 @@ class Parts:
         self._writer = writer
         self._blocks = blocks
         self._ids = ids
+        self._wanted = ids[np.concatenate(blocks)] if len(blocks) else ids[:0]
         self._directory = writer.path / _PARTS
         self._order = hashlib.sha256(b"".join(ids[block].tobytes() + b"|" for block in blocks)).hexdigest()
 
@@ -65,7 +65,7 @@ class Parts:
         self._tidy()
         if not self._directory.is_dir():
             return False
-        if self._writer.lacks(self._ids).any():
+        if self._writer.lacks(self._wanted).any():
             if self._order_there() == self._order:
                 return False
             self.check_idle()
@@ -108,7 +108,7 @@ class Parts:
         with self._writer.again() as writer:
             if not (writer.path / "manifest.json").exists():
                 writer.lock()
-            if self._directory.is_dir() or not writer.lacks(self._ids).any():
+            if self._directory.is_dir() or not writer.lacks(self._wanted).any():
                 return
         fresh = self._directory.with_name(f"{_PARTS}.new")
         shutil.rmtree(fresh, ignore_errors=True)
@@ -148,29 +148,33 @@ class Parts:
         if not self._directory.is_dir() and not (self._writer.path / "manifest.json").exists():
             raise FileNotFoundError(
                 f"Process {name} does not see the gradient store {self._writer.path}, which process 0 has just made: "
-                "name a directory on a disk that all processes see."
+                "name a directory on a disk that all processes see. On disks of their own each machine fills a share "
+                "(bpo collect --shard)."
             )
-        numbers = [(start + step) % len(self._blocks) for step in range(len(self._blocks))]
-        todo = {number: self._lacking(number) for number in numbers}
-        watch = _Watch(timeout)
-        while todo:
-            before = len(todo)
-            for number, lacking in list(todo.items()):
-                if self._is_whole(number, lacking):
-                    del todo[number]
-                    found(lacking)
-                    continue
-                with contextlib.ExitStack() as stack:
-                    part = self._claim(number, name, stack)
-                    if part is None:
-                        continue
-                    rest = lacking[part.lacks(self._ids[lacking])]
-                    found(lacking[~np.isin(lacking, rest)])
-                    if len(rest):
-                        yield part, rest
-                del todo[number]
-            if todo and len(todo) == before:
-                watch.look({self._part(number): self._worker(number) for number in todo})
+        first = start % max(1, len(self._blocks))
+        numbers = [*range(first, len(self._blocks)), *range(first)]
+        lacking = {number: self._lacking(number) for number in numbers}
+        watch = Watch("gradient store", timeout)
+
+        def is_whole(number: int) -> bool:
+            whole = self._is_whole(number, lacking[number])
+            if whole:
+                found(lacking[number])
+            return whole
+
+        def look(left: list[int]) -> None:
+            watch.look({self._part(number): worker_of(self._part(number)) for number in left})
+
+        def claim(number: int, stack: contextlib.ExitStack) -> GradientWriter | None:
+            return self._claim(number, name, stack)
+
+        with contextlib.closing(taken_in_turns(numbers, is_whole, claim, look)) as turns:
+            for number, part in turns:
+                wanted = lacking[number]
+                rest = wanted[part.lacks(self._ids[wanted])]
+                found(wanted[~np.isin(wanted, rest)])
+                if len(rest):
+                    yield part, rest
         while self._directory.is_dir() and not self._gathered():
             watch.look({self._writer.path: "another process"})
 
@@ -191,7 +195,7 @@ class Parts:
             made = not (path / "manifest.json").exists()
             part = stack.enter_context(self._writer.part(path))
             part.lock()
-            path.with_suffix(".by").write_text(name)
+            say_worker(path, name)
         except (FileNotFoundError, StoreLockedError):
             return None
         except StoreError:
@@ -216,13 +220,6 @@ class Parts:
     def _part(self, number: int) -> Path:
         return self._directory / f"{number:06d}"
 
-    def _worker(self, number: int) -> str:
-        """Who said last that it works at a block."""
-        try:
-            return f"process {self._part(number).with_suffix('.by').read_text()}"
-        except OSError:
-            return "another process"
-
     def _order_there(self) -> str:
         try:
             return (self._directory / _ORDER).read_text()
@@ -241,40 +238,6 @@ class Parts:
             shutil.rmtree(done, ignore_errors=True)
 
 
-class _Watch:
-    """Whether anything comes to stores that others write to."""
-
-    def __init__(self, timeout: float) -> None:
-        self._timeout = timeout
-        self._seen: dict[Path, list[int]] = {}
-        self._since = time.monotonic()
-
-    def look(self, stores: dict[Path, str]) -> None:
-        """Waits a moment; stores that grew, or are others than before, start the time anew.
-
-        Raises:
-            TimeoutError: Nothing came for too long.
-        """
-        seen = {path: _sizes(path) for path in stores}
-        if seen != self._seen:
-            self._seen, self._since = seen, time.monotonic()
-        if time.monotonic() - self._since > self._timeout:
-            places = "; ".join(f"{worker} is at {path}" for path, worker in list(stores.items())[:4])
-            raise TimeoutError(
-                f"Nothing came to the gradient store for {self._timeout:g} s (SelectConfig.process_timeout): {places}. "
-                "What was committed is kept; end that process, and run again to go on from there."
-            )
-        time.sleep(_SECONDS_BETWEEN_LOOKS)
-
-
-def _sizes(path: Path) -> list[int]:
-    """Bytes of the files of a store."""
-    try:
-        return [entry.stat().st_size for entry in sorted(path.iterdir())]
-    except OSError:
-        return []
-
-
 def check_shared(path: str | os.PathLike[str] | None) -> None:
     """Checks that processes of one job name a store.
 
@@ -283,5 +246,6 @@ def check_shared(path: str | os.PathLike[str] | None) -> None:
     """
     if path is None:
         raise ValueError(
-            "Several processes that work together need a gradient store: name a directory that all of them see (store)."
+            "Several processes that work together need a gradient store: name a directory that all see (store). "
+            "On disks of their own each machine fills a share (bpo collect --shard)."
         )

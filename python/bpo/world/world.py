@@ -11,6 +11,7 @@ import os
 import pickle
 import platform
 import sys
+import uuid
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from bpo.world.launch import launched
@@ -92,11 +93,8 @@ class World:
         """
         if self.size == 1:
             return
-        import torch.distributed
-
         self._wait(timeout)
-        others: list[Any] = [None] * self.size
-        torch.distributed.all_gather_object(others, dict(values), group=self._group)
+        others = self.exchanged(dict(values))
         for name in values:
             for rank, other in enumerate(others):
                 if other.get(name) != others[0].get(name):
@@ -105,10 +103,41 @@ class World:
                         f"there, {brief(others[0].get(name))} here. All processes of a job must be given the same."
                     )
 
+    def exchanged(self, value: _Result | Exception) -> list[_Result]:
+        """Returns what each process has, by rank, in each.
+
+        Raises:
+            Exception: One of them has an error in place of it.
+            ConnectionError: One of them died.
+        """
+        values: list[Any] = [value]
+        if self.size > 1:
+            import torch.distributed
+
+            values = [None] * self.size
+            sent = _sendable(value) if isinstance(value, Exception) else value
+            with self._losing():
+                torch.distributed.all_gather_object(values, sent, group=self._group)
+        for each in (value, *values):
+            if isinstance(each, Exception):
+                raise each
+        return values
+
+    def numbers(self, count: int) -> Iterator[int]:
+        """Yields numbers below ``count``, each to that process which is the next to ask for one."""
+        if self.size == 1:
+            yield from range(count)
+            return
+        from torch.distributed.distributed_c10d import _get_default_store
+
+        counter, store = self.from_main(lambda: f"bpo-{uuid.uuid4().hex}"), _get_default_store()
+        while (number := store.add(counter, 1) - 1) < count:
+            yield number
+
     def _wait(self, timeout: float) -> None:
         import torch.distributed
 
-        with _meeting(f"Process {self.name} of {self.size}", timeout, "SelectConfig.process_timeout"):
+        with _meeting(f"Process {self.name} of {self.size}", timeout, "process_timeout"):
             torch.distributed.monitored_barrier(
                 self._group, timeout=datetime.timedelta(seconds=timeout), wait_all_ranks=True
             )
@@ -116,8 +145,14 @@ class World:
     def _broadcast(self, values: list[Any]) -> None:
         import torch.distributed
 
-        try:
+        with self._losing():
             torch.distributed.broadcast_object_list(values, src=0, group=self._group)
+
+    @contextlib.contextmanager
+    def _losing(self) -> Iterator[None]:
+        """Says so where one of the others died."""
+        try:
+            yield
         except RuntimeError as error:
             raise ConnectionError(f"Process {self.name} of {self.size} lost a process of its job: {error}") from None
 
@@ -216,7 +251,7 @@ def _sendable(error: Exception) -> Exception:
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:
-        return RuntimeError(f"Process 0 failed: {type(error).__name__}: {error}")
+        return RuntimeError(f"Another process of the job failed: {type(error).__name__}: {error}")
     return error
 
 

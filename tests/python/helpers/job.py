@@ -43,12 +43,16 @@ def free_port():
         return listener.getsockname()[1]
 
 
-def _member(rank, size, port, output, work, arguments):
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), ACCELERATE_USE_CPU="true")
+def environment(rank, size, port):
+    """What torchrun tells a process."""
+    alone = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
     if size == 1:
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
-            del os.environ[name]
+        return alone
+    return {**alone, "RANK": f"{rank}", "WORLD_SIZE": f"{size}", "LOCAL_RANK": f"{rank}", "LOCAL_WORLD_SIZE": f"{size}"}
+
+
+def _member(rank, size, port, output, work, arguments):
+    os.environ.update(environment(rank, size, port))
     torch.set_num_threads(1)
     sys.stdout = sys.stderr = (output / f"{rank}.out").open("w")
     try:
@@ -66,7 +70,10 @@ def start(size, output, work, *arguments):
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
     port, server = free_port(), context()
-    members = [server.Process(target=_member, args=(rank, size, port, output, work, arguments)) for rank in range(size)]
+    members = [
+        server.Process(target=_member, args=(rank, size, port, output, work, arguments), daemon=True)
+        for rank in range(size)
+    ]
     for member in members:
         member.start()
     return members
@@ -83,7 +90,20 @@ def finish(members, output):
     assert [member.exitcode for member in members] == [0] * len(members), [said(output, r) for r in range(len(members))]
 
 
-def collect(rank, store, rows=ROWS, **settings):
+def refused(members, output, expected):
+    """Waits until all have ended, and badly, and said why."""
+    for rank, member in enumerate(members):
+        member.join(600)
+        assert member.exitcode == 1 and expected in said(output, rank), (member.exitcode, said(output, rank))
+
+
+def kill(members):
+    for member in members:
+        member.kill()
+        member.join()
+
+
+def collect(rank, store, rows=ROWS, shard=None, **settings):
     """The gradients of a tiny model, with a commit after every batch."""
     import bpo.store.writer
 
@@ -94,6 +114,7 @@ def collect(rank, store, rows=ROWS, **settings):
         rows,
         processing_class=tokenizer,
         store=store,
+        shard=shard,
         config=bpo.SelectConfig(**{**SETTINGS, **settings}),
         progress=False,
     )

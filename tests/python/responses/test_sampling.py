@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 import bpo
 from bpo.responses.generation import draw_tokens
 from bpo.responses.prompts import read_responses
-from bpo.responses.refusals import is_refusal
+from bpo.responses.sampling import is_refusal
 from bpo.responses.sources import random_stream
 from tiny import scored_rows, tiny_gpt2, tiny_llama
 

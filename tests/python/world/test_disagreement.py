@@ -25,11 +25,10 @@ def test_one_that_does_not_come_is_waited_for_no_longer_than_said(tmp_path):
     members = job.start(2, tmp_path, absent, tmp_path / "store")
     members[0].join(600)
     said = job.said(tmp_path, 0)
-    assert "TimeoutError" in said and "waited up to 2 s (SelectConfig.process_timeout) for all others" in said
+    assert "TimeoutError" in said and "waited up to 2 s (process_timeout) for all others" in said
     assert "bpo.alone()" in said
     assert not (tmp_path / "store").exists()
-    members[1].kill()
-    members[1].join()
+    job.kill(members)
 
 
 def elsewhere_at_work(rank, store):
@@ -47,8 +46,7 @@ def test_one_that_calls_bpo_never_is_waited_for_no_longer_either(tmp_path):
     members[0].join(600)
     said = job.said(tmp_path, 0)
     assert "TimeoutError" in said and "waited up to 2 s (the first time)" in said and "bpo.alone()" in said
-    members[1].kill()
-    members[1].join()
+    job.kill(members)
 
 
 def unlike(rank, store, what):
@@ -63,10 +61,7 @@ def unlike(rank, store, what):
 @pytest.mark.parametrize("what", ["data set", "sketch", "tokens_per_batch"])
 def test_processes_that_were_given_other_things_are_refused_by_name(tmp_path, what):
     members = job.start(2, tmp_path, unlike, tmp_path / "store", what)
-    for rank, member in enumerate(members):
-        member.join(600)
-        assert member.exitcode == 1
-        assert f"ValueError: Process 1 of 2 has another {what} than process 0" in job.said(tmp_path, rank)
+    job.refused(members, tmp_path, f"ValueError: Process 1 of 2 has another {what} than process 0")
     assert not (tmp_path / "store").exists()
 
 
@@ -81,11 +76,8 @@ def selecting_unlike(rank, store, what):
 @pytest.mark.parametrize("what", ["rows", "seed", "breadth"])
 def test_processes_that_were_asked_for_other_selections_are_refused_by_name(tmp_path, what):
     members = job.start(2, tmp_path, selecting_unlike, tmp_path / "store", what)
-    for rank, member in enumerate(members):
-        member.join(600)
-        assert member.exitcode == 1
-        name = {"rows": "data set"}.get(what, what)
-        assert f"ValueError: Process 1 of 2 has another {name} than process 0" in job.said(tmp_path, rank)
+    name = {"rows": "data set"}.get(what, what)
+    job.refused(members, tmp_path, f"ValueError: Process 1 of 2 has another {name} than process 0")
     assert not (tmp_path / "store").exists()
 
 
@@ -117,7 +109,4 @@ def test_what_the_first_process_refuses_all_refuse(tmp_path):
         (without, (), "ValueError: Several processes that work together need a gradient store"),
         (failing, (tmp_path / "store",), "StoreError: "),
     ):
-        members = job.start(2, tmp_path / "out", work, *arguments)
-        for rank, member in enumerate(members):
-            member.join(600)
-            assert member.exitcode == 1 and expected in job.said(tmp_path / "out", rank)
+        job.refused(job.start(2, tmp_path / "out", work, *arguments), tmp_path / "out", expected)

@@ -168,9 +168,7 @@ def test_a_block_of_which_nothing_was_committed_is_computed(tmp_path, whole):
     store, written = tmp_path / "store", bpo.GradientStore.open(whole)
     members = job.start(2, tmp_path, stopping, store, job.ROWS, 0)
     until(lambda: len(list(tmp_path.glob("stopped-*"))) == 2, members)
-    for member in members:
-        member.kill()
-        member.join()
+    job.kill(members)
     fingerprint = json.dumps(written.fingerprint)
     for number in range(7):
         part = store / "parts" / f"{number:06d}"
@@ -210,9 +208,7 @@ def test_one_process_by_itself_stays_out_while_several_are_at_work(tmp_path, who
     until(lambda: len(parts_of(store)) >= 2, members)
     with pytest.raises(bpo.StoreLockedError, match="parts"):
         job.collect(0, store)
-    for member in members:
-        member.kill()
-        member.join()
+    job.kill(members)
     job.finish(job.start(1, tmp_path, job.collect, store), tmp_path)
     assert same(store, whole)
 
@@ -225,17 +221,14 @@ def test_one_that_hangs_is_named(tmp_path):
     said = job.said(tmp_path, 0)
     assert "TimeoutError: Nothing came to the gradient store for 2 s" in said
     assert f"process 1 ({members[1].pid} on " in said
-    members[1].kill()
-    members[1].join()
+    job.kill(members)
 
 
 def test_what_an_interrupted_run_over_less_data_left_is_not_computed_again(tmp_path):
     store, rows = tmp_path / "store", job.ROWS
     members = job.start(2, tmp_path, stopping, store, rows[:8], 1)
     until(lambda: len(list(tmp_path.glob("stopped-*"))) == 2, members)
-    for member in members:
-        member.kill()
-        member.join()
+    job.kill(members)
     there = rows_in(store)
     assert parts_of(store) and 10 <= there < 40
     made = job.collect(0, store, rows)
