@@ -63,8 +63,8 @@ def collect_gradients(
         model: Path, hub id, ``PreTrainedModel`` or ``PeftModel``.
         dataset: Preference data in any format of :func:`bpo.select`.
         processing_class: The tokenizer; by default the one saved with the model.
-        store: Directory or address of the gradient store. Responses that it already holds are not computed again. ``None`` is a
-            temporary directory that goes with the returned object.
+        store: Directory or address of the gradient store. Responses that it already holds are not computed again.
+            ``None`` is a temporary directory that goes with the returned object.
         config: Settings; ``checkpoints`` must be None, since a store is that of one model.
         progress: Whether to show a progress bar.
 

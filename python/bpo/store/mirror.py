@@ -270,8 +270,8 @@ class Mirror:
                 other |= bool(there) and self._read(segment)[: len(there)] != there
         if other and len(_core.StoreReader(path).verify()) == 0:
             raise StoreError(
-                f"{self.objects.shown} and its local copy {path} hold other rows, and those of the copy were never sent."
-                " Remove that directory to go on with what is at the address, or name another address."
+                f"{self.objects.shown} and its local copy {path} hold other rows, and those of the copy were never "
+                "sent. Remove that directory to go on with what is at the address, or name another address."
             )
 
     def _get(self, lacking: Lacking) -> int:

@@ -149,7 +149,8 @@ class BPOTrainer(WeightedDPOTrainer):
         """Selects with the policy before any training; several processes fill the store together."""
         if PartialState().num_processes > 1 and args.store is None:
             raise ValueError(
-                "With several processes BPOTrainer needs BPOConfig.store, a directory that all of them see."
+                "With several processes BPOTrainer needs BPOConfig.store, a directory that all of them see, or an "
+                "address."
             )
         assert args.budget is not None
         return select(
