@@ -283,6 +283,6 @@ def check_shared(path: str | os.PathLike[str] | None) -> None:
     """
     if path is None:
         raise ValueError(
-            "Several processes that work together need a gradient store: name a directory that all of them see, or an address "
-            "(store)."
+            "Several processes that work together need a gradient store: name a directory that all of them see, or "
+            "an address (store)."
         )
