@@ -9,12 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 import bpo
 from bpo.system.files import read_json
-from bpo.system.paths import check_apart
+from bpo.system.paths import check_apart, is_url
 
 if TYPE_CHECKING:
     from typing import TypeAlias
 
     Commands: TypeAlias = argparse._SubParsersAction[argparse.ArgumentParser]
+
+
+def place(text: str) -> str | Path:
+    """Reads a directory, or an address such as ``s3://bucket/prefix``."""
+    return text if is_url(text) else Path(text)
 
 
 def count_or_fraction(text: str) -> int | float:

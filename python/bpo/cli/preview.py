@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import bpo
-from bpo.cli.arguments import add_fields, fields
+from bpo.cli.arguments import add_fields, fields, place
 from bpo.system.files import read_json
 from bpo.system.paths import check_apart
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def add_preview(commands: Commands) -> None:
     """Adds the command."""
     command = commands.add_parser("preview", help="what a selection is worth, before training, from a gradient store")
-    command.add_argument("store", type=Path, help="directory of the gradient store")
+    command.add_argument("store", type=place, help="directory or address of the gradient store")
     command.add_argument("dataset", help="file, directory or hub id of the preference data")
     command.add_argument("--budget", type=int, action="append", required=True, help="pairs to train on; repeatable")
     command.add_argument(

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, get_args
 
 import bpo
 from bpo.choices import SketchDType
+from bpo.cli.arguments import place
 from bpo.cli.show import show
+from bpo.store.mirror import described
 
 if TYPE_CHECKING:
     import argparse
@@ -26,11 +28,11 @@ def add_store(commands: Commands) -> None:
         ("repair", _repair, "mend what can be mended; damaged rows are set aside and computed anew by the next run"),
     ):
         task = tasks.add_parser(name, help=text)
-        task.add_argument("path", type=Path)
+        task.add_argument("path", type=place, help="directory or address")
         task.set_defaults(run=run)
     merge = tasks.add_parser("merge", help="copy the rows of several stores into one")
-    merge.add_argument("output", type=Path, help="directory of the result; a store there is added to")
-    merge.add_argument("stores", type=Path, nargs="+")
+    merge.add_argument("output", type=place, help="directory or address of the result; a store there is added to")
+    merge.add_argument("stores", type=place, nargs="+")
     merge.add_argument("--dtype", choices=get_args(SketchDType), help="keep the numbers in this type")
     merge.set_defaults(run=_merge)
     gather = tasks.add_parser("gather", help="put the shares that bpo collect --shard made into the store of one run")
@@ -38,7 +40,7 @@ def add_store(commands: Commands) -> None:
     gather.add_argument("shards", type=Path, nargs="+", help="directories of all shares, in any order")
     gather.set_defaults(run=_gather)
     export = tasks.add_parser("export", help="write the rows for other programs")
-    export.add_argument("path", type=Path)
+    export.add_argument("path", type=place, help="directory or address")
     export.add_argument("output", type=Path, help="a new file, .npz or .parquet")
     export.set_defaults(run=_export)
 
@@ -48,7 +50,9 @@ def _verify(options: argparse.Namespace) -> int:
     for problem in problems:
         print(f"bpo: {problem}", file=sys.stderr)
     if not problems:
-        print(f"{options.path}: all {len(bpo.GradientStore.open(options.path))} rows are as they were written")
+        with described(options.path) as directory:
+            count = len(bpo.GradientStore.open(directory))
+        print(f"{options.path}: all {count} rows are as they were written")
     return int(bool(problems))
 
 

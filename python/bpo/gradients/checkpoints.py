@@ -17,7 +17,8 @@ from bpo.policy.logprobs import Forward
 from bpo.policy.models import load_policy
 from bpo.policy.reference import Reference
 from bpo.store.gradient_store import GradientStore
-from bpo.system.paths import check_path
+from bpo.store.mirror import holds_store
+from bpo.system.paths import check_path, joined
 
 if TYPE_CHECKING:
     import os
@@ -40,7 +41,7 @@ def check_checkpoints(config: SelectConfig, store: str | os.PathLike[str] | None
     for checkpoint in config.checkpoints or {}:
         check_path(checkpoint)
         preconditioner_path(checkpoint, config)
-    if store is not None and (Path(store) / "manifest.json").exists():
+    if store is not None and holds_store(store):
         raise ValueError(
             f"{store} is the gradient store of one model, and those of checkpoints are directories in one of their "
             "own: name another store."
@@ -80,7 +81,7 @@ def collect_reference(
     logps = np.zeros(len(tokenized.ids), dtype=np.float32)
     missing = np.ones(len(logps), dtype=bool)
     for directory in _directories(config, store):
-        if directory is None or not (directory / "manifest.json").is_file():
+        if directory is None or not holds_store(directory):
             continue
         present = GradientStore.open(directory)
         if all(present.fingerprint.get(key) == value for key, value in made_with.items()):
@@ -151,7 +152,7 @@ def collect_checkpoints(
     ]
 
 
-def _directories(config: SelectConfig, store: str | os.PathLike[str] | None) -> list[Path | None]:
+def _directories(config: SelectConfig, store: str | os.PathLike[str] | None) -> list[str | Path | None]:
     """Directory of each checkpoint's store."""
     names = [re.sub(r"[^\w.-]", "_", Path(checkpoint).name) for checkpoint in config.checkpoints or {}]
-    return [None if store is None else Path(store) / f"{position}-{name}" for position, name in enumerate(names)]
+    return [None if store is None else joined(store, f"{position}-{name}") for position, name in enumerate(names)]

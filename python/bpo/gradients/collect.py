@@ -27,11 +27,14 @@ from bpo.policy.state import inference_state
 from bpo.sketching.batches import Sketching
 from bpo.store.parts import Parts, check_shared
 from bpo.store.shards import Shard, check_shard
+from bpo.store.upload import writing
 from bpo.store.writer import GradientWriter
 from bpo.world.world import world
 
 if TYPE_CHECKING:
     import os
+    from collections.abc import Callable
+    from pathlib import Path
 
     import numpy.typing as npt
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -62,8 +65,8 @@ def collect_gradients(
         model: Path, hub id, ``PreTrainedModel`` or ``PeftModel``.
         dataset: Preference data in any format of :func:`bpo.select`.
         processing_class: The tokenizer; by default the one saved with the model.
-        store: Directory of the gradient store. Responses that it already holds are not computed again. ``None`` is a
-            temporary directory that goes with the returned object.
+        store: Directory or address of the gradient store. Responses that it already holds are not computed again.
+            ``None`` is a temporary directory that goes with the returned object.
         shard: Which share of the responses, of how many, such as ``(2, 4)`` or ``"2/4"``: for machines that see no disk
             in common. :func:`bpo.gather_stores` puts all shares together. ``None`` for all.
         config: Settings; ``checkpoints`` must be None, since a store is that of one model.
@@ -125,7 +128,7 @@ def collect(
         tokenized: Their token ids.
         processing_class: The tokenizer.
         config: Settings.
-        store: Directory; ``None`` is a temporary one.
+        store: Directory or address; ``None`` is a temporary one.
         progress: Whether to show a progress bar.
         preconditioner: File of second moments (:func:`bpo.gradients.preconditioner.preconditioner_path`).
         reference: The reference's log-probabilities; None computes them with ``config.ref_model``, else takes the
@@ -135,6 +138,36 @@ def collect(
     Returns:
         The store, open for reading.
     """
+    with writing(store, world(), config.process_timeout) as (directory, check):
+        return _collect(
+            model,
+            candidates,
+            tokenized,
+            processing_class,
+            config=config,
+            store=directory,
+            check=check,
+            progress=progress,
+            preconditioner=preconditioner,
+            reference=reference,
+            shard=shard,
+        )
+
+
+def _collect(
+    model: PreTrainedModel,
+    candidates: Candidates,
+    tokenized: TokenizedResponses,
+    processing_class: PreTrainedTokenizerBase,
+    *,
+    config: SelectConfig,
+    store: Path | None,
+    check: Callable[[], None],
+    progress: bool,
+    preconditioner: str | None,
+    reference: Reference | None,
+    shard: Shard | None,
+) -> GradientStore:
     check_vocabulary(model, tokenized.ids)
     # Decided before freezing, since what is trainable says what the features are.
     features = choose_features(model, config)
@@ -157,7 +190,7 @@ def collect(
 
     def opened() -> tuple[GradientWriter, Parts]:
         check_shard(store, made_with.get("shard"))
-        writer = GradientWriter.open(store, made_with, candidates.known_ids, tokenized.sequence_ids[order])
+        writer = GradientWriter.open(store, made_with, candidates.known_ids, tokenized.sequence_ids[order], check)
         if tokenized.ref_logps is not None:
             writer.check_ref_logps(tokenized.sequence_ids, tokenized.ref_logps)
         return writer, Parts(writer, blocks, tokenized.sequence_ids)

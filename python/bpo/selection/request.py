@@ -25,7 +25,7 @@ class Request:
         strategy: Name of the strategy.
         config: Settings.
         seed: Of every random choice but the sketch.
-        store: Directory of the gradient store; None for a temporary one.
+        store: Directory or address of the gradient store; None for a temporary one.
         progress: Whether to show progress bars.
     """
 

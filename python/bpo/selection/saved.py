@@ -6,6 +6,8 @@ import contextlib
 import hashlib
 import json
 import os
+import re
+import secrets
 import shutil
 import tempfile
 from pathlib import Path
@@ -15,8 +17,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 import bpo
+from bpo.store.objects import Objects
 from bpo.system.files import ArrowFile, naming_file, read_json, sync
 from bpo.system.locks import locked
+from bpo.system.paths import is_url
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -24,10 +28,13 @@ if TYPE_CHECKING:
     import datasets
 
 _FORMAT = "bpo-selection"
+_FORMAT_AT = "bpo-selection-at"  # what says which of the selections at an address counts
 _FORMAT_VERSION = 2
 _DATASET = "dataset/train.parquet"
 _PAIRS = "pairs.parquet"
 _MANIFEST = "selection.json"
+_SAVES = "saves"
+_REPORT = "report.html"
 _SCRATCH = ".saving-"
 _LOCK = ".saving.lock"
 _SECONDS_TO_WAIT = 600.0  # for another save, which takes as long as its disk
@@ -51,9 +58,12 @@ class SelectionError(ValueError):
 
 def write_selection(
     directory: str | os.PathLike[str], dataset: datasets.Dataset, pairs: pa.Table, values: Mapping[str, Any]
-) -> Path:
+) -> str | Path:
     """Writes training set, pairs and what else a selection holds; see :meth:`bpo.Selection.save`."""
-    directory = check_directory(directory)
+    if is_url(directory):
+        return _send(os.fspath(directory), dataset, pairs, values)
+    directory = Path(directory)
+    check_directory(directory)
     with locked(directory, _LOCK, "is saving a selection there", wait=_SECONDS_TO_WAIT):
         _check_directory(directory)  # which another process may have used since
         earlier = [path for path in directory.glob(f"{_SCRATCH}*") if not path.is_symlink()]
@@ -105,6 +115,8 @@ def _write_files(
 
 def read_selection(directory: str | os.PathLike[str]) -> tuple[dict[str, Any], pa.Table, pa.Table]:
     """Returns manifest, training set and pairs of a saved selection, checked; see :meth:`bpo.Selection.load`."""
+    if is_url(directory):
+        return _read_objects(Objects(os.fspath(directory)))
     directory = Path(directory)
     while True:
         places = _places(directory)
@@ -217,12 +229,68 @@ def _checksum(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def check_directory(directory: str | os.PathLike[str]) -> Path:
-    """Returns the directory if a selection may be saved there.
+def _send(url: str, dataset: datasets.Dataset, pairs: pa.Table, values: Mapping[str, Any]) -> str:
+    """Puts a selection beside an earlier one, then what says which of them counts, and takes the earlier one away."""
+    objects = Objects(url)
+    earlier = _save_at(objects)
+    name = secrets.token_hex(8)
+    with tempfile.TemporaryDirectory(prefix="bpo-selection-") as scratch:
+        _write_files(Path(scratch), Path(scratch), dataset, pairs, values)
+        for file in (_DATASET, _PAIRS, _MANIFEST):
+            objects.put(f"{_SAVES}/{name}/{file}", Path(scratch) / file)
+    pointer = {"format": _FORMAT_AT, "format_version": _FORMAT_VERSION, "save": name}
+    objects.write(_MANIFEST, json.dumps(pointer, indent=1).encode())
+    if earlier is not None:
+        objects.remove(f"{_SAVES}/{earlier}/{file}" for file in (_MANIFEST, _DATASET, _PAIRS))
+    return url
+
+
+def _read_objects(objects: Objects) -> tuple[dict[str, Any], pa.Table, pa.Table]:
+    """Fetches and reads the selection that counts at an address."""
+    while True:
+        save = _save_at(objects)
+        if save is None:
+            raise FileNotFoundError(f"{objects.shown} holds no saved selection (no {_MANIFEST}).")
+        with tempfile.TemporaryDirectory(prefix="bpo-selection-") as scratch:
+            here = Path(scratch) / _SAVES / save
+            try:
+                objects.get([f"{_SAVES}/{save}/{name}" for name in (_DATASET, _PAIRS, _MANIFEST)], Path(scratch))
+                return _read_files({name: here / name for name in (_DATASET, _PAIRS, _MANIFEST)})
+            except (SelectionError, FileNotFoundError) as error:
+                if _save_at(objects) == save:
+                    raise SelectionError(str(error).replace(scratch, objects.shown)) from None
+
+
+def _save_at(objects: Objects) -> str | None:
+    """Returns which save counts at an address; None where a first one may be put.
+
+    Raises:
+        FileExistsError: Something else is there.
+    """
+    there = objects.names()
+    if _MANIFEST not in there:
+        if not set(there) <= {_SAVES, _REPORT}:
+            raise FileExistsError(f"{objects.shown} is not empty and holds no selection; name another address.")
+        return None
+    try:
+        pointer = read_json(objects.read(_MANIFEST, _MAX_MANIFEST_BYTES), _MANIFEST)
+        if pointer["format"] == _FORMAT_AT and re.fullmatch("[0-9a-f]{16}", pointer["save"]):
+            return str(pointer["save"])
+    except (ValueError, LookupError, TypeError):
+        pass
+    raise FileExistsError(f"{objects.shown}/{_MANIFEST} is not of a selection that bpo saved there.")
+
+
+def check_directory(directory: str | os.PathLike[str]) -> None:
+    """Checks that a selection may be saved in a directory, or at an address.
 
     Raises:
         FileExistsError: It holds something else, or is a file.
+        OSError: The address cannot be asked.
     """
+    if is_url(directory):
+        _save_at(Objects(os.fspath(directory)))
+        return
     directory = Path(directory)
     try:
         _check_directory(directory)
@@ -230,7 +298,6 @@ def check_directory(directory: str | os.PathLike[str]) -> Path:
         # The first selection may just be coming into it: whoever saves next looks again once that is done.
         if not (directory / _LOCK).is_file():
             _check_directory(directory)
-    return directory
 
 
 def _check_directory(directory: Path) -> None:

@@ -67,7 +67,7 @@ def select(
         target: A few pairs that say where to go, as a dataset of its own: ``"less"`` needs it, ``"matching"`` goes
             where it does, and ``alignment`` is then the influence on it. Rows with the same value in a column
             ``subtask`` are a subtask. Its gradients go to the same ``store``.
-        store: Directory of the gradient store, reused and completed when it is there; with
+        store: Directory or address of the gradient store, reused and completed when it is there; with
             ``SelectConfig.checkpoints``, of one store for each. None computes anew and keeps nothing. Strategies
             without gradients leave it alone. The rows that are used are compared with their checksums.
         config: Everything else, as a :class:`bpo.SelectConfig` or a mapping of its fields.

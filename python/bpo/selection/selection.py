@@ -170,7 +170,7 @@ class Selection:
             length_control=self.config.get("length_control"),
         )
 
-    def save(self, directory: str | os.PathLike[str]) -> Path:
+    def save(self, directory: str | os.PathLike[str]) -> str | Path:
         """Saves the selection as Parquet and JSON.
 
         ``DIRECTORY/dataset`` is what ``trl dpo --dataset_name`` takes. Everything is written, and on disk, before the
@@ -178,10 +178,11 @@ class Selection:
         the process or the machine dies. Other files of the directory stay.
 
         Args:
-            directory: A new or empty directory, or one with an earlier selection.
+            directory: A new or empty directory, or one with an earlier selection; or an address such as
+                ``s3://bucket/prefix``.
 
         Returns:
-            The directory.
+            The directory, or the address.
 
         Raises:
             FileExistsError: The directory holds something else, or is a file.
@@ -192,7 +193,7 @@ class Selection:
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> Selection:
-        """Loads a saved selection and checks its files.
+        """Loads a saved selection from a directory or an address, and checks its files.
 
         Nothing is unpickled, and no file is read before its checksum is compared.
 

@@ -14,6 +14,7 @@ import numpy as np
 from bpo import _core
 from bpo._core import StoreError
 from bpo.config import SelectConfig
+from bpo.store.mirror import local
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -76,7 +77,7 @@ class GradientStore:
     as a worker of a data loader gets, opens the store anew by its absolute path, with rows that were added meanwhile.
 
     Attributes:
-        path: Its directory.
+        path: Its directory; of a store at an address that of the local copy.
         fingerprint: What it was made with: model, tokenizer, features, sketch, version.
         dtype: How the numbers are kept: ``"float32"``, ``"float16"``, ``"bfloat16"`` or ``"int8"``.
         rows: (R, d), read-only and memory-mapped, of that type; of bfloat16 the bits, as uint16.
@@ -86,6 +87,7 @@ class GradientStore:
     """
 
     def __init__(self, path: str | os.PathLike[str], *, skip_damaged: bool = False) -> None:
+        path = local(path)
         try:
             self.reader = _core.StoreReader(os.fspath(path), skip_damaged=skip_damaged)
         except FileNotFoundError as error:
@@ -110,7 +112,7 @@ class GradientStore:
         """Opens a store for reading.
 
         Args:
-            path: Its directory.
+            path: Its directory, or an address such as ``s3://bucket/prefix``, of which what is lacking here is fetched.
             skip_damaged: Whether to open a store of which some records are damaged or some rows lost: those then count
                 as set aside. Sketches are not read; see :meth:`verify`.
 

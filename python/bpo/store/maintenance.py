@@ -16,9 +16,12 @@ import pyarrow.parquet as pq
 from bpo import _core
 from bpo._core import StoreDamagedError, StoreRepair
 from bpo.store.gradient_store import NONFINITE, RECORD, ZERO, GradientStore, StoreMismatchError, check_described
+from bpo.store.mirror import Mirror, described
+from bpo.store.snapshot import latest
+from bpo.store.upload import writing
 from bpo.store.writer import check_fingerprint
 from bpo.system.files import ArrowFile, replacing
-from bpo.system.paths import check_apart
+from bpo.system.paths import check_apart, is_url
 from bpo.system.progress import core_progress
 
 if TYPE_CHECKING:
@@ -38,13 +41,17 @@ def describe_store(path: str | os.PathLike[str]) -> str:
     """Returns a few lines: what a store holds, how, and what it was made with.
 
     Args:
-        path: Its directory.
+        path: Its directory, or its address, from which the sketches are not fetched.
 
     Raises:
         FileNotFoundError: No store there.
         bpo.StoreError: A store that is damaged or of another version.
     """
-    store = GradientStore.open(path)
+    with described(path) as directory:
+        return _described(GradientStore.open(directory), os.fspath(path))
+
+
+def _described(store: GradientStore, path: str) -> str:
     flags, aside = store.records["flags"], store.set_aside
     counted = {
         "set aside by a repair": aside,
@@ -55,7 +62,7 @@ def describe_store(path: str | os.PathLike[str]) -> str:
     rows = [f"{len(store)} responses of {len(np.unique(store.records['prompt_id'][~aside], axis=0))} prompts"]
     rows += [f"{int(which.sum())} {what}" for what, which in counted.items() if which.any()]
     lines = [
-        f"store     {store.path}",
+        f"store     {path}",
         f"rows      {', '.join(rows)}",
         f"sketches  {store.rows.shape[1]} numbers in {store.dtype}, {size / 2**20:,.1f} MiB with their records",
     ]
@@ -67,10 +74,10 @@ def describe_store(path: str | os.PathLike[str]) -> str:
 
 
 def verify_store(path: str | os.PathLike[str], *, threads: int | None = None, progress: bool = True) -> list[str]:
-    """Reads a whole store and compares it with its checksums.
+    """Reads a whole store and compares it with its checksums: of one at an address every object, and nothing local.
 
     Args:
-        path: Its directory.
+        path: Its directory or address.
         threads: Threads of the Rust core; None for all cores.
         progress: Whether to show a progress bar.
 
@@ -82,7 +89,9 @@ def verify_store(path: str | os.PathLike[str], *, threads: int | None = None, pr
         bpo.StoreVersionError: A store of another version.
         OSError: A file cannot be read.
     """
-    problems = []
+    problems: list[str] = []
+    if is_url(path):
+        return _verify_objects(Mirror(os.fspath(path)))
     try:
         store = GradientStore.open(path)
     except StoreDamagedError as error:
@@ -98,6 +107,16 @@ def verify_store(path: str | os.PathLike[str], *, threads: int | None = None, pr
     return problems
 
 
+def _verify_objects(mirror: Mirror) -> list[str]:
+    try:
+        snapshot = latest(mirror.objects)
+    except StoreDamagedError as error:
+        return [str(error)]
+    if snapshot is None:
+        raise FileNotFoundError(f"{mirror.objects.shown} holds no gradient store.")
+    return list(mirror.damaged(snapshot))
+
+
 def name_rows(rows: npt.NDArray[np.int64]) -> str:
     """Returns the first of some rows as a message names them."""
     return ", ".join(map(str, rows[:_NAMED_ROWS])) + (", …" if len(rows) > _NAMED_ROWS else "")
@@ -108,10 +127,11 @@ def repair_store(path: str | os.PathLike[str], *, threads: int | None = None, pr
 
     Sound rows stay as they are. Damaged ones are set aside, and the next run computes them anew; so it does with rows
     that a file cut short has lost. The manifest is restored from its copy. What is written is written beside the old
-    file first, so an interrupted repair can be repeated.
+    file first, so an interrupted repair can be repeated. A store at an address is mended from its local copy, as far as
+    that is sound, and sent anew.
 
     Args:
-        path: Its directory.
+        path: Its directory or address.
         threads: Threads of the Rust core; None for all cores.
         progress: Whether to show a progress bar.
 
@@ -125,8 +145,8 @@ def repair_store(path: str | os.PathLike[str], *, threads: int | None = None, pr
         OSError: A file cannot be read or written. Rows that cannot be read are not given up: they may be readable from
             another machine, or after the disk was copied.
     """
-    with core_progress("Repair", progress) as report:
-        return _core.repair_store(os.fspath(path), threads=threads, progress=report)
+    with writing(path, anew=True) as (directory, _), core_progress("Repair", progress) as report:
+        return _core.repair_store(directory or path, threads=threads, progress=report)
 
 
 def merge_stores(
@@ -142,8 +162,8 @@ def merge_stores(
     that are set aside are left behind. Interrupted, the same call goes on where it ended.
 
     Args:
-        output: Directory of the result; a store there is added to.
-        stores: Directories of the stores.
+        output: Directory or address of the result; a store there is added to.
+        stores: Directories or addresses of the stores.
         dtype: How the result keeps its numbers; by default as ``output`` does, or the first store.
         progress: Whether to show progress bars.
 
@@ -159,8 +179,14 @@ def merge_stores(
     if not stores:
         raise ValueError("merge_stores needs at least one store to copy from.")
     check_apart({"output": output}, stores={f"store {number}": path for number, path in enumerate(stores, start=1)})
+    if os.fspath(output) in [os.fspath(store) for store in stores]:
+        raise ValueError(f"output and one of the stores are the same, {output}; name two different addresses.")
     opened = [GradientStore.open(path) for path in stores]
-    output = Path(output)
+    with writing(output) as (directory, _):
+        return _merged(directory or Path(output), opened, dtype, progress)
+
+
+def _merged(output: Path, opened: list[GradientStore], dtype: SketchDType | None, progress: bool) -> GradientStore:
     for store in opened:
         check_described(store)
     there = GradientStore.open(output) if (output / "manifest.json").exists() else None
@@ -194,7 +220,7 @@ def export_store(store: str | os.PathLike[str], path: str | os.PathLike[str]) ->
     """Writes the rows of a store for other programs, without those that are set aside.
 
     Args:
-        store: Directory of the store.
+        store: Directory or address of the store.
         path: A new file: ``.npz`` (arrays, read with ``numpy.load``) or ``.parquet`` (columns). Each has the sketches
             as float32 and every field of the records.
 

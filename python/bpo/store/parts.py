@@ -246,6 +246,6 @@ def check_shared(path: str | os.PathLike[str] | None) -> None:
     """
     if path is None:
         raise ValueError(
-            "Several processes that work together need a gradient store: name a directory that all see (store). "
-            "On disks of their own each machine fills a share (bpo collect --shard)."
+            "Several processes that work together need a gradient store: name a directory that all see, or an address "
+            "(store). On disks of their own each machine fills a share (bpo collect --shard)."
         )

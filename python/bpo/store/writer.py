@@ -20,6 +20,7 @@ from bpo.store.gradient_store import RECORD, GradientStore, StoreMismatchError, 
 from bpo.world.world import brief
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import TracebackType
 
     import numpy.typing as npt
@@ -51,8 +52,16 @@ class GradientWriter:
     finished store, also from a read-only directory.
     """
 
-    def __init__(self, path: Path, fingerprint: dict[str, Any], present: GradientStore | None, temporary: bool) -> None:
+    def __init__(
+        self,
+        path: Path,
+        fingerprint: dict[str, Any],
+        present: GradientStore | None,
+        temporary: bool,
+        check: Callable[[], None] | None = None,
+    ) -> None:
         self.path = path
+        self._check = check
         self._fingerprint = fingerprint
         self._present = present
         self._writer: _core.StoreWriter | None = None
@@ -68,6 +77,7 @@ class GradientWriter:
         fingerprint: dict[str, Any],
         known_ids: npt.NDArray[np.uint8],
         wanted_ids: npt.NDArray[np.uint8],
+        check: Callable[[], None] | None = None,
     ) -> GradientWriter:
         """Opens a store after checking that it was made with the same things; prepares one where there is none.
 
@@ -77,6 +87,7 @@ class GradientWriter:
             known_ids: (·, 16) every response of the data.
             wanted_ids: (·, 16) the rows that will be asked for. Either the responses of the store's rows are all known,
                 or those that are wanted are all in the store: anything else is other data.
+            check: Called with every commit; raises what makes more rows vain.
 
         Raises:
             StoreMismatchError: Another model, tokenizer, sketch, version or data.
@@ -92,7 +103,7 @@ class GradientWriter:
             directory.is_dir() and all(_UNFINISHED.fullmatch(path.name) for path in directory.iterdir())
         ):
             raise StoreError(f"{directory} is no empty directory and no gradient store; name another directory.")
-        return cls(directory, fingerprint, present, temporary=path is None)
+        return cls(directory, fingerprint, present, path is None, check)
 
     def rows_of(self, response_ids: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
         """Row of each response that the store held when it was opened, −1 for the others; see GradientStore."""
@@ -129,7 +140,7 @@ class GradientWriter:
     def part(self, path: Path) -> GradientWriter:
         """Returns a writer of a store of such rows in another directory, which may be empty."""
         present = GradientStore(path) if (path / "manifest.json").exists() else None
-        return GradientWriter(path, self._fingerprint, present, temporary=False)
+        return GradientWriter(path, self._fingerprint, present, False, self._check)
 
     def check_ref_logps(self, response_ids: npt.NDArray[np.uint8], ref_logps: npt.NDArray[np.float64]) -> None:
         """Checks that the rows which are there already have these reference log-probabilities ((n,) float64).
@@ -199,6 +210,8 @@ class GradientWriter:
         if self._writer is not None:
             self._writer.commit()
             self._committed_at = time.monotonic()
+            if self._check is not None:
+                self._check()
 
     @property
     def committed(self) -> int:

@@ -175,3 +175,17 @@ def _make(directory: Path) -> list[Path]:
         with contextlib.suppress(FileExistsError, FileNotFoundError):
             each.mkdir()
     return missing
+
+
+@contextlib.contextmanager
+def holding(path: Path, busy: str) -> Iterator[None]:
+    """Holds the lock of a file that stays, as the core does with that of a store.
+
+    Raises:
+        BlockingIOError: Someone else has it; with ``busy`` as the message.
+        OSError: The lock cannot be made.
+    """
+    with io.FileIO(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+") as file:
+        if not _try_lock(file.fileno()):
+            raise BlockingIOError(busy)
+        yield

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,9 @@ from safetensors import SafetensorError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+
+_ADDRESS = re.compile(r"[A-Za-z][\w+.-]+(::[A-Za-z][\w+.-]+)*://")
+_ADDRESS_IN_PATH = re.compile(r"[A-Za-z][\w+.-]+:/[^/]")
 
 # What the loaders of damaged files raise, beside their own kinds of ValueError.
 _DAMAGED = (
@@ -68,6 +72,29 @@ def _places(named: Mapping[str, Any]) -> Iterator[tuple[str, Path]]:
     for name, value in named.items():
         if isinstance(value, (str, os.PathLike)) and "://" not in os.fspath(value):
             yield name, Path(os.path.realpath(Path(value).expanduser()))
+
+
+def is_url(path: object) -> bool:
+    """Whether a path is an address such as ``s3://bucket/prefix``, and no place in the file system.
+
+    Raises:
+        ValueError: A Path that was made of an address, which lost a slash by that.
+    """
+    if isinstance(path, os.PathLike):
+        text = os.fspath(path)
+        if isinstance(text, str) and _ADDRESS_IN_PATH.match(text) and not Path(text).exists():
+            raise ValueError(f"{text}: pass an address as text, not as a Path, which takes one of its slashes away.")
+    return isinstance(path, str) and _ADDRESS.match(path) is not None
+
+
+def expanded(path: str | os.PathLike[str]) -> str | Path:
+    """Returns a path with ``~`` expanded, or the address that it is."""
+    return os.fspath(path) if is_url(path) else Path(path).expanduser()
+
+
+def joined(parent: str | os.PathLike[str], name: str) -> str | Path:
+    """Returns what is called so in a directory or below an address."""
+    return f"{os.fspath(parent).rstrip('/')}/{name}" if is_url(parent) else Path(parent) / name
 
 
 def check_path(name: str) -> str:

@@ -20,7 +20,7 @@ class BPOConfig(WeightedDPOConfig):
         budget: Pairs to keep: a whole number, or a fraction of at most 1.0 of the candidates. Required.
         breadth: Prompts to keep, likewise; None for all.
         strategy: Name of the strategy.
-        store: Directory of the gradient store; None for a temporary one.
+        store: Directory or address of the gradient store; None for a temporary one.
         select_config: Fields of :class:`bpo.SelectConfig`, as a mapping or as an object, but for those that
             ``DPOConfig`` has, too.
         reselect_strategy: When to select again, with the policy as it has become: ``"no"``, ``"steps"`` (every

@@ -13,6 +13,7 @@ from transformers.trainer_callback import ExportableState, TrainerState
 from bpo.selection.saved import SelectionError
 from bpo.selection.selection import Selection
 from bpo.system.files import read_json
+from bpo.system.paths import joined
 
 # Trainer's push_to_hub leaves out what begins with an underscore: it shall publish a model, not its data.
 _DIRECTORY = "_rounds"
@@ -43,14 +44,24 @@ class SavedRounds(TrainerCallback, ExportableState):  # type: ignore[misc]
 
 def directory_of(number: int, parent: str | Path) -> Path:
     """Returns the directory of a round within that of all."""
-    return Path(parent) / f"round-{number:03d}"
+    return Path(parent) / _name_of(number)
+
+
+def store_of(number: int, parent: str) -> str | Path:
+    """Returns the gradient store of a round within the directory, or below the address, of all."""
+    return joined(parent, _name_of(number))
+
+
+def _name_of(number: int) -> str:
+    return f"round-{number:03d}"
 
 
 def save_round(selection: Selection, number: int, output_dir: str | Path) -> str:
     """Saves the selection of a round beside the checkpoints; returns its SHA-256 (hex)."""
     directory = directory_of(number, Path(output_dir) / _DIRECTORY)
     directory.parent.mkdir(parents=True, exist_ok=True)
-    return _checksum(selection.save(directory))
+    selection.save(directory)
+    return _checksum(directory)
 
 
 def last_whole_checkpoint(output_dir: str | Path) -> str | None:

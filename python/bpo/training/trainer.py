@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,13 +17,14 @@ from bpo.policy.reference import Reference
 from bpo.selection.select import select, select_again, select_at_most
 from bpo.selection.selection import add_ref_logps, has_ref_logps
 from bpo.store.gradient_store import StoreMismatchError
+from bpo.store.mirror import remove_store
 from bpo.system.paths import check_not_within
 from bpo.training.checks import check_origin, check_resampling, check_rounds, check_target
 from bpo.training.config import BPOConfig, count_or_fraction
 from bpo.training.load import load_to_train
 from bpo.training.loop import RowNumbers, collate_rows, untouched_training
 from bpo.training.resampling import kept_rows, resample
-from bpo.training.rounds import SavedRounds, directory_of, file_of, last_whole_checkpoint, load_rounds, save_round
+from bpo.training.rounds import SavedRounds, file_of, last_whole_checkpoint, load_rounds, save_round, store_of
 from bpo.training.settings import select_settings
 from bpo.training.weighting import WeightedDPOTrainer
 from bpo.world.world import world
@@ -149,7 +149,8 @@ class BPOTrainer(WeightedDPOTrainer):
         """Selects with the policy before any training; several processes fill the store together."""
         if PartialState().num_processes > 1 and args.store is None:
             raise ValueError(
-                "With several processes BPOTrainer needs BPOConfig.store, a directory that all of them see."
+                "With several processes BPOTrainer needs BPOConfig.store, a directory that all of them see, or an "
+                "address."
             )
         assert args.budget is not None
         return select(
@@ -160,7 +161,7 @@ class BPOTrainer(WeightedDPOTrainer):
             processing_class=processing_class,
             strategy=args.strategy,
             target=self._target,
-            store=directory_of(0, args.store) if args.store and self._reselects else args.store,
+            store=store_of(0, args.store) if args.store and self._reselects else args.store,
             config=self._settings,
             seed=args.seed,
             progress=not args.disable_tqdm,
@@ -263,7 +264,7 @@ class BPOTrainer(WeightedDPOTrainer):
             "processing_class": self.processing_class,
             "strategy": args.strategy,
             "target": self._target,
-            "store": None if args.store is None else directory_of(number, args.store),
+            "store": None if args.store is None else store_of(number, args.store),
             "config": self._settings,
             "seed": args.seed + number,
             "progress": not args.disable_tqdm,
@@ -283,7 +284,7 @@ class BPOTrainer(WeightedDPOTrainer):
                 selection = select_now()
             except StoreMismatchError:
                 # Left by a training whose policy became another one. It is of no use to any other.
-                world().from_main(lambda: shutil.rmtree(settings["store"]))
+                world().from_main(lambda: remove_store(settings["store"]))
                 selection = select_now()
         before = _contents(self.selection)
         kept = [pair in before for pair in _contents(selection)]

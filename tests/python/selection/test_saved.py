@@ -2,6 +2,7 @@
 
 import errno
 import itertools
+import json
 import os
 import shutil
 import signal
@@ -19,6 +20,7 @@ import bpo
 from bpo import Selection
 from bpo.selection import saved
 from bpo.selection.saved import SelectionError, _checksum
+from bpo.store.objects import Objects
 from bpo.system.files import ArrowFile
 from bpo.system.locks import locked
 
@@ -268,3 +270,32 @@ def test_files_that_do_not_fit_are_named(tmp_path, name, change, message):
     with pytest.raises(SelectionError, match=message) as caught:
         Selection.load(directory)
     assert str(directory) in str(caught.value)
+
+
+def test_a_selection_at_an_address_is_the_earlier_or_the_new_one(tmp_path, monkeypatch):
+    url = f"memory://{tmp_path}/selection"
+    first, second = selection_of(6), selection_of(9)
+    with pytest.raises(FileNotFoundError, match=f"{url} holds no saved selection"):
+        bpo.Selection.load(url)
+    assert first.save(url) == url
+    loaded = bpo.Selection.load(url)
+    assert loaded.dataset.to_list() == first.dataset.to_list()
+    assert loaded.pairs.equals(first.pairs)
+    # Interrupted before what says which one counts is put.
+    with monkeypatch.context() as patched:
+        patched.setattr(Objects, "write", lambda *given: (_ for _ in ()).throw(ConnectionError("gone")))
+        with pytest.raises(ConnectionError):
+            second.save(url)
+    assert len(bpo.Selection.load(url)) == 6
+    second.save(url)
+    assert len(bpo.Selection.load(url)) == 9
+    there = Objects(url)
+    files = sorted(name for save in there.names("saves") for name in there.names(f"saves/{save}"))
+    assert files.count("selection.json") <= 2  # what was interrupted, and what counts
+    save = json.loads(there.read("selection.json", 1 << 20))["save"]
+    there.write(f"saves/{save}/pairs.parquet", b"other")
+    with pytest.raises(bpo.SelectionError, match=f"{url}/saves/{save}/pairs.parquet was changed after it was saved"):
+        bpo.Selection.load(url)
+    Objects(f"memory://{tmp_path}/other").write("mine.txt", b"text")
+    with pytest.raises(FileExistsError, match="is not empty and holds no selection"):
+        first.save(f"memory://{tmp_path}/other")

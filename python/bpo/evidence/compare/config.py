@@ -17,7 +17,8 @@ from bpo.config import SelectConfig
 from bpo.evidence.compare.yaml_file import read_yaml
 from bpo.evidence.win_rates import ScorerConfig
 from bpo.selection.strategies import STRATEGIES
-from bpo.system.paths import check_path, is_adapter
+from bpo.store.mirror import holds_store
+from bpo.system.paths import check_path, expanded, is_adapter
 from bpo.training.dpo import dpo_config, dpo_config_fields
 from bpo.training.settings import SHARED
 
@@ -231,7 +232,7 @@ class CompareConfig:
             raise ValueError(f"target_prompts must be given for the arm {aimless!r}, which selects toward a target")
         if self.baseline not in names:
             raise ValueError(f"baseline must be one of the arms {', '.join(names)}, got {self.baseline!r}")
-        if self.store is not None and not (Path(self.store).expanduser() / "manifest.json").is_file():
+        if self.store is not None and not holds_store(expanded(self.store)):
             raise FileNotFoundError(f"store: {self.store} holds no gradient store; leave it out to have one made.")
 
     @classmethod
@@ -378,7 +379,7 @@ class CompareConfig:
         with _field(f"{place}.select"):
             config = SelectConfig.from_dict({**_fields(self.shared), **select})
         store = given.get("store")
-        if store is not None and not (Path(store).expanduser() / "manifest.json").is_file():
+        if store is not None and not holds_store(expanded(store)):
             raise FileNotFoundError(f"{place}.store: {store} holds no gradient store")
         breadth = given.get("breadth", self.breadth)
         if breadth is not None and (isinstance(breadth, bool) or not isinstance(breadth, (int, float))):

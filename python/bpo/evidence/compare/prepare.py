@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tqdm.auto import tqdm
@@ -20,6 +19,7 @@ from bpo.evidence.win_rates import score_start
 from bpo.gradients.collect import collect_gradients
 from bpo.policy.models import load_policy, model_fingerprint, window
 from bpo.store.gradient_store import GradientStore, check_described
+from bpo.system.paths import expanded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -51,7 +51,7 @@ def prepare(config: CompareConfig, files: ComparisonFiles, progress: bool) -> Pl
     costs = Costs(files.costs)
     plan = dataclasses.replace(plan, costs=costs.seconds)
     if config.store is not None:
-        store = GradientStore.open(Path(config.store).expanduser())
+        store = GradientStore.open(expanded(config.store))
         _check_store(store, model, pool)
         plan = dataclasses.replace(plan, store=store.path)
     elif config.needs_store:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from bpo.config import SelectConfig
 from bpo.evidence.preview.results import ALL
 from bpo.selection.strategies import STRATEGIES
 from bpo.store.gradient_store import GradientStore, with_settings_of
+from bpo.store.mirror import holds_store
 
 _FIELDS = {"name", "strategy", "breadth", "select", "store"}
 
@@ -117,9 +117,9 @@ def _settings_with(store: Any, arm: str, config: SelectConfig, select: Mapping[s
         StoreMismatchError: ``select`` has another setting of the gradients than the store.
     """
     if not isinstance(store, (str, os.PathLike)):
-        raise ValueError(f"The arm {arm!r}: store must be the directory of a gradient store, got {store!r}.")
-    if not (Path(store) / "manifest.json").is_file():
-        raise FileNotFoundError(f"The arm {arm!r}: {store} holds no gradient store (no manifest.json).")
+        raise ValueError(f"The arm {arm!r}: store must be the directory or address of a gradient store, got {store!r}.")
+    if not holds_store(store):
+        raise FileNotFoundError(f"The arm {arm!r}: {store} holds no gradient store.")
     return with_settings_of(GradientStore.open(store), dataclasses.replace(without_store_settings(config), **select))
 
 
