@@ -30,6 +30,7 @@ pub const RESULTS: &str = "a result for each point; use fewer points at once";
 pub const ARGUMENT: &str = "a copy of an argument; use fewer points at once";
 pub const CENTROIDS: &str = "the centroids; lower `k`, or sketch to fewer dimensions";
 pub const CACHE: &str = "the points in 8 bits; lower `cache_bytes`";
+pub const PICKS: &str = "the pairs that were picked; lower `budget`, or sketch to fewer dimensions";
 pub const TILES: &str = "the pieces of work of all threads; lower `threads` or `k`, or sketch to fewer dimensions";
 pub const ROWS_OF_STORE: &str = "rows of the store; use fewer of them at once";
 pub const WORK: &str = "the work of a call; free some";
@@ -56,6 +57,16 @@ pub fn grow<T>(values: &mut Vec<T>, more: usize, what: &'static str) -> Result<(
     let reserved = if values.is_empty() { values.try_reserve_exact(more) } else { values.try_reserve(more) };
     reserved.map_err(|_| Error::Memory { bytes: wanted, what })?;
     if wanted >= LARGE { room(0, what) } else { Ok(()) }
+}
+
+/// Appends a value.
+///
+/// # Errors
+/// [`Error::Memory`].
+pub fn push<T>(values: &mut Vec<T>, value: T, what: &'static str) -> Result<()> {
+    grow(values, 1, what)?;
+    values.push(value);
+    Ok(())
 }
 
 /// Asks whether so many bytes could be had, beside those for small lists.

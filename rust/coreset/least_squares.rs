@@ -1,5 +1,7 @@
 //! Non-negative least squares that grow by a vector at a time, by the active set method of Lawson and Hanson.
 
+use crate::error::Result;
+use crate::memory::{PICKS, copied, push, reserved};
 use crate::simd::add_scaled_float64;
 use crate::simd::dots::dots;
 
@@ -22,17 +24,20 @@ pub struct Fit {
 
 impl Fit {
     /// Adds a vector and fits the weights anew. Gradients up to `smallest` count as zero.
-    pub fn add(&mut self, products: Vec<f64>, target: f64, smallest: f64) {
-        self.products.push(products);
-        self.targets.push(target);
+    ///
+    /// # Errors
+    /// If the memory cannot be had; then the fit is of no use any more.
+    pub fn add(&mut self, products: Vec<f64>, target: f64, smallest: f64) -> Result<()> {
+        push(&mut self.products, products, PICKS)?;
+        push(&mut self.targets, target, PICKS)?;
         let mut entering = Some(self.targets.len() - 1);
         // Each turn lowers the distance, so none repeats; the limit only guards against rounding.
         for _ in 0..3 * self.targets.len() {
-            let Some(vector) = entering else { return };
-            if !self.enter(vector) {
-                return;
+            let Some(vector) = entering else { break };
+            if !self.enter(vector)? {
+                break;
             }
-            self.leave_negative();
+            self.leave_negative()?;
             let gradient = |&vector: &usize| {
                 let reached = |(&other, weight): (&usize, &f64)| self.product(vector, other) * weight;
                 self.targets[vector] - self.active.iter().zip(&self.weights).map(reached).sum::<f64>()
@@ -43,6 +48,7 @@ impl Fit {
                 .filter(|(gradient, vector)| *gradient > smallest && *vector != entering.unwrap_or(usize::MAX))
                 .map(|(_, vector)| vector);
         }
+        Ok(())
     }
 
     fn product(&self, left: usize, right: usize) -> f64 {
@@ -50,8 +56,8 @@ impl Fit {
     }
 
     /// Appends a vector to the factor; returns whether it is independent of the active ones.
-    fn enter(&mut self, vector: usize) -> bool {
-        let mut row: Vec<f64> = Vec::with_capacity(self.active.len() + 1);
+    fn enter(&mut self, vector: usize) -> Result<bool> {
+        let mut row: Vec<f64> = reserved(self.active.len() + 1, PICKS)?;
         for (other, earlier) in self.active.iter().zip(&self.factor) {
             let rank = row.len();
             let [reached] = dots(&earlier[..rank], [&row]);
@@ -60,20 +66,21 @@ impl Fit {
         let square = self.product(vector, vector);
         let rest = square - dots(&row, [&row])[0];
         if rest.is_nan() || rest <= DEPENDENT * square {
-            return false;
+            return Ok(false);
         }
-        self.solution.push((self.targets[vector] - dots(&row, [&self.solution])[0]) / rest.sqrt());
+        let solved = (self.targets[vector] - dots(&row, [&self.solution])[0]) / rest.sqrt();
         row.push(rest.sqrt());
-        self.factor.push(row);
-        self.active.push(vector);
-        self.weights.push(0.0);
-        true
+        push(&mut self.solution, solved, PICKS)?;
+        push(&mut self.factor, row, PICKS)?;
+        push(&mut self.active, vector, PICKS)?;
+        push(&mut self.weights, 0.0, PICKS)?;
+        Ok(true)
     }
 
     /// Goes from the weights towards those of least squares, and drops the vectors whose weights reach zero on the way.
-    fn leave_negative(&mut self) {
+    fn leave_negative(&mut self) -> Result<()> {
         loop {
-            let free = self.least_squares();
+            let free = self.least_squares()?;
             let reach = |(&from, &to): (&f64, &f64)| match to {
                 ..=0.0 if from > 0.0 => from / (from - to),
                 ..=0.0 => 0.0,
@@ -83,31 +90,31 @@ impl Fit {
                 self.weights.iter().zip(&free).map(reach).enumerate().min_by(|left, right| left.1.total_cmp(&right.1));
             let Some((vector, part)) = blocking.filter(|_| free.iter().any(|&weight| weight <= 0.0)) else {
                 self.weights = free;
-                return;
+                return Ok(());
             };
             for (weight, free) in self.weights.iter_mut().zip(&free) {
                 *weight += part * (free - *weight);
             }
-            self.drop(vector);
+            self.drop(vector)?;
         }
     }
 
-    fn least_squares(&self) -> Vec<f64> {
-        let mut weights = self.solution.clone();
+    fn least_squares(&self) -> Result<Vec<f64>> {
+        let mut weights = copied(&self.solution, PICKS)?;
         for (rank, row) in self.factor.iter().enumerate().rev() {
             weights[rank] /= row[rank];
             let (before, weight) = weights.split_at_mut(rank);
             add_scaled_float64(before, -weight[0], row);
         }
-        weights
+        Ok(weights)
     }
 
     /// Takes a row out of the factor and rotates the columns of those below it until they are triangular again.
-    fn drop(&mut self, rank: usize) {
+    fn drop(&mut self, rank: usize) -> Result<()> {
         self.active.remove(rank);
         self.weights.remove(rank);
         self.factor.remove(rank);
-        let mut rotations: Vec<[f64; 2]> = Vec::new();
+        let mut rotations: Vec<[f64; 2]> = reserved(self.factor.len() - rank, PICKS)?;
         let rotate = |row: &mut [f64], rotations: &[[f64; 2]]| {
             for (column, [cosine, sine]) in (rank..).zip(rotations) {
                 let (left, right) = (row[column], row[column + 1]);
@@ -125,5 +132,6 @@ impl Fit {
         }
         rotate(&mut self.solution, &rotations);
         self.solution.pop();
+        Ok(())
     }
 }

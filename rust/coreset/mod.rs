@@ -22,6 +22,7 @@ mod search;
 use rayon::prelude::*;
 
 use crate::error::{Error, Result};
+use crate::memory::{PICKS, reserved};
 use crate::points::Points;
 use crate::progress::Progress;
 use crate::prompts::{Depths, Limits};
@@ -60,7 +61,8 @@ pub struct Coreset {
 /// ```
 ///
 /// # Errors
-/// If shapes do not fit, a cluster is negative, a row is not finite, or the computation was cancelled.
+/// If shapes do not fit, a cluster is negative, a row is not finite, the memory cannot be had, or the computation was
+/// cancelled.
 pub fn coreset(
     points: &Points<2>,
     clusters: &[i32],
@@ -82,11 +84,11 @@ pub fn coreset(
         None => pursue_side_by_side(points, &members, &quotas, cache_bytes, progress)?,
     };
     progress.finish();
-    let mut coreset = Coreset::default();
+    let mut coreset = Coreset { picks: reserved(budget, PICKS)?, weights: reserved(budget, PICKS)? };
     for mut pursuit in pursuits {
-        pursuit.weights.resize(pursuit.picks.len(), 0.0);
         coreset.picks.append(&mut pursuit.picks);
         coreset.weights.append(&mut pursuit.weights);
+        coreset.weights.resize(coreset.picks.len(), 0.0);
     }
     Ok(coreset)
 }

@@ -5,6 +5,7 @@ use rayon::prelude::*;
 use super::least_squares::Fit;
 use super::search::{CHUNK, Copies};
 use crate::error::Result;
+use crate::memory::{PICKS, filled, grow, push, reserved, room};
 use crate::points::Points;
 use crate::progress::Progress;
 use crate::prompts::Depths;
@@ -35,7 +36,7 @@ impl Pursuit {
     /// Picks `quota` pairs, fewer only if the cap leaves fewer.
     ///
     /// # Errors
-    /// If a pair is not finite or the computation was cancelled.
+    /// If a pair is not finite, the memory cannot be had, or the computation was cancelled.
     pub fn run(
         points: &Points<2>,
         members: &[usize],
@@ -47,10 +48,12 @@ impl Pursuit {
         let Work { copy_bytes, parallel } = work;
         let (mut copies, mean) = Copies::new(points, members, copy_bytes, parallel, progress)?;
         let smallest = VANISHED * dots(&mean, [&mean])[0].sqrt();
-        let mut pursuit = Self { mean, picks: Vec::new(), weights: Vec::new() };
+        let mut pursuit = Self { mean, picks: reserved(quota, PICKS)?, weights: Vec::new() };
         let mut atoms = Atoms::default();
         let mut residual = pursuit.mean.clone();
         while pursuit.picks.len() < quota {
+            // What the picks have taken is not that of the small lists of a step.
+            room(0, PICKS)?;
             let full = |index: usize| cap.as_ref().is_some_and(|cap| cap.full(members[index]));
             let best = copies.best(points, members, &residual, full, parallel, progress)?;
             let Some((index, _)) = best.filter(|(_, product)| *product > smallest) else { break };
@@ -60,13 +63,13 @@ impl Pursuit {
                 cap.count(pair);
             }
             pursuit.picks.push(pair);
-            atoms.add(points, pair, &pursuit.mean, smallest);
+            atoms.add(points, pair, &pursuit.mean, smallest)?;
             atoms.subtract_from(&pursuit.mean, &mut residual);
             progress.advance(1)?;
         }
-        pursuit.weights = atoms.weights();
-        let open: Vec<usize> =
-            members.iter().zip(&copies.open).filter(|(_, open)| **open).map(|(&pair, _)| pair).collect();
+        pursuit.weights = atoms.weights()?;
+        let mut open = reserved(members.len() - pursuit.picks.len(), PICKS)?;
+        open.extend(members.iter().zip(&copies.open).filter(|(_, open)| **open).map(|(&pair, _)| pair));
         drop(copies);
         let left = quota - pursuit.picks.len();
         pursuit.fill(points, &open, left, cap, progress)?;
@@ -76,7 +79,7 @@ impl Pursuit {
     /// Picks the pairs with the largest inner product with the mean (ties: the lower pair).
     ///
     /// # Errors
-    /// If the computation was cancelled.
+    /// If the memory cannot be had, or the computation was cancelled.
     pub fn fill(
         &mut self,
         points: &Points<2>,
@@ -88,20 +91,18 @@ impl Pursuit {
         if quota == 0 {
             return Ok(());
         }
-        let chunks: Vec<Vec<(f64, usize)>> = pairs
-            .par_chunks(CHUNK)
-            .map(|pairs| {
-                progress.check()?;
-                points.forget(0..points.tiles().len());
-                let (mut values, mut doubles) = (vec![0.0; points.dim()], vec![0.0; points.dim()]);
-                let product = |&pair: &usize| {
-                    points.write_float64(pair, &mut values, &mut doubles);
-                    (dots(&doubles, [&self.mean])[0], pair)
-                };
-                Ok(pairs.iter().map(product).collect())
-            })
-            .collect::<Result<_>>()?;
-        let mut ranked = chunks.concat();
+        grow(&mut self.picks, quota.min(pairs.len()), PICKS)?;
+        let mut ranked: Vec<(f64, usize)> = filled(pairs.len(), (0.0, 0), PICKS)?;
+        ranked.par_chunks_mut(CHUNK).zip(pairs.par_chunks(CHUNK)).try_for_each(|(ranked, pairs)| {
+            progress.check()?;
+            points.forget(0..points.tiles().len());
+            let (mut values, mut doubles) = (vec![0.0; points.dim()], vec![0.0; points.dim()]);
+            for (ranked, &pair) in ranked.iter_mut().zip(pairs) {
+                points.write_float64(pair, &mut values, &mut doubles);
+                *ranked = (dots(&doubles, [&self.mean])[0], pair);
+            }
+            Ok(())
+        })?;
         ranked.sort_unstable_by(|left, right| right.0.total_cmp(&left.0).then(left.1.cmp(&right.1)));
         let end = self.picks.len() + quota;
         for (_, pair) in ranked {
@@ -129,13 +130,14 @@ struct Atoms {
 }
 
 impl Atoms {
-    fn add(&mut self, points: &Points<2>, pair: usize, mean: &[f64], smallest: f64) {
-        let mut vector = vec![0.0; points.dim()];
-        points.write_float64(pair, &mut vec![0.0; points.dim()], &mut vector);
-        let mut products: Vec<f64> = self.vectors.iter().map(|other| dots(&vector, [other])[0]).collect();
+    fn add(&mut self, points: &Points<2>, pair: usize, mean: &[f64], smallest: f64) -> Result<()> {
+        let mut vector = filled(points.dim(), 0.0, PICKS)?;
+        points.write_float64(pair, &mut filled(points.dim(), 0.0, PICKS)?, &mut vector);
+        let mut products = reserved(self.vectors.len() + 1, PICKS)?;
+        products.extend(self.vectors.iter().map(|other| dots(&vector, [other])[0]));
         products.push(dots(&vector, [&vector])[0]);
-        self.fit.add(products, dots(&vector, [mean])[0], smallest);
-        self.vectors.push(vector);
+        self.fit.add(products, dots(&vector, [mean])[0], smallest)?;
+        push(&mut self.vectors, vector, PICKS)
     }
 
     /// Writes what the weighted sum leaves of the mean.
@@ -147,11 +149,11 @@ impl Atoms {
     }
 
     /// Of each pair in the order of the picks; zero for those that are not needed.
-    fn weights(&self) -> Vec<f64> {
-        let mut weights = vec![0.0; self.vectors.len()];
+    fn weights(&self) -> Result<Vec<f64>> {
+        let mut weights = filled(self.vectors.len(), 0.0, PICKS)?;
         for (&index, &weight) in self.fit.active.iter().zip(&self.fit.weights) {
             weights[index] = weight;
         }
-        weights
+        Ok(weights)
     }
 }

@@ -2,6 +2,7 @@
 
 use super::pursuit::Pursuit;
 use crate::error::Result;
+use crate::memory::{POINTS, build, filled, push};
 use crate::points::Points;
 use crate::progress::Progress;
 use crate::prompts::{Depths, Limits, Prompts};
@@ -10,14 +11,14 @@ use crate::shares::largest_remainder;
 /// The pairs of each cluster that may be picked, in ascending order of the clusters; those that have none are left out.
 ///
 /// # Errors
-/// If the computation was cancelled.
+/// If the memory cannot be had, or the computation was cancelled.
 pub fn members(clusters: &[i32], limits: Limits, progress: &Progress) -> Result<Vec<Vec<usize>>> {
-    let names: Vec<i64> = clusters.iter().map(|&cluster| i64::from(cluster)).collect();
+    let names = build(clusters.len(), POINTS, progress, |pair| i64::from(clusters[pair]))?;
     let numbered = Prompts::number(&names, progress)?;
-    let mut members = vec![Vec::new(); numbered.count()];
+    let mut members: Vec<Vec<usize>> = filled(numbered.count(), Vec::new(), POINTS)?;
     for (pair, &cluster) in numbered.numbers.iter().enumerate() {
         if limits.eligible.is_none_or(|eligible| eligible[pair]) {
-            members[cluster as usize].push(pair);
+            push(&mut members[cluster as usize], pair, POINTS)?;
         }
     }
     members.retain(|members| !members.is_empty());
@@ -36,7 +37,7 @@ pub fn quotas(members: &[Vec<usize>], budget: usize, progress: &Progress) -> Res
 /// Shares among the clusters, in proportion to the pairs that they may still use, what the cap kept others from using.
 ///
 /// # Errors
-/// If the computation was cancelled.
+/// If the memory cannot be had, or the computation was cancelled.
 pub fn share_rest(
     points: &Points<2>,
     members: &[Vec<usize>],
@@ -45,14 +46,18 @@ pub fn share_rest(
     cap: &mut Depths,
     progress: &Progress,
 ) -> Result<()> {
-    let mut picked = vec![false; points.count()];
+    let mut picked = filled(points.count(), false, POINTS)?;
     pursuits.iter().flat_map(|pursuit| &pursuit.picks).for_each(|&pair| picked[pair] = true);
     loop {
         let left = budget - pursuits.iter().map(|pursuit| pursuit.picks.len()).sum::<usize>();
-        let usable = |members: &Vec<usize>| -> Vec<usize> {
-            members.iter().copied().filter(|&pair| !picked[pair] && !cap.full(pair)).collect()
+        let usable = |members: &Vec<usize>| -> Result<Vec<usize>> {
+            let mut usable = Vec::new();
+            for &pair in members.iter().filter(|&&pair| !picked[pair] && !cap.full(pair)) {
+                push(&mut usable, pair, POINTS)?;
+            }
+            Ok(usable)
         };
-        let usable: Vec<Vec<usize>> = members.iter().map(usable).collect();
+        let usable = members.iter().map(usable).collect::<Result<Vec<_>>>()?;
         if left == 0 || usable.iter().all(Vec::is_empty) {
             return Ok(());
         }

@@ -7,7 +7,7 @@ use rayon::prelude::*;
 
 use crate::codes::{Rounded, multiply_codes};
 use crate::error::Result;
-use crate::memory::{CACHE, filled};
+use crate::memory::{CACHE, POINTS, filled, push};
 use crate::points::Points;
 use crate::progress::Progress;
 use crate::simd::dots::dots;
@@ -61,7 +61,8 @@ impl Copies {
         let dim = points.dim();
         let kept = members.len().min(bytes / dim);
         let mut codes = filled(kept * dim, 0, CACHE)?;
-        let mut roundings = vec![Rounding::default(); kept];
+        let mut roundings = filled(kept, Rounding::default(), CACHE)?;
+        let open = filled(members.len(), true, POINTS)?;
         let mut sum = vec![0.0; dim];
         // Sums of a few chunks at a time, added up in their order.
         let window = points.rows_at_once().div_ceil(2 * CHUNK) * CHUNK;
@@ -79,13 +80,13 @@ impl Copies {
             points.forget(0..points.tiles().len());
         }
         let mean = sum.into_iter().map(|sum| sum / members.len() as f64).collect();
-        Ok((Self { codes, dim, roundings, open: vec![true; members.len()] }, mean))
+        Ok((Self { codes, dim, roundings, open }, mean))
     }
 
     /// The open pair with the largest inner product with the residual (ties: the lower pair), and that product.
     ///
     /// # Errors
-    /// If the computation was cancelled.
+    /// If the memory cannot be had, or the computation was cancelled.
     pub fn best(
         &self,
         points: &Points<2>,
@@ -101,7 +102,7 @@ impl Copies {
             let range = chunk * CHUNK..members.len().min((chunk + 1) * CHUNK);
             let copied = self.roundings.len();
             if range.end <= copied {
-                return Ok(self.possible(range, |index| self.bounds(index, &rounded), &full));
+                return self.possible(range, |index| self.bounds(index, &rounded), &full);
             }
             let open = range.clone().filter(|&index| index >= copied && self.open[index] && !full(index));
             let products = RowProducts::new(points, open.map(|index| members[index]), residual, rounded.length);
@@ -109,7 +110,7 @@ impl Copies {
             let bounds = |index: usize| {
                 if index < copied { self.bounds(index, &rounded) } else { products.bounds(points, members[index]) }
             };
-            Ok(self.possible(range, bounds, &full))
+            self.possible(range, bounds, &full)
         };
         let count = members.len().div_ceil(CHUNK);
         let chunks: Vec<Possible> = if parallel {
@@ -137,16 +138,16 @@ impl Copies {
         range: Range<usize>,
         bounds: impl Fn(usize) -> (f64, f64),
         full: impl Fn(usize) -> bool,
-    ) -> Possible {
+    ) -> Result<Possible> {
         let mut possible = Possible { lowest: f64::NEG_INFINITY, uppers: Vec::new() };
         for index in range.filter(|&index| self.open[index] && !full(index)) {
             let (lower, upper) = bounds(index);
             possible.lowest = possible.lowest.max(lower);
             if upper >= possible.lowest {
-                possible.uppers.push((index, upper));
+                push(&mut possible.uppers, (index, upper), POINTS)?;
             }
         }
-        possible
+        Ok(possible)
     }
 
     /// What the product of a pair with the residual is at least and at most (Cauchy and Schwarz). The last terms of the

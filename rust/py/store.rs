@@ -156,7 +156,8 @@ impl StoreWriter {
         Ok(self.counted(&self.committed)?)
     }
 
-    /// Appends rows, which count once they are committed. If it fails, the store is as it was before.
+    /// Appends rows, which count once they are committed. If it fails, the store is as it was before, but for a disk that
+    /// fails to write: that is as for commit.
     ///
     /// Args:
     ///     sketches: (n, dim) C-contiguous float32.

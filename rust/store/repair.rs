@@ -5,7 +5,7 @@ use std::io::Write;
 use std::ops::ControlFlow::{Break, Continue};
 use std::path::Path;
 
-use super::disk::Disk;
+use super::disk::{Disk, Paced};
 use super::format::{
     Counts, HEADER_BYTES, Header, Manifest, Paths, RECORD_BYTES, at, create, is_sound_record, record_offset, replace,
     set_aside, size, sync_directory,
@@ -119,8 +119,8 @@ fn restore_header(paths: &Paths, manifest_crc: u32, done: &mut Repair, progress:
 /// Writes the records anew, those of damaged rows as set aside, with a header whose counts agree.
 fn rewrite_records(paths: &Paths, manifest_crc: u32, done: &mut Repair, progress: &Progress) -> Result<()> {
     let temporary = paths.records.with_extension("new");
-    let mut file = create(&temporary)?;
-    file.write_all(&Header::bytes(manifest_crc, done.count)).map_err(at(&temporary))?;
+    let mut file = Paced::new(create(&temporary)?);
+    file.write_at(&Header::bytes(manifest_crc, done.count), 0).map_err(at(&temporary))?;
     let mut damaged = done.set_aside.iter().copied().peekable();
     for_records(&paths.records, 0..done.count, progress, |first, records| {
         let mut records = records.to_vec();
@@ -129,10 +129,11 @@ fn rewrite_records(paths: &Paths, manifest_crc: u32, done: &mut Repair, progress
                 record.copy_from_slice(&set_aside(row));
             }
         }
-        file.write_all(&records).map_err(at(&temporary))?;
+        let written = file.write_at(&records, record_offset(first));
+        written.and_then(|()| file.keep_up()).map_err(at(&temporary))?;
         Ok(Continue(()))
     })?;
-    file.sync_all().map_err(at(&temporary))?;
+    file.sync().map_err(at(&temporary))?;
     fs::rename(&temporary, &paths.records).map_err(at(&paths.records))?;
     if !done.mended.contains(&name(&paths.records)) {
         done.mended.push(name(&paths.records));

@@ -105,6 +105,20 @@ REST = [
         "there < counts.larger || false && !are_sound(",
         rust="--test store no_loss_of_power",
     ),
+    Fault(
+        "store-syncs-fail-in-silence",
+        "store/writer.rs",
+        "if let Err(error) = self.rows.keep_up() {",
+        "if let Err(error) = self.rows.keep_up().or(Ok(())) {",
+        rust="--test store a_sync_that_fails",
+    ),
+    Fault(
+        "store-commits-nothing-after-a-failure",
+        "store/writer.rs",
+        "self.check()?;\n        if self.pending.is_empty() {",
+        "if self.pending.is_empty() {",
+        rust="--test store a_sync_that_fails",
+    ),
     # How it runs
     Fault(
         "pools-of-any-process",
@@ -139,6 +153,6 @@ REST = [
         "py/run.rs",
         "progress.cancel();",
         "",
-        python="test_core_kmeans.py -k 'progress_is or interrupt'",
+        python="test_core_calm.py -k work_ends",
     ),
 ]

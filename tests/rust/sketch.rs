@@ -112,11 +112,12 @@ proptest! {
     }
 }
 
+/// Each of more values than meet all repetitions at once.
 #[test]
 fn waves_join() {
     let sketcher = Sketcher::new(1000, 5, Kind::Sparse, 2).unwrap();
-    let values = values(40_000);
-    let offset = (1 << 20) - 20_001;
+    let values = values(150_000);
+    let offset = (1 << 20) - 70_001;
     assert_eq!(sketch(&sketcher, &values, 1, offset), sparse_reference(&sketcher, &values, offset));
 }
 

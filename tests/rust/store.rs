@@ -7,6 +7,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
+use bpo::Error;
 use bpo::progress::Progress;
 use bpo::store::disk::Disk;
 use bpo::store::format::{HEADER_BYTES, Header, Manifest, Paths};
@@ -236,6 +237,9 @@ impl Fused<'_> {
 }
 
 impl Disk for Fused<'_> {
+    /// So that some rows and records are synced before the commit that counts them, and others are not.
+    const AT_ONCE: u64 = 100;
+
     fn write_at(&mut self, bytes: &[u8], offset: u64) -> io::Result<()> {
         // What is under way when power is lost may be on disk in part.
         self.0.write_at(bytes, offset)?;
@@ -299,6 +303,8 @@ impl Failing {
 }
 
 impl Disk for Failing {
+    const AT_ONCE: u64 = 12;
+
     fn write_at(&mut self, bytes: &[u8], offset: u64) -> io::Result<()> {
         if self.fails() {
             self.0.write_at(&bytes[..bytes.len() / 2], offset)?;
@@ -316,19 +322,92 @@ impl Disk for Failing {
     }
 }
 
+/// A store of two rows on such a disk, and what says which operation it refuses.
+fn failing(directory: &Path) -> (Appender<Failing>, Arc<Mutex<usize>>) {
+    write(directory, "int8", &[2]);
+    let paths = Paths::new(directory);
+    let left = Arc::new(Mutex::new(0));
+    let open = |path: PathBuf| {
+        let file = fs::OpenOptions::new().write(true).open(&path).unwrap();
+        (Failing(file, Arc::clone(&left)), path)
+    };
+    let (sketches, records) = (open(paths.rows(Encoding::Int8)), open(paths.records.clone()));
+    (Appender::new(manifest("int8"), sketches, records, 2).unwrap(), left)
+}
+
+/// Rows have 3 bytes, and 12 of them are waited for: those of the first three rows are not, those of five are.
+#[test]
+fn a_sync_that_fails_between_commits_takes_all_that_was_not_committed() {
+    let directory = scratch();
+    let (mut appender, left) = failing(directory.path());
+    let append = |appender: &mut Appender<Failing>, range| {
+        let (sketches, records) = rows(range);
+        appender.append(&sketches, &records, &Progress::default())
+    };
+    append(&mut appender, 2..5).unwrap();
+    *left.lock().unwrap() = 2; // the write succeeds, and the sync after it does not
+    let error = append(&mut appender, 5..7).unwrap_err().to_string();
+    assert!(error.contains("the device is gone while committing rows 2 to 6; those before are kept"), "{error}");
+    assert_eq!((appender.committed(), appender.count()), (2, 2));
+    for refused in [append(&mut appender, 2..3), appender.commit(&Progress::default())] {
+        assert!(refused.unwrap_err().to_string().contains("writing failed before"));
+    }
+    appender.close(&Progress::default()).unwrap();
+    drop(appender);
+    let whole = scratch();
+    write(whole.path(), "int8", &[2]);
+    assert_eq!(files(directory.path()), files(whole.path()));
+}
+
+/// A disk that has what goes on cancelled once much was written.
+#[derive(Debug)]
+struct Cancelling(fs::File, Arc<Progress>);
+
+impl Disk for Cancelling {
+    fn write_at(&mut self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        if bytes.len() > 1000 {
+            self.1.cancel();
+        }
+        self.0.write_at(bytes, offset)
+    }
+
+    fn set_len(&mut self, size: u64) -> io::Result<()> {
+        Disk::set_len(&mut self.0, size)
+    }
+
+    fn sync(&mut self) -> io::Result<()> {
+        self.0.sync()
+    }
+}
+
+#[test]
+fn what_a_cancelled_append_wrote_is_cut_off_in_the_end() {
+    let directory = scratch();
+    write(directory.path(), "int8", &[2]);
+    let paths = Paths::new(directory.path());
+    let progress = Arc::new(Progress::default());
+    let open = |path: PathBuf| {
+        let file = fs::OpenOptions::new().write(true).open(&path).unwrap();
+        (Cancelling(file, Arc::clone(&progress)), path)
+    };
+    let (sketches, records) = (open(paths.rows(Encoding::Int8)), open(paths.records.clone()));
+    let mut appender = Appender::new(manifest("int8"), sketches, records, 2).unwrap();
+    // More than is written at once.
+    let (sketches, records) = rows(2..100_000);
+    assert!(matches!(appender.append(&sketches, &records, &progress), Err(Error::Cancelled)));
+    assert_eq!(appender.count(), 2);
+    append(&mut appender, &[1]);
+    appender.close(&Progress::default()).unwrap();
+    let whole = scratch();
+    write(whole.path(), "int8", &[3]);
+    assert_eq!(files(directory.path()), files(whole.path()));
+}
+
 #[test]
 fn whichever_write_fails_what_was_committed_is_kept_and_the_rest_can_follow() {
     for nth in 1..16 {
         let directory = scratch();
-        write(directory.path(), "int8", &[2]);
-        let paths = Paths::new(directory.path());
-        let left = Arc::new(Mutex::new(0));
-        let open = |path: PathBuf| {
-            let file = fs::OpenOptions::new().write(true).open(&path).unwrap();
-            (Failing(file, Arc::clone(&left)), path)
-        };
-        let (sketches, records) = (open(paths.rows(Encoding::Int8)), open(paths.records.clone()));
-        let mut appender = Appender::new(manifest("int8"), sketches, records, 2).unwrap();
+        let (mut appender, left) = failing(directory.path());
         *left.lock().unwrap() = nth;
         let (mut committed, mut failed) = (2, None);
         for batch in 0..4 {

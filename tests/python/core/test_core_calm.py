@@ -21,8 +21,6 @@ from core_calls import CALLS, RECORD
 TORTURE = int(os.environ.get("BPO_TORTURE", 0))
 COUNT = 8_000_000 if TORTURE else 400_000
 LONGEST = 0.2
-# They end with a wait for the disk, which nothing can interrupt.
-WAITS = {"store_append_to", "store_copy", "store_repair"}
 SCRIPT = Path(__file__).parents[1] / "helpers" / "core_calls.py"
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals and limits of POSIX")
@@ -69,7 +67,7 @@ def test_an_interrupt_ends_a_call(name, tmp_path):
         assert process.wait() == 0
     if TORTURE:
         print(f"{name:26} {seconds:6.2f} s, interrupts answered within", *(f"{answer:.3f}" for answer in answers))
-        assert max(answers) <= LONGEST or name in WAITS
+        assert max(answers) <= LONGEST
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of Linux")
@@ -102,6 +100,23 @@ def test_a_store_says_what_it_holds_while_it_is_written(tmp_path):
         len(writer)
     with pytest.raises(ValueError, match="closed"):
         writer.committed  # noqa: B018
+
+
+def test_work_ends_with_an_error_of_the_callback(tmp_path):
+    """It does not go on behind the exception, as what it leaves undone shows."""
+    n = 1 << 20
+    with _core.StoreWriter.create(tmp_path / "store", 4, "{}") as writer:
+        writer.append(np.ones((n, 4), dtype=np.float32), np.zeros(n, dtype=RECORD))
+    reader = _core.StoreReader(tmp_path / "store")
+
+    def fail(done, total):
+        assert done < total, "it was done before the first look"
+        raise LookupError
+
+    with _core.StoreWriter.create(tmp_path / "copy", 4, "{}", dtype="int8") as writer:
+        with pytest.raises(LookupError):
+            writer.copy_from(reader, np.ones(n, dtype=bool), progress=fail)
+        assert len(writer) < n
 
 
 def test_a_store_whose_append_was_interrupted_goes_on(tmp_path):

@@ -17,6 +17,14 @@ from bpo import _core
 D = 4
 RECORD = np.dtype((np.void, 72))
 CALLS = {}
+# Megabytes of memory between one try and the next, where a call takes long.
+STEPS = {"coreset_picks": 12}
+
+
+def removing(path, function):
+    """A call before which a directory is removed, which takes its time and cannot be interrupted."""
+    function.prepare = lambda: shutil.rmtree(path, ignore_errors=True)
+    return function
 
 
 def call(function):
@@ -136,6 +144,14 @@ def coreset_limits(n, folder):
 
 
 @call
+def coreset_picks(n, folder):
+    """Few long pairs, all of which are picked and stay in float64."""
+    rows, pairs = _rows(48, 300_000), np.arange(48).reshape(24, 2)
+    coefficients, clusters = np.ones((24, 2), dtype=np.float32), np.zeros(24, dtype=np.int32)
+    return lambda: _core.coreset(rows, pairs, coefficients, clusters, 24)
+
+
+@call
 def d_optimal(n, folder):
     arrays, prompts = _pairs(n), np.arange(n) // 28
     return lambda: _core.d_optimal(*arrays, n // 1000, prompts=prompts, max_depth=3)
@@ -229,6 +245,20 @@ def store_append(n, folder):
 
 
 @call
+def store_commit(n, folder):
+    """Of wide rows: at 8 million, half a gigabyte of them."""
+    n //= 64
+    sketches, records = _rows(n, 1024, np.float32), np.zeros(n, dtype=RECORD)
+
+    def append_and_commit():
+        writer = _core.StoreWriter.create(folder / "store", 1024, "{}")
+        writer.append(sketches, records)
+        writer.commit()
+
+    return removing(folder / "store", append_and_commit)
+
+
+@call
 def store_append_to(n, folder):
     path = _store(n, folder)
     return lambda: _core.StoreWriter.append_to(path).close()
@@ -261,11 +291,10 @@ def store_copy(n, folder):
     reader = _core.StoreReader(_store(n, folder))
 
     def copy():
-        shutil.rmtree(folder / "copy", ignore_errors=True)
         with _core.StoreWriter.create(folder / "copy", D, "{}", dtype="float32") as writer:
             writer.copy_from(reader, np.ones(n, dtype=bool))
 
-    return copy
+    return removing(folder / "copy", copy)
 
 
 @call
@@ -289,8 +318,10 @@ def serve_interrupts(call):
             raise KeyboardInterrupt
 
     signal.signal(signal.SIGINT, interrupt)
+    prepare = getattr(call, "prepare", lambda: None)
     for _ in sys.stdin:
         said = "interrupted"
+        prepare()
         try:
             calls = True
             print("began", time.monotonic(), flush=True)
@@ -302,14 +333,17 @@ def serve_interrupts(call):
         print(said, time.monotonic(), flush=True)
 
 
-def serve_limits(call):
+def serve_limits(call, step):
     """Calls with no more memory than there is, and then more and more; says what came of it."""
     import resource
 
+    prepare = getattr(call, "prepare", lambda: None)
+    prepare()
     call()
     outcomes = []
-    for megabytes in range(0, 600, 4):
+    for megabytes in range(0, 600, step):
         size = int(re.search(r"VmSize:\s+(\d+)", Path("/proc/self/status").read_text())[1]) << 10
+        prepare()
         resource.setrlimit(resource.RLIMIT_AS, (size + (megabytes << 20), resource.RLIM_INFINITY))
         try:
             call()
@@ -325,5 +359,8 @@ def serve_limits(call):
 
 if __name__ == "__main__":
     name, count, folder, serve = sys.argv[1:]
-    serve = {"interrupts": serve_interrupts, "limits": serve_limits}[serve]
-    serve(CALLS[name](int(count), Path(folder)))
+    called = CALLS[name](int(count), Path(folder))
+    if serve == "limits":
+        serve_limits(called, STEPS.get(name, 4))
+    else:
+        serve_interrupts(called)
