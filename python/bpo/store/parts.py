@@ -131,6 +131,18 @@ class Parts:
         self._writer.commit()
         self._remove()
 
+    def check_seen(self, name: str) -> None:
+        """Checks that a process, as others name it, sees what the first one has made.
+
+        Raises:
+            FileNotFoundError: It does not.
+        """
+        if not self._directory.is_dir() and not (self._writer.path / "manifest.json").exists():
+            raise FileNotFoundError(
+                f"Process {name} does not see the gradient store {self._writer.path}, which process 0 has just made: "
+                "name a directory on a disk that all processes see."
+            )
+
     def claimed(
         self, start: int, name: str, timeout: float, found: Callable[[npt.NDArray[np.int64]], object]
     ) -> Generator[Work, None, None]:
@@ -145,11 +157,7 @@ class Parts:
         Raises:
             TimeoutError: Nothing came; the message says who is at what.
         """
-        if not self._directory.is_dir() and not (self._writer.path / "manifest.json").exists():
-            raise FileNotFoundError(
-                f"Process {name} does not see the gradient store {self._writer.path}, which process 0 has just made: "
-                "name a directory on a disk that all processes see."
-            )
+        self.check_seen(name)
         numbers = [(start + step) % len(self._blocks) for step in range(len(self._blocks))]
         todo = {number: self._lacking(number) for number in numbers}
         watch = _Watch(timeout)

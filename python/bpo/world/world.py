@@ -79,6 +79,21 @@ class World:
         result: _Result = sent[0]
         return result
 
+    def to_main(self, value: _Result) -> list[_Result] | None:
+        """Sends a value of each process to the first, which gets them in the order of the ranks; others get None.
+
+        Raises:
+            ConnectionError: A process died.
+        """
+        if self.size == 1:
+            return [value]
+        import torch.distributed
+
+        values: list[Any] | None = [None] * self.size if self.is_main else None
+        with self._together():
+            torch.distributed.gather_object(value, values, dst=0, group=self._group)
+        return values
+
     def check_same(self, values: Mapping[str, Any], timeout: float) -> None:
         """Waits for all processes, and checks that they are about to do the same.
 
@@ -116,8 +131,13 @@ class World:
     def _broadcast(self, values: list[Any]) -> None:
         import torch.distributed
 
-        try:
+        with self._together():
             torch.distributed.broadcast_object_list(values, src=0, group=self._group)
+
+    @contextlib.contextmanager
+    def _together(self) -> Iterator[None]:
+        try:
+            yield
         except RuntimeError as error:
             raise ConnectionError(f"Process {self.name} of {self.size} lost a process of its job: {error}") from None
 
