@@ -9,6 +9,7 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from accelerate.hooks import ModelHook, add_hook_to_module
+from transformers import AutoModelForCausalLM
 
 import bpo
 from bpo.policy.models import load_policy, model_fingerprint
@@ -121,6 +122,23 @@ def test_parameters_that_are_brought_for_each_pass_have_no_gradient_of_their_own
     with pytest.raises(bpo.UnsupportedModelError, match=r"weight is offloaded by accelerate.* features='lora'"):
         stored(model, ROWS, tokenizer, features="full")
     assert_unchanged(before, snapshot(model))
+
+
+@pytest.mark.parametrize("head", ["cpu", "disk"])
+def test_a_model_loaded_by_a_device_map_is_the_undivided_one(head, tokenizer, tmp_path):
+    tiny_llama(tokenizer).save_pretrained(tmp_path / "model")
+    parts = ["model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb"]
+    device_map = {**dict.fromkeys(parts, "cpu"), "model.layers.1": "disk", "lm_head": head}
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", device_map=device_map, offload_folder=tmp_path / "offloaded"
+    )
+    assert model.hf_device_map == device_map
+    assert model.model.layers[1].mlp.up_proj.weight.is_meta
+    undivided = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    wanted, found = (stored(given, ROWS, tokenizer) for given in (undivided, model))
+    np.testing.assert_allclose(found.sketches(), wanted.sketches(), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found.records["logp"], wanted.records["logp"], rtol=1e-5)
+    assert found.fingerprint["model"] == wanted.fingerprint["model"]
 
 
 @pytest.mark.parametrize("features", ["lora", "full"])
