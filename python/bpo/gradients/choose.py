@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from bpo.gradients.parameters import FreshAdapter, Parameters, matches
 from bpo.gradients.response_embeddings import ResponseEmbeddings
-from bpo.policy.checks import UnsupportedModelError
+from bpo.policy.checks import UnsupportedModelError, check_one_pass
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -39,6 +39,7 @@ def choose_features(model: PreTrainedModel, config: SelectConfig) -> Features:
     if config.features == "lora" and peft_config is None:
         adapter = FreshAdapter(model, config.lora_rank, config.sketch_seed, config.parameters)
         _check_at_hand(model, adapter.loose)
+        check_one_pass(model, adapter.loose)
         return adapter
     names = [name for name, _ in model.named_parameters()]
     if config.features == "lora":
@@ -56,7 +57,9 @@ def choose_features(model: PreTrainedModel, config: SelectConfig) -> Features:
             "SelectConfig.parameters."
         )
     _check_at_hand(model, names)
-    return Parameters(model, names, config.factor_dim, config.sketch_seed)
+    parameters = Parameters(model, names, config.factor_dim, config.sketch_seed)
+    check_one_pass(model, parameters.loose)
+    return parameters
 
 
 def _check_at_hand(model: PreTrainedModel, names: Iterable[str]) -> None:

@@ -16,13 +16,14 @@ from bpo.data.read import read_configured
 from bpo.data.tokenizers import load_tokenizer, tokenizer_fingerprint
 from bpo.data.tokens import tokenize_configured
 from bpo.gradients.choose import choose_features
-from bpo.gradients.extract import Extraction, add_rows
+from bpo.gradients.extract import Extraction, add_in_step, add_rows
 from bpo.gradients.plan import find_plan
 from bpo.gradients.preconditioner import load_preconditioner, preconditioner_path
 from bpo.policy.batches import BatchTokens, batch_tokens, blocks_of, storage_order
 from bpo.policy.logprobs import Forward, check_vocabulary
 from bpo.policy.models import load_policy, model_fingerprint, window
 from bpo.policy.reference import Reference
+from bpo.policy.sharding import arithmetic, is_sharded, lost
 from bpo.policy.state import inference_state
 from bpo.sketching.batches import Sketching
 from bpo.store.parts import Parts, check_shared
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from bpo.gradients.features import Features
     from bpo.gradients.preconditioner import Preconditioner
     from bpo.store.gradient_store import GradientStore
+    from bpo.world.world import World
 
 
 def collect_gradients(
@@ -183,10 +185,7 @@ def _collect(
         order = np.concatenate(blocks)
     shared = world()
     if shared.size > 1:
-        check_shared(store)
-        data = hashlib.sha256(tokenized.sequence_ids.tobytes()).hexdigest()
-        same = {"data set": data, "tokens_per_batch": config.tokens_per_batch, **made_with}
-        shared.check_same(same, config.process_timeout)
+        _meet(shared, store, tokenized, config, made_with)
 
     def opened() -> tuple[GradientWriter, Parts]:
         check_shard(store, made_with.get("shard"))
@@ -195,26 +194,30 @@ def _collect(
             writer.check_ref_logps(tokenized.sequence_ids, tokenized.ref_logps)
         return writer, Parts(writer, blocks, tokenized.sequence_ids)
 
+    sharded = is_sharded(model)
     if shared.size > 1:
-        shared.from_main(lambda: opened()[1].share())
+        shared.from_main(lambda: opened()[1].take_leftovers() if sharded else opened()[1].share())
     writer, parts = opened()
     if shared.size == 1 and parts.take_leftovers():
         writer, parts = opened()
     missing = order[writer.lacks(tokenized.sequence_ids)[order]]
     bar = _progress_bar(tokenized.lengths, order, missing, features.noun, progress and shared.is_main)
     with contextlib.ExitStack() as stack:
-        for context in (writer, bar, inference_state(model)):
+        for context in (writer, bar, lost(shared), inference_state(model)):
             stack.enter_context(context)
         if len(missing):
-            if shared.size == 1:  # before any work that another writer would make useless
-                writer.lock()
-                parts.check_idle()
+            # Before any work that another writer would make useless.
+            todo = shared.from_main(lambda: _lock(writer, parts, sharded)) if sharded or shared.size == 1 else []
+            parts.check_seen(shared.name)
             forward = Forward.of(model, tokenized, processing_class, config)
             plan = find_plan(features, forward)
             features.warn_of_gaps(model)
             sketching = stack.enter_context(Sketching.of(config, shared.local_size))
             tokens = BatchTokens(batch_tokens(config.tokens_per_batch, model))
             extraction = Extraction(forward, reference, features, plan, candidates, sketching, precondition, tokens)
+            if sharded:
+                add_in_step(writer, extraction, todo, shared, bar)
+                return writer.reopen()
             work = parts.in_order()
             if shared.size > 1:
                 start = shared.rank * len(blocks) // shared.size
@@ -226,6 +229,27 @@ def _collect(
             for target, rows in stack.enter_context(contextlib.closing(work)):
                 add_rows(target, extraction, rows, bar)
     return writer.reopen()
+
+
+def _meet(
+    shared: World,
+    store: Path | None,
+    tokenized: TokenizedResponses,
+    config: SelectConfig,
+    made_with: Mapping[str, Any],
+) -> None:
+    """Waits for the others, which must be about to do the same."""
+    check_shared(store)
+    data = hashlib.sha256(tokenized.sequence_ids.tobytes()).hexdigest()
+    same = {"data set": data, "tokens_per_batch": config.tokens_per_batch, **made_with}
+    shared.check_same(same, config.process_timeout)
+
+
+def _lock(writer: GradientWriter, parts: Parts, sharded: bool) -> list[npt.NDArray[np.int64]]:
+    """Keeps others out of the store; returns what its blocks lack, for processes that share the model out."""
+    writer.lock()
+    parts.check_idle()
+    return [rows for _, rows in parts.in_order()] if sharded else []
 
 
 def _made_with(
@@ -254,7 +278,8 @@ def _made_with(
         },
         "max_length": tokenized.max_length,
         "truncation_mode": config.truncation_mode,
-        "dtype": str(model.dtype).removeprefix("torch.") + (" under bfloat16 autocast" if config.bf16 else ""),
+        "dtype": str(arithmetic(model) or model.dtype).removeprefix("torch.")
+        + (" under bfloat16 autocast" if config.bf16 else ""),
     }
 
 

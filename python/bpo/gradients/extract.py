@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bpo.policy.batches import in_batches
+from bpo.policy.batches import batches_in_order, in_batches
+from bpo.policy.sharding import in_step
 from bpo.policy.transfer import Fetched
 from bpo.store.gradient_store import FIRST_UNPREDICTED, NONFINITE, ZERO
 from bpo.system.memory import HeapTrimmer
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from bpo.policy.reference import Reference
     from bpo.sketching.batches import SketchBatch, Sketching
     from bpo.store.writer import GradientWriter
+    from bpo.world.world import World
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +42,22 @@ class Done:
     logps: Fetched
     ref_logps: Fetched
     log_weights: Fetched
+
+    def fetched(self) -> Rows:
+        """Waits for its numbers."""
+        numbers = (fetched.numpy() for fetched in (self.logps, self.ref_logps, self.log_weights))
+        return Rows(self.rows, self.sketches.rows(), *numbers)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """What one batch of n responses came to: their sketches (n, d), and (n,) float32 each of the others."""
+
+    rows: npt.NDArray[np.int64]
+    sketches: npt.NDArray[np.float32]
+    logps: npt.NDArray[np.float32]
+    ref_logps: npt.NDArray[np.float32]
+    log_weights: npt.NDArray[np.float32]
 
 
 @dataclasses.dataclass
@@ -54,7 +73,7 @@ class Extraction:
     precondition: Preconditioner | None
     tokens: BatchTokens
 
-    def run(self, missing: npt.NDArray[np.int64]) -> Iterator[Done]:
+    def run(self, missing: npt.NDArray[np.int64]) -> Iterator[Rows]:
         """Yields the batches in the order given.
 
         One whose sketches are under way comes once the next one has gone through the model, or is on its way there.
@@ -63,13 +82,17 @@ class Extraction:
         previous: Done | None = None
         for _, done in in_batches(self._batch, missing, lengths, self.tokens, self._name):
             if previous is not None:
-                yield previous
+                yield previous.fetched()
             previous = done
             if not done.sketches.under_way:
-                yield done
+                yield done.fetched()
                 previous = None
         if previous is not None:
-            yield previous
+            yield previous.fetched()
+
+    def run_one(self, rows: npt.NDArray[np.int64]) -> Rows:
+        """Runs one batch, and waits for it."""
+        return self._batch(rows).fetched()
 
     def _name(self, sequence: np.int64) -> str:
         prompt = self.candidates.prompt_of_response[self.forward.tokenized.response_of[sequence]]
@@ -90,7 +113,18 @@ class Extraction:
 
 
 def add_rows(writer: GradientWriter, extraction: Extraction, missing: npt.NDArray[np.int64], bar: tqdm[Any]) -> None:
-    """Adds, and commits, the rows of some sequences; the bar counts the tokens of those that no crash takes away."""
+    """Adds, and commits, the rows of some sequences."""
+    add_batches(writer, extraction, extraction.run(missing), missing, bar)
+
+
+def add_batches(
+    writer: GradientWriter,
+    extraction: Extraction,
+    batches: Iterable[Rows],
+    missing: npt.NDArray[np.int64],
+    bar: tqdm[Any],
+) -> None:
+    """Adds, and commits, batches of some sequences; the bar counts the tokens of those that no crash takes away."""
     lengths = extraction.forward.tokenized.lengths[missing]
     trim = HeapTrimmer()
     before, shown = writer.committed, 0
@@ -101,7 +135,7 @@ def add_rows(writer: GradientWriter, extraction: Extraction, missing: npt.NDArra
         bar.update(int(lengths[shown:committed].sum()))
         shown = committed
 
-    for done in extraction.run(missing):
+    for done in batches:
         _append(writer, done, extraction.candidates, extraction.forward.tokenized)
         show()
         trim()
@@ -109,11 +143,31 @@ def add_rows(writer: GradientWriter, extraction: Extraction, missing: npt.NDArra
     show()
 
 
-def _append(writer: GradientWriter, done: Done, candidates: Candidates, tokenized: TokenizedResponses) -> None:
+def add_in_step(
+    writer: GradientWriter,
+    extraction: Extraction,
+    todo: Sequence[npt.NDArray[np.int64]],
+    processes: World,
+    bar: tqdm[Any],
+) -> None:
+    """Adds, and commits, what blocks of a store lack, by processes that share the model out; the first one writes.
+
+    Batches are those of one process. A process takes each n-th of them, whatever the block.
+    """
+    lengths, tokens = extraction.forward.tokenized.lengths, extraction.tokens.limit
+    batches = [batch for rows in todo for batch in batches_in_order(rows, lengths, tokens)]
+    found = in_step(extraction.run_one, batches, processes)
+    if processes.is_main:
+        add_batches(writer, extraction, found, np.concatenate([*todo, np.zeros(0, np.int64)]), bar)
+    else:
+        collections.deque(found, maxlen=0)
+    processes.from_main(writer.commit)  # nobody reads before that
+
+
+def _append(writer: GradientWriter, done: Rows, candidates: Candidates, tokenized: TokenizedResponses) -> None:
     """Appends one row a response of a batch."""
-    rows, sketch = done.rows, done.sketches.rows()
+    rows, sketch, logps, ref_logps = done.rows, done.sketches, done.logps, done.ref_logps
     responses = tokenized.response_of[rows]
-    logps, ref_logps = done.logps.numpy(), done.ref_logps.numpy()
     # A row whose squared norm overflows is as useless to k-means as an infinite one.
     with np.errstate(over="ignore", invalid="ignore"):
         finite = np.isfinite(np.square(sketch).sum(axis=1)) & np.isfinite(logps) & np.isfinite(ref_logps)
@@ -129,5 +183,5 @@ def _append(writer: GradientWriter, done: Done, candidates: Candidates, tokenize
         ref_logps=ref_logps,
         lengths=tokenized.response_lengths[rows],
         flags=flags,
-        log_weights=done.log_weights.numpy(),
+        log_weights=done.log_weights,
     )

@@ -12,17 +12,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from bpo.gradients.capture import (
-    Plan,
-    Replay,
-    backward,
-    floating_tensors,
-    map_tensors,
-)
+from bpo.gradients.capture import Plan, Replay, backward, floating_tensors, map_tensors
 from bpo.policy.autograd import begin_graph, check_causal, differentiate, graph_from_embeddings, named_errors
-from bpo.policy.checks import UnsupportedModelError
+from bpo.policy.checks import UnsupportedModelError, check_one_pass
 from bpo.policy.head import chunk_in_flight
 from bpo.policy.logprobs import look_anew, predicting_positions, try_without_mask
+from bpo.policy.sharding import arithmetic, is_sharded
 from bpo.sketching.fingerprint import FINGERPRINT, fingerprint
 from bpo.system.warn import warn
 
@@ -92,10 +87,12 @@ def _gradient_plan(
     """Plans, and escalates while the self-check finds errors; returns the errors that are left, too."""
     calls = _probe(forward, rows)
     plan = _first_plan(features, forward.model, calls, truth)
+    check_one_pass(forward.model, [*plan.replays, *plan.whole])
     _leave_what_fails(plan, features, forward, rows)
     errors = _self_check(features, forward, plan, rows, truth)
     # A module around may use the parameters of a layer without calling it; else only the whole model will do.
     if errors:
+        check_one_pass(forward.model, errors)
         _to_modules(plan, features.slots, errors, forward.model, calls)
         _leave_what_fails(plan, features, forward, rows)
         errors = _self_check(features, forward, plan, rows, truth)
@@ -377,6 +374,7 @@ class _Truth:
     def of(cls, slots: dict[str, Slot], forward: Forward, rows: npt.NDArray[np.int64]) -> _Truth:
         """Runs the responses together and each alone."""
         parameters = dict(forward.model.named_parameters(remove_duplicate=False))
+        parameters = {} if is_sharded(forward.model) else parameters  # of which some may be whole at the moment
         known = {name: slot for name, slot in slots.items() if _differentiable(parameters.get(name))}
         batch, _ = _by_autograd(forward, known, rows)
         alone, logps = [], []
@@ -415,7 +413,7 @@ def _self_check(
     features: Features, forward: Forward, plan: Plan, rows: npt.NDArray[np.int64], truth: _Truth
 ) -> dict[str, float]:
     """Returns the parameters whose gradients in a batch are not those of each response alone, and the errors."""
-    precision = forward.autocast or forward.model.dtype
+    precision = forward.autocast or arithmetic(forward.model) or forward.model.dtype
     tolerance, coarse = _TOLERANCE.get(precision, 0.05), _COARSE_TOLERANCE.get(precision, 0.1)
     caught, logps = _caught(features, forward, plan, rows)
     alone = truth.alone

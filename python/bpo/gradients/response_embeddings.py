@@ -12,6 +12,7 @@ from bpo.gradients.capture import Plan
 from bpo.gradients.features import Features
 from bpo.policy.checks import UnsupportedModelError, base_of
 from bpo.policy.logprobs import predicting_positions
+from bpo.policy.sharding import no_graph
 from bpo.policy.transfer import sent
 from bpo.store.gradient_store import EMBEDDED
 
@@ -58,7 +59,7 @@ class ResponseEmbeddings(Features):
     def learn_shapes(self, forward: Forward, rows: npt.NDArray[np.int64]) -> None:
         """Learns from some responses how many numbers an embedding has."""
         if not self.slots:
-            with torch.inference_mode():
+            with no_graph(forward.model):
                 forward.logps(rows)  # what is found out once about a model may take a second run of it
             sizes: list[int] = []
             self.catch(forward, Plan(), rows, lambda _, embeddings, __: sizes.append(embeddings.shape[1]))
@@ -84,7 +85,7 @@ class ResponseEmbeddings(Features):
 
         handle = self._decoder.register_forward_hook(hook)
         try:
-            with torch.inference_mode():
+            with no_graph(forward.model):
                 logps = forward.logps(rows)
         finally:
             handle.remove()

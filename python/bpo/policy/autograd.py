@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from bpo.policy.checks import UnsupportedModelError, base_of
+from bpo.policy.sharding import is_lost
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -35,6 +36,8 @@ def named_errors(model: PreTrainedModel) -> Iterator[None]:
     except (UnsupportedModelError, torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:
+        if is_lost(error):
+            raise
         raise UnsupportedModelError(
             f"{type(model).__name__} cannot be run and differentiated on two short responses, from token ids and an "
             f"attention mask alone: {type(error).__name__}: {error}"

@@ -117,7 +117,13 @@ def batches_by_tokens(lengths: npt.NDArray[np.int64], tokens_per_batch: int) -> 
         >>> [batch.tolist() for batch in batches_by_tokens(np.array([3, 9, 4, 4]), 9)]
         [[1], [2, 3], [0]]
     """
-    order = longest_first(lengths)
+    return batches_in_order(longest_first(lengths), lengths, tokens_per_batch)
+
+
+def batches_in_order(
+    order: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64], tokens_per_batch: int
+) -> list[npt.NDArray[np.int64]]:
+    """Cuts (n,) indices of sequences, in their order, into batches as :func:`in_batches` runs them."""
     batches = []
     while len(order):
         size = first_batch(lengths[order], tokens_per_batch)

@@ -1,4 +1,4 @@
-"""What can be a policy: a whole causal language model in this process. Anything else is refused before it runs."""
+"""What can be a policy: a causal language model, whole or shared out by FSDP2. All else is refused before it runs."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 
+from bpo.policy.sharding import class_of, device_of_mesh, is_part, is_sharded, is_unit, sharers
+
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from transformers import PreTrainedModel
 
@@ -70,10 +72,11 @@ def check_policy(model: Any) -> None:
     """
     check_model(model)
     base = base_of(model)
-    check_kind(base.config, type(base))
-    if base.base_model is base and base.get_output_embeddings() is None and type(base).__name__.endswith("Model"):
+    kind = class_of(base)
+    check_kind(base.config, kind)
+    if base.base_model is base and base.get_output_embeddings() is None and kind.__name__.endswith("Model"):
         raise UnsupportedModelError(
-            f"{type(base).__name__} gives hidden states and no distribution of the next token. {_WHAT_IS_NEEDED}."
+            f"{kind.__name__} gives hidden states and no distribution of the next token. {_WHAT_IS_NEEDED}."
         )
     for name, parameter in model.named_parameters():
         if parameter.is_inference():
@@ -82,10 +85,10 @@ def check_policy(model: Any) -> None:
                 "model outside."
             )
     for name, module in model.named_modules():
-        kind = _packed(module)
-        if kind is not None:
+        packed = _packed(module)
+        if packed is not None:
             raise UnsupportedModelError(
-                f"{name} is a {type(module).__name__}, which holds its weights packed ({kind}) and is no nn.Linear: "
+                f"{name} is a {type(module).__name__}, which holds its weights packed ({packed}) and is no nn.Linear: "
                 "its gradients cannot be had. Pass the model unquantized, or quantized by bitsandbytes."
             )
 
@@ -136,15 +139,22 @@ def _check_whole(model: torch.nn.Module) -> None:
         kind = next((c.__name__ for c in type(module).__mro__ if c.__name__ in _SHARDING), None)
         if kind is not None:
             raise UnsupportedModelError(
-                f"{name or 'The model'} is a {kind}, which shares its weights out over processes. Pass the model as it "
-                "was before, or load what it saved."
+                f"{name or 'The model'} is a {kind}, which shares its weights out over processes. {_WHAT_CAN_BE_SHARED}"
             )
     for name, parameter in model.named_parameters():
-        if hasattr(parameter, "ds_id") or type(parameter.data).__name__ == "DTensor":
+        if hasattr(parameter, "ds_id"):
             raise UnsupportedModelError(
-                f"{name} is shared out over processes (by DeepSpeed, FSDP or tensor parallelism). Pass a model whose "
-                "weights are whole."
+                f"{name} is shared out over processes by DeepSpeed's ZeRO-3 (ds_id, ds_status). {_WHAT_CAN_BE_SHARED} "
+                "With ZeRO-3 configured, from_pretrained shares out whatever it loads while an HfDeepSpeedConfig (of "
+                "a TrainingArguments) is alive: load the model before that."
             )
+        if is_part(parameter) and not _by_fsdp(model, parameter):
+            raise UnsupportedModelError(
+                f"{name} is shared out over processes by tensor parallelism or a mesh of other dimensions than FSDP2's "
+                f"own. {_WHAT_CAN_BE_SHARED}"
+            )
+    if is_sharded(model):
+        check_in_step(model)
     held = {id(tensor) for module in model.modules() if is_offloaded(module) for tensor in _tensors(module)}
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_meta and id(tensor) not in held:
@@ -154,7 +164,51 @@ def _check_whole(model: torch.nn.Module) -> None:
             )
 
 
-_SHARDING = {"FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine", "PipelineModule"}
+_SHARDING = {"FullyShardedDataParallel", "DeepSpeedEngine", "PipelineModule"}
+
+_WHAT_CAN_BE_SHARED = (
+    "Pass a model whose weights are whole, on one device or several (device_map='auto'), or shared out by FSDP2 "
+    "(torch's fully_shard, fsdp_version: 2 in accelerate's configuration)."
+)
+
+
+def check_in_step(model: torch.nn.Module) -> None:
+    """Checks that all processes which share the weights of a model out are about to run it.
+
+    Raises:
+        UnsupportedModelError: Some of them only.
+    """
+    together, here = torch.distributed.get_world_size(), sharers()
+    if is_sharded(model) and together != here:
+        raise UnsupportedModelError(
+            f"{class_of(model).__name__} is shared out by FSDP2 over {together} processes, all of which must run it "
+            f"together, but this is for {here} of them: what the first process does for all (bpo.sample_responses, "
+            "bpo.doctor, breadth by the policy's own embeddings) or one does within bpo.alone() needs a whole model; "
+            "breadth an embedder or prompt_embeddings."
+        )
+
+
+def check_one_pass(model: torch.nn.Module, names: Iterable[str]) -> None:
+    """Checks that parameters or modules which take a pass of their own for each response are of a whole model.
+
+    Raises:
+        UnsupportedModelError: They are not.
+    """
+    name = next(iter(names), None)
+    if name is not None and is_sharded(model):
+        raise UnsupportedModelError(
+            f"{name}: its gradient takes a pass of its own for each response, which processes that share the weights "
+            "out (FSDP2) cannot make in step; that of a linear layer or an embedding takes none. Differentiate "
+            "features='lora', leave it out with SelectConfig.parameters, or pass a model whose weights are whole."
+        )
+
+
+def _by_fsdp(model: torch.nn.Module, parameter: Any) -> bool:
+    """Whether nothing but FSDP2 has cut a parameter: along one dimension of its mesh."""
+    cuts = sum(not placement.is_replicate() for placement in parameter.placements)
+    return cuts <= 1 and any(
+        parameter is own for module in model.modules() if is_unit(module) for own in module.parameters()
+    )
 
 
 def _packed(module: torch.nn.Module) -> str | None:
@@ -199,4 +253,6 @@ def device_of(module: torch.nn.Module, parameter: torch.Tensor) -> torch.device:
     """Returns where a module computes with its own parameter: where that is, unless accelerate brings it elsewhere."""
     devices = (getattr(hook, "execution_device", None) for hook in _hooks(module))
     device = next((device for device in devices if device is not None), None)
-    return parameter.device if device is None else torch.device(device)
+    if device is not None:
+        return torch.device(device)
+    return device_of_mesh(parameter) if is_part(parameter) else parameter.device

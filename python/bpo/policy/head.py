@@ -21,6 +21,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from bpo.policy.checks import UnsupportedModelError, base_of
+from bpo.policy.sharding import is_sharded
 from bpo.policy.softmax import score_tokens
 from bpo.policy.transfer import sent
 
@@ -224,6 +225,8 @@ def score_positions(
     key = (weakref.ref(head), settings, autocast, torch.is_inference_mode_enabled())
     if not all(parameter.is_floating_point() for parameter in head.parameters()):
         known[key] = None  # quantized: what it gives back may depend on what comes together
+    if key not in known and is_sharded(model):
+        known[key] = None  # in step with other processes, it runs once a pass, within the model
     if key not in known or known[key] is not None:
         call = _HeadCall(head, positions, find_out=key not in known)
         with call.caught():

@@ -15,6 +15,7 @@ from bpo.data.tokenizers import padding_id
 from bpo.policy.batches import batch_tokens, in_batches, longest_first
 from bpo.policy.checks import base_of, device_of
 from bpo.policy.head import Positions, forget, score_positions
+from bpo.policy.sharding import no_graph
 from bpo.policy.transfer import sent
 from bpo.system.memory import HeapTrimmer
 
@@ -295,7 +296,7 @@ def response_logps(
         found: npt.NDArray[np.float32] = forward.logps(rows).logps.cpu().numpy()
         return found
 
-    with torch.inference_mode():
+    with no_graph(model):
         for rows, found in in_batches(run, longest_first(lengths), lengths, batch_tokens(tokens_per_batch, model)):
             logps[rows] = found
             if on_batch is not None:

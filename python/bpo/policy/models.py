@@ -19,6 +19,7 @@ from bpo.policy.checks import (
     kept_value,
     unwrapped,
 )
+from bpo.policy.sharding import class_of, reshard, whole
 from bpo.system.paths import check_path, is_adapter, naming
 
 if TYPE_CHECKING:
@@ -148,9 +149,10 @@ def _positions(model: Any, config: SelectConfig) -> int | None:
 def model_fingerprint(model: PreTrainedModel) -> str:
     """Returns the SHA-256 of the architecture, of every weight and of how adapters are applied (hex).
 
-    It reads every weight, about a second for each GB.
+    It reads every weight, about a second for each GB; of weights that are shared out, one whole at a time, for which
+    all processes must call it.
     """
-    digest = hashlib.sha256(type(base_of(model)).__name__.encode())
+    digest = hashlib.sha256(class_of(base_of(model)).__name__.encode())
     settings = {key: value for key, value in model.config.to_dict().items() if key not in _VOLATILE_CONFIG}
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     adapters = {
@@ -160,13 +162,14 @@ def model_fingerprint(model: PreTrainedModel) -> str:
     if adapters:
         # Scaling can be changed at run time, past the configuration.
         scaling = {name: module.scaling for name, module in model.named_modules() if hasattr(module, "scaling")}
-        state = [adapters, list(model.active_adapters), scaling]
-        digest.update(json.dumps(state, sort_keys=True, default=plain).encode())
+        applied = [adapters, list(model.active_adapters), scaling]
+        digest.update(json.dumps(applied, sort_keys=True, default=plain).encode())
     # The state holds the scales of quantized weights, too, which are no parameters.
+    reshard(model)
     for name, tensor in model.state_dict().items():
         if isinstance(tensor, torch.Tensor):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            value = kept_value(model, name) if tensor.is_meta else tensor
+            value = kept_value(model, name) if tensor.is_meta else whole(tensor)
             digest.update(value.reshape(-1).contiguous().cpu().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 

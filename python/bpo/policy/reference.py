@@ -11,6 +11,7 @@ import torch
 
 from bpo.policy.logprobs import check_vocabulary, look_anew
 from bpo.policy.models import load_policy, model_fingerprint
+from bpo.policy.sharding import no_graph
 from bpo.policy.state import inference_state
 
 if TYPE_CHECKING:
@@ -117,5 +118,5 @@ class Reference:
             if self.source == "adapter":
                 stack.callback(self.model.set_adapter, self.model.active_adapter)
                 self.model.set_adapter(self.adapter)
-            stack.enter_context(torch.inference_mode())
+            stack.enter_context(no_graph(self.model))
             return dataclasses.replace(forward, model=self.model).logps(rows).logps

@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from bpo.policy.checks import check_in_step
+from bpo.policy.sharding import is_sharded, ready, reshard
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -22,6 +25,9 @@ def inference_state(model: PreTrainedModel) -> Iterator[None]:
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
+        if is_sharded(model):
+            check_in_step(model)
+            ready(model)
         stack.enter_context(torch.random.fork_rng(_cuda_devices(model), device_type="cuda"))
         for kind in {"cpu", *(parameter.device.type for parameter in model.parameters())} - {"meta"}:
             stack.enter_context(torch.autocast(kind, enabled=False))  # a caller's, of which no store would tell
@@ -31,6 +37,7 @@ def inference_state(model: PreTrainedModel) -> Iterator[None]:
         found = _Found(model)
         for _ in range(2):  # the second finishes where Ctrl-C comes in the first
             stack.callback(found.restore)
+        stack.callback(reshard, model)  # what was found, and is restored, are parts
         # Not by eval(), which some adapters merge their weights in.
         for module in list(model.modules()):
             module.training = False

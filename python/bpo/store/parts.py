@@ -131,6 +131,19 @@ class Parts:
         self._writer.commit()
         self._remove()
 
+    def check_seen(self, name: str) -> None:
+        """Checks that a process, as others name it, sees what the first one has made.
+
+        Raises:
+            FileNotFoundError: It does not.
+        """
+        if not self._directory.is_dir() and not (self._writer.path / "manifest.json").exists():
+            raise FileNotFoundError(
+                f"Process {name} does not see the gradient store {self._writer.path}, which process 0 has just made: "
+                "name a directory on a disk that all processes see. On disks of their own each machine fills a share "
+                "(bpo collect --shard)."
+            )
+
     def claimed(
         self, start: int, name: str, timeout: float, found: Callable[[npt.NDArray[np.int64]], object]
     ) -> Generator[Work, None, None]:
@@ -145,12 +158,7 @@ class Parts:
         Raises:
             TimeoutError: Nothing came; the message says who is at what.
         """
-        if not self._directory.is_dir() and not (self._writer.path / "manifest.json").exists():
-            raise FileNotFoundError(
-                f"Process {name} does not see the gradient store {self._writer.path}, which process 0 has just made: "
-                "name a directory on a disk that all processes see. On disks of their own each machine fills a share "
-                "(bpo collect --shard)."
-            )
+        self.check_seen(name)
         first = start % max(1, len(self._blocks))
         numbers = [*range(first, len(self._blocks)), *range(first)]
         lacking = {number: self._lacking(number) for number in numbers}

@@ -6,6 +6,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from bpo.data.rows import load_rows
+from bpo.policy.sharding import is_sharded
 
 if TYPE_CHECKING:
     from bpo.config import SelectConfig
@@ -13,11 +14,18 @@ if TYPE_CHECKING:
 
 
 def check_origin(model: Any, ref_model: Any, args: BPOConfig, peft_config: Any) -> None:
-    """Checks that TRL finds a reference.
+    """Checks that TRL finds a reference, and a model that it can share out itself.
 
     Raises:
-        ValueError: It would load one from where the model came from, which the model does not say.
+        ValueError: It would load the reference from where the model came from, which the model does not say; or the
+            model is shared out by FSDP2 already.
     """
+    if not isinstance(model, str) and is_sharded(model):
+        raise ValueError(
+            "BPOTrainer selects with a whole model in each process, which FSDP2 shares out for the training: pass it "
+            "by path or whole. For one that no device can hold, call bpo.select with the model that is shared out "
+            "first, and give selection.dataset to bpo.WeightedDPOTrainer."
+        )
     if (
         not isinstance(model, str)
         and not getattr(model.config, "_name_or_path", "")

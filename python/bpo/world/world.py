@@ -80,6 +80,21 @@ class World:
         result: _Result = sent[0]
         return result
 
+    def to_main(self, value: _Result) -> list[_Result] | None:
+        """Sends a value of each process to the first, which gets them in the order of the ranks; others get None.
+
+        Raises:
+            ConnectionError: A process died.
+        """
+        if self.size == 1:
+            return [value]
+        import torch.distributed
+
+        values: list[Any] | None = [None] * self.size if self.is_main else None
+        with self._losing():
+            torch.distributed.gather_object(value, values, dst=0, group=self._group)
+        return values
+
     def check_same(self, values: Mapping[str, Any], timeout: float) -> None:
         """Waits for all processes, and checks that they are about to do the same.
 

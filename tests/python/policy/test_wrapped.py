@@ -9,6 +9,7 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from accelerate.hooks import ModelHook, add_hook_to_module
+from transformers import AutoModelForCausalLM
 
 import bpo
 from bpo.policy.models import load_policy, model_fingerprint
@@ -123,6 +124,23 @@ def test_parameters_that_are_brought_for_each_pass_have_no_gradient_of_their_own
     assert_unchanged(before, snapshot(model))
 
 
+@pytest.mark.parametrize("head", ["cpu", "disk"])
+def test_a_model_loaded_by_a_device_map_is_the_undivided_one(head, tokenizer, tmp_path):
+    tiny_llama(tokenizer).save_pretrained(tmp_path / "model")
+    parts = ["model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb"]
+    device_map = {**dict.fromkeys(parts, "cpu"), "model.layers.1": "disk", "lm_head": head}
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", device_map=device_map, offload_folder=tmp_path / "offloaded"
+    )
+    assert model.hf_device_map == device_map
+    assert model.model.layers[1].mlp.up_proj.weight.is_meta
+    undivided = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    wanted, found = (stored(given, ROWS, tokenizer) for given in (undivided, model))
+    np.testing.assert_allclose(found.sketches(), wanted.sketches(), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found.records["logp"], wanted.records["logp"], rtol=1e-5)
+    assert found.fingerprint["model"] == wanted.fingerprint["model"]
+
+
 @pytest.mark.parametrize("features", ["lora", "full"])
 def test_patched_layers_are_differentiated_as_they_are(features, tokenizer):
     """A layer's scale, a vector that steers it, with and without checkpointing: one function, one gradient."""
@@ -200,7 +218,7 @@ def _scaling(model, multiply):
 
 
 def test_shared_out_models_are_refused(tokenizer):
-    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+    from torch.distributed.fsdp import FullyShardedDataParallel
 
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     with contextlib.ExitStack() as stack:
@@ -208,11 +226,9 @@ def test_shared_out_models_are_refused(tokenizer):
         whole = tiny_llama(tokenizer)
         parallel = torch.nn.parallel.DistributedDataParallel(whole)
         assert model_fingerprint(load_policy(parallel, bpo.SelectConfig())) == model_fingerprint(whole)
-        for model, name in (
-            (FullyShardedDataParallel(tiny_llama(tokenizer), device_id=CPU), "FullyShardedDataParallel"),
-            (fully_shard(tiny_llama(tokenizer)), "FSDPModule"),
-        ):
-            with pytest.raises(bpo.UnsupportedModelError, match=f"The model is a {name}, .* over processes"):
-                bpo.select(model, ROWS, budget=3, processing_class=tokenizer, progress=False)
-            with pytest.raises(bpo.UnsupportedModelError, match=f"The model is a {name}, .* over processes"):
-                bpo.sample_responses(model, ["one"], processing_class=tokenizer, progress=False)
+        model = FullyShardedDataParallel(tiny_llama(tokenizer), device_id=CPU)
+        said = "The model is a FullyShardedDataParallel, .* over processes.* by FSDP2"
+        with pytest.raises(bpo.UnsupportedModelError, match=said):
+            bpo.select(model, ROWS, budget=3, processing_class=tokenizer, progress=False)
+        with pytest.raises(bpo.UnsupportedModelError, match=said):
+            bpo.sample_responses(model, ["one"], processing_class=tokenizer, progress=False)
