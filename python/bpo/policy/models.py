@@ -64,6 +64,7 @@ def load_policy(model: Any, config: SelectConfig) -> PreTrainedModel:
         raise ValueError(f"SelectConfig.device={config.device!r} is no device: {error}") from None
     with naming(name):
         policy = _load(name, config).to(device)
+    check_model(policy)  # with ZeRO-3 configured, transformers shares out what it loads
     if config.gradient_checkpointing:
         policy.gradient_checkpointing_enable()
     return policy
