@@ -182,9 +182,9 @@ def check_in_step(model: torch.nn.Module) -> None:
     if is_sharded(model) and together != here:
         raise UnsupportedModelError(
             f"{class_of(model).__name__} is shared out by FSDP2 over {together} processes, all of which must run it "
-            f"together, but this is for {here} of them: what the first process does for all (bpo.sample_responses, "
-            "bpo.doctor, breadth by the policy's own embeddings) or one does within bpo.alone() needs a whole model; "
-            "breadth an embedder or prompt_embeddings."
+            f"together, but this is for {here} of them: what a process does by itself (bpo.sample_responses, "
+            "bpo.doctor, breadth by the policy's own embeddings, all within bpo.alone()) needs a whole model; breadth "
+            "an embedder or prompt_embeddings."
         )
 
 

@@ -232,7 +232,7 @@ def test_an_arm_that_chooses_by_a_store_of_its_own_is_judged_by_that_of_the_prev
 def test_stores_of_arms_that_cannot_be_used(preview, embeddings, tmp_path):
     for given, error, message in (
         ({"store": tmp_path}, FileNotFoundError, "The arm 'bpo': .* holds no gradient store"),
-        ({"store": 3}, ValueError, "The arm 'bpo': store must be the directory of a gradient store, got 3"),
+        ({"store": 3}, ValueError, "The arm 'bpo': store must be the directory or address of a gradient store, got 3"),
         (
             {"store": embeddings, "select": {"sketch_dim": 32}},
             bpo.StoreMismatchError,

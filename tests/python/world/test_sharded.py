@@ -91,7 +91,9 @@ def extracting(rank, directory):
     said = {"evaluated": evaluated}
     refused = {
         "full": lambda: collect(model, tokenizer, directory / "full", features="full"),
-        "sample": lambda: bpo.sample_responses(model, ["one"], processing_class=tokenizer, progress=False),
+        "sample": lambda: bpo.sample_responses(
+            model, ["one"], processing_class=tokenizer, max_new_tokens=4, progress=False
+        ),
         "doctor": lambda: bpo.doctor(model, job.ROWS, processing_class=tokenizer),
         "breadth": lambda: bpo.select(
             model, job.ROWS, budget=30, breadth=9, processing_class=tokenizer, store=directory / "b", config=SETTINGS
