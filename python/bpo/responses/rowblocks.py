@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import glob
 import hashlib
 import itertools
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import bpo
 from bpo.system.files import flattened
 from bpo.system.identity import NOT_COMPARED
-from bpo.world.blocks import Watch, say_worker, taken_in_turns, worker_of
+from bpo.world.blocks import Watch, say_worker, take_away, taken_in_turns, tidy, worker_of
 from bpo.world.world import alone
 
 if TYPE_CHECKING:
@@ -268,7 +266,7 @@ class _Blocks:
                 self._work.known()
                 self._file.note_changes(changes)
                 self._file.finish()
-                self._remove()
+                take_away(self._directory)
             return True
         return False
 
@@ -278,13 +276,13 @@ class _Blocks:
         Raises:
             BlockingIOError: A process is at one.
         """
-        self._tidy()
+        tidy(self._directory)
         if self.are_there():
             changes = self._read_all()
             self._file.note_changes(changes)
             if self._file.rows:
                 self._file.write_anew()
-            self._remove()
+            take_away(self._directory)
 
     def _read_all(self) -> list[str]:
         """Adds the rows of all blocks to those of the file; returns which settings have changed over them."""
@@ -297,13 +295,3 @@ class _Blocks:
                 self._file.rows.update(block.rows)
                 changes.update(dict.fromkeys(block.changes))
         return list(changes)
-
-    def _remove(self) -> None:
-        """Takes the blocks away at once, so that nobody takes half of them for what is to be done."""
-        self._directory.rename(self._directory.with_name(f"{self._directory.name}.done-{os.getpid()}"))
-        self._tidy()
-
-    def _tidy(self) -> None:
-        """Deletes what was taken away, also by a process that died over it."""
-        for done in self._directory.parent.glob(f"{glob.escape(self._directory.name)}.done-*"):
-            shutil.rmtree(done, ignore_errors=True)

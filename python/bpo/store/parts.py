@@ -19,7 +19,7 @@ import numpy as np
 from bpo._core import StoreError, StoreLockedError
 from bpo.store.gradient_store import GradientStore
 from bpo.store.writer import GradientWriter
-from bpo.world.blocks import Watch, say_worker, taken_in_turns, worker_of
+from bpo.world.blocks import Watch, say_worker, take_away, taken_in_turns, tidy, worker_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
@@ -62,7 +62,7 @@ class Parts:
         Raises:
             bpo.StoreLockedError: Another process is writing.
         """
-        self._tidy()
+        tidy(self._directory)
         if not self._directory.is_dir():
             return False
         if self._writer.lacks(self._wanted).any():
@@ -235,15 +235,8 @@ class Parts:
             return ""
 
     def _remove(self) -> None:
-        """Takes the blocks away at once, so that nobody takes half of them for what is to be done."""
         if self._directory.is_dir():
-            self._directory.rename(self._directory.with_name(f"{_PARTS}.done-{os.getpid()}"))
-            self._tidy()
-
-    def _tidy(self) -> None:
-        """Deletes what was taken away, also by a process that died over it."""
-        for done in self._writer.path.glob(f"{_PARTS}.done-*"):
-            shutil.rmtree(done, ignore_errors=True)
+            take_away(self._directory)
 
 
 def check_shared(path: str | os.PathLike[str] | None) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import glob
+import os
+import shutil
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -102,3 +105,15 @@ def worker_of(block: Path) -> str:
 def say_worker(block: Path, name: str) -> None:
     """Says who works at a block."""
     block.with_suffix(".by").write_text(name)
+
+
+def take_away(directory: Path) -> None:
+    """Takes the blocks in a directory away at once, so that nobody takes half of them for what is to be done."""
+    directory.rename(directory.with_name(f"{directory.name}.done-{os.getpid()}"))
+    tidy(directory)
+
+
+def tidy(directory: Path) -> None:
+    """Deletes what was taken away, also by a process that died over it."""
+    for done in directory.parent.glob(f"{glob.escape(directory.name)}.done-*"):
+        shutil.rmtree(done, ignore_errors=True)
