@@ -50,7 +50,7 @@ demo: $(VENV)/.installed ## The main job end to end on a real model; ARGS=--full
 test: $(if $(ROOM),,test-rust checked) test-python ## Every test; ROOM=data for one room of python/bpo or tests/python, and its docstrings
 
 test-rust:
-	cargo test --quiet --profile checked
+	cargo test --quiet --profile checked -p bpo
 
 test-python: $(VENV)/.installed
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 8 --dist loadfile --no-loadscope-reorder \
@@ -120,7 +120,8 @@ scaling: $(VENV)/.installed ## How extraction scales with processes on this mach
 	$(BIN)/python benches/python/scaling.py $(ARGS)
 
 count: ## Instructions of each kernel under callgrind, where the clock is too noisy (needs valgrind)
-	@binary=$$(cargo bench --bench count --no-run 2>&1 | sed -n 's/.*(\(.*count-.*\))/\1/p'); \
+	@cargo build --quiet --release --bin count
+	@binary=target/release/count; \
 	for kernel in $$($$binary); do \
 		valgrind --tool=callgrind --callgrind-out-file=/dev/null $$binary $$kernel 2>&1 \
 			| awk -v kernel=$$kernel '/Collected/ { printf "%-12s %15d instructions\n", kernel, $$4 }'; \
