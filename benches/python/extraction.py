@@ -52,7 +52,7 @@ from bpo.policy.batches import batches_by_tokens
 from bpo.policy.logprobs import Forward, completion_logps
 from bpo.policy.state import inference_state
 from bpo.sketching.batches import Sketching
-from peers import Row, optional, peak_memory, printed, shown_time, spread
+from table import Row, optional, peak_memory, printed, shown_time, spread
 
 DEMO = Path(__file__).resolve().parents[2] / "demo"
 # All that bergson needs beyond what bpo does; a plain install asks for much more.

@@ -36,7 +36,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from peers import Row, printed
+from table import Row, printed
 
 # Seconds of each part; "card" says what the others run on.
 LIMITS = {"card": 20, "right": 80, "fast": 220, "whole": 110}

@@ -35,7 +35,7 @@ from bpo.sketching.batches import SketchBatch, Sketching
 from extraction import RANK, Batches, Methods, evenly
 from gpu_right import guarded, with_adapter
 from gpu_setting import SHAPES, Card, Data, Measurement, Shape, settings
-from peers import Row, optional, peak_memory, spread
+from table import Row, optional, peak_memory, spread
 
 ROUNDS = 5
 TOKENS_PER_BATCH = 16384

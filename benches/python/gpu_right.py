@@ -23,7 +23,7 @@ from bpo.policy.state import inference_state
 from bpo.sketching.batches import Sketching
 from extraction import RANK
 from gpu_setting import SHAPES, Card, Data, Measurement, Shape, extracted, failed, settings, twins
-from peers import Row
+from table import Row
 
 # Largest error of a sketch relative to its length. bfloat16 keeps 8 bits, TF32 11.
 TOLERANCE = {"float32": 1e-3, "TF32": 2e-2, "bfloat16": 2e-1, "bfloat16 autocast": 2e-1}

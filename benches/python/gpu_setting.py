@@ -21,7 +21,7 @@ import transformers
 
 import bpo
 from bpo.data.tokens import TokenizedResponses, tokenize_candidates
-from peers import Row
+from table import Row
 
 Measurement = Callable[["Card"], Iterator[Row]]
 

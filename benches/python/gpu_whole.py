@@ -15,7 +15,7 @@ import torch
 
 import bpo
 from gpu_setting import SHAPES, Card, Data, Measurement, failed
-from peers import Row
+from table import Row
 
 DEMO = Path(__file__).resolve().parents[2] / "demo"
 ARMS = ("random", "bpo", "best_worst", "matching")

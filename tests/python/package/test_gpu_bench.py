@@ -13,7 +13,7 @@ MEASUREMENTS = """
 import os
 import time
 
-from peers import Row
+from table import Row
 
 
 def good(card):
