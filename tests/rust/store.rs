@@ -42,10 +42,13 @@ proptest! {
             let overflows = encoding == Encoding::Bfloat16 && written.abs() > 3.38e38;
             prop_assert!(error <= bound || overflows, "{} became {} with scale {}", written, read, scale);
         }
-        // Once more changes nothing.
+        // Once more changes nothing, but where rounding carried the largest number to another power of two, and with
+        // it the scale.
         let mut again = Vec::new();
         let same = encoding.encode(&read, &mut again);
-        if read.iter().all(|value| value.is_finite()) && encoding != Encoding::Int8 {
+        let power = |row: &[f32]| row.iter().map(|value| value.abs().to_bits() >> 23).max();
+        let carried = encoding == Encoding::Float16 && power(&row) != power(&read);
+        if read.iter().all(|value| value.is_finite()) && encoding != Encoding::Int8 && !carried {
             prop_assert_eq!((scale, &bytes), (same, &again));
         }
     }
