@@ -41,17 +41,17 @@ def last_reported(process):
 
 @pytest.mark.parametrize("dtype", ["float16", "int8"])
 def test_a_killed_writer_loses_nothing_and_ends_with_the_same_bytes(tmp_path, dtype):
-    total = 4000
+    total = 2000
     write(tmp_path / "whole", total, dtype)
     whole = contents(tmp_path / "whole")
     kills = stores = 0
     generator = np.random.default_rng(0)
-    while kills < (TORTURE or 16):
+    while kills < (TORTURE or 8):
         path = tmp_path / f"store-{stores}"
         reported, finished = 0, False
         while not finished:
             process = start(path, total, dtype)
-            time.sleep(generator.exponential(0.15))
+            time.sleep(generator.exponential(0.1))
             process.kill()
             finished = process.wait() == 0
             kills += not finished
