@@ -37,7 +37,7 @@ AARCH64_CPUS := max cortex-a72
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-rust test-python checked miri aarch64 same lint lint-rust lint-python bench gpu scaling count fuzz mutants torture \
-  architectures docs wheel clean
+  architectures docs tables wheel clean
 
 help: ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -105,6 +105,7 @@ lint-python: $(VENV)/.installed
 	PYTHONPATH=python $(BIN)/lint-imports
 	$(BIN)/python tests/contract.py
 	$(BIN)/python docs/rooms.py --check
+	$(BIN)/python docs/settings.py --check
 
 bench: $(VENV)/.installed ## Benchmarks in short mode: criterion and pytest for the core, then the ratios to peers, core and extraction
 	cargo bench --quiet -- --quick --noplot
@@ -149,8 +150,14 @@ architectures: $(VENV)/.installed ## Gradients of all causal language models tha
 	@mkdir -p target
 	BPO_ALL_MODELS=target/architectures.jsonl BPO_WRITE_DOCS=1 $(BIN)/python -m pytest tests/python/gradients/test_architectures.py
 
-docs: $(VENV)/.installed ## Write the tables of docs/ from what the tests find, and the picture of the rooms from the imports
+docs: $(VENV)/.installed ## The documentation as a site in target/site, without a network; a dead link is an error
+	$(BIN)/python -m pip install --quiet --no-compile --group docs
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs target/site
+	@echo 'Open target/site/index.html'
+
+tables: $(VENV)/.installed ## Write the tables of docs/ from docstrings and from what the tests find, and the picture of the rooms
 	$(BIN)/python docs/rooms.py
+	$(BIN)/python docs/settings.py
 	BPO_WRITE_DOCS=1 $(BIN)/python -m pytest tests/python/gradients/test_models.py
 
 wheel: $(VENV)/.tools ## Wheel and source distribution in dist/

@@ -41,7 +41,7 @@ def main() -> int:
     if "--check" not in sys.argv:
         FIGURE.write_text(figure, encoding="utf-8")
     elif not FIGURE.exists() or FIGURE.read_text(encoding="utf-8") != figure:
-        print(f"{FIGURE.relative_to(ROOT)}:1: the rooms or their imports have changed: write it anew with make docs")
+        print(f"{FIGURE.relative_to(ROOT)}:1: the rooms or their imports have changed: write it anew with make tables")
         return 1
     return 0
 

@@ -50,6 +50,7 @@ def main() -> int:
         *names_in_docstrings(),
         *links(),
         *places(),
+        *interface(),
         *references(),
         *docstrings(),
         *sizes(),
@@ -154,13 +155,24 @@ def links() -> Found:
 
 
 def places() -> Found:
-    """Every name that a page for contributors puts into a file is defined there."""
-    for page in (ROOT / "CONTRIBUTING.md", ROOT / "docs" / "architecture.md"):
+    """Every name that a page puts into a file is defined there."""
+    for page in (ROOT / "CONTRIBUTING.md", ROOT / "docs" / "architecture.md", ROOT / "docs" / "papers.md"):
         for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), start=1):
             for name, file in PLACE.findall(line):
                 path = ROOT / file if file.endswith(".rs") else PACKAGE / file
                 if not path.exists() or not defines(path, name):
                     yield page, number, f"{file} defines no {name}: name where it is now"
+
+
+def interface() -> Found:
+    """The page of the interface has every public name, and no other."""
+    page = ROOT / "docs" / "reference" / "api.rst"
+    shown = re.findall(r"^\.\. auto\w+:: bpo\.(\w+)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    public = {name for name in importlib.import_module("bpo").__all__ if not name.startswith("_")}
+    for name in sorted(public - set(shown)):
+        yield page, 1, f"{name} is public: show it"
+    for name in sorted(set(shown) - public):
+        yield page, 1, f"{name} is not public"
 
 
 def defines(path: Path, name: str) -> bool:

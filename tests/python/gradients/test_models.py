@@ -103,7 +103,7 @@ def documented():
     if os.environ.get("BPO_WRITE_DOCS"):
         head = DOCS.read_text(encoding="utf-8").split("<!-- table -->")
         DOCS.write_text(f"{head[0]}<!-- table -->\n{text}<!-- table -->{head[2]}", encoding="utf-8")
-    assert text in DOCS.read_text(encoding="utf-8"), "docs/models.md is out of date: make docs"
+    assert text in DOCS.read_text(encoding="utf-8"), "docs/models.md is out of date: make tables"
 
 
 def table():
