@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bpo.data.pairing import ranks_in_prompts
-from bpo.selection.strategies import Candidacy, run_strategy
+from bpo.selection.strategies.candidacy import Candidacy
+from bpo.selection.strategies.register import run_strategy
 from bpo.system.warn import warn
 
 if TYPE_CHECKING:

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bpo.config import SelectConfig
-from bpo.selection.strategies import STRATEGIES
+from bpo.selection.strategies.register import STRATEGIES
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Mapping
 
-    from bpo.selection.strategies import Need, Strategy
+    from bpo.selection.strategies.candidacy import Need, Strategy
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,8 @@ from bpo.pairs.clustering import cluster_pairs
 from bpo.pairs.direction import prompts_agree
 from bpo.pairs.linear import fit_direction
 from bpo.pairs.pair_gradients import PairGradients, unit_features
-from bpo.selection.strategies import Candidacy, run_strategy
+from bpo.selection.strategies.candidacy import Candidacy
+from bpo.selection.strategies.register import run_strategy
 
 DIM, TOPICS, PROMPTS, PAIRS_OF_A_PROMPT, BUDGET = 256, 12, 360, 6, 120
 WORLDS = {

@@ -12,7 +12,7 @@ import pytest
 import bpo
 from bpo import InvalidDataWarning, SelectConfig, Selection
 from bpo.selection.saved import SelectionError
-from bpo.selection.strategies import STRATEGIES
+from bpo.selection.strategies.register import STRATEGIES
 from tiny import scored_rows, tiny_llama
 
 CONFIG = SelectConfig(sketch_dim=128, lora_rank=4)

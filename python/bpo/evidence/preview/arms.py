@@ -11,7 +11,7 @@ import numpy as np
 
 from bpo.config import SelectConfig
 from bpo.evidence.preview.results import ALL
-from bpo.selection.strategies import STRATEGIES
+from bpo.selection.strategies.register import STRATEGIES
 from bpo.store.gradient_store import GradientStore, with_settings_of
 from bpo.store.mirror import holds_store
 

@@ -20,7 +20,7 @@ from bpo.evidence.preview.data import ArmChoice, PreviewData, choices
 from bpo.evidence.preview.results import ALL, Preview
 from bpo.pairs.linear import fit_direction
 from bpo.selection.sources import StoreAlone
-from bpo.selection.strategies import STRATEGIES
+from bpo.selection.strategies.register import STRATEGIES
 from bpo.store.gradient_store import GradientStore
 from bpo.world.world import by_main
 
