@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bpo.selection.choice import choose, warn_of_fewer
+from bpo.selection.choice import choose, in_order, warn_of_fewer
 from bpo.selection.prompts import Limits, keep_prompts
 from bpo.selection.read import read
 from bpo.selection.request import Request
@@ -140,7 +140,7 @@ def _choose(request: Request, source: Source, pool: Pool, kept: Kept, filled: Fi
     measured, wanted = measure(filled, kept.inputs, pool.goal, source, request)
 
     # Cluster: gradients of pairs at unit length, and what they are worth.
-    scored = score(candidates.prompt_of_pair, candidates.score_gaps, kept.inputs.pair_lengths, measured, request)
+    scored = score(candidates, kept.inputs.pair_lengths, measured, request)
     noted = look_at(scored, candidates, request)
     scored = toward(scored, pool.goal, wanted, request.config)
 
@@ -154,7 +154,7 @@ def _choose(request: Request, source: Source, pool: Pool, kept: Kept, filled: Fi
     table = pair_table(pool, fate, kept.pair_index, usefulness, scored, with_labels="clusters" in request.needs)
     for found in (kept.noted, noted):
         pool.noted.merge(found)
-    selected = np.flatnonzero(fate == SELECTED)
+    selected = kept.pair_index[in_order(np.flatnonzero(chosen), scored, request.config)]
     return Selection(
         dataset=training_set(pool.candidates, table, selected, request.config),
         pairs=table,

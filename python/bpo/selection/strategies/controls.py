@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bpo.data.pairing import ranks_in_prompts
-from bpo.selection.strategies.taking import largest, spread
+from bpo.selection.strategies.taking import largest, one_a_prompt
 
 if TYPE_CHECKING:
     from bpo.selection.strategies.candidacy import Candidacy, Choice
@@ -27,7 +26,4 @@ def best_worst(candidacy: Candidacy) -> Choice:
     go to the earlier pair.
     """
     index = np.flatnonzero(candidacy.eligible)
-    prompts = candidacy.prompt_of_pair[index]
-    best = np.flatnonzero(ranks_in_prompts(prompts, -candidacy.score_gaps[index]) == 0)
-    order = np.random.default_rng(candidacy.seed).permutation(len(best))
-    return spread(candidacy, index, best[order[: candidacy.budget]], candidacy.score_gaps[index])
+    return one_a_prompt(candidacy, index, candidacy.score_gaps[index])

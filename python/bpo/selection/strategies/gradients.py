@@ -22,3 +22,21 @@ def less(candidacy: Candidacy) -> Choice:
     assert candidacy.clusters is not None
     index = np.flatnonzero(candidacy.eligible)
     return largest(candidacy, index, candidacy.clusters.alignment[index].astype(np.float64))
+
+
+def largest_norm(candidacy: Candidacy) -> Choice:
+    """The longest gradients: those that pull hardest (the context pruning of GradNCP, arXiv 2302.00617).
+
+    The paper keeps, anew at each step of a meta-learning, the samples of largest gradient norm, as a cheap score tells
+    it; ours is the norm of the pair's gradient in the sketch, of all that is differentiated, once.
+    """
+    assert candidacy.clusters is not None
+    index = np.flatnonzero(candidacy.eligible)
+    return largest(candidacy, index, candidacy.clusters.informativeness[index].astype(np.float64))
+
+
+def smallest_norm(candidacy: Candidacy) -> Choice:
+    """The shortest gradients: the control of ``"largest_norm"``, and what pruning of outliers keeps *(ours)*."""
+    assert candidacy.clusters is not None
+    index = np.flatnonzero(candidacy.eligible)
+    return largest(candidacy, index, -candidacy.clusters.informativeness[index].astype(np.float64))

@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 
-from bpo.selection.strategies import controls, depth, designs, gaps, gradients, implicit, matching
+from bpo.selection.strategies import (
+    controls,
+    depth,
+    designs,
+    gaps,
+    gradients,
+    heldout,
+    implicit,
+    information,
+    matching,
+)
 from bpo.selection.strategies.candidacy import Need, Strategy
 
 if TYPE_CHECKING:
@@ -17,17 +27,32 @@ if TYPE_CHECKING:
 
 
 _GRADIENTS: frozenset[Need] = frozenset({"gradients"})
+_HELDOUT: frozenset[Need] = _GRADIENTS | {"heldout"}
+_LOGPS: frozenset[Need] = _GRADIENTS | {"logps"}
 STRATEGIES: dict[str, Strategy] = {
     "bpo": Strategy(depth.bpo, _GRADIENTS | {"clusters"}, keeps_every_prompt=True, weighs_usefulness=True),
     "uniform": Strategy(depth.uniform, keeps_every_prompt=True),
     "random": Strategy(controls.random),
     "best_worst": Strategy(controls.best_worst, frozenset({"scores"})),
-    "margin": Strategy(gaps.margin, frozenset({"scores"})),
-    "fused_margin": Strategy(implicit.fused_margin, _GRADIENTS | {"scores", "differences"}),
-    "less": Strategy(gradients.less, _GRADIENTS | {"target"}),
     "matching": Strategy(matching.matching, _GRADIENTS),
+    "margin": Strategy(gaps.margin, frozenset({"scores"})),
+    "two_sigma": Strategy(gaps.two_sigma, frozenset({"scores"})),
+    "air": Strategy(gaps.air, frozenset({"scores"})),
+    "fused_margin": Strategy(implicit.fused_margin, _LOGPS | {"scores"}),
+    "alignment_potential": Strategy(implicit.alignment_potential, _LOGPS | {"scores"}),
+    "irm": Strategy(implicit.irm, _LOGPS | {"reference"}),
+    "lossdiff": Strategy(heldout.lossdiff, _HELDOUT | _LOGPS),
+    "lossdiff_irm": Strategy(heldout.lossdiff_irm, _HELDOUT | _LOGPS | {"reference"}),
+    "easiest": Strategy(heldout.easiest, _HELDOUT),
+    "smallest_margin": Strategy(heldout.smallest_margin, _HELDOUT),
+    "bees": Strategy(heldout.bees, _HELDOUT | {"scores"}),
+    "less": Strategy(gradients.less, _GRADIENTS | {"target"}),
+    "largest_norm": Strategy(gradients.largest_norm, _GRADIENTS),
+    "smallest_norm": Strategy(gradients.smallest_norm, _GRADIENTS),
     "coreset": Strategy(designs.coreset, _GRADIENTS | {"clusters"}),
     "d_optimal": Strategy(designs.d_optimal, _GRADIENTS | {"differences"}),
+    "bald": Strategy(information.bald, _HELDOUT),
+    "epig": Strategy(information.epig, _HELDOUT),
 }
 _OURS = frozenset(STRATEGIES)
 
@@ -45,8 +70,9 @@ def register_strategy(
         name: Its name; one that you registered before is replaced.
         choose: From a :class:`bpo.Candidacy` of P pairs to (P,) bool, which are chosen, at most its budget and eligible
             ones only; and (P,) floats, what they were ranked by, NaN where nothing ranked them.
-        needs: What of the candidacy it reads: ``"scores"``, ``"gradients"``, ``"clusters"``, ``"differences"``,
-            ``"target"``; all but the first are computed with the model, or come from its store.
+        needs: What of the candidacy it reads: ``"scores"``, ``"gradients"``, ``"clusters"``, ``"heldout"`` (held-out
+            margins), ``"logps"``, ``"reference"`` (of another model than the policy), ``"differences"``, ``"target"``;
+            all but the first are computed with the model, or come from its store.
         keeps_every_prompt: Whether it gives ``SelectConfig.min_depth`` pairs to each prompt; smaller budgets are then
             refused.
 

@@ -23,6 +23,40 @@ def largest(candidacy: Candidacy, index: npt.NDArray[np.int64], keys: npt.NDArra
     return spread(candidacy, index, order[: candidacy.budget], keys)
 
 
+def ranks(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """The place of each value in the order of all, from 0 for the smallest to 1 for the largest; ties share the mean.
+
+    Example:
+        >>> ranks(np.array([7.0, 1.0, 7.0])).tolist()
+        [0.75, 0.0, 0.75]
+    """
+    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+    middles = np.cumsum(counts) - (counts + 1) / 2
+    shares: npt.NDArray[np.float64] = middles[place] / max(1, len(values) - 1)
+    return shares
+
+
+def middle(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Keys that are the larger the closer a value is to the median by rank: 0 at best, −½ at worst."""
+    keys: npt.NDArray[np.float64] = -np.abs(ranks(values) - 0.5)
+    return keys
+
+
+def one_a_prompt(
+    candidacy: Candidacy,
+    index: npt.NDArray[np.int64],
+    keys: npt.NDArray[np.float64],
+    allowed: npt.NDArray[np.bool_] | None = None,
+) -> Choice:
+    """Takes the allowed pair with the largest key of each prompt; with few pairs to choose, of prompts at random."""
+    if allowed is not None:
+        keys = np.where(allowed, keys, np.nan)
+    first = (ranks_in_prompts(candidacy.prompt_of_pair[index], -keys) == 0) & ~np.isnan(keys)
+    best = np.flatnonzero(first)
+    order = np.random.default_rng(candidacy.seed).permutation(len(best))
+    return spread(candidacy, index, best[order[: candidacy.budget]], keys)
+
+
 def spread(
     candidacy: Candidacy,
     index: npt.NDArray[np.int64],
