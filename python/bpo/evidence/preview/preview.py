@@ -228,14 +228,14 @@ def _nothing_for(arms: Sequence[PreviewArm], baseline: str, splits: _Splits) -> 
     """
     data, (train, among, _) = splits.data, splits.split(0)
     unscored = int(np.isnan(data.candidates.score_gaps).sum())
-    found, suited = {}, list(arms)
-    if unscored:
-        suited = [arm for arm in arms if "scores" not in STRATEGIES[arm.strategy].needs_of(arm.config)]
-        found = {arm.name: f"it reads scores, and {unscored} pairs have none" for arm in arms if arm not in suited}
-    # All arms have the settings of the call; what scores of others would be without their length is refused below.
-    residual = arms[0].config.length_control == "residual" and not unscored
-    if not unscored or arms[0].config.length_control != "residual":
-        found |= reasons(data, data.without_length(train) if residual else None, among, suited, 0)
+    # All have the settings of the call.
+    residual = arms[0].config.length_control == "residual"
+    if unscored and residual:
+        return {}  # which is refused for all of them
+    by_scores = [arm for arm in arms if "scores" in STRATEGIES[arm.strategy].needs_of(arm.config)] if unscored else []
+    found = {arm.name: f"it reads scores, and {unscored} pairs have none" for arm in by_scores}
+    others = [arm for arm in arms if arm.name not in found]
+    found |= reasons(data, data.without_length(train) if residual else None, among, others, 0)
     if baseline in found:
         raise ValueError(f"The baseline {baseline!r} cannot be had here: {found[baseline]}")
     return found
