@@ -147,8 +147,8 @@ class SelectConfig:
             the longer one, or nothing is left to exchange: the least useful for the most useful, within a prompt first.
             ``None`` does nothing, and reports length all the same. Lengths are in tokens, or in characters where there
             is no model *(ours)*.
-        regularization: λ of ``"d_optimal"``, in units of the mean squared length of its vectors divided by their
-            dimension *(ours)*.
+        regularization: λ of ``"d_optimal"``, ``"bald"`` and ``"epig"``, in units of the mean squared length of their
+            vectors divided by the dimension *(ours)*.
         max_memory: Memory that the stages after the gradients may take beside the data itself, in bytes or as in
             ``"8GiB"``; below what they and the strategy need, :func:`bpo.select` refuses before the model runs and
             names the least that would do. They read the sketches from the memory map a part at a time; what is left of

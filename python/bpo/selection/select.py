@@ -60,12 +60,12 @@ def select(
         budget: Pairs to keep: a count, or a fraction (a float in (0, 1]) of the candidate pairs of the kept prompts.
         processing_class: TRL's word for the tokenizer; by default the one saved with the model.
         breadth: Prompts to keep: a count, a fraction, or None for all.
-        strategy: ``"bpo"``, ``"uniform"`` (the same depth for every prompt), ``"random"``, ``"best_worst"`` (one pair a
-            prompt), ``"margin"`` (the largest score gaps), ``"fused_margin"`` (and implicit margins), ``"less"`` (the
-            influence on a target), ``"matching"`` (pairs whose sum points where training on all of them leads),
-            ``"coreset"`` or ``"d_optimal"``; or what :func:`bpo.register_strategy` made known.
-        target: A few pairs that say where to go, as a dataset of its own: ``"less"`` needs it, ``"matching"`` goes
-            where it does, and ``alignment`` is then the influence on it. Rows with the same value in a column
+        strategy: ``"bpo"``; ``"matching"`` (pairs whose sum points where training on all of them leads); ``"random"``,
+            ``"uniform"`` (the same depth for every prompt) or ``"best_worst"`` (one pair a prompt); a rule of another
+            paper, such as ``"easiest"`` or ``"less"`` (``docs/strategies.md`` has all, with their sources and what they
+            need); or what :func:`bpo.register_strategy` made known.
+        target: A few pairs that say where to go, as a dataset of its own: ``"less"`` needs it; ``"matching"``,
+            ``"lossdiff"`` and ``"epig"`` go by it; and ``alignment`` is then the influence on it. Rows with the same value in a column
             ``subtask`` are a subtask. Its gradients go to the same ``store``.
         store: Directory or address of the gradient store, reused and completed when it is there; with
             ``SelectConfig.checkpoints``, of one store for each. None computes anew and keeps nothing. Strategies

@@ -1,6 +1,7 @@
 """The rules of others, each against a small reference of its own."""
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from bpo import SelectConfig
 from bpo.pairs.linear import cross_fitted_margins, training_direction
 from bpo.pairs.pair_gradients import PairGradients
 from bpo.selection.strategies.candidacy import Candidacy
-from bpo.selection.strategies.register import run_strategy
+from bpo.selection.strategies.register import STRATEGIES, run_strategy
 from references import greedy_design, most_informative
 from tiny import WORDS, scored_rows
 
@@ -429,3 +430,8 @@ def test_the_easiest_come_first_where_that_is_asked_for(select, tmp_path):
         select("random", 2, rows=rows_with_reference()[:1], changes={"order": "easiest_first"})
     with pytest.raises(ValueError, match=r"SelectConfig.order must be one of \['data', 'easiest_first'\], got 'best'"):
         SelectConfig(order="best")
+
+
+def test_the_docs_have_every_strategy():
+    text = (Path(__file__).parents[3] / "docs" / "strategies.md").read_text(encoding="utf-8")
+    assert [name for name in STRATEGIES if f"| `{name}` |" not in text] == []
