@@ -65,8 +65,8 @@ def select(
             paper, such as ``"easiest"`` or ``"less"`` (``docs/strategies.md`` has all, with their sources and what they
             need); or what :func:`bpo.register_strategy` made known.
         target: A few pairs that say where to go, as a dataset of its own: ``"less"`` needs it; ``"matching"``,
-            ``"lossdiff"`` and ``"epig"`` go by it; and ``alignment`` is then the influence on it. Rows with the same value in a column
-            ``subtask`` are a subtask. Its gradients go to the same ``store``.
+            ``"lossdiff"`` and ``"epig"`` go by it; and ``alignment`` is then the influence on it. Rows with the same
+            value in a column ``subtask`` are a subtask. Its gradients go to the same ``store``.
         store: Directory or address of the gradient store, reused and completed when it is there; with
             ``SelectConfig.checkpoints``, of one store for each. None computes anew and keeps nothing. Strategies
             without gradients leave it alone. The rows that are used are compared with their checksums.
