@@ -48,11 +48,10 @@ def one_a_prompt(
     keys: npt.NDArray[np.float64],
     allowed: npt.NDArray[np.bool_] | None = None,
 ) -> Choice:
-    """Takes the allowed pair with the largest key of each prompt; with few pairs to choose, of prompts at random."""
+    """Takes the allowed pair with the largest key of each prompt, which has one; of few pairs, of prompts at random."""
     if allowed is not None:
         keys = np.where(allowed, keys, np.nan)
-    first = (ranks_in_prompts(candidacy.prompt_of_pair[index], -keys) == 0) & ~np.isnan(keys)
-    best = np.flatnonzero(first)
+    best = np.flatnonzero(ranks_in_prompts(candidacy.prompt_of_pair[index], -keys) == 0)
     order = np.random.default_rng(candidacy.seed).permutation(len(best))
     return spread(candidacy, index, best[order[: candidacy.budget]], keys)
 
