@@ -214,6 +214,10 @@ def test_a_policy_that_is_its_own_reference_is_told(select, store, model, tokeni
         return
     with pytest.raises(ValueError, match=f"strategy='{strategy}' compares the policy with its reference, and here it"):
         bpo.select(model, rows, config=config, **arguments)
+
+
+@pytest.mark.parametrize("strategy", ["irm", "lossdiff_irm", "lossdiff", "alignment_potential", "fused_margin"])
+def test_several_checkpoints_have_no_log_probabilities(select, strategy):
     with pytest.raises(ValueError, match=f"strategy='{strategy}' needs the log-probabilities of one model: leave out"):
         select(strategy, changes={"checkpoints": {"somewhere": 1.0}})
 
