@@ -72,6 +72,7 @@ GROUPS = {
     ],
 }
 FEW = ["bpo", "best_worst"]
+OTHERS = "matching margin easiest bees lossdiff smallest_margin alignment_potential coreset air".split()  # noqa: SIM905
 
 
 def resketched(store, dim, directory):
@@ -206,7 +207,13 @@ def main():
                 for seed in range(max(1, options.seeds // 5)):
                     train, test = flipped(rows, share, seed, 0.25)
                     parts.append(
-                        preview(data=train, heldout=test, seeds=1, budget=[60], arms=[*FEW, *GROUPS["usefulness"][:3]])
+                        preview(
+                            data=train,
+                            heldout=test,
+                            seeds=1,
+                            budget=[60],
+                            arms=[*FEW, *OTHERS, *GROUPS["usefulness"][:3]],
+                        )
                     )
                 joined = {
                     field: np.concatenate([getattr(part, field) for part in parts], axis=2)

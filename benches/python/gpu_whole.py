@@ -94,7 +94,7 @@ def once(card: Card) -> Iterator[Row]:
 
 def comparison(card: Card) -> Iterator[Row]:
     """bpo compare, with a seed more as long as there is time for one."""
-    from bpo.selection.strategies import STRATEGIES
+    from bpo.selection.strategies.register import STRATEGIES
 
     with tempfile.TemporaryDirectory() as directory:
         try:

@@ -59,8 +59,8 @@ if TYPE_CHECKING:
     from bpo.selection.saved import SelectionError as SelectionError
     from bpo.selection.select import select as select
     from bpo.selection.selection import Selection as Selection
-    from bpo.selection.strategies import Candidacy as Candidacy
-    from bpo.selection.strategies import register_strategy as register_strategy
+    from bpo.selection.strategies.candidacy import Candidacy as Candidacy
+    from bpo.selection.strategies.register import register_strategy as register_strategy
     from bpo.store.gradient_store import GradientStore as GradientStore
     from bpo.store.gradient_store import StoreMismatchError as StoreMismatchError
     from bpo.store.maintenance import describe_store as describe_store
@@ -123,8 +123,8 @@ _LAZY = {
     "SelectionError": "bpo.selection.saved",
     "GradientStore": "bpo.store.gradient_store",
     "StoreMismatchError": "bpo.store.gradient_store",
-    "Candidacy": "bpo.selection.strategies",
-    "register_strategy": "bpo.selection.strategies",
+    "Candidacy": "bpo.selection.strategies.candidacy",
+    "register_strategy": "bpo.selection.strategies.register",
     "BPOConfig": "bpo.training.config",
     "BPOTrainer": "bpo.training.trainer",
     "warm_up": "bpo.training.warmup",

@@ -6,7 +6,6 @@ import dataclasses
 import math
 import numbers
 import os
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
@@ -26,11 +25,13 @@ from bpo.choices import (
     LossType,
     Metric,
     OnInvalid,
+    Order,
     Ranking,
     SketchDType,
     SketchKind,
     TokenWeights,
     TruncationMode,
+    number_of_bytes,
 )
 
 
@@ -132,6 +133,9 @@ class SelectConfig:
         min_depth: Pairs that strategies which keep every prompt give each of them first: 1, or 0 to let whole prompts
             go, which allows budgets below the number of prompts *(ours)*.
         max_depth: Most pairs of one prompt; ``None`` for no cap.
+        order: Of the rows of the training set: ``"data"``, as the data has them; or ``"easiest_first"``, by held-out
+            margin, largest first, as SelectiveDPO (arXiv 2502.09650) trains, whatever chose the pairs *(margins are
+            ours)*. Trainers shuffle unless told otherwise: ``DPOConfig(train_sampling_strategy="sequential")``.
         cluster_weighting: Budget of a cluster in proportion to its pairs (``"size"``), or to their summed
             ``"informativeness"`` (gradient norm), ``"centrality"`` (more for clusters whose pairs agree) or
             ``"alignment"`` (more for clusters that pull where all pairs together do) *(ours)*.
@@ -143,8 +147,8 @@ class SelectConfig:
             the longer one, or nothing is left to exchange: the least useful for the most useful, within a prompt first.
             ``None`` does nothing, and reports length all the same. Lengths are in tokens, or in characters where there
             is no model *(ours)*.
-        regularization: λ of ``"d_optimal"``, in units of the mean squared length of its vectors divided by their
-            dimension *(ours)*.
+        regularization: λ of ``"d_optimal"``, ``"bald"`` and ``"epig"``, in units of the mean squared length of their
+            vectors divided by the dimension *(ours)*.
         max_memory: Memory that the stages after the gradients may take beside the data itself, in bytes or as in
             ``"8GiB"``; below what they and the strategy need, :func:`bpo.select` refuses before the model runs and
             names the least that would do. They read the sketches from the memory map a part at a time; what is left of
@@ -210,6 +214,7 @@ class SelectConfig:
     usefulness: Mapping[str, float] = dataclasses.field(default_factory=lambda: {"centrality": 1.0, "alignment": 1.0})
     min_depth: int = 1
     max_depth: int | None = None
+    order: Order = "data"
     length_control: LengthControl | None = None
     cluster_weighting: ClusterWeighting = "size"
     regularization: float = 1.0
@@ -238,6 +243,7 @@ class SelectConfig:
             "dtype": DType,
             "metric": Metric,
             "ranking": Ranking,
+            "order": Order,
             "cluster_weighting": ClusterWeighting,
         }
         for name, literal in choices.items():
@@ -277,7 +283,7 @@ class SelectConfig:
         if isinstance(self.min_depth, bool) or self.min_depth not in (0, 1):
             raise ValueError(f"SelectConfig.min_depth must be 0 or 1, got {self.min_depth!r}")
         object.__setattr__(self, "usefulness", _usefulness(self.usefulness))
-        object.__setattr__(self, "max_memory", _bytes("max_memory", self.max_memory))
+        object.__setattr__(self, "max_memory", number_of_bytes("SelectConfig.max_memory", self.max_memory))
         seed = self.sketch_seed
         if isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or not 0 <= seed < 2**64:
             raise ValueError(f"SelectConfig.sketch_seed must be a whole number from 0 to 2**64 - 1, got {seed!r}")
@@ -467,20 +473,6 @@ def _usefulness(weights: Any) -> dict[str, float]:
         if not _is_finite(weight):
             raise ValueError(f"SelectConfig.usefulness must have finite weights, got {weight!r} for {name!r}")
     return {name: float(weight) for name, weight in weights.items()}
-
-
-def _bytes(name: str, value: Any) -> int | None:
-    """Reads a number of bytes, given as such or with a unit."""
-    if value is None:
-        return None
-    size = float(value) if _is_finite(value) else 0.0
-    if isinstance(value, str):
-        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", value, re.IGNORECASE)
-        if found:
-            size = float(found[1]) * float(1024 if found[3] else 1000) ** " KMGT".index(found[2].upper() or " ")
-    if not 1 <= size < 2**63:
-        raise ValueError(f"SelectConfig.{name} must be a number of bytes, as 8_000_000_000 or '8GiB', got {value!r}")
-    return int(size)
 
 
 def _is_finite(value: Any) -> bool:

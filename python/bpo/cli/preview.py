@@ -22,12 +22,16 @@ def add_preview(commands: Commands) -> None:
     command.add_argument("store", type=place, help="directory or address of the gradient store")
     command.add_argument("dataset", help="file, directory or hub id of the preference data")
     command.add_argument("--budget", type=int, action="append", required=True, help="pairs to train on; repeatable")
-    command.add_argument(
+    arms = command.add_mutually_exclusive_group()
+    arms.add_argument(
         "--arm",
         action="append",
         default=[],
         metavar="ARM",
         help="name of a strategy, or JSON with name, strategy, breadth, select and store; repeatable",
+    )
+    arms.add_argument(
+        "--all", action="store_true", help="every strategy that the data allows; the others are named with the reason"
     )
     command.add_argument("--baseline", default="random", help="arm that the others are compared with")
     command.add_argument("--heldout", default="0.25", help="share of the prompts held out, or a data set of its own")
@@ -45,6 +49,8 @@ def _run(options: argparse.Namespace) -> None:
         {"store": options.store},
     )
     arms: dict[str, Any] = {"arms": [_arm(text) for text in options.arm]} if options.arm else {}
+    if options.all:
+        arms = {"arms": "all"}
     try:
         heldout: Any = float(options.heldout)
     except ValueError:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import bpo
 from bpo.cli.arguments import add_fields, count_or_fraction, fields, place
-from bpo.selection.strategies import STRATEGIES
+from bpo.selection.strategies.register import STRATEGIES
 from bpo.store.objects import Objects
 from bpo.system.paths import check_apart, joined
 from bpo.world.world import world

@@ -56,6 +56,8 @@ _BYTES_A_CENTROID = 40
 _BYTES_A_PROMPT = 8  # whether prompts agree: the sum of each of 1,000 prompts
 # The core's default of what it keeps from pass to pass.
 _CACHE_BYTES = 1 << 30
+# Covariances of pairs with those that they are to tell about, in float32.
+INFORMATION_BYTES = 64 << 20
 # Candidates of a round of the D-optimal design, and copies of their vectors.
 _CANDIDATES, _COPIES = 1024, 4
 
@@ -84,8 +86,11 @@ def memory_needed(
         of_cluster = min(2 * dim, n_pairs if budget is None else budget)
         vectors = min(of_cluster * min(threads, n_clusters), n_pairs if budget is None else budget)
         choice = 8 * vectors * (dim + of_cluster)
-    elif strategy == "d_optimal":
+    elif strategy in ("d_optimal", "bald"):
         choice = 16 * dim**2 + 8 * _COPIES * _CANDIDATES * (dim + _CANDIDATES)
+    elif strategy == "epig":
+        # Once as they are computed and once as they are kept; and a vector for each pair that is taken.
+        choice = 2 * INFORMATION_BYTES + 8 * dim * (n_pairs if budget is None else budget)
     return _FIXED_BYTES + _BYTES_A_ROW * n_rows + _BYTES_A_PAIR * n_pairs + max(clustering, agreement, choice)
 
 

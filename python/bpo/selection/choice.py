@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bpo.data.pairing import ranks_in_prompts
-from bpo.selection.strategies import Candidacy, run_strategy
+from bpo.selection.strategies.candidacy import Candidacy, UnsuitedError
+from bpo.selection.strategies.register import run_strategy
 from bpo.system.warn import warn
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
+    from bpo.config import SelectConfig
     from bpo.selection.request import Request
     from bpo.selection.scored import ScoredPairs
 
@@ -24,11 +26,22 @@ def choose(
 
     Returns:
         Which pairs are chosen, (P,) bool, and what they were ranked by, (P,) float64.
+
+    Raises:
+        UnsuitedError: The strategy can tell nothing of these pairs.
     """
+    reason = unsuited(scored, request)
+    if reason is not None:
+        raise UnsuitedError(reason)
     config, measured = request.config, scored.measured
+    logps = None if measured is None else measured.logps
     candidacy = Candidacy(
         prompt_of_pair=scored.prompt_of_pair,
         score_gaps=scored.score_gaps,
+        pair_scores=scored.pair_scores,
+        lengths=scored.lengths,
+        scores=scored.scores,
+        prompt_of_response=scored.prompt_of_response,
         eligible=scored.eligible,
         budget=min(n_pairs, int(scored.eligible.sum())),
         config=config,
@@ -36,7 +49,9 @@ def choose(
         clusters=scored.clusters,
         features=scored.features,
         target=scored.target,
+        heldout_margins=scored.heldout_margins if "heldout" in request.needs else None,
         differences=None if measured is None else measured.differences,
+        logps=None if logps is None else logps.astype(np.float64),
         margins=None if measured is None else measured.margins(config),
     )
     chosen, usefulness = run_strategy(request.strategy, candidacy)
@@ -50,6 +65,30 @@ def choose(
             max_depth=config.max_depth,
         )
     return chosen, usefulness
+
+
+def unsuited(scored: ScoredPairs, request: Request) -> str | None:
+    """Why what is asked for says nothing on these pairs; None if it does."""
+    if "heldout" in request.needs and len(np.unique(scored.prompt_of_pair[scored.eligible])) < 2:
+        asked = f"strategy={request.strategy!r}"
+        if "heldout" not in request.rule.needs:
+            asked = f"order={request.config.order!r}"
+        return f"{asked} leaves each prompt out in turn and trains on the others, and here is one prompt only."
+    if "reference" in request.needs:
+        margins = None if scored.measured is None else scored.measured.margins(request.config)
+        if margins is None or not margins[scored.eligible].any():
+            return (
+                f"strategy={request.strategy!r} compares the policy with its reference, and here it is its own: all "
+                "implicit margins are 0. Give ref_model, or select with a policy that was trained."
+            )
+    return None
+
+
+def in_order(chosen: npt.NDArray[np.int64], scored: ScoredPairs, config: SelectConfig) -> npt.NDArray[np.int64]:
+    """Puts chosen pairs, given as indices in the order of the data, into the order of the training set."""
+    if config.order == "data":
+        return chosen
+    return chosen[np.argsort(-scored.heldout_margins[chosen], kind="stable")]
 
 
 def warn_of_fewer(chosen: npt.NDArray[np.bool_], scored: ScoredPairs, n_pairs: int, request: Request) -> None:

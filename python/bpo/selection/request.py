@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bpo.config import SelectConfig
-from bpo.selection.strategies import STRATEGIES
+from bpo.selection.strategies.register import STRATEGIES
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Mapping
 
-    from bpo.selection.strategies import Need, Strategy
+    from bpo.selection.strategies.candidacy import Need, Strategy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,10 +57,12 @@ class Request:
         needs = STRATEGIES[strategy].needs_of(config)
         if "target" in needs and target is None:
             raise ValueError(f"strategy={strategy!r} needs a target: pairs that say where to go, as target=…")
-        if "differences" in needs and config.checkpoints is not None:
-            raise ValueError(
-                f"strategy={strategy!r} needs the gradients of one model: leave out SelectConfig.checkpoints."
-            )
+        of_one_model = {"differences": "gradients", "logps": "log-probabilities", "reference": "log-probabilities"}
+        for need, what in of_one_model.items():
+            if need in needs and config.checkpoints is not None:
+                raise ValueError(
+                    f"strategy={strategy!r} needs the {what} of one model: leave out SelectConfig.checkpoints."
+                )
         if not isinstance(seed, (int, np.integer)) or isinstance(seed, bool) or not 0 <= seed < 2**63:
             raise ValueError(f"seed must be a whole number from 0 to 2**63 - 1, got {seed!r}")
         return cls(strategy, config, int(seed), store, progress)

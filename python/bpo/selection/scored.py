@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+import functools
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from bpo.data.candidates import Skipped, report_skipped
 from bpo.pairs.checkpoints import cluster_checkpoints
 from bpo.pairs.clustering import cluster_pairs
 from bpo.pairs.direction import influence, prompts_agree, target_features
+from bpo.pairs.linear import cross_fitted_margins
 from bpo.pairs.pair_gradients import unit_features
 from bpo.system.progress import core_progress
 
@@ -36,7 +38,11 @@ class ScoredPairs:
     Attributes:
         prompt_of_pair: (P,) int64.
         score_gaps: (P,) float64, NaN where the data gives no scores.
+        pair_scores: (P, 2) float64, scores of the preferred and of the other response, likewise.
+        scores: (R,) float64, scores of all responses of the data, in a pair or not; likewise.
+        prompt_of_response: (R,) int64, their prompts.
         lengths: (P, 2) int64, of the preferred and of the other response.
+        seed: Of the folds of held-out margins.
         eligible: (P,) bool, false where a gradient is needed and cannot be used.
         measured: Gradients and log-probabilities; None where no gradients are needed, and so are the next two.
         clusters: Clusters and scores.
@@ -46,26 +52,57 @@ class ScoredPairs:
 
     prompt_of_pair: npt.NDArray[np.int64]
     score_gaps: npt.NDArray[np.float64]
+    pair_scores: npt.NDArray[np.float64]
+    scores: npt.NDArray[np.float64]
+    prompt_of_response: npt.NDArray[np.int64]
     lengths: npt.NDArray[np.int64]
+    seed: int
     eligible: npt.NDArray[np.bool_]
     measured: MeasuredPairs | None = None
     clusters: PairClusters | None = None
     features: PairGradients | None = None
     target: PairGradients | None = None
 
+    @functools.cached_property
+    def heldout_margins(self) -> npt.NDArray[np.float64]:
+        """(P,) what training on the pairs of other prompts makes of each pair; NaN where unusable."""
+        assert self.features is not None
+        index = np.flatnonzero(self.eligible)
+        margins = np.full(len(self.eligible), np.nan)
+        margins[index] = cross_fitted_margins(self.features.take(index), self.prompt_of_pair[index], self.seed)
+        return margins
+
 
 def score(
-    prompt_of_pair: npt.NDArray[np.int64],
-    score_gaps: npt.NDArray[np.float64],
+    candidates: Candidates,
     lengths: npt.NDArray[np.int64],
     measured: MeasuredPairs | None,
     request: Request,
+    index: npt.NDArray[np.int64] | None = None,
 ) -> ScoredPairs:
-    """Clusters and scores pairs that were measured: steps 6 and 7 of the method; leaves others as they are."""
+    """Clusters and scores pairs that were measured: steps 6 and 7 of the method; leaves others as they are.
+
+    Args:
+        candidates: Prompts, responses and pairs.
+        lengths: (P, 2) int64, of those of the pairs that are meant, and so is ``measured``.
+        measured: None where no gradients are needed.
+        request: Uses what clusters depend on, and the seed.
+        index: (P,) int64, which of the pairs are meant; None for all.
+    """
+    taken = slice(None) if index is None else index
+    given: dict[str, Any] = {
+        "prompt_of_pair": candidates.prompt_of_pair[taken],
+        "score_gaps": candidates.score_gaps[taken],
+        "pair_scores": candidates.pair_scores[taken],
+        "scores": candidates.scores,
+        "prompt_of_response": candidates.prompt_of_response,
+        "lengths": lengths,
+        "seed": request.seed,
+    }
     if measured is None:
-        return ScoredPairs(prompt_of_pair, score_gaps, lengths, np.ones(len(prompt_of_pair), dtype=bool))
+        return ScoredPairs(**given, eligible=np.ones(len(lengths), dtype=bool))
     clusters, features = _clustered(measured, request)
-    return ScoredPairs(prompt_of_pair, score_gaps, lengths, clusters.usable, measured, clusters, features)
+    return ScoredPairs(**given, eligible=clusters.usable, measured=measured, clusters=clusters, features=features)
 
 
 def _clustered(pairs: MeasuredPairs, request: Request) -> tuple[PairClusters, PairGradients]:

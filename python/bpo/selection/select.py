@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bpo.selection.choice import choose, warn_of_fewer
+from bpo.selection.choice import choose, in_order, warn_of_fewer
 from bpo.selection.prompts import Limits, keep_prompts
 from bpo.selection.read import read
 from bpo.selection.request import Request
@@ -60,13 +60,13 @@ def select(
         budget: Pairs to keep: a count, or a fraction (a float in (0, 1]) of the candidate pairs of the kept prompts.
         processing_class: TRL's word for the tokenizer; by default the one saved with the model.
         breadth: Prompts to keep: a count, a fraction, or None for all.
-        strategy: ``"bpo"``, ``"uniform"`` (the same depth for every prompt), ``"random"``, ``"best_worst"`` (one pair a
-            prompt), ``"margin"`` (the largest score gaps), ``"fused_margin"`` (and implicit margins), ``"less"`` (the
-            influence on a target), ``"matching"`` (pairs whose sum points where training on all of them leads),
-            ``"coreset"`` or ``"d_optimal"``; or what :func:`bpo.register_strategy` made known.
-        target: A few pairs that say where to go, as a dataset of its own: ``"less"`` needs it, ``"matching"`` goes
-            where it does, and ``alignment`` is then the influence on it. Rows with the same value in a column
-            ``subtask`` are a subtask. Its gradients go to the same ``store``.
+        strategy: ``"bpo"``; ``"matching"`` (pairs whose sum points where training on all of them leads); ``"random"``,
+            ``"uniform"`` (the same depth for every prompt) or ``"best_worst"`` (one pair a prompt); a rule of another
+            paper, such as ``"easiest"`` or ``"less"`` (``docs/strategies.md`` has all, with their sources and what they
+            need); or what :func:`bpo.register_strategy` made known.
+        target: A few pairs that say where to go, as a dataset of its own: ``"less"`` needs it; ``"matching"``,
+            ``"lossdiff"`` and ``"epig"`` go by it; and ``alignment`` is then the influence on it. Rows with the same
+            value in a column ``subtask`` are a subtask. Its gradients go to the same ``store``.
         store: Directory or address of the gradient store, reused and completed when it is there; with
             ``SelectConfig.checkpoints``, of one store for each. None computes anew and keeps nothing. Strategies
             without gradients leave it alone. The rows that are used are compared with their checksums.
@@ -140,7 +140,7 @@ def _choose(request: Request, source: Source, pool: Pool, kept: Kept, filled: Fi
     measured, wanted = measure(filled, kept.inputs, pool.goal, source, request)
 
     # Cluster: gradients of pairs at unit length, and what they are worth.
-    scored = score(candidates.prompt_of_pair, candidates.score_gaps, kept.inputs.pair_lengths, measured, request)
+    scored = score(candidates, kept.inputs.pair_lengths, measured, request)
     noted = look_at(scored, candidates, request)
     scored = toward(scored, pool.goal, wanted, request.config)
 
@@ -154,7 +154,7 @@ def _choose(request: Request, source: Source, pool: Pool, kept: Kept, filled: Fi
     table = pair_table(pool, fate, kept.pair_index, usefulness, scored, with_labels="clusters" in request.needs)
     for found in (kept.noted, noted):
         pool.noted.merge(found)
-    selected = np.flatnonzero(fate == SELECTED)
+    selected = kept.pair_index[in_order(np.flatnonzero(chosen), scored, request.config)]
     return Selection(
         dataset=training_set(pool.candidates, table, selected, request.config),
         pairs=table,

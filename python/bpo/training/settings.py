@@ -27,6 +27,12 @@ def select_settings(args: BPOConfig, ref_model: Any, peft_config: Any) -> Select
             "TRL's DPOTrainer does not weigh tokens, so BPOTrainer cannot train with select_config's token_weights. "
             "Select with bpo.select and train with a trainer that does."
         )
+    sampling = getattr(args, "train_sampling_strategy", "random")
+    if given.get("order", "data") != "data" and sampling != "sequential":
+        raise ValueError(
+            f"select_config has order={given['order']!r}, which train_sampling_strategy={sampling!r} would not keep: "
+            "set train_sampling_strategy='sequential'."
+        )
     if isinstance(given.get("loss_type"), str):
         given["loss_type"] = [given["loss_type"]]
     shared = {name: getattr(args, name) for name in SHARED}

@@ -24,7 +24,7 @@ from bpo.cli.main import main
 from bpo.evidence.compare.config import CompareConfig
 from bpo.evidence.compare.yaml_file import read_yaml
 from bpo.evidence.win_rates import compare_responses
-from bpo.selection.strategies import STRATEGIES
+from bpo.selection.strategies.register import STRATEGIES
 from bpo.system.processes import Workers
 from bpo.training.dpo import dpo_config, train_on_pairs
 from tiny import scored_rows

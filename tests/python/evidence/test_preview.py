@@ -9,6 +9,7 @@ from sklearn.linear_model import LogisticRegression
 import bpo
 from bpo.cli.main import main
 from bpo.evidence.preview.results import ALL
+from bpo.selection.strategies.register import STRATEGIES
 from tiny import scored_rows
 
 ROWS = scored_rows(24, 4)
@@ -243,6 +244,40 @@ def test_stores_of_arms_that_cannot_be_used(preview, embeddings, tmp_path):
             preview(arms=[{"name": "bpo", **given}])
 
 
+def test_all_strategies_or_the_reason_why_not(preview, store, tmp_path, capsys):
+    every = set(STRATEGIES)
+    found = preview(arms="all", seeds=1, budget=12)
+    assert set(found.left_out) == {"less", "irm", "lossdiff_irm"} and set(found.arms) == every - set(found.left_out) | {
+        ALL
+    }
+    assert found.left_out["less"] == "a preview has no target"
+    assert "strategy='irm' compares the policy with its reference" in found.left_out["irm"]
+    assert not np.isnan(found.accuracy).any()
+    alone = preview(arms=["easiest", "epig", "two_sigma"], seeds=1, budget=12)
+    for name in ("easiest", "epig", "two_sigma"):  # which share with others what they are chosen by
+        assert found.accuracy[found.arms.index(name)] == alone.accuracy[alone.arms.index(name)]
+    assert "left out\n  less: a preview has no target" in found.summary()
+    found.save(tmp_path / "all.json")
+    assert bpo.Preview.load(tmp_path / "all.json").left_out == found.left_out
+
+    stated = [
+        {"prompt": row["prompt"], "chosen": row["responses"][i], "rejected": row["responses"][i + 1]}
+        for row in ROWS
+        for i in (0, 2)
+    ]
+    left_out = preview(arms="all", seeds=1, budget=12, dataset=stated).left_out
+    assert left_out["margin"] == left_out["bees"] == "it reads scores, and 48 pairs have none"
+    assert {"margin", "two_sigma", "air", "best_worst", "alignment_potential"} < set(left_out) < every
+    preview(arms="all", seeds=1, budget=12, config={"length_control": "residual"})
+
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    command = ["preview", str(store), str(tmp_path / "data.jsonl"), "--budget", "12", "--seeds", "1"]
+    assert main([*command, "--all"]) == 0
+    assert "irm: strategy='irm' compares the policy with its reference" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main([*command, "--all", "--arm", "bpo"])
+
+
 def test_table_summary_and_file(preview, tmp_path):
     found = preview()
     rows = found.table()
@@ -294,6 +329,9 @@ def test_the_command(store, embeddings, tmp_path, capsys):
     ("arguments", "message"),
     [
         ({"arms": ["best"]}, "The arm 'best' has strategy 'best'; it must be one of"),
+        ({"arms": "bpo"}, "arms must be a list of arms, or 'all' for every strategy, got 'bpo'"),
+        ({"arms": ["irm"]}, "strategy='irm' compares the policy with its reference, and here it is its own"),
+        ({"arms": "all", "baseline": "irm"}, "The baseline 'irm' cannot be had here: strategy='irm' compares"),
         ({"arms": ["less"]}, "a preview has no target for strategy 'less'"),
         ({"arms": ["bpo", {"name": "bpo"}]}, "Two arms are called 'bpo'"),
         ({"arms": [{"strategy": "bpo"}]}, "An arm has a name and any of"),

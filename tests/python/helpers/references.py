@@ -57,3 +57,24 @@ def greedy_matching(vectors, target, budget, eligible=None, prompts=None, max_de
         if max_depth is not None and sum(prompts[pick] == prompts[best] for pick in picks) == max_depth:
             open_ &= prompts != prompts[best]
     return picks, cosines
+
+
+def most_informative(vectors, slopes, targets, prior, budget, prompts, most):
+    """EPIG, one pair after another: the posterior anew at every turn, the determinant for every pair and target."""
+    vectors, targets = vectors.astype(np.float64), targets.astype(np.float64)
+    picks, gains = [], []
+    while len(picks) < budget:
+        taken = vectors[picks] * np.sqrt(slopes[picks])[:, None]
+        covariance = np.linalg.inv(prior * np.eye(vectors.shape[1]) + taken.T @ taken)
+        open_ = [p for p in range(len(vectors)) if p not in picks]
+        open_ = [p for p in open_ if sum(prompts[q] == prompts[p] for q in picks) < most]
+        found = []
+        for pair in open_:
+            alone = vectors[pair] @ covariance @ vectors[pair] + 1 / slopes[pair]
+            shared = targets @ covariance @ vectors[pair]
+            theirs = np.einsum("td,de,te->t", targets, covariance, targets)
+            # The determinant of the covariance of both, for each target.
+            found.append(0.5 * np.mean(np.log(alone * theirs) - np.log(alone * theirs - shared**2)))
+        picks.append(open_[int(np.argmax(found))])
+        gains.append(max(found))
+    return picks, gains

@@ -9,9 +9,10 @@ import pytest
 from bpo import SelectConfig
 from bpo.pairs.clustering import cluster_pairs
 from bpo.pairs.direction import prompts_agree
-from bpo.pairs.linear import fit_direction
+from bpo.pairs.linear import cross_fitted_margins, fit_direction
 from bpo.pairs.pair_gradients import PairGradients, unit_features
-from bpo.selection.strategies import Candidacy, run_strategy
+from bpo.selection.strategies.candidacy import Candidacy
+from bpo.selection.strategies.register import STRATEGIES, run_strategy
 
 DIM, TOPICS, PROMPTS, PAIRS_OF_A_PROMPT, BUDGET = 256, 12, 360, 6, 120
 WORLDS = {
@@ -31,11 +32,29 @@ ARMS = {
     "matching": ("matching", {}),
     "coreset": ("coreset", {}),
     "d_optimal": ("d_optimal", {}),
+    "bald": ("bald", {}),
+    "epig": ("epig", {}),
+    "easiest": ("easiest", {}),
+    "lossdiff": ("lossdiff", {}),
+    "smallest_margin": ("smallest_margin", {}),
+    "largest_norm": ("largest_norm", {}),
+    "smallest_norm": ("smallest_norm", {}),
+    "best_worst": ("best_worst", {}),
+    "two_sigma": ("two_sigma", {}),
+    "margin": ("margin", {}),
+    "bees": ("bees", {}),
+    "air": ("air", {}),
+    "alignment_potential": ("alignment_potential", {}),
 }
 
 
 class World:
-    """Pairs whose gradients are those of their topic and of one direction common to all, under five times the noise."""
+    """Pairs whose gradients are those of their topic and of one direction common to all, under five times the noise.
+
+    Scores know a little of it: the gap of a pair is exponential, with mean 1 where the label is right and half of that
+    where it was flipped, and each prompt has a level of its own. The policy knows nothing: its log-probabilities are
+    noise, and it is its own reference.
+    """
 
     def __init__(self, seed, noise_topics=0, flipped=0.0, copies=0.0):
         generator = np.random.default_rng(seed)
@@ -60,6 +79,10 @@ class World:
             self.is_copy[places] = True
         useful = generator.integers(noise_topics, TOPICS, size=2000) if noise_topics < TOPICS else np.zeros(2000, int)
         self.unseen = self._draw(generator, directions[useful])
+        self.gaps = generator.exponential(np.where(self.is_flipped, 0.5, 1))
+        level = generator.normal(size=PROMPTS)[self.prompts]
+        self.scores = np.stack([level + self.gaps / 2, level - self.gaps / 2], axis=1)
+        self.logps = generator.normal(-50, 10, size=self.scores.shape)
 
     @staticmethod
     def _draw(generator, directions):
@@ -72,7 +95,7 @@ def measure(world, seed=0, arms=ARMS):
     index = np.arange(len(x))
     coefficients = np.tile(np.array([-1, 0], dtype=np.float32), (len(x), 1))
     gradients = PairGradients(x, np.stack([index, index], axis=1), coefficients)
-    clustered, found = {}, {}
+    clustered, found, heldout = {}, {}, None
     for name, (strategy, changes) in arms.items():
         config = SelectConfig(min_depth=0, **changes)
         if config.n_clusters not in clustered:
@@ -80,16 +103,24 @@ def measure(world, seed=0, arms=ARMS):
             features = unit_features(gradients, clusters.informativeness, clusters.usable)
             clustered[config.n_clusters] = clusters, features
         clusters, features = clustered[config.n_clusters]
+        if "heldout" in STRATEGIES[strategy].needs and heldout is None:
+            heldout = cross_fitted_margins(features, world.prompts, seed)
         candidacy = Candidacy(
             prompt_of_pair=world.prompts,
-            score_gaps=np.zeros(len(x)),
+            score_gaps=world.gaps,
+            pair_scores=world.scores,
+            lengths=np.full(world.scores.shape, 50),
+            scores=world.scores.ravel(),
+            prompt_of_response=np.repeat(world.prompts, 2),
             eligible=np.ones(len(x), dtype=bool),
             budget=BUDGET,
             config=config,
             seed=seed,
             clusters=clusters,
             features=features,
+            heldout_margins=heldout,
             differences=gradients,
+            logps=world.logps,
             margins=np.zeros(len(x)),
         )
         chosen = run_strategy(strategy, candidacy)[0]
@@ -135,6 +166,18 @@ def test_flipped_labels_are_left_out(planted):
     assert found["bpo, centrality alone"]["accuracy"] > found["random"]["accuracy"] + 0.04
     assert found["matching"]["flipped"] < 0.1
     assert found["matching"]["accuracy"] > found["bpo"]["accuracy"] + 0.02
+
+
+def test_heldout_margins_tell_flipped_labels_from_others():
+    """Pairs with such labels have the smallest margins, so the hardest collect them first."""
+    names = ("random", "easiest", "lossdiff", "smallest_margin", "bees", "margin")
+    found = averages(WORLDS["a quarter of the labels is flipped"], {name: ARMS[name] for name in names}, seeds=1)
+    assert max(found["easiest"]["flipped"], found["lossdiff"]["flipped"]) < 0.02
+    assert found["smallest_margin"]["flipped"] > 0.9
+    assert found["bees"]["flipped"] < found["margin"]["flipped"] < found["random"]["flipped"]
+    assert (
+        found["smallest_margin"]["accuracy"] < 0.2 and found["easiest"]["accuracy"] > found["random"]["accuracy"] + 0.1
+    )
 
 
 def test_copies_get_no_more_than_their_share(planted):

@@ -8,7 +8,7 @@ from sklearn.linear_model import LogisticRegression
 
 import bpo
 from bpo import SelectConfig
-from bpo.selection.strategies import STRATEGIES
+from bpo.selection.strategies.register import STRATEGIES
 from references import greedy_design, greedy_matching, pursuit
 from tiny import WORDS, scored_rows
 

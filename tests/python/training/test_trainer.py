@@ -87,6 +87,10 @@ class Encoder:
         ({"ld_alpha": 0.5}, "ld_alpha=0.5: it weights the tokens of a response by the length of the other"),
         ({"loss_type": ["robust"], "label_smoothing": 0.5}, "label_smoothing must be below 0.5"),
         ({"select_config": {"beta": 0.7}}, "select_config has beta=0.7, but BPOConfig has 0.1"),
+        (
+            {"select_config": {"order": "easiest_first"}},
+            "order='easiest_first', which train_sampling_strategy='random'",
+        ),
         ({"select_config": {"loss_type": "ipo"}}, r"select_config has loss_type=\['ipo'\], but BPOConfig has"),
     ],
 )

@@ -19,7 +19,7 @@ from bpo.evidence.compare.runs import attempt_runs, check_reachable, untrained
 from bpo.pairs.linear import linearised_correct
 from bpo.report.comparison_page import write_report
 from bpo.selection.sources import StoreAlone
-from bpo.selection.strategies import registered
+from bpo.selection.strategies.register import registered
 from bpo.store.gradient_store import GradientStore, StoreMismatchError
 from bpo.system.optional import import_matplotlib
 from bpo.system.paths import check_not_within
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from bpo.evidence.compare.plan import Plan
-    from bpo.selection.strategies import Strategy
+    from bpo.selection.strategies.candidacy import Strategy
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

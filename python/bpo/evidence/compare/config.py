@@ -16,7 +16,7 @@ from peft import LoraConfig
 from bpo.config import SelectConfig
 from bpo.evidence.compare.yaml_file import read_yaml
 from bpo.evidence.win_rates import ScorerConfig
-from bpo.selection.strategies import STRATEGIES
+from bpo.selection.strategies.register import STRATEGIES
 from bpo.store.mirror import holds_store
 from bpo.system.paths import check_path, expanded, is_adapter
 from bpo.training.dpo import dpo_config, dpo_config_fields

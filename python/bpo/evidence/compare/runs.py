@@ -26,7 +26,7 @@ from bpo.evidence.win_rates import compare_responses
 from bpo.pairs.length import turn
 from bpo.selection.request import count_of
 from bpo.selection.select import select
-from bpo.selection.strategies import STRATEGIES
+from bpo.selection.strategies.register import STRATEGIES
 from bpo.system.processes import Workers, cores
 from bpo.training.dpo import dpo_config, train_on_pairs
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from bpo.evidence.compare.plan import Plan, Split, Task
-    from bpo.selection.strategies import Strategy
+    from bpo.selection.strategies.candidacy import Strategy
 
 # What says of a run which pairs it is trained on.
 _SAME = ("pairs", "turned")

@@ -11,7 +11,7 @@ import numpy as np
 
 from bpo.config import SelectConfig
 from bpo.evidence.preview.results import ALL
-from bpo.selection.strategies import STRATEGIES
+from bpo.selection.strategies.register import STRATEGIES
 from bpo.store.gradient_store import GradientStore, with_settings_of
 from bpo.store.mirror import holds_store
 
@@ -70,6 +70,16 @@ def read_budgets(budget: int | Sequence[int]) -> list[int]:
     return [int(value) for value in budgets]
 
 
+EVERY = "all"
+"""What stands for every strategy in the place of arms."""
+
+
+def every_strategy() -> tuple[list[str], dict[str, str]]:
+    """Returns the strategies that a preview can have, and why it cannot have the others: name → reason."""
+    left_out = {name: "a preview has no target" for name in STRATEGIES if "target" in STRATEGIES[name].needs}
+    return [name for name in STRATEGIES if name not in left_out], left_out
+
+
 def read_arms(arms: Sequence[str | Mapping[str, Any]], baseline: str, config: SelectConfig) -> list[PreviewArm]:
     """Returns the arms with the baseline among them.
 
@@ -77,6 +87,8 @@ def read_arms(arms: Sequence[str | Mapping[str, Any]], baseline: str, config: Se
         ValueError: Something that is no arm, a strategy that a preview has nothing for, or two of one name.
         FileNotFoundError, bpo.StoreMismatchError: A store that is not there, or was made otherwise than an arm says.
     """
+    if isinstance(arms, str):
+        raise ValueError(f"arms must be a list of arms, or {EVERY!r} for every strategy, got {arms!r}")
     found: dict[str, PreviewArm] = {}
     for arm in arms:
         values: dict[str, Any] = {"name": arm} if isinstance(arm, str) else dict(arm)

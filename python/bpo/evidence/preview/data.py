@@ -13,7 +13,7 @@ from bpo.data.pairing import largest_gaps
 from bpo.pairs.length import fit_length_effect
 from bpo.pairs.linear import linear_margins, pulls
 from bpo.pairs.pair_gradients import pair_norms
-from bpo.selection.choice import choose
+from bpo.selection.choice import choose, unsuited
 from bpo.selection.request import Request, count_of
 from bpo.selection.scored import ScoredPairs, score
 from bpo.system.warn import warn
@@ -136,25 +136,51 @@ def choices(
     seed: int,
 ) -> Iterator[ArmChoice]:
     """Yields what each arm chooses at each budget, of some pairs; what falls short of the budget is left out."""
-    shared: dict[str, tuple[npt.NDArray[np.int64], ScoredPairs]] = {}
-    for position, arm in enumerate(arms):
-        request = Request(arm.strategy, arm.config, seed)
-        view = data
-        if arm.config.length_control == "residual":
-            assert without_length is not None
-            view = without_length
-        # Arms that cluster alike share the clusters of the seed.
-        key = json.dumps([_clustering(request), arm.breadth, arm.config.max_pairs_per_prompt, arm.store, view is data])
-        if key not in shared:
-            index = _candidates_of(view, among, arm, seed)
-            shared[key] = index, _scored(view, index, arm.store, request)
-        index, scored = shared[key]
+    for position, (arm, view, index, scored, request) in enumerate(_of_arms(data, without_length, among, arms, seed)):
         for at, budget in enumerate(budgets):
             mask = _chosen(scored, budget, request)
             if mask.sum() == budget:
                 yield ArmChoice(position, at, index[mask], view)
             elif seed == 0:
                 warn(f"The arm {arm.name!r} chooses {mask.sum()} pairs of a budget of {budget} and is left out there.")
+
+
+def reasons(
+    data: PreviewData,
+    without_length: PreviewData | None,
+    among: npt.NDArray[np.int64],
+    arms: Sequence[PreviewArm],
+    seed: int,
+) -> dict[str, str]:
+    """Returns why some arms have nothing to choose by among some pairs: name → reason."""
+    found = {
+        arm.name: unsuited(scored, request)
+        for arm, _, _, scored, request in _of_arms(data, without_length, among, arms, seed)
+    }
+    return {name: reason for name, reason in found.items() if reason is not None}
+
+
+def _of_arms(
+    data: PreviewData,
+    without_length: PreviewData | None,
+    among: npt.NDArray[np.int64],
+    arms: Sequence[PreviewArm],
+    seed: int,
+) -> Iterator[tuple[PreviewArm, PreviewData, npt.NDArray[np.int64], ScoredPairs, Request]]:
+    """Yields what each arm chooses from: whose pairs, which of them, how they score, and what is asked."""
+    shared: dict[str, tuple[npt.NDArray[np.int64], ScoredPairs]] = {}
+    for arm in arms:
+        request = Request(arm.strategy, arm.config, seed)
+        view = data
+        if arm.config.length_control == "residual":
+            assert without_length is not None
+            view = without_length
+        # Arms that cluster alike share the clusters of the seed, and margins of left-out prompts.
+        key = json.dumps([_clustering(request), arm.breadth, arm.config.max_pairs_per_prompt, arm.store, view is data])
+        if key not in shared:
+            index = _candidates_of(view, among, arm, seed)
+            shared[key] = index, _scored(view, index, arm.store, request)
+        yield arm, view, *shared[key], request
 
 
 def _clustering(request: Request) -> list[object]:
@@ -185,9 +211,7 @@ def _candidates_of(
 def _scored(data: PreviewData, index: npt.NDArray[np.int64], store: str | None, request: Request) -> ScoredPairs:
     """Clusters and scores some pairs by what a store holds of them."""
     measured = data.pairs[store].take(index) if "gradients" in request.needs else None
-    candidates = data.candidates
-    prompts, gaps = candidates.prompt_of_pair[index], candidates.score_gaps[index]
-    return score(prompts, gaps, data.lengths[index], measured, request)
+    return score(data.candidates, data.lengths[index], measured, request, index)
 
 
 def _chosen(scored: ScoredPairs, budget: int, request: Request) -> npt.NDArray[np.bool_]:

@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -15,12 +15,12 @@ from tqdm.auto import tqdm
 from bpo.config import SelectConfig
 from bpo.data.read import read_configured
 from bpo.data.rows import load_rows
-from bpo.evidence.preview.arms import read_arms, read_budgets, without_store_settings
-from bpo.evidence.preview.data import ArmChoice, PreviewData, choices
+from bpo.evidence.preview.arms import EVERY, every_strategy, read_arms, read_budgets, without_store_settings
+from bpo.evidence.preview.data import ArmChoice, PreviewData, choices, reasons
 from bpo.evidence.preview.results import ALL, Preview
 from bpo.pairs.linear import fit_direction
 from bpo.selection.sources import StoreAlone
-from bpo.selection.strategies import STRATEGIES
+from bpo.selection.strategies.register import STRATEGIES
 from bpo.store.gradient_store import GradientStore
 from bpo.world.world import by_main
 
@@ -36,7 +36,7 @@ def preview(
     dataset: Any,
     *,
     budget: int | Sequence[int],
-    arms: Sequence[str | Mapping[str, Any]] = ("bpo", "uniform", "random", "best_worst", "margin"),
+    arms: Literal["all"] | Sequence[str | Mapping[str, Any]] = ("bpo", "uniform", "random", "best_worst", "margin"),
     baseline: str = "random",
     heldout: Any = 0.25,
     seeds: int = 100,
@@ -66,7 +66,8 @@ def preview(
             arms are then the pairs that every store holds. ``min_depth`` is 0 unless given, so that any budget is
             possible. With ``length_control="residual"`` an arm chooses by scores whose length effect, as the training
             prompts show it, is taken out, and pairs that turn round are trained on the other way round; what is held
-            out stays as the data has it.
+            out stays as the data has it. ``"all"`` is every strategy that there is; those that the data has nothing for
+            are left out, and named in ``left_out`` with the reason.
         baseline: The arm that the others are compared with; added if it is not among them.
         heldout: Share of the prompts that each seed holds out, or a data set of its own whose gradients are in the
             store.
@@ -93,13 +94,14 @@ def preview(
     start = time.perf_counter()
     present = GradientStore.open(store)
     source = StoreAlone(present, SelectConfig.of(dict(config) if isinstance(config, Mapping) else config))
-    if not isinstance(seeds, int) or isinstance(seeds, bool) or seeds < 1:
-        raise ValueError(f"seeds must be a whole number of at least 1, got {seeds!r}")
-    if not isinstance(regularization, (int, float)) or not 0 < regularization < math.inf:
-        raise ValueError(f"regularization must be above 0, got {regularization!r}")
+    _check_numbers(seeds, regularization)
     budgets = read_budgets(budget)
-    known = read_arms(arms, baseline, source.config)
+    names, left_out = every_strategy() if arms == EVERY else (arms, {})
+    known = read_arms(names, baseline, source.config)
     splits = _Splits.read(dataset, heldout, source, known, progress)
+    if arms == EVERY:
+        left_out |= _nothing_for(known, baseline, splits)
+        known = [arm for arm in known if arm.name not in left_out]
     residual = _check_scores(known, splits.data)
 
     shape = (len(known) + 1, len(budgets), seeds)
@@ -146,6 +148,7 @@ def preview(
             "normalize": normalize,
             "arms": {arm.name: arm.describe() for arm in known},
         },
+        left_out=left_out,
     )
 
 
@@ -207,6 +210,35 @@ class _Splits:
         trained = train[data.candidates.prompt_of_pair]
         wanted = self.test.usable & ~trained if self.n_heldout else self.test.usable
         return train, np.flatnonzero(data.usable & trained), np.flatnonzero(wanted)
+
+
+def _check_numbers(seeds: Any, regularization: Any) -> None:
+    """Checks how many splits there are to be, and the penalty."""
+    if not isinstance(seeds, int) or isinstance(seeds, bool) or seeds < 1:
+        raise ValueError(f"seeds must be a whole number of at least 1, got {seeds!r}")
+    if not isinstance(regularization, (int, float)) or not 0 < regularization < math.inf:
+        raise ValueError(f"regularization must be above 0, got {regularization!r}")
+
+
+def _nothing_for(arms: Sequence[PreviewArm], baseline: str, splits: _Splits) -> dict[str, str]:
+    """Returns the arms that the data has nothing for, with the reason.
+
+    Raises:
+        ValueError: The baseline is one of them.
+    """
+    data, (train, among, _) = splits.data, splits.split(0)
+    unscored = int(np.isnan(data.candidates.score_gaps).sum())
+    # All have the settings of the call.
+    residual = arms[0].config.length_control == "residual"
+    if unscored and residual:
+        return {}  # which is refused for all of them
+    by_scores = [arm for arm in arms if "scores" in STRATEGIES[arm.strategy].needs_of(arm.config)] if unscored else []
+    found = {arm.name: f"it reads scores, and {unscored} pairs have none" for arm in by_scores}
+    others = [arm for arm in arms if arm.name not in found]
+    found |= reasons(data, data.without_length(train) if residual else None, among, others, 0)
+    if baseline in found:
+        raise ValueError(f"The baseline {baseline!r} cannot be had here: {found[baseline]}")
+    return found
 
 
 def _check_scores(arms: Sequence[PreviewArm], data: PreviewData) -> bool:

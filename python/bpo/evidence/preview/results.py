@@ -42,6 +42,7 @@ class Preview:
         n_heldout: Held-out pairs, likewise.
         seconds: What it took.
         settings: What the results depend on.
+        left_out: With ``arms="all"``, the strategies that this data or a preview has nothing for: name → reason.
     """
 
     arms: list[str]
@@ -55,6 +56,7 @@ class Preview:
     n_heldout: float
     seconds: float
     settings: dict[str, Any]
+    left_out: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def difference(self, arm: str, budget: int, *, to: str | None = None, length_controlled: bool = False) -> Estimate:
         """Returns how much more accurate an arm is than another (by default the baseline), paired by seed.
@@ -139,6 +141,8 @@ class Preview:
                     f"{row['mean_depth']:5.1f}  {difference:{len(head)}}  {p:>8}"
                 )
             lines.append(f"  {self._verdict(rows)}")
+        if self.left_out:
+            lines += ["", "left out", *(f"  {name}: {reason}" for name, reason in self.left_out.items())]
         return "\n".join(lines)
 
     def figure(self, path: str | os.PathLike[str]) -> Path:
@@ -196,6 +200,8 @@ class Preview:
                 raise ValueError(f"{name} is of shape {values.shape}, for {shape[0]} arms and {shape[1]} budgets")
         if not all(isinstance(arm, str) for arm in self.arms) or self.baseline not in self.arms:
             raise ValueError(f"arms are {self.arms!r} and baseline {self.baseline!r}")
+        if not isinstance(self.left_out, dict):
+            raise ValueError(f"left_out is {self.left_out!r}")
         if not all(isinstance(budget, int) for budget in self.budgets):
             raise ValueError(f"budgets are {self.budgets!r}")
         share = 0.5 if self.heldout_share is None else self.heldout_share

@@ -1,0 +1,1 @@
+"""Which pairs are kept: one function a strategy, all of one signature, and the register of them."""
