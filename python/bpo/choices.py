@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import numbers
+import re
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 Ranking = Literal["nearest", "softmax", "farthest", "random"]
 Features = Literal["lora", "full", "embeddings"]
@@ -50,3 +53,26 @@ REFUSED_LOSSES = {"aot": _SORTS_THE_BATCH, "aot_unpaired": _SORTS_THE_BATCH}
 # Rewards under another divergence are known up to β·log Z(x), which only the difference of two rewards is free of
 # (arXiv 2309.16240); sft has no reward.
 F_DIVERGENCE_LOSSES = {"sigmoid", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft", "sigmoid_norm"}
+
+
+def size_in_bytes(name: str, value: Any) -> int | None:
+    """Returns a number of bytes, given as such or with a unit; None for None.
+
+    Raises:
+        ValueError: Anything else; the message has the name.
+
+    Example:
+        >>> size_in_bytes("size", "8GiB")
+        8589934592
+    """
+    if value is None:
+        return None
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    size = float(value) if number else 0.0
+    if isinstance(value, str):
+        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", value, re.IGNORECASE)
+        if found:
+            size = float(found[1]) * float(1024 if found[3] else 1000) ** " KMGT".index(found[2].upper() or " ")
+    if not 1 <= size < 2**63:
+        raise ValueError(f"{name} must be a number of bytes, as 8_000_000_000 or '8GiB', got {value!r}")
+    return int(size)

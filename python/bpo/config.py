@@ -6,7 +6,6 @@ import dataclasses
 import math
 import numbers
 import os
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
@@ -31,6 +30,7 @@ from bpo.choices import (
     SketchKind,
     TokenWeights,
     TruncationMode,
+    size_in_bytes,
 )
 
 
@@ -67,6 +67,11 @@ class SelectConfig:
             at least 0 (see :func:`bpo.read_candidates`); it goes along to :class:`bpo.WeightedDPOTrainer`. The gradient
             of a pair of weight w is w·z: unit length takes w out of what is clustered, informativeness is w‖z‖, and a
             pair of weight 0 is set aside *(ours)*. ``"weight"`` need not be there; ``None`` weighs every pair 1.
+        trust: Sets pairs whose label is more likely wrong than right aside, and counts and names them. ``"audit"`` says
+            which by the gradients of the candidates, as :func:`bpo.audit` does, before any strategy chooses; it reads
+            them for strategies that use none, too. Anything else is the name of a column with the probability from 0 to
+            1 that the label of a row is right (of scored responses: the labels of all pairs whose preferred response
+            the row holds), for which no model is needed. ``None`` trusts every label *(ours)*.
         max_length: Most tokens of prompt and response together, TRL's default. ``None`` cuts nothing. Sequences beyond
             the positions that the model or its reference was made for are cut all the same, which TRL does not do.
         truncation_mode: ``"keep_start"`` cuts a longer sequence at its end, and sets aside pairs whose prompt fills
@@ -178,6 +183,7 @@ class SelectConfig:
     ref_model: Any = None
     token_weights: str | TokenWeights | None = None
     weight_column: str | None = "weight"
+    trust: str | None = None
     max_length: int | None = 1024
     truncation_mode: TruncationMode = "keep_start"
     max_pairs_per_prompt: int | None = None
@@ -277,7 +283,7 @@ class SelectConfig:
         if isinstance(self.min_depth, bool) or self.min_depth not in (0, 1):
             raise ValueError(f"SelectConfig.min_depth must be 0 or 1, got {self.min_depth!r}")
         object.__setattr__(self, "usefulness", _usefulness(self.usefulness))
-        object.__setattr__(self, "max_memory", _bytes("max_memory", self.max_memory))
+        object.__setattr__(self, "max_memory", size_in_bytes("SelectConfig.max_memory", self.max_memory))
         seed = self.sketch_seed
         if isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or not 0 <= seed < 2**64:
             raise ValueError(f"SelectConfig.sketch_seed must be a whole number from 0 to 2**64 - 1, got {seed!r}")
@@ -296,7 +302,7 @@ class SelectConfig:
                         f"SelectConfig.{name} is a setting of gradients, and features='embeddings' takes none: leave "
                         "one of the two out."
                     )
-        for name in ("device", "preconditioner", "weight_column"):
+        for name in ("device", "preconditioner", "weight_column", "trust"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
                 raise ValueError(f"SelectConfig.{name} must be text or None, got {value!r}")
@@ -435,6 +441,11 @@ class SelectConfig:
         return isinstance(self.ref_model, str) and self.ref_model == "columns"
 
     @property
+    def trust_column(self) -> str | None:
+        """The column that says how far labels are to be trusted, where one does."""
+        return None if self.trust == "audit" else self.trust
+
+    @property
     def memory_limit(self) -> int | None:
         """``max_memory`` in bytes."""
         assert not isinstance(self.max_memory, str)  # read by __post_init__
@@ -467,20 +478,6 @@ def _usefulness(weights: Any) -> dict[str, float]:
         if not _is_finite(weight):
             raise ValueError(f"SelectConfig.usefulness must have finite weights, got {weight!r} for {name!r}")
     return {name: float(weight) for name, weight in weights.items()}
-
-
-def _bytes(name: str, value: Any) -> int | None:
-    """Reads a number of bytes, given as such or with a unit."""
-    if value is None:
-        return None
-    size = float(value) if _is_finite(value) else 0.0
-    if isinstance(value, str):
-        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", value, re.IGNORECASE)
-        if found:
-            size = float(found[1]) * float(1024 if found[3] else 1000) ** " KMGT".index(found[2].upper() or " ")
-    if not 1 <= size < 2**63:
-        raise ValueError(f"SelectConfig.{name} must be a number of bytes, as 8_000_000_000 or '8GiB', got {value!r}")
-    return int(size)
 
 
 def _is_finite(value: Any) -> bool:

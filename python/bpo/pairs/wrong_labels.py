@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     Floats = npt.NDArray[np.float64]
 
 # Margins are told apart no finer.
-_BINS = 4096
+_BINS = 1024
 _SHARES = np.linspace(0.0, 0.5, 51)[:-1] + 0.005
 _SLOPES = np.geomspace(0.02, 50.0, 70)
 # Of the test whether labels agree with the rest at all. The penalties were chosen by agreement, so it is strict.
@@ -83,7 +83,8 @@ def wrong_labels(
     likelihood = np.log(agrees) @ right + np.log(np.maximum(1 - agrees, 1e-300)) @ wrong
     # The variance of the agreement of independent pairs, against what it is.
     independent = agreement * (1 - agreement) / len(margins)
-    weights = _weights(min(1.0, independent / max(error, 1e-9) ** 2) * likelihood + log_prior[:, None])
+    worth = min(1.0, independent / error**2) if error > 0 else 1.0
+    weights = _weights(worth * likelihood + log_prior[:, None])
     share, low, high = _summed(shares, weights.sum(axis=1))
     knots = np.concatenate([-sizes[::-1], sizes])
     odds = np.exp(-np.clip(np.outer(_SLOPES, knots), -500, 500))
