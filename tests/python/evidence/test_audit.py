@@ -326,9 +326,7 @@ def test_select_sets_suspects_aside_and_says_so(store, tmp_path):
     for strategy in ("best_worst", "bpo", "matching"):
         config = {"trust": "audit", "min_depth": 0}
         with pytest.warns(bpo.InvalidDataWarning, match="more likely wrong than right"):
-            selection = bpo.select(
-                None, rows, store=store, budget=15, strategy=strategy, config=config, progress=False
-            )
+            selection = bpo.select(None, rows, store=store, budget=15, strategy=strategy, config=config, progress=False)
         untrusted = [row["pair"] for row in selection.pairs.to_pylist() if row["fate"] == "untrusted"]
         assert untrusted == suspects["pair"].to_pylist()
         assert selection.fates()["untrusted"] == len(untrusted) > 0
