@@ -269,7 +269,7 @@ def test_trust_of_rows_is_a_column_that_select_takes(audit):
 @pytest.mark.parametrize(
     ("rows", "arguments", "message"),
     [
-        (ROWS[:1], {}, "two prompts at least"),
+        (ROWS[:1], {}, "there are those of 1"),
         (ROWS, {"by": "nobody"}, "by names nobody, but the columns are"),
         (ROWS, {"wrong_share": 0.5}, "wrong_share must be above 0 and below 0.5"),
         (ROWS, {"worst": -1}, "worst must be"),
@@ -323,15 +323,19 @@ def test_select_sets_suspects_aside_and_says_so(store, tmp_path):
     assert found.tells
     suspects = found.pairs.filter(pa.compute.greater(found.pairs["wrong"], 0.5))
     assert set(suspects["prompt"].to_pylist()) & {3, 11}
-    for strategy in ("best_worst", "bpo", "matching"):
+    every = found.pairs.num_rows - suspects.num_rows
+    for strategy, budget in (("best_worst", 15), ("random", every), ("bpo", every), ("matching", every)):
         config = {"trust": "audit", "min_depth": 0}
         with pytest.warns(bpo.InvalidDataWarning, match="more likely wrong than right"):
-            selection = bpo.select(None, rows, store=store, budget=15, strategy=strategy, config=config, progress=False)
+            selection = bpo.select(
+                None, rows, store=store, budget=budget, strategy=strategy, config=config, progress=False
+            )
         untrusted = [row["pair"] for row in selection.pairs.to_pylist() if row["fate"] == "untrusted"]
         assert untrusted == suspects["pair"].to_pylist()
         assert selection.fates()["untrusted"] == len(untrusted) > 0
+        assert len(selection.skipped["pair whose label is more likely wrong than right"]) == len(untrusted)
         assert f"{len(untrusted)} whose label looks wrong" in selection.summary()
-        assert min(selection.dataset["bpo_trust"]) >= 0.5
+        assert len(selection) == budget and min(selection.dataset["bpo_trust"]) >= 0.5
         selection.save(tmp_path / strategy)
         loaded = bpo.Selection.load(tmp_path / strategy)
         assert loaded.config["trust"] == "audit" and loaded.summary() == selection.summary()
