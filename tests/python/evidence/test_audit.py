@@ -201,8 +201,8 @@ def audit(store):
     return run
 
 
-def test_an_audit_tells_of_pairs_prompts_and_sources(audit):
-    rows = [{**row, "source": f"judge {at % 2}"} for at, row in enumerate(ROWS)]
+def test_an_audit_tells_of_pairs_prompts_and_sources(audit, store):
+    rows = [{**row, "source": f"judge {at % 2}"} for at, row in enumerate(told_by_gradients(store, reverse=(3, 11)))]
     found = audit(rows, worst=3)
     candidates = bpo.read_candidates(rows)
     assert found.pairs.num_rows == len(candidates.pairs)
@@ -218,7 +218,7 @@ def test_an_audit_tells_of_pairs_prompts_and_sources(audit):
     assert [group["value"] for group in found.groups] and len(found.groups) == 2
     assert "judge 1" in found.summary()
     wrong = found.pairs["wrong"].to_numpy()
-    assert len(found.worst) == 3 and found.worst[0]["wrong"] == wrong.max()
+    assert len(found.worst) == 3 and found.worst[0]["wrong"] == wrong.max() > wrong.min()
     worst = found.worst[0]
     row = rows[worst["row"]]
     assert worst["prompt_text"] == row["prompt"] and {worst["chosen"], worst["rejected"]} <= set(row["responses"])
