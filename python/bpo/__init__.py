@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from bpo.data.candidates import Candidates as Candidates
     from bpo.data.candidates import InvalidDataWarning as InvalidDataWarning
     from bpo.data.read import read_candidates as read_candidates
+    from bpo.evidence.audit.audit import audit as audit
+    from bpo.evidence.audit.results import Audit as Audit
     from bpo.evidence.compare.compare import Comparison as Comparison
     from bpo.evidence.compare.compare import compare as compare
     from bpo.evidence.compare.config import CompareConfig as CompareConfig
@@ -86,6 +88,8 @@ _LAZY = {
     "ChatServer": "bpo.responses.client",
     "PairClusters": "bpo.pairs.clustering",
     "cluster_pairs": "bpo.pairs.clustering",
+    "Audit": "bpo.evidence.audit.results",
+    "audit": "bpo.evidence.audit.audit",
     "Comparison": "bpo.evidence.compare.compare",
     "compare": "bpo.evidence.compare.compare",
     "CompareConfig": "bpo.evidence.compare.config",

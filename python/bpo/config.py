@@ -68,6 +68,9 @@ class SelectConfig:
             at least 0 (see :func:`bpo.read_candidates`); it goes along to :class:`bpo.WeightedDPOTrainer`. The gradient
             of a pair of weight w is w·z: unit length takes w out of what is clustered, informativeness is w‖z‖, and a
             pair of weight 0 is set aside *(ours)*. ``"weight"`` need not be there; ``None`` weighs every pair 1.
+        trust: Sets pairs whose label looks wrong (is right with less than ½) aside, counted and named: ``"audit"`` by
+            the gradients of the candidates, as :func:`bpo.audit` does, for any strategy; or the column with the
+            probability that the label of a row, or of all pairs whose preferred response it holds, is right *(ours)*.
         max_length: Most tokens of prompt and response together, TRL's default. ``None`` cuts nothing. Sequences beyond
             the positions that the model or its reference was made for are cut all the same, which TRL does not do.
         truncation_mode: ``"keep_start"`` cuts a longer sequence at its end, and sets aside pairs whose prompt fills
@@ -182,6 +185,7 @@ class SelectConfig:
     ref_model: Any = None
     token_weights: str | TokenWeights | None = None
     weight_column: str | None = "weight"
+    trust: str | None = None
     max_length: int | None = 1024
     truncation_mode: TruncationMode = "keep_start"
     max_pairs_per_prompt: int | None = None
@@ -302,7 +306,7 @@ class SelectConfig:
                         f"SelectConfig.{name} is a setting of gradients, and features='embeddings' takes none: leave "
                         "one of the two out."
                     )
-        for name in ("device", "preconditioner", "weight_column"):
+        for name in ("device", "preconditioner", "weight_column", "trust"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
                 raise ValueError(f"SelectConfig.{name} must be text or None, got {value!r}")
@@ -439,6 +443,11 @@ class SelectConfig:
     def reads_ref_logps(self) -> bool:
         """Whether log π_ref comes with the data."""
         return isinstance(self.ref_model, str) and self.ref_model == "columns"
+
+    @property
+    def trust_column(self) -> str | None:
+        """The column that says which labels to trust."""
+        return None if self.trust == "audit" else self.trust
 
     @property
     def memory_limit(self) -> int | None:

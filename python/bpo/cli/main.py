@@ -71,6 +71,7 @@ def _failed(reason: object, status: int) -> int:
 def _parser() -> argparse.ArgumentParser:
     """Each command adds its arguments, and as ``run`` the function that takes them."""
     # Imported here, since that takes a moment in which Ctrl-C is to be answered as in any other.
+    from bpo.cli.audit import add_audit
     from bpo.cli.collect import add_collect
     from bpo.cli.compare import add_compare
     from bpo.cli.doctor import add_doctor
@@ -89,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     add_reselect(commands)
     add_collect(commands)
     add_preview(commands)
+    add_audit(commands)
     add_sample(commands)
     add_score(commands)
     add_doctor(commands)

@@ -110,6 +110,15 @@ def row_weights(rows: Rows, column: str | None, wrong: dict[int, UnusableError])
     return np.array([math.nan if weight is None else weight for weight in weights])
 
 
+def row_trust(rows: Rows, column: str | None, wrong: dict[int, UnusableError]) -> npt.NDArray[np.float64] | None:
+    """Returns how far the labels of each row are trusted, NaN where ``wrong`` says why not; None without a column."""
+    if column is None:
+        return None
+    require_columns(list(rows.column_names), (column,), f"trust={column!r}")
+    trust = _checked(functools.partial(_probability, column=column), rows.column(column), wrong)
+    return np.array([math.nan if value is None else value for value in trust])
+
+
 def pair_weight(value: Any, place: str, column: str) -> float:
     """Returns the weight of a pair as a float.
 
@@ -129,6 +138,13 @@ def _weight(value: Any, column: str) -> float:
             f"column '{column}': the weight of a pair must be a finite number of at least 0", shorten(value)
         )
     return weight
+
+
+def _probability(value: Any, column: str) -> float:
+    probability = math.nan if isinstance(value, bool) or is_missing(value) else _or_nan(value)
+    if not 0 <= probability <= 1:
+        raise UnusableError(f"column '{column}': the trust in a label must be a number from 0 to 1", shorten(value))
+    return probability
 
 
 def _or_nan(value: Any) -> float:

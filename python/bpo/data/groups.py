@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 OTHER_COLUMNS = " with other token weights or reference log-probabilities"
 OTHER_WEIGHT = " with another weight"
+UNTRUSTED = "pair whose label is more likely wrong than right"
 _FORMS = ("plain text", "chat messages")
 
 Group = tuple[int, "hashlib._Hash"]
@@ -36,9 +37,15 @@ class Groups:
     another are a pair. What is the same is found out at the end.
     """
 
-    def __init__(self, row_weights: npt.NDArray[np.float64] | None = None) -> None:
+    def __init__(
+        self, row_weights: npt.NDArray[np.float64] | None = None, row_trust: npt.NDArray[np.float64] | None = None
+    ) -> None:
         self.skipped = Skipped()
         self._row_weights = row_weights
+        # Why pairs of which rows are set aside.
+        self._barred = {} if row_weights is None else {"pair of weight 0": row_weights == 0}
+        if row_trust is not None:
+            self._barred[UNTRUSTED] = row_trust < 0.5
         self._prompts: list[Text] = []
         self._template_kwargs: dict[int, dict[str, Any]] = {}
         self._prompt_rows = array.array("q")
@@ -177,15 +184,13 @@ class Groups:
             highest, lowest = (extreme.reduceat(scores, starts[there]) for extreme in (np.maximum, np.minimum))
             for prompt in there[(highest == lowest) & (ends - starts > 1)[there]].tolist():
                 self.skipped.add("prompt whose responses all have equal scores", f"row {self._prompt_rows[prompt]}")
-        barred = None
-        if self._row_weights is not None:
-            rows = entries.places[first, 0]
-            barred = self._row_weights[rows] == 0
-            for place in np.flatnonzero(barred):
+        barred, rows = np.zeros(len(first), dtype=bool), entries.places[first, 0]
+        for reason, of_row in self._barred.items():
+            for place in np.flatnonzero(of_row[rows] & ~barred):
                 within = scores[starts[prompts[place]] : ends[prompts[place]]]
-                self.skipped.places.setdefault("pair of weight 0", []).extend(
-                    [f"row {rows[place]}"] * int((within < scores[place]).sum())
-                )
+                for _ in range(int((within < scores[place]).sum())):
+                    self.skipped.add(reason, f"row {rows[place]}")
+            barred |= of_row[rows]
         return pairs_of_scores(scores, prompts, most, barred=barred)
 
     def _stated_pairs(
@@ -208,11 +213,11 @@ class Groups:
                 "duplicate of an earlier pair" + OTHER_COLUMNS * (not alike) + OTHER_WEIGHT * other_weight, f"row {row}"
             )
         stated = stated[earlier == np.arange(len(stated))]
-        if self._row_weights is not None:
-            weightless = self._row_weights[entries.places[stated[:, 0], 0]] == 0
-            for row in entries.places[stated[weightless, 0], 0].tolist():
-                self.skipped.add("pair of weight 0", f"row {row}")
-            stated = stated[~weightless]
+        for reason, of_row in self._barred.items():
+            barred = of_row[entries.places[stated[:, 0], 0]]
+            for row in entries.places[stated[barred, 0], 0].tolist():
+                self.skipped.add(reason, f"row {row}")
+            stated = stated[~barred]
         order = np.argsort(entries.prompts[stated[:, 0]], kind="stable")
         by_prompt: npt.NDArray[np.int64] = stated[order]
         return by_prompt

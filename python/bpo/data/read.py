@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from bpo.data.candidates import report_skipped
-from bpo.data.columns import column_error, read_template_kwargs, row_weights
+from bpo.data.columns import column_error, read_template_kwargs, row_trust, row_weights
 from bpo.data.groups import Groups
 from bpo.data.preferences import PreferenceReader
 from bpo.data.rows import load_rows
@@ -37,6 +37,7 @@ def read_candidates(
     token_weights: str | None = None,
     ref_logps: bool = False,
     weight_column: str | None = None,
+    trust_column: str | None = None,
 ) -> Candidates:
     """Reads preference data of any accepted format.
 
@@ -60,6 +61,8 @@ def read_candidates(
         weight_column: Column of numbers of at least 0, by how much the loss of a pair counts (see
             :class:`bpo.WeightedDPOTrainer`); None reads none. A row of scored responses has one number for all pairs
             whose preferred response it holds. Pairs of weight 0 are set aside. ``"weight"`` need not be there.
+        trust_column: Column with the probability that the label of a row is right; pairs below ½ are set aside. Of
+            scored responses a row has one for all pairs whose preferred response it holds. None trusts every label.
 
     Returns:
         The :class:`bpo.Candidates`: the distinct ``prompts`` and ``responses``, ``prompt_of_response``, ``scores``,
@@ -95,7 +98,7 @@ def read_candidates(
         raise ValueError("The dataset is empty: it has the right columns but no rows.")
     wrong = {index: UnusableError("not a row", why) for index, why in rows.broken.items()}
     template_kwargs = read_template_kwargs(rows, wrong)
-    groups = Groups(row_weights(rows, weight_column, wrong))
+    groups = Groups(row_weights(rows, weight_column, wrong), row_trust(rows, trust_column, wrong))
     for index, row in enumerate(rows):
         error = wrong.get(index) or _read_row(reader, index, row, template_kwargs, groups)
         if error is not None:
@@ -129,4 +132,5 @@ def read_configured(dataset: Any, config: SelectConfig) -> Candidates:
         token_weights=config.token_weights if isinstance(config.token_weights, str) else None,
         ref_logps=config.reads_ref_logps,
         weight_column=config.weight_column,
+        trust_column=config.trust_column,
     )

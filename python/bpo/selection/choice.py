@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bpo.data.pairing import ranks_in_prompts
+from bpo.selection.scored import trust
 from bpo.selection.strategies.candidacy import Candidacy, UnsuitedError
 from bpo.selection.strategies.register import run_strategy
 from bpo.system.warn import warn
@@ -30,6 +31,7 @@ def choose(
     Raises:
         UnsuitedError: The strategy can tell nothing of these pairs.
     """
+    scored = trust(scored, request.config)
     reason = unsuited(scored, request)
     if reason is not None:
         raise UnsuitedError(reason)
@@ -97,7 +99,10 @@ def warn_of_fewer(chosen: npt.NDArray[np.bool_], scored: ScoredPairs, n_pairs: i
         return
     most, eligible = request.config.max_depth, scored.eligible
     limits = [] if most is None else [f"max_depth={most}"]
-    limits += [] if eligible.all() else [f"{int((~eligible).sum())} pairs without a usable gradient"]
+    doubted = 0 if scored.audit is None else int(scored.audit.untrusted.sum())
+    unusable = int((~eligible).sum()) - doubted
+    limits += [f"{unusable} pairs without a usable gradient"] if unusable else []
+    limits += [f"{doubted} pairs whose label looks wrong"] if doubted else []
     because = " and ".join(limits) or f"strategy={request.strategy!r}, which chooses no more"
     warn(f"{int(chosen.sum())} pairs are kept of the {n_pairs} asked for, because of {because}.")
 

@@ -38,7 +38,7 @@ def read(dataset: Any, target: Any, source: Source, request: Request) -> Pool:
     wanted = None
     if target is not None and "gradients" in request.needs:
         target = load_rows(target)
-        wanted = read_configured(target, reading)
+        wanted = read_configured(target, dataclasses.replace(reading, trust=None))
     inputs, noted = source.find(candidates), Skipped()
     effect = inputs.length_effect()
     if residual:

@@ -74,8 +74,9 @@ class Request:
 
     @property
     def needs(self) -> frozenset[Need]:
-        """What the strategy reads of the pairs."""
-        return self.rule.needs_of(self.config)
+        """What the strategy reads of the pairs, and what says which labels to trust."""
+        needs = self.rule.needs_of(self.config)
+        return needs | {"gradients"} if self.config.trust == "audit" else needs
 
     @property
     def clustering(self) -> SelectConfig:

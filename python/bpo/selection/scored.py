@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bpo.data.candidates import Skipped, report_skipped
+from bpo.data.groups import UNTRUSTED
 from bpo.pairs.checkpoints import cluster_checkpoints
 from bpo.pairs.clustering import cluster_pairs
 from bpo.pairs.direction import influence, prompts_agree, target_features
+from bpo.pairs.left_out import left_out_margins
 from bpo.pairs.linear import cross_fitted_margins
 from bpo.pairs.pair_gradients import unit_features
+from bpo.pairs.wrong_labels import wrong_labels
 from bpo.system.progress import core_progress
 
 if TYPE_CHECKING:
@@ -48,6 +51,8 @@ class ScoredPairs:
         clusters: Clusters and scores.
         features: Gradients at unit length (NaN where unusable).
         target: Those of the target's pairs, usable ones only, where there is a target.
+        audit: What was found of the labels; pairs whose label looks wrong are then not eligible. None where all are
+            trusted.
     """
 
     prompt_of_pair: npt.NDArray[np.int64]
@@ -62,6 +67,7 @@ class ScoredPairs:
     clusters: PairClusters | None = None
     features: PairGradients | None = None
     target: PairGradients | None = None
+    audit: LabelAudit | None = None
 
     @functools.cached_property
     def heldout_margins(self) -> npt.NDArray[np.float64]:
@@ -71,6 +77,63 @@ class ScoredPairs:
         margins = np.full(len(self.eligible), np.nan)
         margins[index] = cross_fitted_margins(self.features.take(index), self.prompt_of_pair[index], self.seed)
         return margins
+
+    @functools.cached_property
+    def labels(self) -> LabelAudit:
+        """What the eligible pairs say of each other's labels."""
+        assert self.measured is not None
+        right = np.full(len(self.eligible), np.nan)
+        index = np.flatnonzero(self.eligible)
+        prompts = self.prompt_of_pair[index]
+        if len(np.unique(prompts)) < 2:
+            return LabelAudit(right, False)
+        left_out = left_out_margins([each.take(index) for each in self.measured.gradients], prompts)
+        found = wrong_labels(left_out, prompts)
+        right[index] = 1 - found.probability
+        return LabelAudit(right, found.tells)
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelAudit:
+    """Which labels look wrong.
+
+    Attributes:
+        trust: (P,) float64, the probability that each label is right; NaN where no gradient tells.
+        tells: Whether labels could be told from each other at all.
+    """
+
+    trust: npt.NDArray[np.float64]
+    tells: bool
+
+    @property
+    def untrusted(self) -> npt.NDArray[np.bool_]:
+        """(P,) bool, labels that are more likely wrong than right."""
+        return self.trust < 0.5
+
+
+def trust(scored: ScoredPairs, config: SelectConfig) -> ScoredPairs:
+    """Sets pairs aside whose label is more likely wrong than right, where the settings ask for that."""
+    if config.trust != "audit" or scored.audit is not None:
+        return scored
+    audit = scored.labels
+    return dataclasses.replace(scored, eligible=scored.eligible & ~audit.untrusted, audit=audit)
+
+
+def look_at_labels(scored: ScoredPairs, kept: Candidates) -> Skipped:
+    """Reports the pairs that are not trusted; returns whether labels could not be told at all."""
+    noted, skipped = Skipped(), Skipped()
+    if scored.audit is None:
+        return noted
+    if not scored.audit.tells:
+        noted.add(
+            "label audit that cannot tell: the rest of the data agrees with the labels no more than chance would",
+            f"all {len(kept.prompts)} prompts",
+        )
+    for pair in np.flatnonzero(scored.audit.untrusted):
+        skipped.add(UNTRUSTED, f"row {kept.pair_rows[pair]}")
+    report_skipped(skipped, "skip")  # it was asked for, so that it is no error
+    kept.skipped.merge(skipped)
+    return noted
 
 
 def score(

@@ -13,10 +13,10 @@ from bpo.selection.choice import choose, in_order, warn_of_fewer
 from bpo.selection.prompts import Limits, keep_prompts
 from bpo.selection.read import read
 from bpo.selection.request import Request
-from bpo.selection.scored import look_at, score, toward
+from bpo.selection.scored import look_at, look_at_labels, score, toward, trust
 from bpo.selection.selection import Selection
 from bpo.selection.sources import extract, measure, source_of
-from bpo.selection.tables import SELECTED, pair_table, training_set
+from bpo.selection.tables import SELECTED, UNTRUSTED, pair_table, training_set
 from bpo.world.world import world
 
 if TYPE_CHECKING:
@@ -142,7 +142,8 @@ def _choose(request: Request, source: Source, pool: Pool, kept: Kept, filled: Fi
     # Cluster: gradients of pairs at unit length, and what they are worth.
     scored = score(candidates, kept.inputs.pair_lengths, measured, request)
     noted = look_at(scored, candidates, request)
-    scored = toward(scored, pool.goal, wanted, request.config)
+    scored = trust(toward(scored, pool.goal, wanted, request.config), request.config)
+    doubted = look_at_labels(scored, candidates)
 
     # Choose: which pairs of each prompt, and so its depth.
     chosen, usefulness = choose(scored, kept.n_pairs, request)
@@ -151,8 +152,10 @@ def _choose(request: Request, source: Source, pool: Pool, kept: Kept, filled: Fi
     # Tell: what became of each candidate.
     fate = np.full(len(pool.candidates.pairs), "breadth", dtype=object)
     fate[kept.pair_index] = np.where(scored.eligible, np.where(chosen, SELECTED, "depth"), "unusable")
+    if scored.audit is not None:
+        fate[kept.pair_index[scored.audit.untrusted]] = UNTRUSTED
     table = pair_table(pool, fate, kept.pair_index, usefulness, scored, with_labels="clusters" in request.needs)
-    for found in (kept.noted, noted):
+    for found in (kept.noted, noted, doubted):
         pool.noted.merge(found)
     selected = kept.pair_index[in_order(np.flatnonzero(chosen), scored, request.config)]
     return Selection(

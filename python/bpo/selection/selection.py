@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from bpo.data.candidates import Skipped
 from bpo.report.selection_page import write_selection_page
 from bpo.selection.saved import read_selection, write_selection
-from bpo.selection.tables import FATES, SELECTED
+from bpo.selection.tables import FATES, SELECTED, UNTRUSTED
 
 if TYPE_CHECKING:
     import datasets
@@ -36,7 +36,8 @@ class Selection:
             ``alignment``, ``usefulness`` (what the strategy ranked by, larger first), ``fate``, ``length_ratio`` (of
             the preferred response to the other, in tokens, or in characters where there was no model) and
             ``length_effect`` (the part of the score gap in the data that length explains, see
-            :func:`bpo.length_effect`). What a strategy does not use is null. With ``length_control="residual"`` scores
+            :func:`bpo.length_effect`). With ``trust="audit"`` also ``trust``, the probability that the label is right.
+            What a strategy does not use is null. With ``length_control="residual"`` scores
             and gaps are without that part.
         depth: (n,) int64, pairs kept of each prompt.
         strategy: Its name.
@@ -84,9 +85,10 @@ class Selection:
         return add_ref_logps(self.dataset)
 
     def fates(self) -> dict[str, int]:
-        """Returns how many candidate pairs met each fate."""
+        """Returns how many candidate pairs met each fate; ``"untrusted"`` only where labels were audited."""
         counted = {entry["values"]: entry["counts"] for entry in self.pairs["fate"].value_counts().to_pylist()}
-        return {fate: counted.get(fate, 0) for fate in FATES}
+        audited = "trust" in self.pairs.column_names
+        return {fate: counted.get(fate, 0) for fate in FATES if fate != UNTRUSTED or audited}
 
     def lengths(self) -> dict[str, dict[str, float]] | None:
         """Returns how preferences go with length, of the pairs ``"kept"`` and of ``"all"`` candidates.
@@ -118,7 +120,8 @@ class Selection:
         lines = [
             f"strategy {self.strategy}, budget {self.budget}, seed {self.seed}",
             f"pairs    {fates[SELECTED]} kept of {self.pairs.num_rows}; not kept: {fates['depth']} by depth, "
-            f"{fates['breadth']} by breadth, {fates['unusable']} with an unusable gradient",
+            f"{fates['breadth']} by breadth, {fates['unusable']} with an unusable gradient"
+            + (f", {fates[UNTRUSTED]} whose label looks wrong" if UNTRUSTED in fates else ""),
             f"prompts  {len(kept)} kept of {len(self.depth)}",
             f"depth    {kept.min()} to {kept.max()} pairs a prompt, mean {kept.mean():.2f}",
         ]

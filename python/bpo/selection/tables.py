@@ -20,8 +20,10 @@ if TYPE_CHECKING:
     from bpo.selection.scored import ScoredPairs
 
 SELECTED = "selected"
-FATES = (SELECTED, "depth", "breadth", "unusable")
-"""Fates of a pair: selected, or what it fell to: the depth of its prompt, breadth compression, an unusable gradient."""
+UNTRUSTED = "untrusted"
+FATES = (SELECTED, "depth", "breadth", "unusable", UNTRUSTED)
+"""Fates of a pair: selected, or what it fell to: the depth of its prompt, breadth compression, an unusable gradient, or
+a label that is more likely wrong than right."""
 
 
 def pair_table(
@@ -87,6 +89,8 @@ def pair_table(
         "length_ratio": pa.array(ratios),
         "length_effect": pa.array(pool.effect.slope * np.log(ratios), from_pandas=True),
     }
+    if scored.audit is not None:
+        columns["trust"] = scattered(scored.audit.trust, pa.float64())
     return pa.table(columns)
 
 

@@ -334,6 +334,10 @@ def test_the_command(store, embeddings, tmp_path, capsys):
         ({"arms": "all", "baseline": "irm"}, "The baseline 'irm' cannot be had here: strategy='irm' compares"),
         ({"arms": ["less"]}, "a preview has no target for strategy 'less'"),
         ({"arms": ["bpo", {"name": "bpo"}]}, "Two arms are called 'bpo'"),
+        (
+            {"arms": [{"name": "bpo", "select": {"trust": "right"}}]},
+            "the column of trust is one for all",
+        ),
         ({"arms": [{"strategy": "bpo"}]}, "An arm has a name and any of"),
         ({"arms": [{"name": "a", "strategy": "bpo", "breadth": 50}]}, "has breadth=50, and there are 18 prompts"),
         ({"budget": 500}, r"budget=500 is above the 108 candidates of the training prompts \(seed 0\)"),

@@ -104,7 +104,8 @@ def read_arms(arms: Sequence[str | Mapping[str, Any]], baseline: str, config: Se
         if name in found or name == ALL:
             raise ValueError(f"Two arms are called {name!r}.")
         select = {"min_depth": 0, **values.get("select", {})}
-        SelectConfig.from_dict(select)
+        if SelectConfig.from_dict(select).trust_column is not None:
+            raise ValueError(f"The arm {name!r}: the column of trust is one for all; name it in config.")
         store = values.get("store")
         found[name] = PreviewArm(
             name,
