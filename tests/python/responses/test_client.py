@@ -360,7 +360,8 @@ def test_settings_of_a_judge_are_checked():
 def test_without_httpx2_the_message_says_what_to_install():
     code = "import sys; sys.modules['httpx2'] = None; import bpo; bpo.ChatServer('http://localhost', 'm')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert "ImportError: Servers need the package httpx2: pip install 'bpo[judge]'" in done.stderr
+    said = "ImportError: Servers need the package httpx2: pip install 'balanced-preference-optimization[judge]'"
+    assert said in done.stderr
 
 
 @pytest.mark.parametrize("status", [None, 403, 404, 307])
