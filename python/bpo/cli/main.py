@@ -48,7 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 141
     except ModuleNotFoundError as error:
         return _failed(missing(f"bpo {given[0].command}" if given else "bpo", error), 1)
-    except (ValueError, TypeError, OSError, ImportError, MemoryError) as error:
+    except OSError as error:
+        return _failed(_named(error), 1)
+    except (ValueError, TypeError, ImportError, MemoryError) as error:
         return _failed(in_words_of_the_shell(str(error)) or type(error).__name__, 1)
     except KeyboardInterrupt:
         return _failed(f"interrupted; {_kept(given)}", 130)
@@ -96,12 +98,18 @@ def _without_bars() -> Iterator[None]:
 def _flush() -> None:
     """Has what was printed go out now, when it can still be told that it fails."""
     if sys.stdout is not None:
-        try:
-            sys.stdout.flush()
-        except BrokenPipeError:
-            raise
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, "the standard output") from None
+        sys.stdout.flush()
+
+
+def _named(error: OSError) -> str:
+    """An error of the system in words; one that names no file and was raised in this room is of a ``print``."""
+    place = error.__traceback__
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    here = place is not None and Path(place.tb_frame.f_code.co_filename).parent == Path(__file__).parent
+    if error.errno is not None and error.filename is None and error.strerror and here:
+        return f"the standard output cannot be written: {error.strerror}"
+    return in_words_of_the_shell(str(error))
 
 
 def _check_ours() -> None:

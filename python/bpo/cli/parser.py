@@ -117,8 +117,8 @@ class Parser(argparse.ArgumentParser):
             field = name.removeprefix("--").replace("-", "_")
             if field in field_names():
                 return f"; did you mean --set {field}=…?"
-        close = did_you_mean(name, known)
-        return close.replace(name, known.get(name, name)) if close else ""
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+        return f"; did you mean {known[close[0]]}?" if close else ""
 
     def _check_command(self, given: Sequence[str]) -> None:
         """Checks the first word that is no option."""

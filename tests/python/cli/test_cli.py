@@ -90,7 +90,7 @@ def test_any_output_can_be_printed(saved, encoding, monkeypatch, tmp_path):
 def test_output_that_nobody_reads_or_that_does_not_fit_is_no_traceback(saved):
     for redirected, status, said in (
         ("| true", 141, ""),
-        ("> /dev/full", 1, "bpo: [Errno 28] No space left on device: 'the standard output'"),
+        ("> /dev/full", 1, "bpo: the standard output cannot be written: No space left"),
     ):
         if not os.path.exists("/dev/full"):  # noqa: PTH110
             pytest.skip("needs /dev/full")
