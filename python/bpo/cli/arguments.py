@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import bpo
-from bpo.cli.parser import Parser, did_you_mean
+from bpo.cli.parser import Parser, did_you_mean, field_names
 from bpo.system.files import read_json
 from bpo.system.paths import check_apart, is_url
 
@@ -113,15 +113,6 @@ def add_fields(command: Parser, description: str) -> None:
     command.add_argument(
         "--config", metavar="FILE", help="YAML file of options by their names; those of the command line come after"
     )
-
-
-def field_names() -> list[str]:
-    """Returns what ``--set`` takes."""
-    import dataclasses
-
-    from bpo.config import SelectConfig
-
-    return [field.name for field in dataclasses.fields(SelectConfig)]
 
 
 def fields(options: argparse.Namespace) -> dict[str, Any]:

@@ -128,7 +128,7 @@ def _check_ours() -> None:
 def in_words_of_the_shell(message: str) -> str:
     """Returns a message of the package with its arguments as options of the command."""
     message = re.sub(r"\bSelectConfig\.(\w+)", r"--set \1", message)
-    return re.sub(r"(?<![\w.-])(budget|breadth|strategy|target|seeds?)=(['\"]?)([\w.…-]+)\2", r"--\1 \3", message)
+    return re.sub(r"(?<![\w./-])(budget|breadth|strategy|target|seeds?)=(['\"]?)([\w.…-]+)\2", r"--\1 \3", message)
 
 
 def _kept(given: list[argparse.Namespace]) -> str:

@@ -20,6 +20,15 @@ def did_you_mean(word: str, known: Collection[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
+def field_names() -> list[str]:
+    """Returns what ``--set`` takes."""
+    import dataclasses
+
+    from bpo.config import SelectConfig
+
+    return [field.name for field in dataclasses.fields(SelectConfig)]
+
+
 class _Formatter(argparse.RawDescriptionHelpFormatter):
     """Examples as they stand, and the default of every option that has one."""
 
@@ -112,8 +121,6 @@ class Parser(argparse.ArgumentParser):
 
     def _meant(self, name: str, known: Mapping[str, str]) -> str:
         if "--set" in known:
-            from bpo.cli.arguments import field_names
-
             field = name.removeprefix("--").replace("-", "_")
             if field in field_names():
                 return f"; did you mean --set {field}=…?"
