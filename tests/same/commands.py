@@ -16,7 +16,7 @@ TASKS = ("info", "verify", "repair", "merge", "export")
 SMALL = ("--set", "sketch_dim=64", "--set", "lora_rank=4")
 RUNS = {
     "select": "select model rows.jsonl --budget 23 --breadth 7 --store cli-s --output chosen",
-    "select again": "select model rows.jsonl --budget 0.4 --strategy coreset --store cli-s --output chosen",
+    "select again": "select model rows.jsonl --budget 0.4 --strategy coreset --store cli-s --output chosen-again",
     "select less": "select model rows.jsonl --budget 20 --strategy less --target target.jsonl --output toward --seed 3",
     "select pairs": "select model pairs.jsonl --budget 14 --output cli-pairs",
     "reselect": "reselect cli-s rows.jsonl --budget 30 --output cli-again --set length_control=residual",
