@@ -73,7 +73,7 @@ def test_interrupted_command_ends_at_once_and_keeps_what_was_finished(protocol, 
     prompts, output = tmp_path / "prompts.jsonl", tmp_path / "responses.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
     arguments = ["sample", protocol.url, str(prompts), "--model", "m", "--output", str(output), "--concurrency", "2"]
-    process = subprocess.Popen([sys.executable, "-m", "bpo.cli", *arguments], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-m", "bpo", *arguments], stderr=subprocess.PIPE, text=True)
     try:
         assert hanging.wait(120)
         while not (output.exists() and output.read_bytes().endswith(b"\n")):
