@@ -49,6 +49,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **settings: Any) -> None:
         super().__init__(formatter_class=_Formatter, **settings)
         self._inputs: list[tuple[str, str, dict[str, Any]]] = []
+        self._passed_on: list[str] = []
         self.passes_on = False
         """Whether options that it does not know are left to another parser."""
 
@@ -65,7 +66,8 @@ class Parser(argparse.ArgumentParser):
         given = self._spelt(given)
         given = [*self._from_file(given), *given]
         self._place_inputs(given)
-        return super().parse_known_args(given, namespace)
+        options, more = super().parse_known_args(given, namespace)
+        return options, [*self._passed_on, *more]
 
     def error(self, message: str) -> NoReturn:
         """Ends with one sentence, and where to find more."""
@@ -170,16 +172,20 @@ class Parser(argparse.ArgumentParser):
             self.error(f"--config {path}: no YAML: {' '.join(str(error).split())}")
         if not isinstance(values, Mapping):
             self.error(f"--config {path}: expected options and their values, as in budget: 500")
-        words = []
+        known, words = self._options(), []
         for name, value in values.items():
             option = f"--{name}"
-            pairs = [f"{key}={_text(item)}" for key, item in value.items()] if isinstance(value, Mapping) else None
-            if value is True:
+            items = value if isinstance(value, list) else [value]
+            if isinstance(value, Mapping):
+                items = [f"{key}={_text(item)}" for key, item in value.items()]
+            if value is None:
+                continue
+            if option.replace("_", "-") not in known and self.passes_on:  # as transformers reads it
+                self._passed_on += [option, *map(_text, items)]
+            elif value is True:
                 words.append(option)
-            elif value is not False and value is not None:
-                words += [
-                    f"{option}={_text(item)}" for item in pairs or (value if isinstance(value, list) else [value])
-                ]
+            elif value is not False:
+                words += [f"{option}={_text(item)}" for item in items]
         return words
 
 
