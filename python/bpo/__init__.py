@@ -20,6 +20,8 @@ from bpo._core import (
     StoreVersionError,
     __version__,
 )
+from bpo.system.optional import missing as _missing
+from bpo.system.optional import warn_of_namesake as _warn_of_namesake
 
 if TYPE_CHECKING:
     from bpo._core import allocate_depth as allocate_depth
@@ -152,10 +154,16 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'bpo' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_LAZY[name]), name)
+    try:
+        value = getattr(importlib.import_module(_LAZY[name]), name)
+    except ModuleNotFoundError as error:
+        raise ImportError(_missing(f"bpo.{name}", error), name=error.name) from error
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+_warn_of_namesake(__path__[0])

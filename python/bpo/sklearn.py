@@ -17,7 +17,9 @@ try:
     from sklearn.utils import check_array, check_random_state
     from sklearn.utils.validation import check_is_fitted, check_non_negative, validate_data
 except ImportError as error:
-    raise ImportError("bpo.sklearn needs scikit-learn 1.6 or newer: pip install 'scikit-learn>=1.6'") from error
+    raise ImportError(
+        "bpo.sklearn needs scikit-learn 1.6 or newer: pip install 'balanced-preference-optimization[sklearn]'"
+    ) from error
 
 if TYPE_CHECKING:
     import numpy.typing as npt

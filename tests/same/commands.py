@@ -1,6 +1,6 @@
 """The command: every help text, and runs of every sub-command with what they print and write."""
 
-from importlib.metadata import distribution
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import yaml
@@ -10,13 +10,13 @@ from comparisons import CONFIG, FILES, PREVIEW_TIME, TABLE_TIMES
 from record import captured, observation, without_bars
 from world import scored_rows, write_rows
 
-MAIN = distribution("bpo").entry_points["bpo"].load()
+[MAIN] = (point.load() for point in entry_points(group="console_scripts", name="bpo"))
 COMMANDS = ("select", "reselect", "preview", "sample", "score", "doctor", "compare", "show", "store")
 TASKS = ("info", "verify", "repair", "merge", "export")
 SMALL = ("--set", "sketch_dim=64", "--set", "lora_rank=4")
 RUNS = {
     "select": "select model rows.jsonl --budget 23 --breadth 7 --store cli-s --output chosen",
-    "select again": "select model rows.jsonl --budget 0.4 --strategy coreset --store cli-s --output chosen",
+    "select again": "select model rows.jsonl --budget 0.4 --strategy coreset --store cli-s --output chosen-again",
     "select less": "select model rows.jsonl --budget 20 --strategy less --target target.jsonl --output toward --seed 3",
     "select pairs": "select model pairs.jsonl --budget 14 --output cli-pairs",
     "reselect": "reselect cli-s rows.jsonl --budget 30 --output cli-again --set length_control=residual",

@@ -63,7 +63,9 @@ def fields(record, world):
 @observation
 def distribution(record, world):
     """What the wheel says of itself beside its long description, which is the README."""
-    found = metadata.distribution("bpo")
+    # The name of the distribution may differ between the two.
+    [command] = metadata.entry_points(group="console_scripts", name="bpo")
+    found = command.dist
     record.values("metadata", [item for item in found.metadata.items() if item[0] != "Description"])
     record.values("entry_points", [(point.group, point.name) for point in found.entry_points])
     parts = ("py.typed", "_core.pyi")
@@ -73,7 +75,7 @@ def distribution(record, world):
 @observation
 def imports(record, world):
     """Which large packages come along with the package, with its command, and with names that need little."""
-    command = "from importlib.metadata import distribution; distribution('bpo').entry_points['bpo'].load()"
+    command = "import bpo.cli.main"
     codes = {"package": "import bpo", "command": command}
     for name in ("SelectConfig", "register_strategy", "allocate_depth", "ChatServer", "compress_breadth", "Scorer"):
         codes[name] = f"from bpo import {name}"
@@ -93,7 +95,7 @@ for name in {sorted(bpo.__all__)} + ["sklearn", "command"]:
     if os.fork() == 0:
         try:
             if name == "command":
-                importlib.metadata.distribution("bpo").entry_points["bpo"].load()
+                import bpo.cli.main
             else:
                 exec(f"from bpo import {{name}}")
             print(name, "is there", flush=True)

@@ -130,7 +130,7 @@ def _check_mean_pooling(embedder: str, modules: Any) -> int | None:
         raise ValueError(
             f"{embedder} is a model of sentence-transformers that does more than take the mean of its last hidden "
             f"states ({' → '.join(kinds)}; pooling: {' and '.join(modes) or 'not said'}). Install that package to run "
-            "it: pip install 'bpo[embed]'."
+            "it: pip install 'balanced-preference-optimization[embed]'."
         )
     longest: int | None = transformer.get("max_seq_length")
     return longest

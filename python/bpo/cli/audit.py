@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import bpo
-from bpo.cli.arguments import add_fields, fields, place
-from bpo.system.paths import check_apart
+from bpo.cli.arguments import (
+    add_dataset,
+    add_fields,
+    add_saying,
+    check_dataset,
+    check_writable,
+    dataset_of,
+    examples,
+    fields,
+    place,
+    say,
+    silent,
+)
+from bpo.system.paths import check_apart, is_url
 
 if TYPE_CHECKING:
     import argparse
@@ -18,9 +30,16 @@ if TYPE_CHECKING:
 
 def add_audit(commands: Commands) -> None:
     """Adds the command."""
-    command = commands.add_parser("audit", help="which labels look wrong, from a gradient store")
+    command = commands.add_parser(
+        "audit",
+        help="which labels look wrong, from a gradient store",
+        epilog=examples(
+            "bpo audit gradients responses.jsonl --output suspects.html",
+            "bpo audit gradients responses.jsonl --by source --save audit.json",
+        ),
+    )
     command.add_argument("store", type=place, help="directory or address of the gradient store")
-    command.add_argument("dataset", help="file, directory or hub id of the preference data")
+    add_dataset(command)
     command.add_argument(
         "--store",
         dest="more",
@@ -34,11 +53,11 @@ def add_audit(commands: Commands) -> None:
         "--by", action="append", metavar="COLUMN", help="column of the data to group labels by; repeatable"
     )
     command.add_argument("--wrong-share", type=float, metavar="SHARE", help="share of wrong labels, where it is known")
-    command.add_argument("--worst", type=int, default=50, metavar="N", help="pairs to show in full (default: 50)")
+    command.add_argument("--worst", type=int, default=50, metavar="N", help="pairs to show in full")
     command.add_argument("--output", type=Path, help="file for a page, .html")
     command.add_argument("--save", type=Path, help="file for the whole audit, .json")
-    command.add_argument("--json", action="store_true", help="print the whole audit as JSON in place of a summary")
     add_fields(command, "as for select")
+    add_saying(command)
     command.set_defaults(run=_run)
 
 
@@ -49,18 +68,24 @@ def _run(options: argparse.Namespace) -> None:
         {"dataset": options.dataset},
         {"store": options.store, **{f"--store {path}": path for path in options.more}},
     )
+    check_writable("--output", options.output, endings=(".html",))
+    check_writable("--save", options.save, endings=(".json",))
+    check_dataset(options)
+    for store in stores:
+        if not is_url(store) and not store.is_dir():
+            raise FileNotFoundError(f"{store} holds no gradient store: there is no such directory")
     audit = bpo.audit(
         stores,
-        options.dataset,
+        dataset_of(options),
         by=options.by,
         wrong_share=options.wrong_share,
         worst=options.worst,
         config=fields(options),
     )
-    print(json.dumps(audit.to_dict()) if options.json else audit.summary())
+    say(options, audit.summary, audit.to_dict)
     written = [
-        *([] if options.output is None else [f"page   {audit.report(options.output)}"]),
-        *([] if options.save is None else [f"audit  {audit.save(options.save)}"]),
+        *([] if options.output is None else [f"page   {shlex.quote(str(audit.report(options.output)))}"]),
+        *([] if options.save is None else [f"audit  {shlex.quote(str(audit.save(options.save)))}"]),
     ]
-    if written and not options.json:
+    if written and not silent(options):
         print("\n" + "\n".join(written))

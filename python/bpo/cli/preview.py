@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import bpo
-from bpo.cli.arguments import add_fields, fields, place
+from bpo.cli.arguments import (
+    add_dataset,
+    add_fields,
+    add_saying,
+    check_dataset,
+    check_writable,
+    dataset_of,
+    examples,
+    fields,
+    place,
+    say,
+    silent,
+)
 from bpo.system.files import read_json
-from bpo.system.paths import check_apart
+from bpo.system.paths import check_apart, is_url
 
 if TYPE_CHECKING:
     import argparse
@@ -18,9 +31,16 @@ if TYPE_CHECKING:
 
 def add_preview(commands: Commands) -> None:
     """Adds the command."""
-    command = commands.add_parser("preview", help="what a selection is worth, before training, from a gradient store")
+    command = commands.add_parser(
+        "preview",
+        help="what a selection is worth, before training, from a gradient store",
+        epilog=examples(
+            "bpo preview gradients responses.jsonl --budget 500",
+            "bpo preview gradients responses.jsonl --budget 500 --arm bpo --arm matching --figure preview.svg",
+        ),
+    )
     command.add_argument("store", type=place, help="directory or address of the gradient store")
-    command.add_argument("dataset", help="file, directory or hub id of the preference data")
+    add_dataset(command)
     command.add_argument("--budget", type=int, action="append", required=True, help="pairs to train on; repeatable")
     arms = command.add_mutually_exclusive_group()
     arms.add_argument(
@@ -39,6 +59,7 @@ def add_preview(commands: Commands) -> None:
     command.add_argument("--output", type=Path, help="file for the results, .json")
     command.add_argument("--figure", type=Path, help="file for a figure, .svg, .png or .pdf")
     add_fields(command, "as for select")
+    add_saying(command)
     command.set_defaults(run=_run)
 
 
@@ -55,21 +76,33 @@ def _run(options: argparse.Namespace) -> None:
         heldout: Any = float(options.heldout)
     except ValueError:
         heldout = options.heldout
+    given = fields(options)
+    check_writable("--output", options.output, endings=(".json",))
+    check_writable("--figure", options.figure, endings=(".svg", ".png", ".pdf"))
+    check_dataset(options)
+    if not is_url(options.store) and not options.store.is_dir():
+        raise FileNotFoundError(f"{options.store} holds no gradient store: there is no such directory")
     preview = bpo.preview(
         options.store,
-        options.dataset,
+        dataset_of(options),
         budget=options.budget,
         baseline=options.baseline,
         heldout=heldout,
         seeds=options.seeds,
-        config=fields(options),
+        config=given,
+        progress=not silent(options),
         **arms,
     )
-    print(preview.summary())
+    say(options, preview.summary, lambda: {"settings": preview.settings, "table": preview.table()})
     if options.output is not None:
-        print(f"\nresults  {preview.save(options.output)}")
+        _tell(options, f"\nresults  {shlex.quote(str(preview.save(options.output)))}")
     if options.figure is not None:
-        print(f"figure   {preview.figure(options.figure)}")
+        _tell(options, f"figure   {shlex.quote(str(preview.figure(options.figure)))}")
+
+
+def _tell(options: argparse.Namespace, text: str) -> None:
+    if not silent(options):
+        print(text)
 
 
 def _arm(text: str) -> Any:

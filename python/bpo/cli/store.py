@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, get_args
 
 import bpo
 from bpo.choices import SketchDType
-from bpo.cli.arguments import place
-from bpo.cli.show import show
-from bpo.store.mirror import described
+from bpo.cli.arguments import check_writable, examples, place
+from bpo.cli.results import show
 
 if TYPE_CHECKING:
     import argparse
@@ -20,8 +19,12 @@ if TYPE_CHECKING:
 
 def add_store(commands: Commands) -> None:
     """Adds the command, with one of its own for each task."""
-    command = commands.add_parser("store", help="describe, verify, repair, merge, gather and export gradient stores")
-    tasks = command.add_subparsers(dest="task", required=True)
+    command = commands.add_parser(
+        "store",
+        help="describe, verify, repair, merge, gather and export gradient stores",
+        epilog=examples("bpo store verify gradients", "bpo store export gradients rows.parquet"),
+    )
+    tasks = command.add_subparsers(dest="task", required=True, metavar="TASK")
     for name, run, text in (
         ("info", show, "what a store holds and what it was made with"),
         ("verify", _verify, "compare a store with its checksums; the exit status is 1 if something is wrong"),
@@ -50,6 +53,8 @@ def _verify(options: argparse.Namespace) -> int:
     for problem in problems:
         print(f"bpo: {problem}", file=sys.stderr)
     if not problems:
+        from bpo.store.mirror import described
+
         with described(options.path) as directory:
             count = len(bpo.GradientStore.open(directory))
         print(f"{options.path}: all {count} rows are as they were written")
@@ -80,4 +85,5 @@ def _gather(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
+    check_writable("output", options.output, endings=(".npz", ".parquet"))
     print(bpo.export_store(options.path, options.output))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import codecs
 import csv
+import difflib
 import gzip
 import io
 import itertools
@@ -29,8 +30,15 @@ _DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json")
 _SPLITS = re.compile(r"(?:^|[-._ ])(train|training|test|testing|eval|evaluation|valid|validation|dev)(?:[-._ ]|$)")
 
 
-def read_path(name: str) -> datasets.Dataset | datasets.DatasetDict | Listed:
+def read_path(
+    name: str, split: str | None = None, config: str | None = None
+) -> datasets.Dataset | datasets.DatasetDict | Listed:
     """Reads a file or a directory; a name of the form owner/name that is no path is an id of the hub.
+
+    Args:
+        name: The path or id.
+        split: Which split is read, of a directory or a data set of the hub; None is that for training.
+        config: Which configuration, of a data set of the hub.
 
     Raises:
         FileNotFoundError: No such path, and not the id of a data set that the hub gives.
@@ -38,22 +46,57 @@ def read_path(name: str) -> datasets.Dataset | datasets.DatasetDict | Listed:
     """
     path = Path(name).expanduser()
     if not path.exists():
-        return _of_hub(name)
+        return _of_hub(name, split, config)
     try:
-        return _read_directory(path) if path.is_dir() else _read_file(path)
+        if config is not None:
+            raise ValueError(f"only data sets of the hub have configurations such as {config!r}")
+        if path.is_dir():
+            return _read_directory(path, split)
+        if split is not None:
+            raise ValueError(f"a file has no splits such as {split!r}")
+        return _read_file(path)
     except MemoryError:
         raise
     except Exception as error:
         raise ValueError(f"{name}: cannot be read: {error or type(error).__name__}") from error
 
 
-def _of_hub(name: str) -> datasets.Dataset:
+def read_stream(file: IO[bytes]) -> Listed:
+    """Reads rows of JSON, one a line or in a list, and why some of them are none.
+
+    Raises:
+        ValueError: There is nothing, or no JSON.
+    """
+    data = io.BytesIO(file.read())
+    try:
+        return _read_json(data)
+    except ValueError as error:
+        raise ValueError(
+            f"the standard input: {error if data.getvalue().strip() else 'there is nothing in it'}"
+        ) from None
+
+
+def check_named(name: str) -> None:
+    """Checks that something is a path that is there, or has the form of a hub id.
+
+    Raises:
+        FileNotFoundError: Neither; the message names a path that may be meant.
+    """
+    path = Path(name).expanduser()
+    if path.exists() or (_HUB_ID.fullmatch(name) and not name.startswith(".") and _kind(Path(name)) is None):
+        return
+    beside = [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else []
+    close = difflib.get_close_matches(path.name, beside, n=1)
+    meant = f" Did you mean {path.with_name(close[0])}?" if close else ""
+    raise FileNotFoundError(f"{name}: no such file or directory, and not the form of a hub id (owner/name).{meant}")
+
+
+def _of_hub(name: str, split: str | None, config: str | None) -> datasets.Dataset:
     import datasets
 
-    if not _HUB_ID.fullmatch(name) or name.startswith(".") or _kind(Path(name)) is not None:
-        raise FileNotFoundError(f"{name}: no such file or directory, and not the form of a hub id (owner/name).")
+    check_named(name)
     try:
-        return datasets.load_dataset(name, split="train")
+        return datasets.load_dataset(name, config, split=split or "train")
     except (ConnectionError, FileNotFoundError) as error:
         raise FileNotFoundError(f"{name}: no such file or directory, and the hub does not give it: {error}") from error
     except MemoryError:
@@ -172,20 +215,24 @@ _READERS: dict[str, Callable[[IO[bytes]], Any]] = {
 }
 
 
-def _read_directory(path: Path) -> datasets.Dataset | datasets.DatasetDict | Listed:
+def _read_directory(path: Path, split: str | None) -> datasets.Dataset | datasets.DatasetDict | Listed:
     """What ``save_to_disk`` wrote, or the data files of a directory, in the order of their names."""
     import datasets
 
     if (path / "state.json").is_file():
+        if split is not None:
+            raise ValueError(f"it is one data set, without splits such as {split!r}")
         return _read_saved(path)
     if (path / "dataset_dict.json").is_file():
         splits = json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
-        if "train" not in splits:
-            raise ValueError(f"no split 'train', only {sorted(splits)}; name the directory of one, such as {splits[0]}")
-        return _read_saved(path / "train")
-    files = _training_files(path)
+        wanted = split or "train"
+        if wanted not in splits:
+            raise ValueError(f"no split {wanted!r}, only {sorted(splits)}; name one of them as the split")
+        return _read_saved(path / wanted)
+    files = _files_of(path, split)
     if not files:
-        raise ValueError(f"no file of one of the types {', '.join(_READERS)} for training")
+        what = "for training" if split is None else f"whose name says {split}"
+        raise ValueError(f"no file of one of the types {', '.join(_READERS)} {what}")
     read = [_read_file(file) for file in files]
     if all(isinstance(part, datasets.Dataset) for part in read):
         return datasets.concatenate_datasets(read)
@@ -198,8 +245,8 @@ def _read_directory(path: Path) -> datasets.Dataset | datasets.DatasetDict | Lis
     return rows, broken
 
 
-def _training_files(path: Path) -> list[Path]:
-    """The data files in a directory: those for training where names tell splits apart."""
+def _files_of(path: Path, split: str | None) -> list[Path]:
+    """The data files in a directory: of a split, or those for training where names tell splits apart."""
     card = path / "README.md"
     if card.is_file() and re.search(rb"^configs:", card.read_bytes(), re.MULTILINE):
         raise ValueError("its README.md says which files are which ('configs'): name the file that you mean")
@@ -208,6 +255,10 @@ def _training_files(path: Path) -> list[Path]:
         inside = file.relative_to(path)
         hidden = any(part.startswith((".", "_")) for part in inside.parts) or file.name in _DESCRIPTIONS
         if hidden or not file.is_file() or _kind(file) is None:
+            continue
+        if split is not None:
+            if any(re.search(rf"(?:^|[-._ ]){re.escape(split)}(?:[-. ]|$)", part) for part in inside.parts):
+                found["train"].append(file)
             continue
         splits = [split for part in inside.parts for split in _SPLITS.findall(part.lower())]
         found["" if not splits else "train" if splits[-1].startswith("train") else "other"].append(file)

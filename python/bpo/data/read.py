@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from bpo.data.candidates import report_skipped
@@ -38,6 +38,8 @@ def read_candidates(
     ref_logps: bool = False,
     weight_column: str | None = None,
     trust_column: str | None = None,
+    split: str | None = None,
+    columns: Mapping[str, str] | None = None,
 ) -> Candidates:
     """Reads preference data of any accepted format.
 
@@ -63,6 +65,10 @@ def read_candidates(
             whose preferred response it holds. Pairs of weight 0 are set aside. ``"weight"`` need not be there.
         trust_column: Column with the probability that the label of a row is right; pairs below ½ are set aside. Of
             scored responses a row has one for all pairs whose preferred response it holds. None trusts every label.
+        split: Which split of a ``DatasetDict``, a directory or a data set of the hub is read, such as
+            ``"train_prefs"``; None is that for training.
+        columns: What columns of the accepted formats are called in the data, where that is something else, such as
+            ``{"prompt": "question"}``.
 
     Returns:
         The :class:`bpo.Candidates`: the distinct ``prompts`` and ``responses``, ``prompt_of_response``, ``scores``,
@@ -82,14 +88,14 @@ def read_candidates(
     """
     if max_pairs_per_prompt is not None and max_pairs_per_prompt < 1:
         raise ValueError(f"max_pairs_per_prompt must be at least 1 or None, got {max_pairs_per_prompt}.")
-    rows = load_rows(dataset)
-    columns = list(rows.column_names)
-    reader_of = next((reader_of for needed, reader_of in _FORMS.items() if set(needed) <= set(columns)), None)
+    rows = load_rows(dataset, split=split, columns=columns)
+    names = list(rows.column_names)
+    reader_of = next((reader_of for needed, reader_of in _FORMS.items() if set(needed) <= set(names)), None)
     if reader_of is None:
-        raise ValueError(column_error(columns))
-    reader = reader_of(columns, token_weights, ref_logps)
+        raise ValueError(column_error(names))
+    reader = reader_of(names, token_weights, ref_logps)
     for column in ("images", "image"):
-        if column in columns:
+        if column in names:
             raise ValueError(
                 f"The column '{column}' is not supported: bpo reads prompts and responses of text alone. Remove it "
                 f"with dataset.remove_columns('{column}') if the responses do not depend on it."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -84,6 +85,14 @@ class ListRows:
         """Returns the values of a column in some rows."""
         return (self._rows[row].get(name) for row in index)
 
+    def renamed(self, names: Mapping[str, str]) -> ListRows:
+        """Returns the columns that are keys here, under other names."""
+        rows = [
+            row if index in self.broken else {names[name]: value for name, value in row.items() if name in names}
+            for index, row in enumerate(self._rows)
+        ]
+        return ListRows(rows, self.broken)
+
 
 class TableRows:
     """A data set in Arrow, read many rows at a time."""
@@ -111,33 +120,57 @@ class TableRows:
         """Returns the values of a column in some rows."""
         return (row[name] for row in self._table.select_columns(name).select(index))
 
+    def renamed(self, names: Mapping[str, str]) -> TableRows:
+        """Returns the columns that are keys here, under other names."""
+        return TableRows(self._table.select_columns(list(names)).rename_columns(dict(names)))
 
-def load_rows(dataset: Any) -> Rows:
+
+def load_rows(
+    dataset: Any,
+    *,
+    split: str | None = None,
+    name: str | None = None,
+    columns: Mapping[str, str] | None = None,
+) -> Rows:
     """Turns whatever the user holds into rows with ``column_names``.
+
+    Args:
+        dataset: What the user holds.
+        split: Which split of it, where it has several; None is that for training.
+        name: Which configuration, of a data set of the hub.
+        columns: What some columns are to be called → what they are called in the data.
 
     Raises:
         FileNotFoundError: A path that does not exist, or a hub id that the hub does not give.
-        ValueError: A dataset without a train split, a streaming dataset, an empty list, or a file that is damaged.
+        ValueError: A dataset without that split, configuration or column, a streaming dataset, an empty list, or a file
+            that is damaged.
         TypeError: Anything else.
     """
     import datasets
 
+    if columns:
+        return _renamed(load_rows(dataset, split=split, name=name), columns)
+    if isinstance(dataset, (str, Path)):
+        found = read_path(str(dataset), split, name)
+        return load_rows(found) if not isinstance(found, tuple) else ListRows(*found)
+    if isinstance(dataset, datasets.DatasetDict):
+        wanted = split or "train"
+        if wanted not in dataset:
+            raise ValueError(
+                f"The DatasetDict has no {wanted!r} split, only {sorted(dataset)}; pass dataset['<split>']."
+            )
+        return _as_shown(dataset[wanted])
+    if split is not None or name is not None:
+        raise ValueError(f"Only a path, an id of the hub or a DatasetDict has parts such as {split or name!r}.")
     if isinstance(dataset, (ListRows, TableRows)):
         return dataset
     if isinstance(dataset, datasets.Dataset):
         return _as_shown(dataset)
-    if isinstance(dataset, datasets.DatasetDict):
-        if "train" not in dataset:
-            raise ValueError(f"The DatasetDict has no 'train' split, only {sorted(dataset)}; pass dataset['<split>'].")
-        return _as_shown(dataset["train"])
     if isinstance(dataset, (datasets.IterableDataset, datasets.IterableDatasetDict)):
         raise ValueError(
             "A streaming dataset cannot be selected from, since every pair is compared with every other. Load it "
             "without streaming=True."
         )
-    if isinstance(dataset, (str, Path)):
-        found = read_path(str(dataset))
-        return load_rows(found) if not isinstance(found, tuple) else ListRows(*found)
     if isinstance(dataset, Mapping):
         return _of_columns(dataset)
     if isinstance(dataset, Sequence):
@@ -145,6 +178,23 @@ def load_rows(dataset: Any) -> Rows:
             raise ValueError("The dataset is empty: a list of no rows.")
         return ListRows(dataset)
     raise TypeError(f"dataset must be a datasets.Dataset, a list of rows or a path, not {type(dataset).__name__}.")
+
+
+def _renamed(rows: Rows, columns: Mapping[str, str]) -> Rows:
+    """The rows with some columns under the names that they are to have; one that had such a name gives way."""
+    there = list(rows.column_names)
+    for wanted, theirs in columns.items():
+        if theirs not in there:
+            close = difflib.get_close_matches(theirs, there, n=1)
+            meant = f"; did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"The data has no column {theirs!r} for {wanted!r}, only {there}{meant}")
+    names = {theirs: wanted for wanted, theirs in columns.items()}
+    dropped = set(columns) - set(names)
+    kept = {column: names.get(column, column) for column in there if column not in dropped}
+    if isinstance(rows, TableRows):
+        return rows.renamed(kept)
+    assert isinstance(rows, ListRows)
+    return rows.renamed(kept)
 
 
 def _as_shown(dataset: datasets.Dataset) -> Rows:

@@ -46,7 +46,7 @@ def sample_responses(
     output: str | os.PathLike[str] | None = None,
     processing_class: Any = None,
     batch_size: int = 32,
-    seed: int = 0,
+    seed: int = 42,
     config: SelectConfig | Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> datasets.Dataset:

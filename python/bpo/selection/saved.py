@@ -281,6 +281,13 @@ def _save_at(objects: Objects) -> str | None:
     raise FileExistsError(f"{objects.shown}/{_MANIFEST} is not of a selection that bpo saved there.")
 
 
+def holds_selection(directory: str | os.PathLike[str]) -> bool:
+    """Whether a selection was saved in a directory, or at an address."""
+    if is_url(directory):
+        return _save_at(Objects(os.fspath(directory))) is not None
+    return (Path(directory) / _MANIFEST).is_file() or _latest_scratch(Path(directory)) is not None
+
+
 def check_directory(directory: str | os.PathLike[str]) -> None:
     """Checks that a selection may be saved in a directory, or at an address.
 

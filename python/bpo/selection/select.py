@@ -41,7 +41,7 @@ def select(
     target: Any = None,
     store: str | os.PathLike[str] | None = None,
     config: SelectConfig | Mapping[str, Any] | None = None,
-    seed: int = 0,
+    seed: int = 42,
     progress: bool = True,
 ) -> Selection:
     """Chooses which preference pairs to train on.
@@ -71,7 +71,8 @@ def select(
             ``SelectConfig.checkpoints``, of one store for each. None computes anew and keeps nothing. Strategies
             without gradients leave it alone. The rows that are used are compared with their checksums.
         config: Everything else, as a :class:`bpo.SelectConfig` or a mapping of its fields.
-        seed: Of every random choice but the sketch (``SelectConfig.sketch_seed``). The same seed gives the same
+        seed: Of every random choice but the sketch (``SelectConfig.sketch_seed``), by default that of TRL's
+            ``DPOConfig``. The same seed gives the same
             selection for any number of threads, and, up to the rounding of the model's own arithmetic, for any batch
             size.
         progress: Whether to show progress bars.
@@ -182,7 +183,7 @@ def select_again(
     reference: Reference | None = None,
     store: str | os.PathLike[str] | None = None,
     config: SelectConfig | Mapping[str, Any] | None = None,
-    seed: int = 0,
+    seed: int = 42,
     progress: bool = True,
 ) -> Selection:
     """Chooses again from the same data, once the policy was trained on an earlier choice.
@@ -226,7 +227,7 @@ def select_at_most(
     target: Any = None,
     store: str | os.PathLike[str] | None = None,
     config: SelectConfig | Mapping[str, Any] | None = None,
-    seed: int = 0,
+    seed: int = 42,
     progress: bool = True,
 ) -> Selection:
     """Chooses from new responses once the policy was trained: as many pairs as before, or all where there are fewer.

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bpo.system.files import sync
+from bpo.system.optional import DISTRIBUTION
 from bpo.system.secrets import without_secrets
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-_INSTALL = "For s3:// that is pip install 'bpo[remote]'."
+_INSTALL = f"For s3:// that is pip install '{DISTRIBUTION}[remote]'."
 _CREDENTIALS = "Give credentials as its client expects them, for s3:// in the environment or in ~/.aws."
 
 _WORKERS = 8

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
+from bpo.system.optional import DISTRIBUTION
 from bpo.system.secrets import without_secrets
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ class Peer:
         try:
             import httpx2
         except ImportError:
-            raise ImportError("Servers need the package httpx2: pip install 'bpo[judge]'.") from None
+            raise ImportError(f"Servers need the package httpx2: pip install '{DISTRIBUTION}[judge]'.") from None
 
         url, user = _parsed(address, "base_url")
         if url.path == "/":

@@ -308,7 +308,7 @@ def test_pooling_is_the_models_own(bert):
 def test_without_the_package_what_is_no_plain_mean_is_refused(bert, pooling, files, said, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     describe(bert, pooling, **files)
-    with pytest.raises(ValueError, match=rf"{said}.*pip install 'bpo\[embed\]'"):
+    with pytest.raises(ValueError, match=rf"{said}.*pip install 'balanced-preference-optimization\[embed\]'"):
         embed_prompts(["red"], bert, progress=False)
 
 

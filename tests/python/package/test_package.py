@@ -7,6 +7,7 @@ from importlib import metadata, resources
 import pytest
 
 import bpo
+from bpo.system.optional import DISTRIBUTION
 
 
 def run(code):
@@ -27,8 +28,8 @@ def test_every_public_name_is_there():
 
 
 def test_wheel_is_abi3_typed_and_of_one_version():
-    assert metadata.version("bpo") == bpo.__version__
-    files = [str(path) for path in metadata.files("bpo")]
+    assert metadata.version(DISTRIBUTION) == bpo.__version__
+    files = [str(path) for path in metadata.files(DISTRIBUTION)]
     assert any(name.startswith("bpo/_core.abi3") for name in files) or sys.platform == "win32"
     assert resources.files("bpo").joinpath("py.typed").is_file()
     assert resources.files("bpo").joinpath("_core.pyi").is_file()

@@ -73,7 +73,7 @@ def test_interrupted_command_ends_at_once_and_keeps_what_was_finished(protocol, 
     prompts, output = tmp_path / "prompts.jsonl", tmp_path / "responses.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
     arguments = ["sample", protocol.url, str(prompts), "--model", "m", "--output", str(output), "--concurrency", "2"]
-    process = subprocess.Popen([sys.executable, "-m", "bpo.cli", *arguments], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-m", "bpo", *arguments], stderr=subprocess.PIPE, text=True)
     try:
         assert hanging.wait(120)
         while not (output.exists() and output.read_bytes().endswith(b"\n")):
@@ -360,7 +360,8 @@ def test_settings_of_a_judge_are_checked():
 def test_without_httpx2_the_message_says_what_to_install():
     code = "import sys; sys.modules['httpx2'] = None; import bpo; bpo.ChatServer('http://localhost', 'm')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert "ImportError: Servers need the package httpx2: pip install 'bpo[judge]'" in done.stderr
+    said = "ImportError: Servers need the package httpx2: pip install 'balanced-preference-optimization[judge]'"
+    assert said in done.stderr
 
 
 @pytest.mark.parametrize("status", [None, 403, 404, 307])

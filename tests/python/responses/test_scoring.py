@@ -126,7 +126,7 @@ def test_a_kill_loses_nothing_that_was_finished(tmp_path, monkeypatch):
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     arguments = ["score", str(data), "--output", str(output), "--function", "test_scoring:length_until_killed"]
     here = Path(__file__).parent
-    done = subprocess.run([sys.executable, "-m", "bpo.cli", *arguments], cwd=here, capture_output=True, check=False)
+    done = subprocess.run([sys.executable, "-m", "bpo", *arguments], cwd=here, capture_output=True, check=False)
     assert done.returncode == -signal.SIGKILL and output.read_text().count("\n") == 3
     monkeypatch.setattr(os, "kill", lambda *_: None)
     assert main(arguments) == 0

@@ -151,7 +151,7 @@ def select(model_path, data, tmp_path):
     temporary.mkdir(exist_ok=True)
     shutil.rmtree(tmp_path / "out", ignore_errors=True)
     process = started(
-        ["-m", "bpo.cli", "select", model_path, data, "--budget", "0.5", "--output", tmp_path / "out"],
+        ["-m", "bpo", "select", model_path, data, "--budget", "0.5", "--output", tmp_path / "out", "--no_store"],
         "--set",
         "tokens_per_batch=32",
         env={**os.environ, "TMPDIR": str(temporary)},
@@ -177,7 +177,7 @@ def test_a_command_that_is_told_to_end_leaves_no_temporary_store(model_path, dat
     process.send_signal(signal.SIGTERM)
     errors = process.communicate(timeout=120)[1]
     assert process.returncode == 128 + signal.SIGTERM
-    assert "bpo: ended by SIGTERM; what was finished is kept" in errors and "Traceback" not in errors
+    assert "bpo: ended by SIGTERM; nothing is kept" in errors and "Traceback" not in errors
     assert list(temporary.glob("bpo-*")) == []
 
 

@@ -94,7 +94,7 @@ def compare(config: Any, output: str | os.PathLike[str], *, jobs: int = 1, progr
         FileNotFoundError: A path that does not exist.
         FileExistsError: An ``output`` that holds something else.
         BlockingIOError: An ``output`` in which another comparison is at work.
-        ImportError: matplotlib is missing: ``pip install 'bpo[compare]'``.
+        ImportError: matplotlib is missing: ``pip install 'balanced-preference-optimization[compare]'``.
 
     Example:
         .. code-block:: python
