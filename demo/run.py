@@ -1,7 +1,9 @@
 """The main job, end to end, on real responses of a real model.
 
-Scored responses → breadth compression → gradient store → pair clusters → scores → depth → DPO training with TRL →
-preference accuracy on held-out prompts, for the pairs that bpo chose and for as many chosen at random.
+First what the choice of pairs is worth: strategies compared on all prompts, from gradients that ship with the demo.
+Then all of it on a few prompts: scored responses → breadth compression → gradient store → pair clusters → scores →
+depth → DPO training with TRL → preference accuracy on held-out prompts, for the pairs that bpo chose and for as many
+chosen at random.
 
 Run `make demo`, or `python demo/run.py --help`.
 """
@@ -37,6 +39,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, ProgressCallback
 from trl import DPOConfig, DPOTrainer
 
 import bpo
+from gradients import STORE, rows
 from models import embedder, policy
 
 HERE = Path(__file__).resolve().parent
@@ -88,6 +91,8 @@ def main() -> None:
     name = Path(model).name + ("-full" if options.full else "")
     output = options.output / name
     output.mkdir(parents=True, exist_ok=True)
+    if options.model is None:
+        preview()
     train, heldout = load_data(size)
     heading(f"Model {Path(model).name}, {len(train)} prompts to choose from, {len(heldout)} held out")
 
@@ -116,6 +121,14 @@ def main() -> None:
     table(before, after, selections, output)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"\n{time.perf_counter() - started:.0f} s, peak memory {peak:.1f} GiB")
+
+
+def preview() -> None:
+    """Compares strategies on all prompts by the gradients that ship with the demo; no model runs."""
+    heading("Which pairs are worth training on? Foretold from the gradients of 192 prompts, without training")
+    arms = ["matching", "bpo", "best_worst", "random"]
+    found = bpo.preview(STORE, rows(), budget=60, arms=arms, seeds=12)
+    print(found.summary())
 
 
 def load_data(size: Size) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

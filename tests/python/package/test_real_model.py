@@ -89,3 +89,18 @@ def test_select_end_to_end(smollm2, tmp_path):
     centrality = np.array(selection.dataset["bpo_centrality"][:])
     assert (centrality > 0).all() and (centrality <= 1 + 1e-6).all()
     assert selection.dataset[0]["prompt"][0]["role"] == "user"
+
+
+def test_the_gradients_that_ship_with_the_demo(smollm2, monkeypatch):
+    """They are those of all its responses, and those that the model gives."""
+    monkeypatch.syspath_prepend(DEMO)
+    import gradients
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", bpo.InvalidDataWarning)
+        candidates = bpo.read_candidates(gradients.rows())
+    store = bpo.GradientStore.open(gradients.STORE)
+    assert len(store.verify()) == 0
+    known = {bytes(name) for name in store.records["response_id"]}
+    assert known == {bytes(name) for name in candidates.response_ids}
+    assert gradients.difference(smollm2, gradients.rows()[:1]) < 0.01
