@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ def setup(app: Any) -> None:
 
 def write_commands(app: Any) -> None:
     """Every command with its arguments, as ``--help`` prints them."""
+    os.environ["COLUMNS"] = "100"
     parser = _parser()
     (commands,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
     parts = ["# The command line\n\n`bpo COMMAND --help` prints the same.\n"]

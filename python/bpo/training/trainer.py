@@ -19,6 +19,7 @@ from bpo.selection.selection import add_ref_logps, has_ref_logps
 from bpo.store.gradient_store import StoreMismatchError
 from bpo.store.mirror import remove_store
 from bpo.system.paths import check_not_within
+from bpo.training.card import PAPER, tell_of_pairs
 from bpo.training.checks import check_origin, check_resampling, check_rounds, check_target
 from bpo.training.config import BPOConfig, count_or_fraction
 from bpo.training.load import load_to_train
@@ -44,6 +45,8 @@ class BPOTrainer(WeightedDPOTrainer):
 
     Selection is for the loss of ``args``. The auxiliary loss that TRL adds for mixtures of experts
     (``router_aux_loss_coef``) belongs to a batch, not to a pair, and takes no part in it.
+
+    The selection is saved in ``output_dir/_selection``, which is not pushed to the hub, and the model card tells of it.
 
     With ``precompute_ref_log_probs=True`` the reference does not run a second time: training uses the log-probabilities
     that selection computed, in the precision of the model as it was loaded.
@@ -92,6 +95,7 @@ class BPOTrainer(WeightedDPOTrainer):
 
     _tag_names = ("trl", "dpo", "bpo")
     _name = "BPO"
+    _paper = PAPER
 
     def __init__(
         self,
@@ -215,7 +219,15 @@ class BPOTrainer(WeightedDPOTrainer):
             resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir) or True
         if self._reselects:
             self._restore_rounds(None if resume_from_checkpoint is True else resume_from_checkpoint)
+        elif self.is_world_process_zero():
+            self.selection.save(Path(self.args.output_dir) / "_selection")
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Writes the model card, with how the pairs were chosen."""
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            tell_of_pairs(Path(self.args.output_dir) / "README.md", self.selections)
 
     def get_train_dataloader(self) -> Any:
         """As in TRL; where rounds change the pairs, of row numbers, which become pairs when their step begins."""

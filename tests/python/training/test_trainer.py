@@ -39,6 +39,12 @@ def test_bpo_trainer_selects_then_trains(model_path, rows, tmp_path):
     assert len(trainer.selection) == 12 == len(trainer.train_dataset)
     result = trainer.train()
     assert result.global_step == 2 and result.training_loss > 0
+    saved = bpo.Selection.load(tmp_path / "_selection")
+    assert saved.dataset["chosen"][:] == trainer.selection.dataset["chosen"][:]
+    trainer.create_model_card(model_name="mine")
+    card = (tmp_path / "README.md").read_text()
+    assert "Breadth and Depth in Alignment](https://huggingface.co/papers/2411.10914)" in card
+    assert trainer.selection.summary() in card and "wang2025bpo" in card
 
 
 def test_bpo_trainer_takes_a_peft_config_and_a_model_object(tokenizer, rows, tmp_path):
