@@ -340,8 +340,9 @@ def test_interrupted_judging_goes_on(protocol, tmp_path):
     protocol.script = lambda request, number: longer(request)
     dataset = score(rows, bpo.Judge(server, "pairwise"), output=output)
     assert dataset["scores"][:] == [[0.5, 1.0, 0.0]] * 6
-    assert len(protocol.requests) - n_before == len({user_text(request) for request in protocol.requests[n_before:]})
-    assert len(protocol.requests) - n_before == 6 * 5
+    asked = [user_text(request) for request in protocol.requests[n_before:]]
+    # The last request of the first run may still have been under way when it ended.
+    assert len(set(asked)) == 6 * 5 and len(asked) - len(set(asked)) <= 1
 
 
 def test_settings_of_a_judge_are_checked():

@@ -52,7 +52,7 @@ def store(tmp_path_factory, model, tokenizer):
 def select(store):
     def run(strategy, budget=20, **arguments):
         config = dataclasses.replace(CONFIG, ref_model=None, **arguments.pop("changes", {}))
-        given = {"config": config, "store": store, "progress": False, **arguments}
+        given = {"config": config, "store": store, "seed": 0, "progress": False, **arguments}
         return bpo.select(None, given.pop("rows", rows_with_reference()), budget=budget, strategy=strategy, **given)
 
     return run

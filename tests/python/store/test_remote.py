@@ -360,7 +360,9 @@ def test_commands_take_addresses(bucket, at, model_path, tmp_path, capsys):
     assert f"report   {output}/report.html" in said
     first = bpo.Selection.load(output)
     at("two")
-    assert main(["reselect", store, *arguments]) == 0
+    assert main(["reselect", store, *arguments]) == 1
+    assert "holds an earlier selection" in capsys.readouterr().err
+    assert main(["reselect", store, *arguments, "--overwrite"]) == 0
     assert "15 kept of 30" in capsys.readouterr().out
     again = bpo.Selection.load(output)
     assert again.pairs["fate"] == first.pairs["fate"]

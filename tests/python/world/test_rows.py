@@ -231,7 +231,7 @@ def test_one_that_hangs_is_named_and_what_was_made_is_gone_on_from_with_the_same
     job.kill(members)
     there = rows_in(output)
     assert there == 14 and not output.exists()
-    with pytest.raises(ValueError, match=r"was written with other settings: seed \(0 there, 1 now\)"):
+    with pytest.raises(ValueError, match=r"was written with other settings: seed \(42 there, 1 now\)"):
         sample(0, output, seed=1)
     with pytest.raises(ValueError, match="were made from other prompts"):
         sample(0, output, prompts=PROMPTS[1:])

@@ -151,6 +151,7 @@ def test_the_gradients_are_those_of_a_whole_model(tmp_path):
 def dying(rank, store, after):
     """As a launcher starts it; the second process is killed over one of its batches, and says which it ran."""
     import bpo.gradients.extract
+    import bpo.store.writer
 
     meet()
     tokenizer = build_tokenizer()
