@@ -107,6 +107,17 @@ def check_dataset(options: argparse.Namespace) -> None:
         check_named(options.dataset)
 
 
+def check_stores(*stores: str | Path) -> None:
+    """Checks before anything is loaded that gradient stores can be there; addresses are left to their store.
+
+    Raises:
+        FileNotFoundError: One is no directory.
+    """
+    for store in stores:
+        if not is_url(store) and not Path(store).is_dir():
+            raise FileNotFoundError(f"{store} holds no gradient store: there is no such directory")
+
+
 def add_fields(command: Parser, description: str) -> None:
     """Adds ``--set FIELD=VALUE`` and ``--config``."""
     command.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help=description)

@@ -12,6 +12,7 @@ from bpo.cli.arguments import (
     add_fields,
     add_saying,
     check_dataset,
+    check_stores,
     check_writable,
     dataset_of,
     examples,
@@ -20,7 +21,7 @@ from bpo.cli.arguments import (
     say,
     silent,
 )
-from bpo.system.paths import check_apart, is_url
+from bpo.system.paths import check_apart
 
 if TYPE_CHECKING:
     import argparse
@@ -71,9 +72,7 @@ def _run(options: argparse.Namespace) -> None:
     check_writable("--output", options.output, endings=(".html",))
     check_writable("--save", options.save, endings=(".json",))
     check_dataset(options)
-    for store in stores:
-        if not is_url(store) and not store.is_dir():
-            raise FileNotFoundError(f"{store} holds no gradient store: there is no such directory")
+    check_stores(*stores)
     audit = bpo.audit(
         stores,
         dataset_of(options),

@@ -12,6 +12,7 @@ from bpo.cli.arguments import (
     add_fields,
     add_saying,
     check_dataset,
+    check_stores,
     check_writable,
     dataset_of,
     examples,
@@ -21,7 +22,7 @@ from bpo.cli.arguments import (
     silent,
 )
 from bpo.system.files import read_json
-from bpo.system.paths import check_apart, is_url
+from bpo.system.paths import check_apart
 
 if TYPE_CHECKING:
     import argparse
@@ -80,8 +81,7 @@ def _run(options: argparse.Namespace) -> None:
     check_writable("--output", options.output, endings=(".json",))
     check_writable("--figure", options.figure, endings=(".svg", ".png", ".pdf"))
     check_dataset(options)
-    if not is_url(options.store) and not options.store.is_dir():
-        raise FileNotFoundError(f"{options.store} holds no gradient store: there is no such directory")
+    check_stores(options.store)
     preview = bpo.preview(
         options.store,
         dataset_of(options),

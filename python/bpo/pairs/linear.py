@@ -125,23 +125,27 @@ def cross_fitted_margins(
 
 def _folds(prompt_of_pair: npt.NDArray[np.int64], seed: int) -> npt.NDArray[np.int64]:
     """The fold of each pair, whole prompts together: prompts in a random order, dealt out in turn."""
+    order = _order(prompt_of_pair, seed)
+    return order % min(_FOLDS, int(order.max()) + 1)
+
+
+def _order(prompt_of_pair: npt.NDArray[np.int64], seed: int) -> npt.NDArray[np.int64]:
+    """The place of each pair's prompt, from 0 on, in a random order of the prompts."""
     prompts, place = np.unique(prompt_of_pair, return_inverse=True)
-    order = np.random.default_rng(seed).permutation(len(prompts))
-    folds: npt.NDArray[np.int64] = order[place] % min(_FOLDS, len(prompts))
-    return folds
+    order: npt.NDArray[np.int64] = np.random.default_rng(seed).permutation(len(prompts))[place]
+    return order
 
 
 def _penalty(features: PairGradients, prompt_of_pair: npt.NDArray[np.int64], seed: int) -> float:
     """The penalty that ranks most pairs of left-out prompts rightly; the largest where one prompt is all there is."""
-    prompts, place = np.unique(prompt_of_pair, return_inverse=True)
-    if len(prompts) == 1:
+    order = _order(prompt_of_pair, seed)
+    n_folds = min(_FOLDS, int(order.max()) + 1)
+    if n_folds == 1:
         return _PENALTIES[0]
-    order = np.random.default_rng(seed).permutation(len(prompts))
-    counts = np.bincount(place)[np.argsort(order)]
-    n_drawn = max(_FOLDS, int(np.searchsorted(np.cumsum(counts), _VALIDATED_PAIRS, side="right")))
-    drawn: npt.NDArray[np.bool_] = order[place] < n_drawn
+    n_drawn = max(_FOLDS, int(np.searchsorted(np.cumsum(np.bincount(order)), _VALIDATED_PAIRS, side="right")))
+    drawn: npt.NDArray[np.bool_] = order < n_drawn
     regression = PairRegression(features.take(np.flatnonzero(drawn)))
-    fold, n_folds = _folds(prompt_of_pair, seed)[drawn], min(_FOLDS, len(prompts))
+    fold = order[drawn] % n_folds
     right = []
     fitted: list[npt.NDArray[np.float64] | None] = [None] * n_folds
     for penalty in _PENALTIES:

@@ -1,7 +1,7 @@
 """The pairs that tell most, by the posterior of the logistic model that DPO is near its start.
 
-w has the prior N(0, I/λ), and a pair of unit gradient x with slope s = μ(1−μ), μ = σ(⟨w, x⟩) at the direction of
-training on all candidates, adds s·x xᵀ to the precision of the posterior (Laplace's approximation). λ is
+w has the prior N(0, I/λ), and a pair of unit gradient x with slope s = μ(1−μ), μ = σ(m) at its held-out margin m,
+adds s·x xᵀ to the precision of the posterior (Laplace's approximation). λ is
 ``SelectConfig.regularization`` times mean s / d, as that of ``"d_optimal"`` *(ours)*. Labels play no part but by s.
 """
 
