@@ -41,8 +41,8 @@ _BATCH_KEY = "pair_weight"
 class WeightedDPOConfig(DPOConfig):  # type: ignore[misc]
     """TRL's ``DPOConfig`` with the name of the column of weights.
 
-    Where nothing computes in bfloat16, it trains in float32 unless ``bf16``, ``fp16`` or ``use_cpu`` says otherwise; TRL's
-    own refuses to begin there until it is told.
+    Where nothing computes in bfloat16, it trains in float32 unless ``bf16``, ``fp16`` or ``use_cpu`` says otherwise;
+    TRL's own refuses to begin there until it is told.
 
     Attributes:
         weight_column: Column of the data with the weight of each pair; None trains as TRL does.
@@ -59,7 +59,7 @@ class WeightedDPOConfig(DPOConfig):  # type: ignore[misc]
 
     def __post_init__(self) -> None:
         if self.bf16 is None and not (self.fp16 or self.use_cpu or is_torch_bf16_gpu_available()):
-            self.bf16 = is_torch_xla_available()
+            self.bf16: bool | None = is_torch_xla_available()
         super().__post_init__()
 
 

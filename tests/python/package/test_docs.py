@@ -55,6 +55,7 @@ def desk(tokenizer, tmp_path_factory):
     ]
     renamed = [{"question": pair.pop("prompt"), **pair} for pair in map(dict, pairs)]
     (desk / "my-data").mkdir()
+    (desk / "my-pairs").mkdir()
     (desk / "demo/output/models").mkdir(parents=True)
     (desk / "demo/output/models/SmolLM2-135M-Instruct").symlink_to(desk / "my-sft-model")
     (desk / "demo/data").symlink_to(pages.ROOT / "demo/data")
@@ -64,6 +65,7 @@ def desk(tokenizer, tmp_path_factory):
         ("pairs", pairs),
         ("ultrafeedback", completions),
         ("my-data/train_prefs", renamed),
+        ("my-pairs/train", pairs),
     ):
         (desk / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return desk
@@ -107,6 +109,17 @@ def test_few_blocks_are_left_out_and_these_say_why():
                 assert len(block.reason.split()) > 2, f"{block.page}:{block.line} says not why: {block.reason}"
                 marked[path.name] = marked.get(path.name, 0) + 1
     assert marked == NOT_RUN
+
+
+@pytest.mark.parametrize("path", pages.NOTEBOOKS, ids=lambda path: path.name)
+def test_notebooks_are_of_nbformat_4_and_hold_no_outputs(path):
+    text = path.read_text(encoding="utf-8")
+    notebook = json.loads(text)
+    assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
+    assert len({cell["id"] for cell in notebook["cells"]}) == len(notebook["cells"])
+    for cell in notebook["cells"]:
+        assert cell["cell_type"] == "markdown" or (cell["outputs"], cell["execution_count"]) == ([], None)
+    assert "/home/" not in text and "/root/" not in text and "/tmp/" not in text
 
 
 def test_every_command_that_is_printed_has_the_options_it_is_printed_with():
