@@ -216,5 +216,5 @@ def run(folder, found, output):
             traceback.print_exc()
             stream.flush()
             os._exit(1)
-    stream.flush()
+    print(f"all ({time.process_time():.1f} s)", flush=True)
     os._exit(0)
