@@ -33,7 +33,7 @@ def desk(tokenizer, tmp_path_factory):
     for name, saved in (("my-sft-model", model), ("my-reward-model", judge)):
         saved.save_pretrained(desk / name)
         tokenizer.save_pretrained(desk / name)
-    rows = scored_rows(24, 8)
+    rows = scored_rows(16, 8)
     prompts = [{"prompt": row["prompt"]} for row in rows[:12]]
     pairs = [
         {"prompt": row["prompt"], "chosen": row["responses"][best], "rejected": row["responses"][worst]}
