@@ -134,7 +134,7 @@ class SelectConfig:
             of the gradient) and ``"score_gap"``, each standardised over the candidates, then added up *(ours)*. The
             default is the best of those measured in docs/results.md that need no scores.
         min_depth: Pairs that strategies which keep every prompt give each of them first: 1, or 0 to let whole prompts
-            go, which allows budgets below the number of prompts *(ours)*.
+            go *(ours)*. ``None`` is 1 where the budget has a pair for each prompt, else 0; with 1 it is refused then.
         max_depth: Most pairs of one prompt; ``None`` for no cap.
         order: Of the rows of the training set: ``"data"``, as the data has them; or ``"easiest_first"``, by held-out
             margin, largest first, as SelectiveDPO (arXiv 2502.09650) trains, whatever chose the pairs *(margins are
@@ -216,7 +216,7 @@ class SelectConfig:
     ranking: Ranking = "nearest"
     temperature: float = 0.5
     usefulness: Mapping[str, float] = dataclasses.field(default_factory=lambda: {"centrality": 1.0, "alignment": 1.0})
-    min_depth: int = 1
+    min_depth: int | None = None
     max_depth: int | None = None
     order: Order = "data"
     length_control: LengthControl | None = None
@@ -284,8 +284,8 @@ class SelectConfig:
             if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"SelectConfig.{name} must be a whole number of at least 1, got {value!r}")
             object.__setattr__(self, name, int(value))
-        if isinstance(self.min_depth, bool) or self.min_depth not in (0, 1):
-            raise ValueError(f"SelectConfig.min_depth must be 0 or 1, got {self.min_depth!r}")
+        if isinstance(self.min_depth, bool) or self.min_depth not in (0, 1, None):
+            raise ValueError(f"SelectConfig.min_depth must be 0, 1 or None, got {self.min_depth!r}")
         object.__setattr__(self, "usefulness", _usefulness(self.usefulness))
         object.__setattr__(self, "max_memory", number_of_bytes("SelectConfig.max_memory", self.max_memory))
         seed = self.sketch_seed

@@ -217,7 +217,9 @@ def _places(options: argparse.Namespace, config: SelectConfig, report: str | Pat
 
 
 def _trl_command(options: argparse.Namespace, config: SelectConfig, dataset: Path) -> str:
-    """The command that trains on a selection, for the loss that it was made for."""
+    """The command that trains on a selection, for the loss that it was made for, on a machine such as this."""
+    from transformers.utils import is_torch_bf16_gpu_available
+
     # load_dataset takes a path of one part for the id of a data set of the hub, unless it is a directory, as this is.
     words = ["trl", "dpo", "--dataset_name", str(dataset)]
     words += ["--model_name_or_path", options.model or "MODEL", "--output_dir", f"{options.output}-dpo"]
@@ -226,6 +228,8 @@ def _trl_command(options: argparse.Namespace, config: SelectConfig, dataset: Pat
         value = getattr(config, name)
         if value != getattr(default, name) and value is not None:
             words += [f"--{name}", *map(str, value if isinstance(value, (list, tuple)) else [value])]
+    if not is_torch_bf16_gpu_available():  # bfloat16 is what TRL takes unless told otherwise, and refuses then
+        words += ["--bf16", "False"]
     return shlex.join(words)
 
 

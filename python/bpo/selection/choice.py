@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -36,6 +37,9 @@ def choose(
     if reason is not None:
         raise UnsuitedError(reason)
     config, measured = request.config, scored.measured
+    if config.min_depth is None:
+        each = len(np.unique(scored.prompt_of_pair[scored.eligible])) <= n_pairs
+        config = dataclasses.replace(config, min_depth=int(each))
     logps = None if measured is None else measured.logps
     candidacy = Candidacy(
         prompt_of_pair=scored.prompt_of_pair,

@@ -55,7 +55,7 @@ class Limits:
         n_prompts: Prompts to keep.
         kept: (n,) bool, which these are, where that is known before any is compared with another.
         compresses: Whether a breadth was asked for.
-        floor: Least number of pairs that gives each prompt its own.
+        floor: Least number of pairs that gives each prompt its own, where that was asked for.
     """
 
     budget: int | float
@@ -87,7 +87,7 @@ class Limits:
             budget = len(candidates.pairs)
         # No choice of prompts can have more pairs than the deepest ones, so most bad budgets are known by now.
         most_pairs = np.sort(np.bincount(candidates.prompt_of_pair))[::-1][:n_prompts].sum()
-        floor = request.config.min_depth * n_prompts if request.rule.keeps_every_prompt else 0
+        floor = (request.config.min_depth or 0) * n_prompts if request.rule.keeps_every_prompt else 0
         check_budget(budget, counted("budget", budget, int(most_pairs)), floor, request.strategy)
         return cls(budget, n_prompts, kept, breadth is not None, floor)
 

@@ -115,6 +115,6 @@ def check_budget(budget: Any, n_pairs: int, n_prompts: int, strategy: str) -> No
         fewer = "breadth" if isinstance(budget, float) else f"breadth={n_pairs}"
         raise ValueError(
             f"{given} is below the {n_prompts} prompts: strategy={strategy!r} keeps at least one pair of each. Give a "
-            f"budget of at least {n_prompts} pairs, keep fewer prompts with {fewer}, or let prompts go with "
-            "SelectConfig.min_depth=0."
+            f"budget of at least {n_prompts} pairs, keep fewer prompts with {fewer}, or leave "
+            "SelectConfig.min_depth=None, which lets prompts go."
         )

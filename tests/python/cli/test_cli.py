@@ -42,7 +42,7 @@ def test_command_selects_shows_and_explains(model_path, tmp_path, capsys):
     assert (output / "report.html").is_file() and (output / "dataset" / "train.parquet").is_file()
     assert main(["show", str(output)]) == 0 and "15 kept of 30" in capsys.readouterr().out
     assert main(["show", str(store)]) == 0 and "20 responses of 5 prompts" in capsys.readouterr().out
-    assert main([*arguments, "--budget", "3"]) == 1
+    assert main([*arguments, "--budget", "3", "--set", "min_depth=1"]) == 1
     assert "bpo: --budget 3 is below the 5 prompts" in capsys.readouterr().err
     assert main([*arguments, "--budget", "9", "--set", "colour=red"]) == 1
     assert "--set colour=…: there is no such field" in capsys.readouterr().err

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from transformers.utils import is_torch_bf16_gpu_available
 
 import bpo
 from bpo.cli.main import _kept, in_words_of_the_shell, main
@@ -16,6 +17,7 @@ from bpo.selection.strategies.register import STRATEGIES
 from tiny import scored_rows
 
 ROWS = scored_rows(5, 4)
+IN_FLOAT32 = [] if is_torch_bf16_gpu_available() else ["--bf16", "False"]
 SMALL = ["--budget", "9", "--set", "sketch_dim=64"]
 
 
@@ -36,7 +38,7 @@ def test_a_selection_by_name_by_file_and_from_the_standard_input_is_that_by_posi
     [command] = [line.removeprefix("train    ") for line in said.splitlines() if line.startswith("train")]
     words = shlex.split(command)
     assert words[:4] == ["trl", "dpo", "--dataset_name", "my selection/dataset"]
-    assert words[4:] == ["--model_name_or_path", model_path, "--output_dir", "my selection-dpo"]
+    assert words[4:] == ["--model_name_or_path", model_path, "--output_dir", "my selection-dpo", *IN_FLOAT32]
     first = bpo.Selection.load("my selection")
     assert first.seed == 42
 
@@ -47,7 +49,9 @@ def test_a_selection_by_name_by_file_and_from_the_standard_input_is_that_by_posi
     assert main(["select", *named, *SMALL, *loss, "--output_dir", "named", "--json", "--no-store"]) == 0
     values = json.loads(capsys.readouterr().out)
     assert values["pairs"]["selected"] == 9 and values["dataset"] == "named/dataset" and "store" not in values
-    assert values["train"].endswith("--output_dir named-dpo --loss_type sigmoid sft --beta 0.2")
+    assert values["train"].endswith(
+        shlex.join(["--output_dir", "named-dpo", "--loss_type", "sigmoid", "sft", "--beta", "0.2", *IN_FLOAT32])
+    )
     assert not (place / "named-gradients").exists()
 
     (place / "run.yaml").write_text(

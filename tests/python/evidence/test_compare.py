@@ -245,9 +245,10 @@ def test_more_seeds_and_arms_are_added(copied, settings):
 
 
 def test_a_run_that_fails_loses_no_other(settings, tmp_path, capsys):
-    """Uniform depth keeps all 9 prompts, which a budget of 5 does not allow."""
+    """Uniform depth is to keep all 9 prompts, which a budget of 5 does not allow."""
     file, output = tmp_path / "compare.yaml", tmp_path / "out"
-    changed = {**settings, "seeds": [7], "budget": [5, 10], "arms": ["uniform", "random"]}
+    uniform = {"name": "uniform", "strategy": "uniform", "select": {"min_depth": 1}}
+    changed = {**settings, "seeds": [7], "budget": [5, 10], "arms": [uniform, "random"]}
     file.write_text(yaml.safe_dump(changed))
     assert main(["compare", str(file), "--output", str(output)]) == 1
     assert sorted(runs_of(output)) == ["seed7-random-10.json", "seed7-random-5.json", "seed7-uniform-10.json"]
@@ -521,7 +522,7 @@ def test_runs_from_before_a_setting_was_there_count(copied, settings):
     path.write_text(json.dumps(run))
     assert not bpo.compare(settings, copied, progress=False).failures
     arms = [{"name": "bpo", "select": {"min_depth": 0}}, "random"]
-    with pytest.raises(ValueError, match=r"arm 'bpo' with another select\.min_depth: .* 1 there and 0 here"):
+    with pytest.raises(ValueError, match=r"arm 'bpo' with another select\.min_depth: .* None there and 0 here"):
         bpo.compare({**settings, "arms": arms}, copied, progress=False)
 
 

@@ -178,7 +178,7 @@ def test_aliases_are_fine(tmp_path, settings):
     values = read_yaml(path)
     values.pop("usual")
     config = CompareConfig.of({**settings, **values, "baseline": "one"})
-    assert [(arm.select.n_clusters, arm.select.min_depth) for arm in config.arms] == [(3, 1), (3, 0)]
+    assert [(arm.select.n_clusters, arm.select.min_depth) for arm in config.arms] == [(3, None), (3, 0)]
 
 
 def test_a_setting_that_json_lacks_is_named(settings, tmp_path):

@@ -89,7 +89,7 @@ def check_options(words):
 
     import bpo.cli.main as cli
 
-    parser, words = cli._parser(), [word for word in words if word != "…"]
+    parser, words = cli.build_parser(), [word for word in words if word != "…"]
     while commands := [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]:
         if not words or words[0].isupper() or words[0].startswith("-"):
             break

@@ -195,11 +195,14 @@ def test_breadth_then_all_prompts_from_one_store(select, rows, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ({"budget": 9}, "budget=9 is below the 10 prompts.*breadth=9"),
-        ({"budget": 9, "strategy": "uniform"}, "below the 10 prompts"),
+        ({"budget": 9, "config": {"min_depth": 1}}, "budget=9 is below the 10 prompts.*breadth=9"),
+        ({"budget": 9, "strategy": "uniform", "config": {"min_depth": 1}}, "below the 10 prompts"),
         ({"budget": 101}, "budget=101 is above the 100 candidate pairs"),
         ({"budget": 41, "breadth": 4}, "budget=41 is above the 40 candidate pairs"),
-        ({"budget": 0.05, "breadth": 0.9}, r"budget=0.05, which makes 4, is below the 9 prompts"),
+        (
+            {"budget": 0.05, "breadth": 0.9, "config": {"min_depth": 1}},
+            r"budget=0.05, which makes 4, is below the 9 prompts",
+        ),
         ({"budget": 20, "config": 3}, "config must be a bpo.SelectConfig"),
         ({"budget": 20, "config": {"colour": 1}}, "no field colour"),
         ({"budget": 20, "config": {"trust_remote_code": "no"}}, "trust_remote_code must be True or False"),
@@ -213,7 +216,7 @@ def test_breadth_then_all_prompts_from_one_store(select, rows, tmp_path):
         ({"budget": float("nan")}, "neither a whole number nor a fraction"),
         ({"budget": "20"}, "must be a whole number or a fraction, got '20'"),
         ({"budget": True}, "must be a whole number or a fraction"),
-        ({"budget": 0.01}, "budget=0.01, which makes 1, is below the 10 prompts"),
+        ({"budget": 0.01, "config": {"min_depth": 1}}, "budget=0.01, which makes 1, is below the 10 prompts"),
         ({"budget": 20, "breadth": 11}, "breadth=11 is above the 10 usable prompts"),
         ({"budget": 20, "strategy": "best"}, "strategy must be one of"),
         ({"budget": 20, "seed": -1}, "seed must be"),

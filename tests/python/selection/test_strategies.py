@@ -243,11 +243,14 @@ def test_usefulness_is_a_weighted_sum_of_standardised_terms(select):
 
 
 @pytest.mark.parametrize("strategy", ["bpo", "uniform"])
-def test_min_depth_0_allows_budgets_below_the_prompts(select, strategy):
-    with pytest.raises(
-        ValueError, match=r"budget=6 is below the 10 prompts: .* or let prompts go with SelectConfig.min"
-    ):
-        select(6, strategy)
+def test_min_depth_lets_prompts_go_where_it_is_not_1(select, strategy):
+    with pytest.raises(ValueError, match=r"budget=6 is below the 10 prompts: .* or leave SelectConfig.min_depth=None"):
+        select(6, strategy, changes={"min_depth": 1})
+    assert picked(select(6, strategy)) == picked(select(6, strategy, changes={"min_depth": 0}))
+    for budget in (10, 12):
+        assert picked(select(budget, strategy)) == picked(select(budget, strategy, changes={"min_depth": 1}))
+    if strategy == "bpo":  # uniform depth is uniform anyway
+        assert picked(select(12, strategy)) != picked(select(12, strategy, changes={"min_depth": 0}))
     selection = select(6, strategy, changes={"min_depth": 0, "usefulness": {"centrality": 1.0}})
     assert len(selection) == 6 and (selection.depth == 0).any()
     if strategy == "bpo":
@@ -281,7 +284,7 @@ def test_a_strategy_of_ones_own(select, register):
         select(7, "mine", store=None)
     register("mine", every_other, needs={"clusters"}, keeps_every_prompt=True)
     with pytest.raises(ValueError, match="budget=7 is below the 10 prompts: strategy='mine' keeps"):
-        select(7, "mine")
+        select(7, "mine", changes={"min_depth": 1})
 
 
 @pytest.mark.parametrize(
@@ -313,5 +316,5 @@ def test_errors_name_the_culprit(select, register):
         SelectConfig(usefulness={"centrality": float("nan")})
     with pytest.raises(ValueError, match=r"usefulness must map terms to weights, got \{\}"):
         SelectConfig(usefulness={})
-    with pytest.raises(ValueError, match="min_depth must be 0 or 1, got 2"):
+    with pytest.raises(ValueError, match="min_depth must be 0, 1 or None, got 2"):
         SelectConfig(min_depth=2)
