@@ -19,12 +19,13 @@ if TYPE_CHECKING:
 
     from bpo.config import SelectConfig
     from bpo.data.candidates import Candidates
+    from bpo.data.rows import Rows
     from bpo.selection.inputs import Inputs
     from bpo.selection.request import Request
     from bpo.selection.sources import Source
 
 
-def read(dataset: Any, target: Any, source: Source, request: Request) -> Pool:
+def read(dataset: Rows, target: Any, source: Source, request: Request) -> Pool:
     """Reads the data, and the target where there is one: steps 1 to 4 of the method are what the data has already.
 
     Raises:

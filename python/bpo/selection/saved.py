@@ -101,6 +101,7 @@ def _write_files(
         "format_version": _FORMAT_VERSION,
         "bpo": bpo.__version__,
         **{name: values[name] for name in ("strategy", "budget", "seed", "config", "depth", "skipped", "noted")},
+        "provenance": values["provenance"],
         "sha256": {name: _sha256(scratch / name) for name in (_DATASET, _PAIRS)},
     }
     text = json.dumps({**manifest, "checksum": _checksum(manifest)}, indent=1) + "\n"
@@ -215,6 +216,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     missing = [name for name in _FIELDS if not isinstance(manifest.get(name), _FIELDS[name])]
     if missing:
         raise SelectionError(f"{path} lacks {', '.join(sorted(missing))}, or has them in another type.")
+    if not isinstance(manifest.get("provenance", {}), dict):
+        raise SelectionError(f"{path} has a provenance that is no mapping.")
     checksum = manifest.pop("checksum")
     if checksum != _checksum(manifest):
         raise SelectionError(f"{path} was changed after it was saved (its checksum differs).")
