@@ -146,9 +146,24 @@ def training_set(
             columns[f"bpo_{name}"] = selected[name].to_pylist()
     parts = [datasets.Dataset.from_dict(texts_of, features=_features(texts_of)), datasets.Dataset.from_dict(columns)]
     if others.column_names:
-        taken = others.with_format("arrow")[candidates.pair_rows[index]].combine_chunks()
+        taken = _rows_of(others, candidates.pair_rows[index])
         parts.insert(1, datasets.Dataset(taken, info=datasets.DatasetInfo(features=others.features)))
     return datasets.concatenate_datasets(parts, axis=1)
+
+
+def _rows_of(data: datasets.Dataset, rows: npt.NDArray[np.int64]) -> pa.Table:
+    """Some rows of a data set, taken a batch at a time: one by one, as data sets do it, takes twenty times as long."""
+    if data._indices is not None:  # rows that were shuffled or selected before
+        rows = data._indices.column(0).take(pa.array(rows)).to_numpy()
+    order = np.argsort(rows, kind="stable")
+    ascending, start, parts = rows[order], 0, []
+    for batch in data.data.table.to_batches():
+        first, last = np.searchsorted(ascending, [start, start + batch.num_rows])
+        if first < last:
+            parts.append(batch.take(pa.array(ascending[first:last] - start)))
+        start += batch.num_rows
+    taken = pa.Table.from_batches(parts)
+    return taken if (order[1:] > order[:-1]).all() else taken.take(pa.array(np.argsort(order)))
 
 
 def _known(selected: pa.Table, side: str) -> list[float]:

@@ -11,6 +11,7 @@ from trl import DPOConfig, DPOTrainer
 
 import bpo
 from bpo.selection.provenance import _command
+from bpo.selection.tables import _rows_of
 from tiny import scored_rows, tiny_llama
 
 SETTINGS = {
@@ -71,6 +72,20 @@ def test_types_and_formats_of_the_columns_stay():
     assert "meta" not in random_choice(rows.with_format(columns=["prompt", "responses", "scores"])).dataset.column_names
     upper = rows.with_transform(lambda batch: {**batch, "id": [name.upper() for name in batch["id"]]})
     assert all(name.startswith("ROW") for name in random_choice(upper).dataset["id"])
+
+
+def test_rows_are_taken_of_tables_in_parts_and_in_any_order():
+    parts = [datasets.Dataset.from_dict({"id": list(range(start, start + 5))}) for start in (0, 5, 10)]
+    whole = datasets.concatenate_datasets(parts)
+    wanted = np.array([11, 3, 14, 3, 0, 5])
+    assert _rows_of(whole, wanted)["id"].to_pylist() == wanted.tolist()
+    shuffled = whole.shuffle(seed=3)
+    assert _rows_of(shuffled, wanted)["id"].to_pylist() == [shuffled[int(row)]["id"] for row in wanted]
+    rows = datasets.Dataset.from_list(told_rows())
+    chosen = random_choice(rows.select([5, 1, 3])).dataset
+    assert [(pair["prompt"], pair["id"]) for pair in chosen] == [
+        (rows[row]["prompt"], f"row {row}") for row in (5, 1, 3) for _ in range(3)
+    ]
 
 
 def test_columns_that_bpo_or_trl_would_take_for_their_own_stay_behind():
