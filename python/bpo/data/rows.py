@@ -316,35 +316,19 @@ def _of_pandas(frame: Any) -> ListRows:
 
 
 def _of_arrow(table: pa.Table, origin: Origin) -> TableRows:
-    """A table with the types that data sets have."""
+    """A table, whose dictionaries, which pandas and Polars call categories, data sets read as what they stand for."""
     import datasets
 
     _checked_names(table.column_names)
-    schema = table.schema
-    for index, field in enumerate(schema):
-        plain = field.with_type(_plain_type(field.type))
+    for field in table.schema:
         try:
-            datasets.Features.from_arrow_schema(pa.schema([plain]))
+            datasets.Features.from_arrow_schema(pa.schema([field]))
         except (ValueError, TypeError) as error:
             raise ValueError(
                 f"The column {field.name!r} is of the Arrow type {field.type}, which data sets have no form for: cast "
                 f"it, or drop it ({error})."
             ) from None
-        schema = schema.set(index, plain)
-    return TableRows(datasets.Dataset(table.cast(schema)), origin)
-
-
-def _plain_type(kind: pa.DataType) -> pa.DataType:
-    """A type without dictionaries, which pandas and Polars call categories."""
-    if pa.types.is_dictionary(kind):
-        return kind.value_type
-    if pa.types.is_struct(kind):
-        return pa.struct([field.with_type(_plain_type(field.type)) for field in kind])
-    if pa.types.is_list(kind):
-        return pa.list_(kind.value_field.with_type(_plain_type(kind.value_type)))
-    if pa.types.is_large_list(kind):
-        return pa.large_list(kind.value_field.with_type(_plain_type(kind.value_type)))
-    return kind
+    return TableRows(datasets.Dataset(table), origin)
 
 
 def _checked_names(names: Iterable[Any]) -> list[str]:
