@@ -321,14 +321,21 @@ def _of_arrow(table: pa.Table, origin: Origin) -> TableRows:
 
     _checked_names(table.column_names)
     for field in table.schema:
-        try:
-            datasets.Features.from_arrow_schema(pa.schema([field]))
-        except (ValueError, TypeError) as error:
-            raise ValueError(
-                f"The column {field.name!r} is of the Arrow type {field.type}, which data sets have no form for: cast "
-                f"it, or drop it ({error})."
-            ) from None
+        _check_type(field)
     return TableRows(datasets.Dataset(table), origin)
+
+
+def _check_type(field: pa.Field) -> None:
+    """Checks that data sets have a form for a column."""
+    import datasets
+
+    try:
+        datasets.Features.from_arrow_schema(pa.schema([field]))
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"The column {field.name!r} is of the Arrow type {field.type}, which data sets have no form for: cast it, or "
+            f"drop it ({error})."
+        ) from None
 
 
 def _checked_names(names: Iterable[Any]) -> list[str]:
