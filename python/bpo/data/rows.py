@@ -333,8 +333,8 @@ def _check_type(field: pa.Field) -> None:
         datasets.Features.from_arrow_schema(pa.schema([field]))
     except (ValueError, TypeError) as error:
         raise ValueError(
-            f"The column {field.name!r} is of the Arrow type {field.type}, which data sets have no form for: cast it, or "
-            f"drop it ({error})."
+            f"The column {field.name!r} is of the Arrow type {field.type}, which data sets have no form for: cast "
+            f"it, or drop it ({error})."
         ) from None
 
 
