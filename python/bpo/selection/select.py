@@ -13,8 +13,7 @@ from bpo.data.columns import other_columns
 from bpo.data.rows import load_alike, load_rows
 from bpo.selection.choice import choose, in_order, warn_of_fewer
 from bpo.selection.prompts import Limits, keep_prompts
-from bpo.selection.provenance import Told, provenance_of
-from bpo.selection.read import read
+from bpo.selection.read import Told, provenance_of, read
 from bpo.selection.request import Request
 from bpo.selection.scored import look_at, look_at_labels, score, toward, trust
 from bpo.selection.selection import Selection

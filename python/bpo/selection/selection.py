@@ -14,8 +14,7 @@ import pyarrow.compute as pc
 
 from bpo.data.candidates import Skipped
 from bpo.report.selection_page import write_selection_page
-from bpo.selection.provenance import data_card, published
-from bpo.selection.saved import read_selection, write_selection
+from bpo.selection.saved import data_card, published, read_selection, write_selection
 from bpo.selection.tables import FATES, SELECTED, UNTRUSTED
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from bpo.data.rows import load_alike, load_rows
 from bpo.data.tokenizers import load_tokenizer
 from bpo.policy.models import window
 from bpo.policy.reference import Reference
-from bpo.selection.provenance import PAPER
+from bpo.selection.saved import PAPER
 from bpo.selection.select import select, select_again, select_at_most
 from bpo.selection.selection import add_ref_logps, has_ref_logps
 from bpo.store.gradient_store import StoreMismatchError

@@ -10,7 +10,7 @@ import pytest
 from trl import DPOConfig, DPOTrainer
 
 import bpo
-from bpo.selection.provenance import _command
+from bpo.selection.read import _command
 from bpo.selection.tables import _rows_of
 from tiny import scored_rows, tiny_llama
 
