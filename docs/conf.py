@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import bpo
-from bpo.cli.main import _parser
+from bpo.cli.main import build_parser
 
 project = "bpo"
 copyright = "the authors of bpo"
@@ -17,6 +17,8 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphin
 html_theme = "furo"
 html_title = f"bpo {release}"
 html_copy_source = False
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 exclude_patterns = ["figures"]
 myst_heading_anchors = 3
 myst_enable_extensions = ["attrs_inline"]
@@ -37,7 +39,7 @@ def setup(app: Any) -> None:
 def write_commands(app: Any) -> None:
     """Every command with its arguments, as ``--help`` prints them."""
     os.environ["COLUMNS"] = "100"
-    parser = _parser()
+    parser = build_parser()
     (commands,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
     parts = ["# The command line\n\n`bpo COMMAND --help` prints the same.\n"]
     for name, command in commands.choices.items():

@@ -34,6 +34,7 @@ __all__ = [
     "ranking_keys",
     "repair_store",
     "score_pairs",
+    "simd",
 ]
 
 __version__: str
@@ -182,6 +183,7 @@ class PairScores:
     @property
     def direction(self) -> NDArray[np.float32]: ...
 
+def simd() -> Literal["plain", "neon", "avx2", "avxvnni", "avx512", "avx512vnni"]: ...
 def score_pairs(
     rows: _ScaledRows,
     pairs: NDArray[np.int64],

@@ -49,4 +49,10 @@ mod _core {
     #[pymodule_export]
     #[expect(non_upper_case_globals, reason = "the name that Python expects")]
     const __version__: &str = env!("CARGO_PKG_VERSION");
+
+    /// The instruction set whose kernels run on this processor.
+    #[pyo3::pyfunction]
+    fn simd() -> &'static str {
+        crate::simd::level_of_bytes().name()
+    }
 }

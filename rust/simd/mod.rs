@@ -45,6 +45,21 @@ pub enum Level {
     Avx512Vnni = 6,
 }
 
+impl Level {
+    /// Its name, as `BPO_SIMD` takes it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Level::Plain => "plain",
+            #[cfg(target_arch = "aarch64")]
+            Level::Neon => "neon",
+            Level::Avx2 => "avx2",
+            Level::AvxVnni => "avxvnni",
+            Level::Avx512 => "avx512",
+            Level::Avx512Vnni => "avx512vnni",
+        }
+    }
+}
+
 static LEVEL: AtomicU8 = AtomicU8::new(0);
 
 /// The levels of this machine, the best one first. There are processors with the best that lack [`Level::AvxVnni`].

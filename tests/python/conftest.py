@@ -26,6 +26,10 @@ import pytest
 import torch
 from tqdm import tqdm
 
+# Where there is no GPU its kernels are interpreted, which Triton decides when it is imported: by transformers at last.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from tiny import build_tokenizer, scored_rows, tiny_llama
 
 # That of tqdm is shared with forked children, and one that is killed while it holds it would stop all others for good.

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import re
 import shlex
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -116,7 +117,7 @@ def _doctor(options: argparse.Namespace) -> None:
 
 
 def say_costs(options: argparse.Namespace, config: SelectConfig) -> None:
-    """Says what of a run is known without the model: rows, tokens, memory of the weights, disk of the gradients."""
+    """Says what of a run is known without the model: rows, tokens, memory of the weights, disk, the least time."""
     from bpo.data.read import read_configured
     from bpo.data.tokenizers import load_tokenizer
     from bpo.data.tokens import tokenize_configured
@@ -137,7 +138,25 @@ def say_costs(options: argparse.Namespace, config: SelectConfig) -> None:
     costs["store_bytes"] = responses * (row_bytes(config.sketch_dtype, config.sketch_dim) + RECORD.itemsize)
     if costs.get("parameters"):
         costs["weights_bytes"] = costs["parameters"] * (4 if config.dtype == "float32" else 2)
+        costs["matmul_flops"] = _matmul_flops(config)
+        # A forward is 2 FLOP a parameter and token, and so is a backward to the activations alone.
+        costs["least_seconds"] = 4 * costs["parameters"] * costs["tokens"] / costs["matmul_flops"]
     say(options, lambda: _costs(options, costs), lambda: costs)
+
+
+def _matmul_flops(config: SelectConfig) -> float:
+    """The rate of products of large matrices on the device that the model would run on, in FLOP a second."""
+    import torch
+
+    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    size, dtype = (1024, torch.float32) if device.type == "cpu" else (8192, torch.bfloat16)
+    matrix = torch.ones(size, size, device=device, dtype=dtype)
+    rate, begin = 0.0, time.perf_counter()
+    while time.perf_counter() < begin + 0.5:
+        start = time.perf_counter()
+        float((matrix @ matrix)[0, 0])  # which waits for it
+        rate = max(rate, 2 * size**3 / (time.perf_counter() - start))
+    return rate
 
 
 def _parameters(model: Path) -> int | None:
@@ -156,6 +175,8 @@ def _parameters(model: Path) -> int | None:
 
 
 def _costs(options: argparse.Namespace, costs: dict[str, Any]) -> str:
+    from bpo.report.wording import duration
+
     lines = [
         f"data     {costs['prompts']:,} prompts, {costs['responses']:,} responses, {costs['pairs']:,} candidate pairs",
         *(f"unusable {count} × {reason}" for reason, count in costs["skipped"].items()),
@@ -170,5 +191,9 @@ def _costs(options: argparse.Namespace, costs: dict[str, Any]) -> str:
     lines.append(f"disk     {costs['store_bytes'] / 2**20:,.1f} MiB for the gradients")
     if options.model is not None:
         measure = f"bpo doctor {shlex.quote(options.model)} {shlex.quote(options.dataset)}"
-        lines.append(f"time     as the model runs, which this did not: {measure} measures it within a minute")
+        least = "as the model runs, which this did not"
+        if "least_seconds" in costs:
+            rate = f"{costs['matmul_flops'] / 1e9:,.0f} GFLOP/s"
+            least = f"at least {duration(costs['least_seconds'])}, what products of matrices take at {rate}"
+        lines.append(f"time     {least}; {measure} measures it within a minute")
     return "\n".join(lines)

@@ -147,7 +147,7 @@ def _failed(reason: object, status: int) -> int:
 
 
 def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = _parser()
+    parser = build_parser()
     options: argparse.Namespace
     options, more = parser.parse_known_args(arguments)
     if more and options.command != "train":  # which leaves what it does not know to TRL
@@ -156,7 +156,7 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def _parser() -> Parser:
+def build_parser() -> Parser:
     """Each command adds its arguments, and as ``run`` the function that takes them."""
     # Imported here, since that takes a moment in which Ctrl-C is to be answered as in any other.
     from bpo.cli.audit import add_audit
@@ -177,6 +177,13 @@ def _parser() -> Parser:
     parser.add_argument(
         "--version", action=_Version, nargs=0, help="print the versions of bpo and of what it stands on"
     )
+    parser.add_argument(
+        "--print_completion",
+        "--print-completion",
+        action=_Completion,
+        choices=["bash", "zsh", "tcsh"],
+        help="print what has a shell complete commands and options (needs shtab)",
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     # In the order of --help.
     add_doctor(commands)
@@ -195,6 +202,14 @@ def _parser() -> Parser:
     return parser
 
 
+class _Completion(argparse.Action):
+    """Prints a script for a shell."""
+
+    def __call__(self, parser: argparse.ArgumentParser, _: Any, value: Any, *__: Any) -> None:
+        print(parser.completion(value))  # type: ignore[attr-defined]
+        parser.exit()
+
+
 class _Version(argparse.Action):
     """Prints the versions of what takes part, which are looked up for this alone."""
 
@@ -202,8 +217,10 @@ class _Version(argparse.Action):
         import platform
         from importlib import metadata
 
+        from bpo import _core
+
         told = [f"{platform.python_implementation()} {platform.python_version()}"]
-        told += [f"{platform.system()} {platform.machine()}"]
+        told += [f"{platform.system()} {platform.machine()}, kernels for {_core.simd()}"]
         for name in _TOLD:
             try:
                 told.append(f"{name} {metadata.version(name)}")

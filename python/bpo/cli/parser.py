@@ -78,6 +78,25 @@ class Parser(argparse.ArgumentParser):
         self._place_inputs(None)
         return super().format_help()
 
+    def completion(self, shell: str) -> str:
+        """Returns the script by which a shell completes commands and options.
+
+        Raises:
+            ImportError: shtab is missing.
+        """
+        try:
+            import shtab
+        except ImportError as error:
+            raise ImportError("Completion needs shtab, which is not installed: pip install shtab") from error
+        self._place_all()
+        return str(shtab.complete(self, shell))
+
+    def _place_all(self) -> None:
+        self._place_inputs(None)
+        for action in self._actions:
+            for command in action.choices.values() if isinstance(action, argparse._SubParsersAction) else ():
+                command._place_all()
+
     def _place_inputs(self, given: Sequence[str] | None) -> None:
         """Has each input read from its option if that was given, else from its position; None is to show both."""
         for name, option, settings in self._inputs:
@@ -132,7 +151,8 @@ class Parser(argparse.ArgumentParser):
     def _check_command(self, given: Sequence[str]) -> None:
         """Checks the first word that is no option."""
         commands = next(a for a in self._actions if isinstance(a, argparse._SubParsersAction)).choices
-        for word in given:
+        words = iter(given)
+        for word in words:
             if not word.startswith("-"):
                 if word not in commands:
                     close = did_you_mean(word, commands) or f"; there are {', '.join(commands)}"
@@ -140,6 +160,8 @@ class Parser(argparse.ArgumentParser):
                 return
             if word.startswith("--") and not any(option.startswith(word) for option in self._option_string_actions):
                 self.error(f"{word}: there is no such option before a command")
+            if word in self._option_string_actions and self._option_string_actions[word].nargs is None:
+                next(words, None)  # its value
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:

@@ -24,6 +24,7 @@ from bpo.policy.logprobs import Forward, check_vocabulary
 from bpo.policy.models import load_policy, window
 from bpo.policy.reference import Reference
 from bpo.policy.state import inference_state
+from bpo.report.wording import duration
 from bpo.sketching.batches import Sketching
 from bpo.store.gradient_store import EMBEDDED, RECORD, row_bytes
 from bpo.world.world import by_main
@@ -143,7 +144,7 @@ class Diagnosis:
         lines += [
             f"checked    {self.looked_at} responses; in a batch and alone their sketches differ by "
             f"{self.batch_sensitivity:.1e}",
-            f"estimate   {_duration(self.seconds)} for all {self._noun}, {self.peak_memory_bytes / 2**30:.1f} GiB of "
+            f"estimate   {duration(self.seconds)} for all {self._noun}, {self.peak_memory_bytes / 2**30:.1f} GiB of "
             f"memory, {self.store_bytes / 2**20:,.1f} MiB of disk",
             *(f"problem    {problem}" for problem in self.problems),
         ]
@@ -339,9 +340,3 @@ def _parts(features: Features) -> dict[str, int]:
 
 def _named(names: list[str]) -> str:
     return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

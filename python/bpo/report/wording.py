@@ -29,6 +29,13 @@ def interval(estimate: Mapping[str, Any], kind: str = ".3f") -> str:
     return f"{mean} ({format(estimate['low'], kind)} to {format(estimate['high'], kind)})"
 
 
+def duration(seconds: float) -> str:
+    """Returns a time in seconds, minutes or hours."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
 def p_value(value: float | None) -> str:
     """Returns a p-value as text."""
     if value is None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import datasets
 import torch
+from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
 from trl import DPOConfig, DPOTrainer
 
 from bpo.choices import REFUSED_LOSSES
@@ -40,6 +41,9 @@ _BATCH_KEY = "pair_weight"
 class WeightedDPOConfig(DPOConfig):  # type: ignore[misc]
     """TRL's ``DPOConfig`` with the name of the column of weights.
 
+    Where nothing computes in bfloat16, it trains in float32 unless ``bf16``, ``fp16`` or ``use_cpu`` says otherwise;
+    TRL's own refuses to begin there until it is told.
+
     Attributes:
         weight_column: Column of the data with the weight of each pair; None trains as TRL does.
 
@@ -52,6 +56,11 @@ class WeightedDPOConfig(DPOConfig):  # type: ignore[misc]
     weight_column: str | None = dataclasses.field(
         default=WEIGHT_COLUMN, metadata={"help": "Column of the data with the weight of each pair."}
     )
+
+    def __post_init__(self) -> None:
+        if self.bf16 is None and not (self.fp16 or self.use_cpu or is_torch_bf16_gpu_available()):
+            self.bf16: bool | None = is_torch_xla_available()
+        super().__post_init__()
 
 
 class WeightedDPOTrainer(DPOTrainer):  # type: ignore[misc]

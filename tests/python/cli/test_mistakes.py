@@ -11,6 +11,7 @@ import pytest
 from bpo.cli.main import main
 from tiny import scored_rows
 
+TRAIN = "train model rows.jsonl --budget 3 --output_dir out"
 SELECT = "select model rows.jsonl --output out"
 RESELECT = "reselect store rows.jsonl --output out"
 PREVIEW = "preview store rows.jsonl --budget 3"
@@ -68,6 +69,7 @@ MISTAKES = [
     (1, "select empty rows.jsonl --budget 3 --output out", "empty: the directory holds no config.json"),
     (1, "doctor ./nowhere rows.jsonl", "./nowhere: no such model directory"),
     (1, "train ./nowhere rows.jsonl --budget 3 --output_dir out", "./nowhere: no such model directory"),
+    (1, f"{TRAIN} --learning_rat 1e-6", "--learning_rat: neither bpo train nor TRL has such an option; did you mean"),
     (1, "preview nostore rows.jsonl --budget 3", "bpo: nostore holds no gradient store: there is no such directory"),
     (1, "compare nowhere.yaml --output out", "bpo: nowhere.yaml: there is no such file"),
     (1, "show nowhere", "bpo: nowhere holds no gradient store, and there is no such file or directory"),

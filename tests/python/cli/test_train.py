@@ -1,12 +1,22 @@
 """``bpo train``: the options of TRL beside those of a selection."""
 
+import dataclasses
 import json
 
 import torch
+from trl import ModelConfig
 
 import bpo
 from bpo.cli.main import main
+from bpo.cli.train import declared_options
 from tiny import scored_rows
+
+
+def test_what_the_sources_declare_is_what_trl_reads():
+    """And a word or two more, which are refused later."""
+    fields = {field.name for kind in (bpo.BPOConfig, ModelConfig) for field in dataclasses.fields(kind)}
+    assert fields <= declared_options()
+    assert len(declared_options() - fields) < 20, declared_options() - fields
 
 
 def test_train_selects_and_trains_by_the_options_of_trl(model_path, tmp_path, monkeypatch, capsys):

@@ -4,6 +4,7 @@ import argparse
 import io
 import json
 import shlex
+import subprocess
 import sys
 
 import pytest
@@ -63,12 +64,27 @@ def test_a_selection_by_name_by_file_and_from_the_standard_input_is_that_by_posi
     assert (place / "page.html").read_text() == (place / "my selection" / "report.html").read_text()
 
 
+def test_a_shell_completes_commands_and_options(place, capsys):
+    pytest.importorskip("shtab")
+    with pytest.raises(SystemExit) as end:
+        main(["--print-completion", "bash"])
+    assert end.value.code == 0
+    (place / "completion").write_text(capsys.readouterr().out)
+    for line, wanted in (("bpo sel", "select"), ("bpo select --bud", "--budget"), ("bpo store ver", "verify")):
+        words = line.split()
+        given = f"COMP_WORDS=({line}); COMP_CWORD={len(words) - 1}"
+        script = f'source completion; {given}; _shtab_bpo; echo "${{COMPREPLY[@]}}"'
+        done = subprocess.run(["bash", "-c", script], cwd=place, capture_output=True, text=True, check=True)
+        assert done.stdout.split() == [wanted], done.stderr
+
+
 def test_a_dry_run_says_what_is_known_without_the_model_and_writes_nothing(model_path, place, capsys):
     before = sorted(place.iterdir())
     assert main(["select", model_path, "rows.jsonl", *SMALL, "--output", "out", "--dry_run"]) == 0
     said = capsys.readouterr().out
     assert "data     5 prompts, 20 responses, 30 candidate pairs\n" in said
     assert f"bpo doctor {model_path} rows.jsonl measures it" in said
+    assert "time     at least 0 s, what products of matrices take at " in said
     assert main(["collect", model_path, "rows.jsonl", "--store", "s", "--dry-run", "--json"]) == 0
     costs = json.loads(capsys.readouterr().out)
     import transformers
@@ -76,6 +92,8 @@ def test_a_dry_run_says_what_is_known_without_the_model_and_writes_nothing(model
     model = transformers.AutoModelForCausalLM.from_pretrained(model_path)
     assert costs["parameters"] == sum(parameter.numel() for parameter in model.parameters())
     assert costs["weights_bytes"] == 4 * costs["parameters"]
+    flops = 4 * costs["parameters"] * costs["tokens"]
+    assert costs["least_seconds"] * costs["matmul_flops"] == pytest.approx(flops) and costs["matmul_flops"] > 1e8
     assert sorted(place.iterdir()) == before
     assert main(["collect", model_path, "rows.jsonl", "--store", "s", "--quiet"]) == 0
     rows = (place / "s").rglob("*")

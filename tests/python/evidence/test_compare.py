@@ -211,10 +211,10 @@ def test_a_run_is_what_its_parts_give(finished, settings, tokenizer, tmp_path):
 
 
 def test_killed_and_resumed_it_gives_the_same(finished, settings, tmp_path):
-    """Two workers, killed with their parent once a run is there."""
+    """The whole program, once a run is there."""
     file, output = tmp_path / "compare.yaml", tmp_path / "out"
     file.write_text(yaml.safe_dump(settings))
-    process = job.command(["compare", file, "--output", output, "--jobs", "2"])
+    process = job.command(["compare", file, "--output", output])
     process.start()
     while not list(output.glob("runs/seed*.json")) and process.is_alive():
         time.sleep(0.01)

@@ -1,14 +1,15 @@
 """How batches go through the model: memory, precision, checkpointing."""
 
-import subprocess
 import sys
-import textwrap
+import types
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+import job
 from bpo import SelectConfig, read_candidates
 from bpo.data.tokens import tokenize_responses
 from bpo.gradients.choose import choose_features
@@ -115,30 +116,29 @@ def test_other_errors_are_not_taken_for_memory():
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
 
 
+def peaks_of_short_and_long():
+    """Most memory, in KiB, while little of a response has logits, and then all of it."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from bpo.policy.logprobs import completion_logps
+
+    sizes = {"vocab_size": 60_000, "hidden_size": 32, "intermediate_size": 32, "max_position_embeddings": 1024}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=1, num_attention_heads=2))
+    ids = [[1] * 1000 for _ in range(4)]
+
+    def peak(prompt):
+        tokenized = types.SimpleNamespace(
+            ids=ids, prompt_lengths=np.full(4, prompt), lengths=np.full(4, 1000), weights=None
+        )
+        completion_logps(model, tokenized, np.arange(4), 0).logps.sum().backward()
+        # Not ru_maxrss, which starts with that of the process that started this one.
+        return int(next(line for line in Path("/proc/self/status").open() if line.startswith("VmHWM")).split()[1])
+
+    return peak(990), peak(0)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
-def test_memory_stays_that_of_the_model(tokenizer, tmp_path):
+def test_memory_stays_that_of_the_model():
     """No logits but those of a chunk, no gradients of parameters: a large vocabulary costs next to nothing."""
-    script = f"""
-        import sys, types
-        sys.path.insert(0, {str(__file__.rpartition("/")[0])!r})
-        import numpy as np, torch
-        from transformers import LlamaConfig, LlamaForCausalLM
-        from bpo.policy.logprobs import completion_logps
-
-        model = LlamaForCausalLM(LlamaConfig(vocab_size=60_000, hidden_size=32, intermediate_size=32,
-            num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=2048))
-        ids = [[1] * 1000 for _ in range(4)]
-
-        def peak(prompt):
-            tokenized = types.SimpleNamespace(ids=ids, prompt_lengths=np.full(4, prompt),
-                lengths=np.full(4, 1000), weights=None)
-            completion_logps(model, tokenized, np.arange(4), 0).logps.sum().backward()
-            # Not ru_maxrss, which starts with that of the process that started this one.
-            return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
-
-        short = peak(990)
-        print(short / 1024, peak(0) / 1024)
-    """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=True)
-    short, long = map(float, done.stdout.split())
-    assert long - short < 900  # 4,000 × 60,000 logits are 960 MB, and so are their gradients
+    short, long = job.result(peaks_of_short_and_long)
+    assert (long - short) / 1024 < 900  # 4,000 × 60,000 logits are 960 MB, and so are their gradients

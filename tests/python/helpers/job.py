@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import socket
 import sys
+import tempfile
 import traceback
 from pathlib import Path
 
@@ -18,23 +19,55 @@ SETTINGS = {"sketch_dim": 64, "tokens_per_batch": 24, "threads": 1, "process_tim
 
 
 def context():
-    """A server of processes, which start in a moment."""
+    """A server of processes, which start in a moment: one for all tests of a process, whichever comes first."""
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(
-        ["torch", "transformers", "trl", "peft", "accelerate", "bpo.gradients.collect", "bpo.training.trainer", "job"]
-    )
+    modules = ("bpo.gradients.collect", "bpo.training.trainer", "bpo.evidence.compare.compare", "job", "row_writer")
+    server.set_forkserver_preload(["torch", "transformers", "trl", "peft", "accelerate", *modules])
     return server
 
 
-def command(arguments):
-    """The command ``bpo`` as a program of its own, in a session of its own, which was not started yet."""
-    return context().Process(target=_command, args=(list(map(str, arguments)),))
+def command(arguments, **settings):
+    """The command ``bpo`` as a program, which was not started yet."""
+    return program(bpo.cli.main.main, ["bpo", *arguments], **settings)
 
 
-def _command(arguments):
+def program(main, command, output=None, directory=None, environment=None):
+    """A program of a session of its own, which was not started yet; what it prints goes to files of ``output``."""
+    arguments = (main, list(map(str, command)), output, directory, environment)
+    return context().Process(target=_program, args=arguments)
+
+
+def _program(main, command, output, directory, environment):
     os.setsid()
-    sys.argv = ["bpo", *arguments]
-    sys.exit(bpo.cli.main.main(arguments))
+    os.environ.update(environment or {})
+    tempfile.tempdir = None  # what TMPDIR said before
+    os.chdir(directory or os.curdir)
+    sys.argv = command
+    if output is not None:
+        for stream, file in ((1, "stdout"), (2, "stderr")):
+            os.dup2(os.open(output / file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+        sys.stdout, sys.stderr = (open(stream, "w", closefd=False) for stream in (1, 2))  # noqa: SIM115
+    sys.exit(main())
+
+
+def result(function, *arguments):
+    """What a function returns in a process of its own."""
+    ours, theirs = context().Pipe(duplex=False)
+    process = context().Process(target=_result, args=(theirs, function, arguments))
+    process.start()
+    theirs.close()
+    try:
+        return ours.recv()
+    except EOFError:
+        process.join()
+        raise AssertionError(f"the process ended with {process.exitcode}") from None
+    finally:
+        process.join()
+
+
+def _result(connection, function, arguments):
+    torch.set_num_threads(1)
+    connection.send(function(*arguments))
 
 
 def free_port():

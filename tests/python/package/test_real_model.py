@@ -22,18 +22,25 @@ def rows(n):
     return sorted(found, key=lambda row: sum(map(len, row["responses"])))[:n]
 
 
-def test_gradients_are_exact(smollm2):
+@pytest.fixture(scope="module")
+def loaded(smollm2):
+    """The model in float32, and its tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    return model, AutoTokenizer.from_pretrained(smollm2)
+
+
+def test_gradients_are_exact(loaded):
     """B-gradients of the whole model against autograd through PEFT, one response at a time."""
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from bpo.data.tokenizers import padding_id
     from bpo.data.tokens import tokenize_responses
     from bpo.gradients.parameters import FreshAdapter
     from bpo.policy.logprobs import completion_logps
 
-    tokenizer = AutoTokenizer.from_pretrained(smollm2)
-    model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    model, tokenizer = loaded
     tokenized = tokenize_responses(bpo.read_candidates(rows(1)), tokenizer, 1024)[0]
     features = FreshAdapter(model, rank=8, seed=0)
     batch = np.array([0, 1])
@@ -50,19 +57,17 @@ def test_gradients_are_exact(smollm2):
         logp = completion_logps(wrapped, tokenized, batch[index : index + 1], padding_id(tokenizer)).logps
         exact = torch.cat([g.flatten() for g in torch.autograd.grad(logp.sum(), parameters)])
         assert float((gradients[index] - exact).norm() / exact.norm()) < 3e-5
+    wrapped.unload()
 
 
-def test_sketch_error_on_real_pair_gradients(smollm2):
+def test_sketch_error_on_real_pair_gradients(loaded):
     """RMS error of the cosines of real DPO pair gradients, against the figures that the sketch was chosen by."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     from bpo import _core
     from bpo.data.tokenizers import padding_id
     from bpo.data.tokens import tokenize_responses
     from bpo.gradients.parameters import FreshAdapter
 
-    tokenizer = AutoTokenizer.from_pretrained(smollm2)
-    model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    model, tokenizer = loaded
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", bpo.InvalidDataWarning)
         candidates = bpo.read_candidates(rows(4), max_pairs_per_prompt=3)
@@ -84,9 +89,11 @@ def test_sketch_error_on_real_pair_gradients(smollm2):
         assert abs(np.mean(errors)) < 3 * expected / np.sqrt(10)  # unbiased
 
 
-def test_select_end_to_end(smollm2, tmp_path):
+def test_select_end_to_end(loaded, tmp_path):
     data = rows(3)
-    selection = bpo.select(smollm2, data, budget=6, breadth=2, store=tmp_path / "store", progress=False)
+    model, tokenizer = loaded
+    settings = {"processing_class": tokenizer, "store": tmp_path / "store", "progress": False}
+    selection = bpo.select(model, data, budget=6, breadth=2, **settings)
     assert len(selection) == 6
     assert (selection.depth > 0).sum() == 2
     centrality = np.array(selection.dataset["bpo_centrality"][:])

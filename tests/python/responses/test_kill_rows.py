@@ -3,7 +3,6 @@
 A few times on every run; ``make torture`` sets BPO_TORTURE for hundreds.
 """
 
-import multiprocessing
 import os
 import sys
 import time
@@ -13,6 +12,7 @@ import pytest
 
 if sys.platform == "win32":
     pytest.skip("there is no SIGKILL", allow_module_level=True)
+import job
 from row_writer import run, sample, score
 
 TORTURE = int(os.environ.get("BPO_TORTURE", "0"))
@@ -25,9 +25,7 @@ def contents(directory):
 
 @pytest.mark.parametrize(("work", "kills_wanted"), [(sample, TORTURE or 4), (score, TORTURE or 8)])
 def test_killed_work_goes_on_to_the_same_bytes(tmp_path, work, kills_wanted):
-    # A server that has imported everything, so that a run starts at once.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["row_writer"])
+    context = job.context()
     started = context.Event()
 
     def finishes(directory, seconds=None, most_bytes=None):

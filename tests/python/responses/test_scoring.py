@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import datasets
@@ -14,6 +12,7 @@ import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 import bpo
+import job
 from bpo.cli.main import main
 from tiny import TINY, scored_rows
 
@@ -125,9 +124,10 @@ def test_a_kill_loses_nothing_that_was_finished(tmp_path, monkeypatch):
     rows = [{key: row[key] for key in ("prompt", "responses")} for row in scored_rows(5, 3)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     arguments = ["score", str(data), "--output", str(output), "--function", "test_scoring:length_until_killed"]
-    here = Path(__file__).parent
-    done = subprocess.run([sys.executable, "-m", "bpo", *arguments], cwd=here, capture_output=True, check=False)
-    assert done.returncode == -signal.SIGKILL and output.read_text().count("\n") == 3
+    process = job.command(arguments, directory=Path(__file__).parent)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL and output.read_text().count("\n") == 3
     monkeypatch.setattr(os, "kill", lambda *_: None)
     assert main(arguments) == 0
     expected = [[float(len(response)) for response in row["responses"]] for row in rows]

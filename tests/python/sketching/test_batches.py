@@ -82,7 +82,9 @@ def test_what_comes_after_gradients_under_way_waits_for_its_turn():
         np.testing.assert_array_equal(batch.rows(), by_the_core(64))
 
 
-def test_the_kernel_is_not_taken_in_silence_for_another():
+def test_the_kernel_is_not_taken_in_silence_for_another(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr("bpo.sketching.kernels.INTERPRETED", False)
     with pytest.raises(RuntimeError, match=r"Cannot sketch on cpu with the Triton kernel: Triton"):
         sketches(64, on_device=True)
 

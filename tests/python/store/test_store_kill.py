@@ -3,7 +3,6 @@
 A few times on every run; ``make torture`` sets BPO_TORTURE for hundreds.
 """
 
-import multiprocessing
 import os
 import shutil
 import signal
@@ -15,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import job
 from bpo import GradientStore
 from disks import image, run
 from store_writer import check, contents, write
@@ -111,9 +111,7 @@ def rows_of(path):
 
 def test_a_killed_extraction_ends_with_the_same_bytes(tmp_path):
     rows = scored_rows(25, 6)
-    # A server that has imported everything, so that a run starts at once.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "transformers", "trl", "peft", "bpo.gradients", "conftest"])
+    context = job.context()
     process = context.Process(target=extract, args=(tmp_path / "whole", rows))
     process.start()
     process.join()

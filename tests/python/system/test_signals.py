@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+import job
+
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 TORTURE = int(os.environ.get("BPO_TORTURE", "0"))
 
@@ -150,14 +152,10 @@ def select(model_path, data, tmp_path):
     temporary = tmp_path / "tmp"
     temporary.mkdir(exist_ok=True)
     shutil.rmtree(tmp_path / "out", ignore_errors=True)
-    process = started(
-        ["-m", "bpo", "select", model_path, data, "--budget", "0.5", "--output", tmp_path / "out", "--no_store"],
-        "--set",
-        "tokens_per_batch=32",
-        env={**os.environ, "TMPDIR": str(temporary)},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    )
+    command = ["select", model_path, data, "--budget", "0.5", "--output", tmp_path / "out", "--no_store"]
+    environment = {"TMPDIR": str(temporary)}
+    process = job.command([*command, "--set", "tokens_per_batch=32"], output=tmp_path, environment=environment)
+    process.start()
     return process, temporary
 
 
@@ -173,10 +171,11 @@ def data(tmp_path):
 
 def test_a_command_that_is_told_to_end_leaves_no_temporary_store(model_path, data, tmp_path):
     process, temporary = select(model_path, data, tmp_path)
-    wait_until(lambda: list(temporary.glob("bpo-store-*/rows.*")) or process.poll() is not None)
-    process.send_signal(signal.SIGTERM)
-    errors = process.communicate(timeout=120)[1]
-    assert process.returncode == 128 + signal.SIGTERM
+    wait_until(lambda: list(temporary.glob("bpo-store-*/rows.*")) or not process.is_alive())
+    process.terminate()
+    process.join(120)
+    errors = (tmp_path / "stderr").read_text()
+    assert process.exitcode == 128 + signal.SIGTERM, errors
     assert "bpo: ended by SIGTERM; nothing is kept" in errors and "Traceback" not in errors
     assert list(temporary.glob("bpo-*")) == []
 
@@ -186,17 +185,17 @@ def test_interrupts_at_random_end_a_command(model_path, data, tmp_path):
     generator, statuses = random.Random(0), []
     start = time.perf_counter()
     process, temporary = select(model_path, data, tmp_path)
-    process.communicate()
+    process.join()
     seconds = time.perf_counter() - start
-    assert process.returncode == 0
+    assert process.exitcode == 0
     while len(statuses) < TORTURE:
         process, temporary = select(model_path, data, tmp_path)
-        time.sleep(generator.uniform(0.5, seconds))
-        process.send_signal(signal.SIGINT)
-        process.communicate(timeout=120)
+        time.sleep(generator.uniform(0.1, seconds))
+        os.kill(process.pid, signal.SIGINT)
+        process.join(120)
         assert list(temporary.glob("bpo-*")) == []
-        if process.returncode != 0:  # else it was done already
-            statuses.append(process.returncode)
-    # Before its first line of code runs, Python ends by the signal itself.
+        if process.exitcode != 0:  # else it was done already
+            statuses.append(process.exitcode)
+    # Before the command's own code runs, Python ends by the signal itself.
     assert set(statuses) <= {130, -signal.SIGINT, 1}
     print(f"{len(statuses)} interrupts: {statuses.count(130)} of them within the command")

@@ -1,16 +1,15 @@
-import subprocess
-import sys
 import warnings
-from pathlib import Path
 
 import datasets
 import numpy as np
 import pyarrow.compute as pc
 import pytest
+import trl.cli
 from transformers import TrainerCallback
 from trl.scripts import dpo
 
 import bpo
+import job
 from tiny import scored_rows, tiny_llama
 
 SETTINGS = {
@@ -235,7 +234,7 @@ def test_bpo_trainer_refuses_an_output_within_its_store(model_path, tmp_path):
 
 
 def test_selected_dataset_trains_through_the_trl_command(model_path, rows, tmp_path):
-    """Conversations through the program, which takes long to start; text through its script, in this process."""
+    """Conversations through the program, which starts another one; text through its script, in this process."""
     selection = bpo.select(model_path, rows, budget=8, config=bpo.SelectConfig(sketch_dim=64), progress=False)
     selection.save(tmp_path / "selection")
     options = [
@@ -248,9 +247,10 @@ def test_selected_dataset_trains_through_the_trl_command(model_path, rows, tmp_p
     if isinstance(rows[0]["prompt"], str):
         dpo.main(*dpo.make_parser().parse_args_and_config(options, fail_with_unknown_args=False))
     else:
-        command = [str(Path(sys.executable).with_name("trl")), "dpo", *options]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert result.returncode == 0, result.stderr[-2000:]
+        process = job.program(trl.cli.main, ["trl", "dpo", *options], output=tmp_path)
+        process.start()
+        process.join()
+        assert process.exitcode == 0, (tmp_path / "stderr").read_text()[-2000:]
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 

@@ -1,11 +1,13 @@
 """DPO with a weight for each pair."""
 
+import functools
 import math
 
 import datasets
 import numpy as np
 import pytest
 import torch
+from transformers.utils import is_torch_bf16_gpu_available
 from trl import DPOConfig, DPOTrainer
 
 import bpo
@@ -217,6 +219,16 @@ def test_what_cannot_be_weighted_is_refused(pairs, tokenizer, tmp_path):
         bpo.WeightedDPOTrainer(tiny_llama(tokenizer), args=args, train_dataset=pairs, processing_class=tokenizer)
     with pytest.raises(ValueError, match="weight_column='confidence' needs the columns confidence"):
         bpo.select(None, rows, budget=2, strategy="random", config={"weight_column": "confidence"}, progress=False)
+
+
+@pytest.mark.skipif(is_torch_bf16_gpu_available(), reason="there TRL's default holds")
+def test_without_a_gpu_it_trains_in_float32_unless_told_otherwise(tmp_path):
+    for kind, settings in ((bpo.WeightedDPOConfig, {}), (bpo.BPOConfig, {"budget": 2})):
+        kind = functools.partial(kind, str(tmp_path), **settings)
+        assert kind().bf16 is False
+        assert kind(use_cpu=True).bf16 is True  # TRL's default on a processor that was asked for
+        with pytest.raises(ValueError, match="doesn't support bf16"):
+            kind(bf16=True)
 
 
 def select(model, rows, tokenizer, **settings):
