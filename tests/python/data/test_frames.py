@@ -10,6 +10,7 @@ import pytest
 
 import bpo
 from bpo.data.rows import load_rows
+from bpo.responses.prompts import read_responses
 
 ROWS = [
     {"prompt": f"{i}+2?", "responses": ["4", "5", "four"], "scores": [1.0, 0.0, 0.5], "id": i, "source": "ab"[i % 2]}
@@ -73,6 +74,8 @@ def test_a_generator_is_gone_through_once_whatever_reads_it(tmp_path):
     assert seen == [0, 1, 2, 3] and len(set(selection.dataset["id"])) == 2
     sampled = bpo.score_responses((row for row in ROWS), lambda prompt, response: 1.0, progress=False)
     assert sampled["id"][:] == [0, 1, 2, 3]
+    asked = (row["prompt"] for row in ROWS)  # prompts alone will do, where nothing else is wanted
+    assert [row.prompt for row in read_responses(asked, prompts_only=True)] == EXPECTED.prompts
 
 
 def test_missing_cells_of_pandas_are_missing():
