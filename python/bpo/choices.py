@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import numbers
+import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 Order = Literal["data", "easiest_first"]
@@ -71,3 +73,32 @@ def number_of_bytes(name: str, value: Any) -> int | None:
     if not 1 <= size < 2**63:
         raise ValueError(f"{name} must be a number of bytes, as 8_000_000_000 or '8GiB', got {value!r}")
     return int(size)
+
+
+def usefulness_weights(weights: Any) -> dict[str, float]:
+    """Checks ``SelectConfig.usefulness``."""
+    if not isinstance(weights, Mapping) or not weights:
+        raise ValueError(f"SelectConfig.usefulness must map terms to weights, got {weights!r}")
+    for name, weight in weights.items():
+        if name not in USEFULNESS_TERMS:
+            raise ValueError(f"SelectConfig.usefulness has no term {name!r}; it has {', '.join(USEFULNESS_TERMS)}")
+        if not is_finite(weight):
+            raise ValueError(f"SelectConfig.usefulness must have finite weights, got {weight!r} for {name!r}")
+    return {name: float(weight) for name, weight in weights.items()}
+
+
+def is_finite(value: Any) -> bool:
+    """Whether something is a finite number."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def learning_rates(checkpoints: Any) -> dict[str, float]:
+    """Checks ``SelectConfig.checkpoints``."""
+    if not isinstance(checkpoints, Mapping) or not checkpoints:
+        raise ValueError(f"SelectConfig.checkpoints must map paths to learning rates, got {checkpoints!r}")
+    for path, rate in checkpoints.items():
+        if not isinstance(path, (str, os.PathLike)) or not is_finite(rate) or rate <= 0:
+            raise ValueError(
+                f"SelectConfig.checkpoints must map paths to learning rates above 0, got {path!r}: {rate!r}"
+            )
+    return {os.fspath(path): float(rate) for path, rate in checkpoints.items()}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import numbers
 import os
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,6 @@ from bpo.choices import (
     F_DIVERGENCE_LOSSES,
     NO_MODELS,
     REFUSED_LOSSES,
-    USEFULNESS_TERMS,
     BreadthMethod,
     ClusterWeighting,
     DType,
@@ -31,7 +29,10 @@ from bpo.choices import (
     SketchKind,
     TokenWeights,
     TruncationMode,
+    is_finite,
+    learning_rates,
     number_of_bytes,
+    usefulness_weights,
 )
 
 
@@ -58,6 +59,10 @@ class SelectConfig:
         ref_model: Reference policy, a model or a path. ``None`` means the policy as given, as in TRL; ``"base"`` the
             policy without its adapter. ``"columns"`` runs none and reads log π_ref from the data (see
             :func:`bpo.read_candidates`). A directory of such a name is written with a slash, as in ``"./base"``.
+        reference_logps: Whether ``selection.dataset`` has log π_ref of both responses, as selection used it, in TRL's
+            columns ``ref_chosen_logps`` and ``ref_rejected_logps``: training need not run the reference again. For
+            strategies that read gradients. Refused where TRL's would be others: with ``token_weights``, and for what is
+            cut to the window of the model (see ``docs/data.md``).
         token_weights: Weights w of the tokens of a response, with which its log-probability under policy and reference
             is Σ_t w_t log π(y_t | x, y_<t), as in TIS-DPO (arXiv 2410.04350) and RTO (arXiv 2404.18922). The name under
             which the data gives them (see :func:`bpo.read_candidates`), or a function of the token ids of a prompt and
@@ -183,6 +188,7 @@ class SelectConfig:
     discopop_tau: float = 0.05
     use_weighting: bool = False
     ref_model: Any = None
+    reference_logps: bool = False
     token_weights: str | TokenWeights | None = None
     weight_column: str | None = "weight"
     trust: str | None = None
@@ -264,6 +270,11 @@ class SelectConfig:
             raise ValueError(
                 f"SelectConfig.token_weights must be a name, a function or None, got {self.token_weights!r}"
             )
+        if self.token_weights is not None and self.reference_logps:
+            raise ValueError(
+                "SelectConfig.reference_logps does not go with token_weights: log-probabilities of weighted tokens are "
+                "not those that TRL compares with."
+            )
         if self.token_weights is not None and self.reads_ref_logps:
             raise ValueError(
                 "SelectConfig.token_weights needs a reference that runs: log-probabilities that the data gives "
@@ -273,7 +284,7 @@ class SelectConfig:
     def _check_numbers(self) -> None:
         for name in ("beta", "discopop_tau", "temperature", "regularization", "process_timeout"):
             value = getattr(self, name)
-            if not _is_finite(value) or value <= 0:
+            if not is_finite(value) or value <= 0:
                 raise ValueError(f"SelectConfig.{name} must be above 0, got {value!r}")
             object.__setattr__(self, name, float(value))
         counts = ("lora_rank", "sketch_dim", "sketch_nnz", "max_iter")
@@ -286,7 +297,7 @@ class SelectConfig:
             object.__setattr__(self, name, int(value))
         if isinstance(self.min_depth, bool) or self.min_depth not in (0, 1, None):
             raise ValueError(f"SelectConfig.min_depth must be 0, 1 or None, got {self.min_depth!r}")
-        object.__setattr__(self, "usefulness", _usefulness(self.usefulness))
+        object.__setattr__(self, "usefulness", usefulness_weights(self.usefulness))
         object.__setattr__(self, "max_memory", number_of_bytes("SelectConfig.max_memory", self.max_memory))
         seed = self.sketch_seed
         if isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or not 0 <= seed < 2**64:
@@ -310,7 +321,7 @@ class SelectConfig:
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
                 raise ValueError(f"SelectConfig.{name} must be text or None, got {value!r}")
-        for name in ("use_weighting", "bf16", "gradient_checkpointing", "trust_remote_code"):
+        for name in ("use_weighting", "reference_logps", "bf16", "gradient_checkpointing", "trust_remote_code"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"SelectConfig.{name} must be True or False, got {getattr(self, name)!r}")
         if self.parameters is not None:
@@ -319,7 +330,7 @@ class SelectConfig:
                 raise ValueError(f"SelectConfig.parameters must be one or several patterns, got {self.parameters!r}")
             object.__setattr__(self, "parameters", patterns)
         if self.checkpoints is not None:
-            object.__setattr__(self, "checkpoints", _learning_rates(self.checkpoints))
+            object.__setattr__(self, "checkpoints", learning_rates(self.checkpoints))
         if self.sketch_dim % self.sketch_nnz or (self.sketch_kind != "sparse" and self.sketch_nnz != 1):
             raise ValueError(
                 f"SelectConfig.sketch_nnz must divide sketch_dim ({self.sketch_dim}), and be 1 for a dense sketch, got "
@@ -338,7 +349,7 @@ class SelectConfig:
         object.__setattr__(self, "loss_type", tuple(names))
         weights = self.loss_weights
         if weights is not None:
-            if not isinstance(weights, (list, tuple)) or not all(map(_is_finite, weights)):
+            if not isinstance(weights, (list, tuple)) or not all(map(is_finite, weights)):
                 raise ValueError(f"SelectConfig.loss_weights must be a list of finite numbers, got {weights!r}")
             if len(weights) != len(names):
                 raise ValueError(
@@ -346,12 +357,12 @@ class SelectConfig:
                     f"got {len(weights)}"
                 )
             object.__setattr__(self, "loss_weights", tuple(map(float, weights)))
-        if not _is_finite(self.f_alpha_divergence_coef):
+        if not is_finite(self.f_alpha_divergence_coef):
             raise ValueError(
                 f"SelectConfig.f_alpha_divergence_coef must be a finite number, got {self.f_alpha_divergence_coef!r}"
             )
         smoothing = self.label_smoothing
-        if not _is_finite(smoothing) or not 0 <= smoothing < 1:
+        if not is_finite(smoothing) or not 0 <= smoothing < 1:
             raise ValueError(f"SelectConfig.label_smoothing must be at least 0 and below 1, got {smoothing!r}")
         if "robust" in names and smoothing >= 0.5:
             raise ValueError(
@@ -395,7 +406,7 @@ class SelectConfig:
                 )
             object.__setattr__(self, "prompt_embeddings", array)
         threshold = self.duplicate_threshold
-        if threshold is not None and not (_is_finite(threshold) and 0 < threshold <= 1):
+        if threshold is not None and not (is_finite(threshold) and 0 < threshold <= 1):
             raise ValueError(f"SelectConfig.duplicate_threshold must be above 0 and at most 1, got {threshold!r}")
 
     @property
@@ -470,31 +481,3 @@ class SelectConfig:
         if isinstance(self.prompt_embeddings, np.ndarray):
             values["prompt_embeddings"] = f"<array of {' × '.join(map(str, self.prompt_embeddings.shape))}>"
         return values
-
-
-def _usefulness(weights: Any) -> dict[str, float]:
-    """Checks ``SelectConfig.usefulness``."""
-    if not isinstance(weights, Mapping) or not weights:
-        raise ValueError(f"SelectConfig.usefulness must map terms to weights, got {weights!r}")
-    for name, weight in weights.items():
-        if name not in USEFULNESS_TERMS:
-            raise ValueError(f"SelectConfig.usefulness has no term {name!r}; it has {', '.join(USEFULNESS_TERMS)}")
-        if not _is_finite(weight):
-            raise ValueError(f"SelectConfig.usefulness must have finite weights, got {weight!r} for {name!r}")
-    return {name: float(weight) for name, weight in weights.items()}
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _learning_rates(checkpoints: Any) -> dict[str, float]:
-    """Checks ``SelectConfig.checkpoints``."""
-    if not isinstance(checkpoints, Mapping) or not checkpoints:
-        raise ValueError(f"SelectConfig.checkpoints must map paths to learning rates, got {checkpoints!r}")
-    for path, rate in checkpoints.items():
-        if not isinstance(path, (str, os.PathLike)) or not _is_finite(rate) or rate <= 0:
-            raise ValueError(
-                f"SelectConfig.checkpoints must map paths to learning rates above 0, got {path!r}: {rate!r}"
-            )
-    return {os.fspath(path): float(rate) for path, rate in checkpoints.items()}

@@ -28,6 +28,7 @@ FIXED = {
     "CUDA_VISIBLE_DEVICES": "",
     "NO_COLOR": "1",
     "TZ": "UTC",
+    "SOURCE_DATE_EPOCH": "0",
 }
 
 

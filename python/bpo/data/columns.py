@@ -14,10 +14,12 @@ import pyarrow as pa
 
 from bpo.data.rows import READ_COLUMNS
 from bpo.data.values import UnusableError, as_list, as_number, check_json, is_missing, shorten
+from bpo.system.warn import warn
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
+    from bpo.config import SelectConfig
     from bpo.data.rows import Rows
 
 _T = TypeVar("_T")
@@ -34,6 +36,19 @@ _PROMPT_NAMES = ("prompts", "instruction", "question", "query", "input", "proble
 _RESERVED_KWARGS = {"conversation", "tokenize", "return_dict", "add_generation_prompt"}
 WEIGHT_COLUMN = "weight"
 """Where pairs carry weights unless the settings say otherwise; the only such column that need not be there."""
+
+# What TRL's trainers take for something of their own where it is there.
+_OF_TRL = (
+    "messages",
+    "completion",
+    "prompt_ids",
+    "chosen_ids",
+    "rejected_ids",
+    "ref_chosen_logps",
+    "ref_rejected_logps",
+)
+OURS = "bpo_"
+"""What the names of the columns begin with that say how a pair was selected."""
 
 
 def column_error(columns: list[str]) -> str:
@@ -99,6 +114,26 @@ def template_columns(template_kwargs: Mapping[str, Any]) -> dict[str, Any]:
     if kwargs:
         columns["chat_template_kwargs"] = kwargs
     return columns
+
+
+def other_columns(names: Sequence[str], config: SelectConfig) -> list[str]:
+    """Returns the columns that belong to the user alone: neither bpo nor TRL's trainers read them.
+
+    It warns of those that an earlier selection wrote, in whose place come those of the next.
+    """
+    weights = config.token_weights
+    read = {*READ_COLUMNS, *_OF_TRL, "tools", "chat_template_kwargs", "ref_logps", WEIGHT_COLUMN, config.weight_column}
+    if isinstance(weights, str):
+        read |= {weights, f"{weights}_chosen", f"{weights}_rejected"}
+    if isinstance(config.prompt_embeddings, str):
+        read.add(config.prompt_embeddings)
+    earlier = [name for name in names if name.startswith(OURS)]
+    if earlier:
+        warn(
+            f"The columns {', '.join(earlier)} of the data have names of those that say how a pair was selected, which "
+            "take their places; rename them to keep them."
+        )
+    return [name for name in names if name not in read and name not in earlier]
 
 
 def row_weights(rows: Rows, column: str | None, wrong: dict[int, UnusableError]) -> npt.NDArray[np.float64] | None:

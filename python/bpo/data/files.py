@@ -30,9 +30,7 @@ _DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json")
 _SPLITS = re.compile(r"(?:^|[-._ ])(train|training|test|testing|eval|evaluation|valid|validation|dev)(?:[-._ ]|$)")
 
 
-def read_path(
-    name: str, split: str | None = None, config: str | None = None
-) -> datasets.Dataset | datasets.DatasetDict | Listed:
+def read_path(name: str, split: str | None = None, config: str | None = None) -> datasets.Dataset | Listed:
     """Reads a file or a directory; a name of the form owner/name that is no path is an id of the hub.
 
     Args:
@@ -215,7 +213,7 @@ _READERS: dict[str, Callable[[IO[bytes]], Any]] = {
 }
 
 
-def _read_directory(path: Path, split: str | None) -> datasets.Dataset | datasets.DatasetDict | Listed:
+def _read_directory(path: Path, split: str | None) -> datasets.Dataset | Listed:
     """What ``save_to_disk`` wrote, or the data files of a directory, in the order of their names."""
     import datasets
 

@@ -49,10 +49,13 @@ def read_candidates(
     ``extract_prompt`` does, only where the data has no column of prompts; a row whose prompt is null is not used.
 
     Args:
-        dataset: A ``datasets.Dataset``, as its format or transform shows it; a ``DatasetDict`` with a ``train`` split;
-            a list of rows; a .jsonl, .json, .parquet or .csv file (compressed with gzip, bzip2 or xz if you like), a
-            directory of such files, or what ``save_to_disk`` wrote; a hub id. Cells of .csv are text as it stands
-            there. In a directory whose files are named for splits, those for training are read.
+        dataset: A ``datasets.Dataset``, as its format or transform shows it; a ``DatasetDict``, or any mapping of
+            splits to data sets; an ``IterableDataset``, which is read once, to its end; a list of rows, a generator or
+            any other iterable of them; a frame of pandas or Polars; an Arrow table, or whatever gives itself as one; a
+            mapping of columns to lists; a .jsonl, .json, .parquet or .csv file (compressed with gzip, bzip2 or xz if
+            you like), a directory of such files, or what ``save_to_disk`` wrote; a hub id. Cells of .csv are text as it
+            stands there. In a directory whose files are named for splits, those for training are read. Of a pandas
+            frame, an index with a name is a column.
         max_pairs_per_prompt: Cap on the pairs of a prompt; the largest score gaps are kept, ties in data order.
         on_invalid: ``"skip"`` warns once with the counts and the places; ``"raise"`` makes that an error.
         token_weights: Name under which the data gives a weight for each token of a response: as lists in the columns
@@ -129,10 +132,14 @@ def _read_row(
     return None
 
 
-def read_configured(dataset: Any, config: SelectConfig) -> Candidates:
+def read_configured(
+    dataset: Any, config: SelectConfig, *, split: str | None = None, columns: Mapping[str, str] | None = None
+) -> Candidates:
     """Reads what a configuration asks for, with the weights and reference log-probabilities of the data."""
     return read_candidates(
         dataset,
+        split=split,
+        columns=columns,
         max_pairs_per_prompt=config.max_pairs_per_prompt,
         on_invalid=config.on_invalid,
         token_weights=config.token_weights if isinstance(config.token_weights, str) else None,

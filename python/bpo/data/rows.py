@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import pyarrow as pa
+
 from bpo.data.files import read_path
 from bpo.data.values import as_list, shorten
+from bpo.system.warn import warn
 
 if TYPE_CHECKING:
     import datasets
@@ -30,6 +35,21 @@ READ_COLUMNS = (
 _BATCH = 1000
 
 
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """Where rows come from, as far as they tell.
+
+    Attributes:
+        name: Path, id of the hub, or what they are.
+        split: Which split of it; None where it has none.
+        license: Of the data; None where it does not say.
+    """
+
+    name: str
+    split: str | None = None
+    license: str | None = None
+
+
 class Rows(Protocol):
     """Rows with named columns."""
 
@@ -41,6 +61,8 @@ class Rows(Protocol):
     def broken(self) -> Mapping[int, str]:
         """Index → why a row is none; it has None in every column."""
 
+    origin: Origin
+
     def __len__(self) -> int: ...
 
     def __iter__(self) -> Iterator[dict[str, Any]]: ...
@@ -51,11 +73,17 @@ class Rows(Protocol):
     def take(self, index: Sequence[int], name: str) -> Iterable[Any]:
         """Returns the values of a column in some rows, ascending."""
 
+    def table(self, names: Sequence[str]) -> datasets.Dataset:
+        """Returns some columns of all rows in Arrow, but for those that hold nothing."""
+
 
 class ListRows:
     """A list of rows as it is: Arrow would refuse to mix what the readers can tell apart, or name no row."""
 
-    def __init__(self, rows: Sequence[Any], broken: Mapping[int, str] | None = None) -> None:
+    def __init__(
+        self, rows: Sequence[Any], broken: Mapping[int, str] | None = None, origin: Origin | None = None
+    ) -> None:
+        self.origin = origin or Origin("a list of rows")
         self.broken = dict(broken or {})
         names: dict[str, None] = {}
         for index, row in enumerate(rows):
@@ -91,13 +119,29 @@ class ListRows:
             row if index in self.broken else {names[name]: value for name, value in row.items() if name in names}
             for index, row in enumerate(self._rows)
         ]
-        return ListRows(rows, self.broken)
+        return ListRows(rows, self.broken, self.origin)
+
+    def table(self, names: Sequence[str]) -> datasets.Dataset:
+        """Returns some columns in Arrow, without those that hold nothing; warns of one that Arrow has no form for."""
+        import datasets
+
+        columns = {}
+        for name in names:
+            try:
+                column = pa.array(self.column(name))
+            except (pa.ArrowException, OverflowError, TypeError, ValueError) as error:
+                warn(f"The column {name!r} does not go along into what is selected, for Arrow cannot hold it: {error}")
+                continue
+            if not pa.types.is_null(column.type):
+                columns[name] = column
+        return datasets.Dataset(pa.table(columns))
 
 
 class TableRows:
     """A data set in Arrow, read many rows at a time."""
 
-    def __init__(self, table: datasets.Dataset) -> None:
+    def __init__(self, table: datasets.Dataset, origin: Origin) -> None:
+        self.origin = origin
         self.column_names = list(table.column_names)
         self.broken: Mapping[int, str] = {}
         self._table = table
@@ -120,9 +164,14 @@ class TableRows:
         """Returns the values of a column in some rows."""
         return (row[name] for row in self._table.select_columns(name).select(index))
 
+    def table(self, names: Sequence[str]) -> datasets.Dataset:
+        """Returns some columns as they are, without those that hold nothing."""
+        features = self._table.features
+        return self._table.select_columns([name for name in names if getattr(features[name], "dtype", None) != "null"])
+
     def renamed(self, names: Mapping[str, str]) -> TableRows:
         """Returns the columns that are keys here, under other names."""
-        return TableRows(self._table.select_columns(list(names)).rename_columns(dict(names)))
+        return TableRows(self._table.select_columns(list(names)).rename_columns(dict(names)), self.origin)
 
 
 def load_rows(
@@ -132,7 +181,7 @@ def load_rows(
     name: str | None = None,
     columns: Mapping[str, str] | None = None,
 ) -> Rows:
-    """Turns whatever the user holds into rows with ``column_names``.
+    """Turns whatever the user holds into rows with ``column_names``; what can be read once only is read here.
 
     Args:
         dataset: What the user holds.
@@ -142,8 +191,7 @@ def load_rows(
 
     Raises:
         FileNotFoundError: A path that does not exist, or a hub id that the hub does not give.
-        ValueError: A dataset without that split, configuration or column, a streaming dataset, an empty list, or a file
-            that is damaged.
+        ValueError: A dataset without that split, configuration or column, no rows, or a file that is damaged.
         TypeError: Anything else.
     """
     import datasets
@@ -152,43 +200,170 @@ def load_rows(
         return _renamed(load_rows(dataset, split=split, name=name), columns)
     if isinstance(dataset, (str, Path)):
         found = read_path(str(dataset), split, name)
-        return load_rows(found) if not isinstance(found, tuple) else ListRows(*found)
-    if isinstance(dataset, datasets.DatasetDict):
-        wanted = split or "train"
-        if wanted not in dataset:
-            raise ValueError(
-                f"The DatasetDict has no {wanted!r} split, only {sorted(dataset)}; pass dataset['<split>']."
-            )
-        return _as_shown(dataset[wanted])
+        origin = dataclasses.replace(_origin(found), name=str(dataset), split=split)
+        return ListRows(found[0], found[1], origin) if isinstance(found, tuple) else _as_shown(found, origin)
+    if _has_splits(dataset):
+        rows = load_rows(_one_of(dataset, split))
+        rows.origin = dataclasses.replace(rows.origin, split=split or "train")
+        return rows
     if split is not None or name is not None:
         raise ValueError(f"Only a path, an id of the hub or a DatasetDict has parts such as {split or name!r}.")
     if isinstance(dataset, (ListRows, TableRows)):
         return dataset
     if isinstance(dataset, datasets.Dataset):
-        return _as_shown(dataset)
-    if isinstance(dataset, (datasets.IterableDataset, datasets.IterableDatasetDict)):
-        raise ValueError(
-            "A streaming dataset cannot be selected from, since every pair is compared with every other. Load it "
-            "without streaming=True."
-        )
+        return _as_shown(dataset, _origin(dataset))
+    if isinstance(dataset, datasets.IterableDataset):
+        return _listed(dataset.with_format(None), _origin(dataset))
+    frame = _frame(dataset)
+    if frame is not None:
+        return frame
     if isinstance(dataset, Mapping):
         return _of_columns(dataset)
-    if isinstance(dataset, Sequence):
-        if not dataset:
-            raise ValueError("The dataset is empty: a list of no rows.")
-        return ListRows(dataset)
-    raise TypeError(f"dataset must be a datasets.Dataset, a list of rows or a path, not {type(dataset).__name__}.")
+    if isinstance(dataset, Iterable) and not isinstance(dataset, (bytes, bytearray)):
+        kind = "a list of rows" if isinstance(dataset, Sequence) else f"what a {type(dataset).__name__} gave"
+        return _listed(dataset, Origin(kind))
+    raise TypeError(
+        "dataset must be a datasets.Dataset, a pandas or Polars frame, an Arrow table, rows as a list or any other "
+        f"iterable, or a path, not {type(dataset).__name__}."
+    )
+
+
+def load_alike(dataset: Any, columns: Mapping[str, str] | None) -> Rows:
+    """As :func:`load_rows`, of data that goes with other data: of its column mapping, what there is to map."""
+    rows = load_rows(dataset)
+    there = rows.column_names
+    return _renamed(rows, {name: theirs for name, theirs in (columns or {}).items() if theirs in there})
+
+
+def _origin(dataset: Any) -> Origin:
+    """Where a data set says that it comes from."""
+    import datasets
+
+    if not isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)):
+        return Origin("a list of rows")
+    info = dataset.info
+    sources = (re.match(r"hf://datasets/([^@]+)@", source) for source in info.download_checksums or {})
+    found = next((source[1] for source in sources if source), None)
+    split = None if dataset.split is None else str(dataset.split)
+    return Origin(found or info.dataset_name or f"a datasets.{type(dataset).__name__}", split, info.license or None)
+
+
+def _has_splits(dataset: Any) -> bool:
+    """Whether something is a mapping of splits to data sets."""
+    import datasets
+
+    return isinstance(dataset, (datasets.DatasetDict, datasets.IterableDatasetDict)) or (
+        isinstance(dataset, Mapping)
+        and len(dataset) > 0
+        and all(isinstance(part, (datasets.Dataset, datasets.IterableDataset)) for part in dataset.values())
+    )
+
+
+def _one_of(splits: Mapping[str, Any], split: str | None) -> Any:
+    """The split that was asked for, or that for training."""
+    wanted = split or "train"
+    if wanted not in splits:
+        close = difflib.get_close_matches(wanted, map(str, splits), n=1)
+        meant = close[0] if close else next(iter(splits), "NAME")
+        raise ValueError(
+            f"The data has no split {wanted!r}, only {', '.join(map(repr, splits))}; name one, as in split={meant!r}."
+        )
+    return splits[wanted]
+
+
+def _listed(rows: Iterable[Any], origin: Origin) -> ListRows:
+    """All rows of something that is gone through once."""
+    listed = rows if isinstance(rows, Sequence) else list(rows)
+    if not listed:
+        raise ValueError("The dataset is empty: it gave no rows.")
+    return ListRows(listed, origin=origin)
+
+
+def _frame(dataset: Any) -> Rows | None:
+    """The rows of a frame of pandas or Polars, or of anything else that gives itself as an Arrow table."""
+    kinds = {kind.__module__.partition(".")[0] for kind in type(dataset).__mro__}
+    if "pandas" in kinds and hasattr(dataset, "columns"):
+        return _of_pandas(dataset)
+    if "polars" in kinds and hasattr(dataset, "collect_schema"):
+        import polars
+
+        frame = dataset.collect() if hasattr(dataset, "collect") else dataset
+        return _of_arrow(frame.to_arrow(compat_level=polars.CompatLevel.oldest()), Origin("a Polars frame"))
+    if hasattr(dataset, "__arrow_c_stream__") or isinstance(dataset, pa.RecordBatch):
+        given = pa.Table.from_batches([dataset]) if isinstance(dataset, pa.RecordBatch) else dataset
+        try:
+            table = pa.table(given)
+        except pa.ArrowInvalid as error:
+            raise TypeError(
+                f"dataset must have rows and columns, which this {type(dataset).__name__} has not: {error}"
+            ) from None
+        return _of_arrow(table, Origin("an Arrow table"))
+    return None
+
+
+def _of_pandas(frame: Any) -> ListRows:
+    """Rows of the very objects in the cells: Arrow would fill what only some dictionaries have with None."""
+    if all(name is not None for name in frame.index.names):
+        frame = frame.reset_index()
+    names = _checked_names(frame.columns)
+    if len(frame) == 0:
+        raise ValueError("The dataset is empty: it has no rows.")
+    cells = [frame[name].astype(object).where(frame[name].notna(), None).tolist() for name in names]
+    return ListRows(
+        [dict(zip(names, values, strict=True)) for values in zip(*cells, strict=True)],
+        origin=Origin("a pandas DataFrame"),
+    )
+
+
+def _of_arrow(table: pa.Table, origin: Origin) -> TableRows:
+    """A table, whose dictionaries, which pandas and Polars call categories, data sets read as what they stand for."""
+    import datasets
+
+    _checked_names(table.column_names)
+    for field in table.schema:
+        _check_type(field)
+    return TableRows(datasets.Dataset(table), origin)
+
+
+def _check_type(field: pa.Field) -> None:
+    """Checks that data sets have a form for a column."""
+    import datasets
+
+    try:
+        datasets.Features.from_arrow_schema(pa.schema([field]))
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"The column {field.name!r} is of the Arrow type {field.type}, which data sets have no form for: cast "
+            f"it, or drop it ({error})."
+        ) from None
+
+
+def _checked_names(names: Iterable[Any]) -> list[str]:
+    """Names of columns: text, each once."""
+    listed = list(names)
+    for index, name in enumerate(listed):
+        if not isinstance(name, str):
+            raise ValueError(f"The column {name!r} has no text for a name; rename it.")
+        if name in listed[:index]:
+            raise ValueError(f"Two columns are called {name!r}; rename one.")
+    return listed
 
 
 def _renamed(rows: Rows, columns: Mapping[str, str]) -> Rows:
     """The rows with some columns under the names that they are to have; one that had such a name gives way."""
     there = list(rows.column_names)
+    if not isinstance(columns, Mapping) or not all(isinstance(word, str) for word in (*columns, *columns.values())):
+        raise ValueError(f"columns must be a mapping such as {{'prompt': 'question'}}, got {columns!r}.")
     for wanted, theirs in columns.items():
         if theirs not in there:
             close = difflib.get_close_matches(theirs, there, n=1)
-            meant = f"; did you mean {close[0]!r}?" if close else ""
+            meant = f"; did you mean {close[0]!r}?" if close else "."
+            if theirs in READ_COLUMNS and wanted in there:
+                meant = f": the name that is wanted comes first, {{{theirs!r}: {wanted!r}}}."
             raise ValueError(f"The data has no column {theirs!r} for {wanted!r}, only {there}{meant}")
     names = {theirs: wanted for wanted, theirs in columns.items()}
+    if len(names) < len(columns):
+        raise ValueError(f"columns has one column of the data for several names: {dict(columns)}.")
     dropped = set(columns) - set(names)
     kept = {column: names.get(column, column) for column in there if column not in dropped}
     if isinstance(rows, TableRows):
@@ -197,11 +372,11 @@ def _renamed(rows: Rows, columns: Mapping[str, str]) -> Rows:
     return rows.renamed(kept)
 
 
-def _as_shown(dataset: datasets.Dataset) -> Rows:
+def _as_shown(dataset: datasets.Dataset, origin: Origin) -> Rows:
     """The rows as the data set shows them: through its transform, without the columns that its format hides."""
     shown = dataset.format
     if shown["type"] == "custom":
-        return ListRows(list(dataset))
+        return ListRows(list(dataset), origin=origin)
     # A format such as "torch" would turn lists of scores into tensors, and float64 into float32.
     plain = dataset.with_format(None)
     hidden = [] if shown["output_all_columns"] else sorted(set(plain.column_names) - set(shown["columns"]))
@@ -211,7 +386,7 @@ def _as_shown(dataset: datasets.Dataset) -> Rows:
             f"The format of the dataset hides the columns {needed}: show them with dataset.reset_format(), or take "
             f"them out with dataset.remove_columns({needed})."
         )
-    return TableRows(plain.remove_columns(hidden) if hidden else plain)
+    return TableRows(plain.remove_columns(hidden) if hidden else plain, origin)
 
 
 def _of_columns(columns: Mapping[str, Any]) -> ListRows:
@@ -221,4 +396,7 @@ def _of_columns(columns: Mapping[str, Any]) -> ListRows:
     if len(set(lengths.values())) != 1 or None in lengths.values():
         raise ValueError(f"A mapping must be one of columns to lists of equal length; the lengths are {lengths}.")
     cells = [values for values in listed.values() if values is not None]
-    return ListRows([dict(zip(listed, values, strict=True)) for values in zip(*cells, strict=True)])
+    return ListRows(
+        [dict(zip(listed, values, strict=True)) for values in zip(*cells, strict=True)],
+        origin=Origin("a mapping of columns"),
+    )

@@ -118,6 +118,8 @@ def evaluate_preferences(
     *,
     reference: PreferenceEvaluation | None = None,
     processing_class: Any = None,
+    split: str | None = None,
+    columns: Mapping[str, str] | None = None,
     config: SelectConfig | Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> PreferenceEvaluation:
@@ -128,6 +130,8 @@ def evaluate_preferences(
         dataset: Preference data in any format of :func:`bpo.select`.
         reference: The reference policy's evaluation on the same data; ``None`` takes the model as its own reference.
         processing_class: The tokenizer; by default the one saved with the model.
+        split: Which split of the data is read, such as ``"train_prefs"``; by default that for training.
+        columns: What columns of the accepted formats are called in the data, such as ``{"prompt": "question"}``.
         config: Uses ``beta``, ``max_length``, ``truncation_mode``, ``tokens_per_batch``, ``bf16`` and how a model is
             loaded. A reference must have been evaluated with the same ``bf16``.
         progress: Whether to show a progress bar.
@@ -147,7 +151,11 @@ def evaluate_preferences(
     """
     config = SelectConfig.of(config)
     candidates = read_candidates(
-        dataset, max_pairs_per_prompt=config.max_pairs_per_prompt, on_invalid=config.on_invalid
+        dataset,
+        max_pairs_per_prompt=config.max_pairs_per_prompt,
+        on_invalid=config.on_invalid,
+        split=split,
+        columns=columns,
     )
     tokenizer = load_tokenizer(model, processing_class, config)
     candidates, tokenized = tokenize_candidates(

@@ -55,6 +55,8 @@ def collect_gradients(
     processing_class: Any = None,
     store: str | os.PathLike[str] | None = None,
     shard: tuple[int, int] | str | None = None,
+    split: str | None = None,
+    columns: Mapping[str, str] | None = None,
     config: SelectConfig | Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> GradientStore:
@@ -71,6 +73,8 @@ def collect_gradients(
             ``None`` is a temporary directory that goes with the returned object.
         shard: Which share of the responses, of how many, such as ``(2, 4)`` or ``"2/4"``: for machines that see no disk
             in common. :func:`bpo.gather_stores` puts all shares together. ``None`` for all.
+        split: Which split of the data is read, such as ``"train_prefs"``; by default that for training.
+        columns: What columns of the accepted formats are called in the data, such as ``{"prompt": "question"}``.
         config: Settings; ``checkpoints`` must be None, since a store is that of one model.
         progress: Whether to show a progress bar.
 
@@ -92,7 +96,7 @@ def collect_gradients(
     if config.checkpoints is not None:
         raise ValueError("collect_gradients serves one model: give it a checkpoint as the model, and checkpoints=None.")
     preconditioner = preconditioner_path(model, config)
-    candidates = read_configured(dataset, config)
+    candidates = read_configured(dataset, config, split=split, columns=columns)
     tokenizer = load_tokenizer(model, processing_class, config)
     policy = load_policy(model, config)
     kept, tokenized = tokenize_configured(candidates, tokenizer, window(policy, config), config)

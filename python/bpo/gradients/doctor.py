@@ -159,6 +159,8 @@ def doctor(
     dataset: Any,
     *,
     processing_class: Any = None,
+    split: str | None = None,
+    columns: Mapping[str, str] | None = None,
     config: SelectConfig | Mapping[str, Any] | None = None,
     seconds: float = 40.0,
 ) -> Diagnosis:
@@ -170,6 +172,8 @@ def doctor(
         model: Path, hub id, ``PreTrainedModel`` or ``PeftModel``.
         dataset: Preference data in any format of :func:`bpo.select`.
         processing_class: The tokenizer; by default the one saved with the model.
+        split: Which split of the data is read, such as ``"train_prefs"``; by default that for training.
+        columns: What columns of the accepted formats are called in the data, such as ``{"prompt": "question"}``.
         config: Settings, those of the run.
         seconds: Time after which no further batch is begun. The longest batch always runs, for the estimate of memory,
             and so does the shortest.
@@ -190,7 +194,7 @@ def doctor(
     config = SelectConfig.of(config)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        candidates = read_configured(dataset, config)
+        candidates = read_configured(dataset, config, split=split, columns=columns)
         skipped = candidates.skipped.counts()
         tokenizer = load_tokenizer(model, processing_class, config)
         policy = load_policy(model, config)

@@ -44,7 +44,12 @@ class LengthEffect:
 
 
 def length_effect(
-    dataset: Any, *, processing_class: Any = None, config: SelectConfig | Mapping[str, Any] | None = None
+    dataset: Any,
+    *,
+    processing_class: Any = None,
+    split: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    config: SelectConfig | Mapping[str, Any] | None = None,
 ) -> LengthEffect:
     """Measures how scores and preferences go with the length of a response.
 
@@ -58,6 +63,8 @@ def length_effect(
         dataset: Preference data in any format of :func:`bpo.select`.
         processing_class: A tokenizer, or the path of one: lengths are then in tokens, as in training. ``None`` counts
             characters.
+        split: Which split of the data is read, such as ``"train_prefs"``; by default that for training.
+        columns: What columns of the accepted formats are called in the data, such as ``{"prompt": "question"}``.
         config: Uses what says how data is read.
 
     Returns:
@@ -73,7 +80,8 @@ def length_effect(
         (0.337, 0.833)
     """
     config = SelectConfig.of(config)
-    candidates = read_configured(dataset, dataclasses.replace(config, token_weights=None, ref_model=None))
+    reading = dataclasses.replace(config, token_weights=None, ref_model=None)
+    candidates = read_configured(dataset, reading, split=split, columns=columns)
     if processing_class is None:
         return fit_length_effect(candidates, character_lengths(candidates), "characters")
     tokenizer = load_tokenizer(None, processing_class, config)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -81,13 +81,21 @@ class PromptResponses:
         return [{"role": "assistant", "content": response}] if isinstance(response, str) else response
 
 
-def read_responses(dataset: Any, *, prompts_only: bool = False) -> list[PromptResponses]:
+def read_responses(
+    dataset: Any,
+    *,
+    prompts_only: bool = False,
+    split: str | None = None,
+    columns: Mapping[str, str] | None = None,
+) -> list[PromptResponses]:
     """Reads prompts with their responses, scored or not.
 
     Args:
         dataset: Any format of :func:`bpo.read_candidates`; rows of ``prompt`` and ``responses`` without scores; rows of
             a ``prompt`` alone; a list of prompts.
         prompts_only: Whether the responses are left out.
+        split: As of :func:`bpo.read_candidates`.
+        columns: Likewise.
 
     Returns:
         The distinct prompts, in the order of the data.
@@ -103,10 +111,12 @@ def read_responses(dataset: Any, *, prompts_only: bool = False) -> list[PromptRe
         >>> [row.prompt for row in read_responses(["2+2?", "3+3?"], prompts_only=True)]
         ['2+2?', '3+3?']
     """
+    if isinstance(dataset, Iterator):
+        dataset = list(dataset)
     listed = isinstance(dataset, Sequence) and not isinstance(dataset, str)
     if listed and any(isinstance(prompt, str) or is_messages(prompt) for prompt in dataset):
         dataset = [prompt if isinstance(prompt, Mapping) else {"prompt": prompt} for prompt in dataset]
-    rows = load_rows(dataset)
+    rows = load_rows(dataset, split=split, columns=columns)
     names = list(rows.column_names)
     pairs = {"chosen", "rejected"} <= set(names)
     prompt_column = "prompt" if "prompt" in names else "instruction"

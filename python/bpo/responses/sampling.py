@@ -47,6 +47,8 @@ def sample_responses(
     processing_class: Any = None,
     batch_size: int = 32,
     seed: int = 42,
+    split: str | None = None,
+    columns: Mapping[str, str] | None = None,
     config: SelectConfig | Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> datasets.Dataset:
@@ -84,6 +86,8 @@ def sample_responses(
         batch_size: Responses generated at once, rounded to whole prompts; halved where memory does not suffice. Not
             used with a server, which has a ``concurrency``.
         seed: Of everything that is random.
+        split: Which split of the data is read, such as ``"train_prefs"``; by default that for training.
+        columns: What columns of the accepted formats are called in the data, such as ``{"prompt": "question"}``.
         config: Uses ``dtype``, ``device`` and ``trust_remote_code``: how a model given by path is loaded.
         progress: Whether to show a progress bar.
 
@@ -117,7 +121,7 @@ def sample_responses(
     }
 
     def sampled() -> datasets.Dataset:
-        rows = read_responses(prompts, prompts_only=not keep_existing)
+        rows = read_responses(prompts, prompts_only=not keep_existing, split=split, columns=columns)
         source: Source
         if isinstance(model, ChatServer):
             source = ServerSource(model, settings)

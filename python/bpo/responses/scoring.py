@@ -37,6 +37,8 @@ def score_responses(
     output: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     batch_size: int | None = None,
+    split: str | None = None,
+    columns: Mapping[str, str] | None = None,
     process_timeout: float = 1800.0,
     progress: bool = True,
 ) -> datasets.Dataset:
@@ -60,6 +62,8 @@ def score_responses(
             ones to all responses of a prompt as soon as one has none.
         batch_size: Lets a function take lists of about so many prompts and responses and return a list of scores. One
             over which it raises is given again, one by one.
+        split: Which split of the data is read, such as ``"train_prefs"``; by default that for training.
+        columns: What columns of the accepted formats are called in the data, such as ``{"prompt": "question"}``.
         process_timeout: Seconds after which processes of one job (``docs/scaling.md``) name one that does not come, or
             brings nothing.
         progress: Whether to show a progress bar.
@@ -91,7 +95,7 @@ def score_responses(
         raise TypeError(f"scorer must be a function, a bpo.RewardModel or a bpo.Judge, not {type(scorer).__name__}.")
 
     def scored() -> datasets.Dataset:
-        rows = read_responses(dataset)
+        rows = read_responses(dataset, split=split, columns=columns)
         return _scored(judge, rows, overwrite, batch_size, output, process_timeout, progress)
 
     return scored() if judge.share else world().from_main(scored)

@@ -57,6 +57,11 @@ class Request:
         needs = STRATEGIES[strategy].needs_of(config)
         if "target" in needs and target is None:
             raise ValueError(f"strategy={strategy!r} needs a target: pairs that say where to go, as target=…")
+        if config.reference_logps and not ("gradients" in needs or config.trust == "audit"):
+            raise ValueError(
+                f"reference_logps needs log-probabilities, and strategy={strategy!r} computes none: leave it out, or "
+                "take a strategy that reads gradients, such as 'bpo'."
+            )
         of_one_model = {"differences": "gradients", "logps": "log-probabilities", "reference": "log-probabilities"}
         for need, what in of_one_model.items():
             if need in needs and config.checkpoints is not None:

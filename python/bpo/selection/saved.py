@@ -1,4 +1,4 @@
-"""A selection on disk: written whole or not at all, checked when it is read."""
+"""A selection on disk: written whole or not at all, checked when it is read; and its card, where it is published."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 import bpo
+from bpo.config import SelectConfig
 from bpo.store.objects import Objects
 from bpo.system.files import ArrowFile, naming_file, read_json, sync
 from bpo.system.locks import locked
 from bpo.system.paths import is_url
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     import datasets
 
@@ -50,6 +51,43 @@ _FIELDS = {
     "checksum": str,
 }
 _MAX_MANIFEST_BYTES = 1 << 30
+
+_TITLE = "BPO: Towards Balanced Preference Optimization between Knowledge Breadth and Depth in Alignment"
+PAPER = {
+    "title": _TITLE,
+    "id": "2411.10914",
+    "citation": f"""\
+@inproceedings{{wang2025bpo,
+    title     = {{{{{_TITLE}}}}},
+    author    = {{Wang, Sizhe and Tong, Yongqi and Zhang, Hengyuan and Li, Dawei and Zhang, Xin and Chen, Tianlong}},
+    year      = 2025,
+    booktitle = {{Proceedings of NAACL 2025 (Volume 1: Long Papers)}},
+    pages     = {{8811--8826}},
+    doi       = {{10.18653/v1/2025.naacl-long.443}},
+}}""",
+}
+"""As TRL's trainers name the paper of their method."""
+
+_HEAD_OF_CARD = (
+    "---",
+    "tags: [bpo, dpo, preference, trl]",
+    "configs:",
+    "- config_name: default",
+    "  data_files: [{split: train, path: dataset/train.parquet}]",
+    "- config_name: candidates",
+    "  data_files: [{split: train, path: pairs.parquet}]",
+)
+_TEXT_OF_CARD = (
+    "---",
+    "",
+    "# Preference pairs chosen by bpo",
+    "",
+    "Chosen by the package `bpo`, a reconstruction of [the paper](https://arxiv.org/abs/2411.10914) cited below, for",
+    "training with TRL's `DPOTrainer`. `load_dataset(...)` gives the training set. The configuration `candidates` has",
+    "every pair that there was to choose from, with its scores and what became of it; `bpo.Selection.load` reads the",
+    "whole folder.",
+    "",
+)
 
 
 class SelectionError(ValueError):
@@ -101,6 +139,7 @@ def _write_files(
         "format_version": _FORMAT_VERSION,
         "bpo": bpo.__version__,
         **{name: values[name] for name in ("strategy", "budget", "seed", "config", "depth", "skipped", "noted")},
+        "provenance": values["provenance"],
         "sha256": {name: _sha256(scratch / name) for name in (_DATASET, _PAIRS)},
     }
     text = json.dumps({**manifest, "checksum": _checksum(manifest)}, indent=1) + "\n"
@@ -215,6 +254,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     missing = [name for name in _FIELDS if not isinstance(manifest.get(name), _FIELDS[name])]
     if missing:
         raise SelectionError(f"{path} lacks {', '.join(sorted(missing))}, or has them in another type.")
+    if not isinstance(manifest.get("provenance", {}), dict):
+        raise SelectionError(f"{path} has a provenance that is no mapping.")
     checksum = manifest.pop("checksum")
     if checksum != _checksum(manifest):
         raise SelectionError(f"{path} was changed after it was saved (its checksum differs).")
@@ -344,3 +385,77 @@ def _sha256(source: Path | BinaryIO) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def data_card(
+    made: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    config: Mapping[str, Any],
+    columns: Sequence[str],
+    summary: str,
+    license: str | None,
+) -> str:
+    """Returns the README.md of a data set that holds a selection.
+
+    Args:
+        made: Its provenance.
+        facts: More to say of it, in the same table.
+        config: Its settings.
+        columns: Those of the training set.
+        summary: Its figures, in lines of text.
+        license: Of the data; None takes what ``made`` says.
+    """
+    license = license or made.get("license")
+    default = SelectConfig().to_dict()
+    settings = [f"- `{name}={value!r}`" for name, value in config.items() if name in default and value != default[name]]
+    return "\n".join(
+        [
+            *_HEAD_OF_CARD,
+            *([f"license: {json.dumps(license)}"] if license else []),
+            *_TEXT_OF_CARD,
+            *_facts(made, facts, license),
+            "",
+            *(["Settings that are not the defaults:", "", *settings, ""] if settings else []),
+            "## What was chosen",
+            "",
+            "```text",
+            summary,
+            "```",
+            "",
+            f"Columns: {', '.join(f'`{name}`' for name in columns)}.",
+            "",
+            "## Citation",
+            "",
+            "```bibtex",
+            PAPER["citation"],
+            "```",
+            "",
+        ]
+    )
+
+
+def _facts(made: Mapping[str, Any], facts: Mapping[str, Any], license: str | None) -> list[str]:
+    """The rows of a table: what was selected from, and by what."""
+    versions = (f"{name} {version}" for name, version in made.get("versions", {}).items())
+    rows = {
+        **facts,
+        "breadth": made.get("breadth", "all prompts"),
+        "model": made.get("model"),
+        "revision of the model": made.get("model_revision"),
+        "data": made.get("data"),
+        "split": made.get("split"),
+        "licence of the data": license or "not known here",
+        "made": made.get("created"),
+        "versions": ", ".join(versions) or None,
+    }
+    return ["| | |", "|---|---|", *(f"| {name} | `{value}` |" for name, value in rows.items() if value is not None)]
+
+
+def published(provenance: dict[str, Any]) -> dict[str, Any]:
+    """Returns the provenance for everybody: no command, and of what lies on this machine the name alone."""
+    shown = {name: value for name, value in provenance.items() if name != "command"}
+    for name in ("model", "data"):
+        place, comma, rest = str(shown.get(name, "")).partition(", fingerprint ")
+        if place and not is_url(place) and (Path(place).is_absolute() or Path(place).exists()):
+            shown[name] = f"{Path(place).name}{comma}{rest}"
+    return shown

@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from bpo.data.columns import other_columns
+from bpo.data.rows import load_alike, load_rows
 from bpo.selection.choice import choose, in_order, warn_of_fewer
 from bpo.selection.prompts import Limits, keep_prompts
-from bpo.selection.read import read
+from bpo.selection.read import Told, provenance_of, read
 from bpo.selection.request import Request
 from bpo.selection.scored import look_at, look_at_labels, score, toward, trust
 from bpo.selection.selection import Selection
 from bpo.selection.sources import extract, measure, source_of
-from bpo.selection.tables import SELECTED, UNTRUSTED, pair_table, training_set
+from bpo.selection.tables import SELECTED, UNTRUSTED, check_uncut, pair_table, training_set
 from bpo.world.world import world
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from bpo.config import SelectConfig
+    from bpo.data.rows import Rows
     from bpo.policy.reference import Reference
     from bpo.selection.inputs import Pool
     from bpo.selection.prompts import Kept
@@ -40,6 +43,8 @@ def select(
     strategy: str = "bpo",
     target: Any = None,
     store: str | os.PathLike[str] | None = None,
+    split: str | None = None,
+    columns: Mapping[str, str] | None = None,
     config: SelectConfig | Mapping[str, Any] | None = None,
     seed: int = 42,
     progress: bool = True,
@@ -55,8 +60,10 @@ def select(
             May be None for strategies that use no gradients; and where ``store`` holds the gradients already: whatever
             they depend on is then as it was when they were computed. With a breadth, only if ``config`` has an embedder
             or the embeddings of the prompts.
-        dataset: Preference rows, scored responses or UltraFeedback-like completions, as a ``datasets.Dataset``, a list
-            of rows, a file, a directory or a hub id (see :func:`bpo.read_candidates`).
+        dataset: Preference rows, scored responses or UltraFeedback-like completions, as a data set, streamed or not, a
+            frame of pandas or Polars, an Arrow table, a list or generator of rows, a file, a directory or a hub id (see
+            :func:`bpo.read_candidates`). Its other columns, such as ``id`` or ``source``, go along into
+            ``selection.dataset``.
         budget: Pairs to keep: a count, or a fraction (a float in (0, 1]) of the candidate pairs of the kept prompts.
         processing_class: TRL's word for the tokenizer; by default the one saved with the model.
         breadth: Prompts to keep: a count, a fraction, or None for all.
@@ -70,6 +77,9 @@ def select(
         store: Directory or address of the gradient store, reused and completed when it is there; with
             ``SelectConfig.checkpoints``, of one store for each. None computes anew and keeps nothing. Strategies
             without gradients leave it alone. The rows that are used are compared with their checksums.
+        split: Which split of the data is read, such as ``"train_prefs"``; by default that for training.
+        columns: What columns of the accepted formats are called in the data, such as ``{"prompt": "question"}``; where
+            the target has them, too, they are called so there.
         config: Everything else, as a :class:`bpo.SelectConfig` or a mapping of its fields.
         seed: Of every random choice but the sketch (``SelectConfig.sketch_seed``), by default that of TRL's
             ``DPOConfig``. The same seed gives the same
@@ -99,13 +109,22 @@ def select(
     """
     request = Request.of(strategy, config, seed, target=target, store=store, progress=progress)
     source = source_of(request, model, processing_class, breadth=breadth)
-    return _select(request, source, dataset, budget, breadth=breadth, target=target)
+    if target is not None and "gradients" in request.needs:
+        target = load_alike(target, columns)
+    return _select(
+        request,
+        source,
+        load_rows(dataset, split=split, columns=columns),
+        budget,
+        breadth=breadth,
+        target=target,
+    )
 
 
 def _select(
     request: Request,
     source: Source,
-    dataset: Any,
+    rows: Rows,
     budget: int | float,
     *,
     breadth: int | float | None = None,
@@ -118,23 +137,28 @@ def _select(
     request = dataclasses.replace(request, config=source.config, progress=request.progress and processes.is_main)
 
     # Read: candidate pairs, with their tokens or their rows in a store, and those of the target.
-    pool = read(dataset, target, source, request)
+    pool = read(rows, target, source, request)
     limits = Limits.of(breadth, budget, pool, request, earlier=earlier, at_most=at_most)
+    data = hashlib.sha256(pool.candidates.known_ids.tobytes() + pool.candidates.pairs.tobytes()).hexdigest()
     if "gradients" in request.needs:
-        data = hashlib.sha256(pool.candidates.known_ids.tobytes() + pool.candidates.pairs.tobytes()).hexdigest()
         asked = {"strategy": request.strategy, "seed": request.seed, "budget": budget, "breadth": breadth}
         processes.check_same({"data set": data, **asked}, request.config.process_timeout)
 
     # Keep prompts: breadth.
-    kept = keep_prompts(pool, limits, dataset, source, request)
+    kept = keep_prompts(pool, limits, rows, source, request)
+
+    # What else the data says of its rows waits in Arrow, and nothing else of them.
+    others = rows.table(other_columns(rows.column_names, request.config))
+    told = Told(others, rows.origin, data, breadth)
+    del rows
 
     # Extract: one sketched gradient a response, by all processes of a job together; the first of them does the rest.
     filled = extract(kept.inputs, pool.goal, source, request, kept.n_pairs)
-    rest = functools.partial(_choose, request, source, pool, kept, filled)
+    rest = functools.partial(_choose, request, source, pool, kept, filled, told)
     return rest() if filled is None else processes.from_main(rest)
 
 
-def _choose(request: Request, source: Source, pool: Pool, kept: Kept, filled: Filled | None) -> Selection:
+def _choose(request: Request, source: Source, pool: Pool, kept: Kept, filled: Filled | None, told: Told) -> Selection:
     """The stages after the gradients."""
     # Measure: two scalars a pair.
     candidates = kept.inputs.candidates
@@ -149,6 +173,7 @@ def _choose(request: Request, source: Source, pool: Pool, kept: Kept, filled: Fi
     # Choose: which pairs of each prompt, and so its depth.
     chosen, usefulness = choose(scored, kept.n_pairs, request)
     warn_of_fewer(chosen, scored, kept.n_pairs, request)
+    check_uncut(kept.inputs, chosen, request.config)
 
     # Tell: what became of each candidate.
     fate = np.full(len(pool.candidates.pairs), "breadth", dtype=object)
@@ -160,7 +185,7 @@ def _choose(request: Request, source: Source, pool: Pool, kept: Kept, filled: Fi
         pool.noted.merge(found)
     selected = kept.pair_index[in_order(np.flatnonzero(chosen), scored, request.config)]
     return Selection(
-        dataset=training_set(pool.candidates, table, selected, request.config),
+        dataset=training_set(pool.candidates, table, selected, request.config, told.columns),
         pairs=table,
         depth=np.bincount(pool.candidates.prompt_of_pair[selected], minlength=len(pool.candidates.prompts)),
         strategy=request.strategy,
@@ -169,6 +194,7 @@ def _choose(request: Request, source: Source, pool: Pool, kept: Kept, filled: Fi
         config=request.config.to_dict(),
         skipped=pool.candidates.skipped.places,
         noted=pool.noted.places,
+        provenance=provenance_of(*(source.policy.named if source.policy else (None, None)), told),
     )
 
 
@@ -213,7 +239,7 @@ def select_again(
     """
     request = Request.of(strategy, config, seed, target=target, store=store, progress=progress)
     source = source_of(request, model, processing_class, earlier=earlier, reference=reference)
-    return _select(request, source, dataset, earlier.budget, target=target, earlier=earlier)
+    return _select(request, source, load_rows(dataset), earlier.budget, target=target, earlier=earlier)
 
 
 def select_at_most(
@@ -253,4 +279,4 @@ def select_at_most(
     """
     request = Request.of(strategy, config, seed, target=target, store=store, progress=progress)
     source = source_of(request, model, processing_class, reference=reference)
-    return _select(request, source, dataset, budget, target=target, at_most=True)
+    return _select(request, source, load_rows(dataset), budget, target=target, at_most=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ import pyarrow.compute as pc
 
 from bpo.data.candidates import Skipped
 from bpo.report.selection_page import write_selection_page
-from bpo.selection.saved import read_selection, write_selection
+from bpo.selection.saved import data_card, published, read_selection, write_selection
 from bpo.selection.tables import FATES, SELECTED, UNTRUSTED
 
 if TYPE_CHECKING:
@@ -46,6 +47,10 @@ class Selection:
         config: The settings, as plain values.
         skipped: What of the data could not be used: reason → places.
         noted: What was used but is worth a look, such as gradients far longer than the others: reason → places.
+        provenance: Where the selection comes from, as far as that is known: ``model``, ``model_revision``, ``data``
+            (path or kind, and a fingerprint of responses and pairs), ``split``, ``license`` (of the data), ``breadth``,
+            ``command`` (of bpo's commands), ``versions`` (package → version) and ``created`` (ISO 8601, UTC; that of
+            the environment variable ``SOURCE_DATE_EPOCH`` where it is set).
     """
 
     dataset: datasets.Dataset
@@ -57,6 +62,7 @@ class Selection:
     config: dict[str, Any]
     skipped: dict[str, list[str]]
     noted: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    provenance: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -70,9 +76,10 @@ class Selection:
     def with_ref_logps(self) -> datasets.Dataset:
         """Returns ``dataset`` with log π_ref of both responses, as ``ref_chosen_logps`` and ``ref_rejected_logps``.
 
-        They are those that the selection used, so the reference need not run again. :class:`bpo.BPOTrainer` sees to
-        that by itself with ``precompute_ref_log_probs=True``. TRL's ``DPOTrainer`` would compute its own then and fail
-        on columns that are there already, which is why ``dataset`` is without; tell it once it is made::
+        They are those that the selection used, so the reference need not run again. :class:`bpo.BPOTrainer` and
+        :class:`bpo.WeightedDPOTrainer` take them with ``precompute_ref_log_probs=True``. TRL's ``DPOTrainer`` would
+        compute its own then and fail on columns that are there already, which is why ``dataset`` is without, unless
+        ``SelectConfig.reference_logps`` asks for them; tell it once it is made::
 
             trainer = DPOTrainer(model, args=DPOConfig(...), train_dataset=selection.with_ref_logps())
             trainer.precompute_ref_logps = True
@@ -191,8 +198,74 @@ class Selection:
             FileExistsError: The directory holds something else, or is a file.
             OSError: A file cannot be written, for example because the disk is full; an earlier selection is kept.
         """
-        values = {name: getattr(self, name) for name in ("strategy", "budget", "seed", "config", "skipped", "noted")}
+        names = ("strategy", "budget", "seed", "config", "skipped", "noted", "provenance")
+        values = {name: getattr(self, name) for name in names}
         return write_selection(directory, self.dataset, self.pairs, {**values, "depth": self.depth.tolist()})
+
+    def card(self, license: str | None = None) -> str:
+        """Returns the data card: how the selection was made, its figures and columns, and what to cite.
+
+        As ``README.md`` beside what :meth:`save` writes it also says which files are which, so that ``load_dataset``
+        reads the directory: the training set, or every candidate with the configuration ``"candidates"``.
+
+        Args:
+            license: Of the data that was selected from, as the hub names it, such as ``"mit"``; by default what the
+                data itself says.
+        """
+        facts = {"strategy": self.strategy, "budget": f"{self.budget} pairs", "seed": self.seed}
+        return data_card(
+            self.provenance, facts, self.config, self.dataset.column_names, self.summary(), license=license
+        )
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        license: str | None = None,
+        private: bool | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+        token: str | bool | None = None,
+    ) -> str:
+        """Publishes the selection as a data set of the hub, with its card.
+
+        What is there afterwards is what :meth:`save` writes and the card: ``load_dataset(repo_id, split="train")``
+        gives the training set, and :meth:`load` the whole from a downloaded copy. ``provenance`` goes without the
+        command and without the directories of this machine; ``config`` as it is.
+
+        Args:
+            repo_id: ``owner/name``; made where it is not there, and an earlier selection is replaced.
+            license: As of :meth:`card`.
+            private: Whether a new one is private; None leaves that to the hub.
+            revision: Branch, made where it is not there; None is the main one.
+            commit_message: Of the commit.
+            token: As of ``huggingface_hub``; None is the one that is logged in.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            OSError: The hub cannot be reached, or refuses; huggingface_hub says why.
+        """
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        shown = dataclasses.replace(self, provenance=published(self.provenance))
+        with tempfile.TemporaryDirectory(prefix="bpo-selection-") as scratch:
+            shown.save(scratch)
+            (Path(scratch) / "README.md").write_text(shown.card(license), encoding="utf-8")
+            repo = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True).repo_id
+            if revision is not None:
+                api.create_branch(repo, branch=revision, repo_type="dataset", exist_ok=True)
+            commit = api.upload_folder(
+                repo_id=repo,
+                folder_path=scratch,
+                repo_type="dataset",
+                revision=revision,
+                commit_message=commit_message or f"Selection of {len(self)} pairs by {self.strategy}",
+                ignore_patterns=[".*"],
+            )
+        return str(commit)
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> Selection:
@@ -217,6 +290,7 @@ class Selection:
             config=manifest["config"],
             skipped=manifest["skipped"],
             noted=manifest["noted"],
+            provenance=manifest.get("provenance", {}),
         )
 
 
@@ -234,5 +308,6 @@ def has_ref_logps(dataset: Any) -> bool:
 def add_ref_logps(dataset: datasets.Dataset) -> datasets.Dataset:
     """Returns a selected data set with the log-probabilities of the reference under TRL's names, too."""
     for side in ("chosen", "rejected"):
-        dataset = dataset.add_column(f"ref_{side}_logps", list(dataset[f"bpo_ref_logp_{side}"]))
+        if f"ref_{side}_logps" not in dataset.column_names:
+            dataset = dataset.add_column(f"ref_{side}_logps", list(dataset[f"bpo_ref_logp_{side}"]))
     return dataset

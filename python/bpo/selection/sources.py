@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -79,11 +80,20 @@ class Policy:
         self._processing_class = processing_class
         self._config = config
         self._loaded: PreTrainedModel | None = None
+        self._revision: str | None = None
 
     @functools.cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer."""
         return load_tokenizer(self._given, self._processing_class, self._config)
+
+    @property
+    def named(self) -> tuple[str | None, str | None]:
+        """Where the model is from, a path or a hub id, and its commit on the hub, as far as it has said so."""
+        config = getattr(self._given, "config", None)
+        path = isinstance(self._given, (str, os.PathLike))
+        name = os.fspath(self._given) if path else getattr(config, "_name_or_path", None)
+        return name or None, self._revision or getattr(config, "_commit_hash", None)
 
     @functools.cached_property
     def window(self) -> int | None:
@@ -94,6 +104,7 @@ class Policy:
         """Returns the model, kept until :meth:`let_go`."""
         if self._loaded is None:
             self._loaded = load_policy(self._given, self._config)
+            self._revision = getattr(self._loaded.config, "_commit_hash", None)
         return self._loaded
 
     def let_go(self) -> None:

@@ -9,14 +9,15 @@ import numpy as np
 import pyarrow as pa
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
+    import datasets
     import numpy.typing as npt
 
     from bpo.config import SelectConfig
     from bpo.data.candidates import Candidates
     from bpo.data.values import Text
-    from bpo.selection.inputs import Pool
+    from bpo.selection.inputs import Inputs, Pool
     from bpo.selection.scored import ScoredPairs
 
 SELECTED = "selected"
@@ -94,8 +95,22 @@ def pair_table(
     return pa.table(columns)
 
 
-def training_set(candidates: Candidates, table: pa.Table, index: npt.NDArray[np.int64], config: SelectConfig) -> Any:
-    """The selected pairs in TRL's format, with the provenance of each in ``bpo_*`` columns."""
+def training_set(
+    candidates: Candidates,
+    table: pa.Table,
+    index: npt.NDArray[np.int64],
+    config: SelectConfig,
+    others: datasets.Dataset,
+) -> datasets.Dataset:
+    """The selected pairs in TRL's format, with how each was selected in ``bpo_*`` columns.
+
+    Args:
+        candidates: Prompts and responses.
+        table: All pairs; see :func:`pair_table`.
+        index: Which of them are selected, in the order of the rows.
+        config: Names of the columns with weights.
+        others: What other columns of the data go along, of all its rows.
+    """
     import datasets
 
     def texts(rows: npt.NDArray[np.int64]) -> list[Any]:
@@ -122,16 +137,84 @@ def training_set(candidates: Candidates, table: pa.Table, index: npt.NDArray[np.
     if candidates.weights is not None and config.weight_column is not None:
         columns[config.weight_column] = candidates.weights[index].tolist()
     selected = table.take(pa.array(index)).drop_columns(["chosen", "rejected", "fate"])
+    if config.reference_logps:
+        for name in ("chosen", "rejected"):
+            columns[f"ref_{name}_logps"] = _known(selected, name)
     for name in selected.column_names:
         # A column that the strategy does not use would be all null, which Parquet readers cannot give a type.
         if selected[name].null_count < selected.num_rows:
             columns[f"bpo_{name}"] = selected[name].to_pylist()
-    features = None
+    parts = [datasets.Dataset.from_dict(texts_of, features=_features(texts_of)), datasets.Dataset.from_dict(columns)]
+    if others.column_names:
+        taken = _rows_of(others, candidates.pair_rows[index])
+        parts.insert(1, datasets.Dataset(taken, info=datasets.DatasetInfo(features=others.features)))
+    return datasets.concatenate_datasets(parts, axis=1)
+
+
+def _rows_of(data: datasets.Dataset, rows: npt.NDArray[np.int64]) -> pa.Table:
+    """Some rows of a data set, taken a batch at a time: one by one, as data sets do it, takes twenty times as long."""
+    if data._indices is not None:  # rows that were shuffled or selected before
+        rows = data._indices.column(0).take(pa.array(rows)).to_numpy()
+    order = np.argsort(rows, kind="stable")
+    ascending, start, parts = rows[order], 0, []
+    for batch in data.data.table.to_batches():
+        first, last = np.searchsorted(ascending, [start, start + batch.num_rows])
+        if first < last:
+            parts.append(batch.take(pa.array(ascending[first:last] - start)))
+        start += batch.num_rows
+    taken = pa.Table.from_batches(parts)
+    return taken if (order[1:] > order[:-1]).all() else taken.take(pa.array(np.argsort(order)))
+
+
+def _known(selected: pa.Table, side: str) -> list[float]:
+    """Log π_ref of one side of the selected pairs.
+
+    Raises:
+        ValueError: One is not known.
+    """
+    logps: list[float | None] = selected[f"ref_logp_{side}"].to_pylist()
+    for row, logp in zip(selected["row"].to_pylist(), logps, strict=True):
+        if logp is None:
+            raise ValueError(f"reference_logps: of the pair of row {row} no log-probability of the reference is known.")
+    return logps  # type: ignore[return-value]
+
+
+def check_uncut(kept: Inputs, chosen: npt.NDArray[np.bool_], config: SelectConfig) -> None:
+    """Checks that log π_ref of chosen pairs ((P,) bool) is of the tokens that TRL trains on.
+
+    Raises:
+        ValueError: A sequence fills the window of the model, where it is cut and TRL would not cut it.
+    """
+    tokenized = kept.tokenized
+    if not config.reference_logps or tokenized is None or tokenized.max_length in (None, config.max_length):
+        return
+    full = chosen & (tokenized.lengths[tokenized.pairs].max(axis=1) >= tokenized.max_length)
+    if full.any():
+        row = kept.candidates.pair_rows[np.flatnonzero(full)[0]]
+        raise ValueError(
+            f"reference_logps: {int(full.sum())} of the chosen pairs, such as that of row {row}, fill the window of "
+            f"{tokenized.max_length} tokens of the model, where bpo cuts and TRL does not: set max_length="
+            f"{tokenized.max_length} in SelectConfig and in DPOConfig."
+        )
+
+
+def _features(texts_of: Mapping[str, list[Text]]) -> datasets.Features | None:
+    """The types of texts; None where they are plain."""
+    import datasets
+
     if _has_structured_messages(texts_of.values()):
         # Arrow would fill the arguments of every tool call with those of all the others.
-        text_features = dict.fromkeys(texts_of, datasets.List(datasets.Json()))
-        features = datasets.Features({**text_features, **datasets.Dataset.from_dict(columns).features})
-    return datasets.Dataset.from_dict({**texts_of, **columns}, features=features)
+        return datasets.Features(dict.fromkeys(texts_of, datasets.List(datasets.Json())))
+    if isinstance(texts_of["prompt"][0], str):
+        return None
+    # In the order of the messages, as chat templates may print them: older versions of Arrow sort them by name.
+    return datasets.Features(
+        {
+            name: datasets.List(dict.fromkeys((key for text in texts for message in text for key in message), string))
+            for name, texts in texts_of.items()
+            for string in [datasets.Value("string")]
+        }
+    )
 
 
 def _has_structured_messages(columns: Iterable[list[Text]]) -> bool:

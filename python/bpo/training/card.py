@@ -1,30 +1,33 @@
-"""What a model card says of the pairs: the paper, and how they were chosen."""
+"""What the model card and the logs of a training say of its pairs."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+import pyarrow.compute as pc
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from bpo.selection.selection import Selection
 
-_TITLE = "BPO: Towards Balanced Preference Optimization between Knowledge Breadth and Depth in Alignment"
-PAPER = {
-    "title": _TITLE,
-    "id": "2411.10914",
-    "citation": f"""\
-@inproceedings{{wang2025bpo,
-    title     = {{{{{_TITLE}}}}},
-    author    = {{Wang, Sizhe and Tong, Yongqi and Zhang, Hengyuan and Li, Dawei and Zhang, Xin and Chen, Tianlong}},
-    year      = 2025,
-    booktitle = {{Proceedings of NAACL 2025 (Volume 1: Long Papers)}},
-    pages     = {{8811--8826}},
-    doi       = {{10.18653/v1/2025.naacl-long.443}},
-}}""",
-}
-"""As TRL's trainers name the paper of their method."""
+
+def figures(selection: Selection) -> dict[str, float]:
+    """Returns the figures of a selection that are logged, by the names they have there; of those that are known."""
+    depth, lengths = selection.depth[selection.depth > 0], selection.lengths()
+    kept = selection.pairs.filter(pc.equal(selection.pairs["fate"], "selected"))
+    found = {
+        "pairs": len(selection),
+        "prompts": len(depth),
+        "mean_depth": float(depth.mean()),
+        "clusters": pc.count_distinct(kept["cluster"]).as_py() or np.nan,
+        "centrality": pc.mean(kept["centrality"]).as_py(),
+        "score_gap": pc.mean(kept["score_gap"]).as_py(),
+        "longer_share": np.nan if lengths is None else lengths["kept"]["longer_share"],
+    }
+    return {f"selection/{name}": value for name, value in found.items() if value is not None and not np.isnan(value)}
 
 
 def tell_of_pairs(card: Path, selections: Sequence[Selection]) -> None:

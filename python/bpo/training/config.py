@@ -21,6 +21,9 @@ class BPOConfig(WeightedDPOConfig):
         breadth: Prompts to keep, likewise; None for all.
         strategy: Name of the strategy.
         store: Directory or address of the gradient store; None for a temporary one.
+        split: Which split of ``train_dataset`` is read, such as ``"train_prefs"``; None is that for training.
+        columns: What columns of the accepted formats are called in the data, such as ``{"prompt": "question"}``; where
+            what is evaluated and the target have them, too, they are called so there.
         select_config: Fields of :class:`bpo.SelectConfig`, as a mapping or as an object, but for those that
             ``DPOConfig`` has, too.
         reselect_strategy: When to select again, with the policy as it has become: ``"no"``, ``"steps"`` (every
@@ -47,6 +50,10 @@ class BPOConfig(WeightedDPOConfig):
     )
     strategy: str = dataclasses.field(default="bpo", metadata={"help": "Name of the strategy."})
     store: str | None = dataclasses.field(default=None, metadata={"help": "Directory of the gradient store."})
+    split: str | None = dataclasses.field(default=None, metadata={"help": "Split of the data that is read."})
+    columns: dict[str, Any] | str | None = dataclasses.field(
+        default=None, metadata={"help": "Columns of the accepted formats and what they are called in the data."}
+    )
     select_config: dict[str, Any] | str | None = dataclasses.field(
         default=None, metadata={"help": "Fields of bpo.SelectConfig."}
     )
@@ -78,7 +85,11 @@ class BPOConfig(WeightedDPOConfig):
             )
         if self.reselect_epochs < 1 or self.reselect_epochs != int(self.reselect_epochs):
             raise ValueError(f"reselect_epochs must be a whole number of at least 1, got {self.reselect_epochs!r}")
-        for name, kinds in (("select_config", (dict, SelectConfig)), ("resample_config", (dict,))):
+        for name, kinds in (
+            ("select_config", (dict, SelectConfig)),
+            ("resample_config", (dict,)),
+            ("columns", (dict,)),
+        ):
             if isinstance(getattr(self, name), str):
                 setattr(self, name, read_json(getattr(self, name), name))
             if not isinstance(getattr(self, name), (*kinds, type(None))):

@@ -11,15 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate import PartialState
 
+from bpo.data.rows import load_alike, load_rows
 from bpo.data.tokenizers import load_tokenizer
 from bpo.policy.models import window
 from bpo.policy.reference import Reference
+from bpo.selection.saved import PAPER
 from bpo.selection.select import select, select_again, select_at_most
 from bpo.selection.selection import add_ref_logps, has_ref_logps
 from bpo.store.gradient_store import StoreMismatchError
 from bpo.store.mirror import remove_store
 from bpo.system.paths import check_not_within
-from bpo.training.card import PAPER, tell_of_pairs
+from bpo.training.card import figures, tell_of_pairs
 from bpo.training.checks import check_origin, check_resampling, check_rounds, check_target
 from bpo.training.config import BPOConfig, count_or_fraction
 from bpo.training.load import load_to_train
@@ -62,6 +64,11 @@ class BPOTrainer(WeightedDPOTrainer):
     (:func:`bpo.sample_responses`), has the ``scorer`` score them (:func:`bpo.score_responses`) and selects among the
     pairs that they form, as many as before if there are so many; the reference runs over the new responses. They are in
     ``output_dir/_rounds``, too, where a training that was interrupted finds them.
+
+    Whatever ``report_to`` names, such as TensorBoard, Trackio or Weights & Biases, gets figures of the selection with
+    the first log of the training and of each round: ``selection/pairs``, ``selection/prompts``,
+    ``selection/mean_depth``, ``selection/longer_share`` and, where they are known, ``selection/clusters``,
+    ``selection/centrality`` and ``selection/score_gap``.
 
     Steps, learning rates, random states and callbacks stay as they would have been. A round of fewer pairs than the
     first is gone through more than once in what was an epoch, evenly; a round within an epoch takes over the rest of
@@ -123,16 +130,22 @@ class BPOTrainer(WeightedDPOTrainer):
         if self._reselects:
             check_rounds(args, self._settings)
         fixed_reference = peft_config is not None or hasattr(model, "peft_config") or ref_model is not None
-        check_resampling(args, scorer, train_dataset, fixed_reference=fixed_reference)
+        assert not isinstance(args.columns, str)  # read by __post_init__
+        self._columns: dict[str, str] = args.columns or {}
+        self._candidates = load_rows(train_dataset, split=args.split, columns=self._columns)
+        check_resampling(args, scorer, self._candidates, fixed_reference=fixed_reference)
         if self._reselects:
             check_target(args, target, fixed_reference=fixed_reference)
         if args.store is not None:
             check_not_within("output_dir", Path(args.output_dir), {"store": args.store})
-        self._candidates, self._scorer, self._target = train_dataset, scorer, target
+        self._scorer = scorer
+        self._target = None if target is None else load_alike(target, self._columns)
         processing_class = load_tokenizer(model, processing_class, self._settings)
         eval_dataset = self._pairs_to_evaluate(eval_dataset)
         self._window = window(model, self._settings)
         first = self._select_first(model, args, kwargs.get("quantization_config"), processing_class)
+        if not self._reselects:
+            del self._candidates  # whose memory the training may need
         self._rounds = [(0, first)]
         super().__init__(
             model,
@@ -176,8 +189,8 @@ class BPOTrainer(WeightedDPOTrainer):
         if dataset is None or isinstance(dataset, str):
             return dataset
         if isinstance(dataset, dict):  # a DatasetDict is one, too
-            return {name: _all_pairs(part, self._settings) for name, part in dataset.items()}
-        return _all_pairs(dataset, self._settings)
+            return {name: _all_pairs(part, self._settings, self._columns) for name, part in dataset.items()}
+        return _all_pairs(dataset, self._settings, self._columns)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -221,6 +234,8 @@ class BPOTrainer(WeightedDPOTrainer):
             self._restore_rounds(None if resume_from_checkpoint is True else resume_from_checkpoint)
         elif self.is_world_process_zero():
             self.selection.save(Path(self.args.output_dir) / "_selection")
+        if not resume_from_checkpoint:
+            self._log_selection()
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
@@ -302,8 +317,12 @@ class BPOTrainer(WeightedDPOTrainer):
         kept = [pair in before for pair in _contents(selection)]
         self._train_on([*self._rounds, (number, selection)])
         self._keep_round(number, selection)
-        self._metrics["train"]["selection/round"].append(number)
-        self._metrics["train"]["selection/kept"].append(sum(kept) / len(kept))
+        self._log_selection(**{"selection/round": number, "selection/kept": sum(kept) / len(kept)})
+
+    def _log_selection(self, **more: float) -> None:
+        """Has the next log say what is trained on, whatever ``report_to`` names; the last of several rounds."""
+        for name, value in {**figures(self.selection), **more}.items():
+            self._metrics["train"][name] = [value]
 
     def _resampled(self, number: int, seed: int, progress: bool) -> list[dict[str, Any]]:
         """Returns new responses to the prompts of the first round, with their scores; the first process makes them."""
@@ -395,9 +414,12 @@ def _contents(selection: Selection) -> set[str]:
     return {json.dumps(pair) for pair in zip(*columns, strict=True)}
 
 
-def _all_pairs(dataset: Any, settings: SelectConfig) -> Any:
-    """Returns preference rows as they are, and every pair of scored responses."""
-    if {"chosen", "rejected"} <= set(getattr(dataset, "column_names", None) or []):
+def _all_pairs(dataset: Any, settings: SelectConfig, columns: dict[str, str]) -> Any:
+    """Returns preference rows as they are, and every pair of scored responses or of columns with other names."""
+    there = set(getattr(dataset, "column_names", None) or [])
+    if {"chosen", "rejected"} <= there and not there & set(columns.values()):
         return dataset
-    every = dataclasses.replace(settings, max_depth=None, length_control=None)  # which belong to training
-    return select(None, dataset, budget=1.0, strategy="random", config=every, progress=False).dataset
+    # Without what belongs to training.
+    every = dataclasses.replace(settings, max_depth=None, length_control=None, reference_logps=False)
+    rows = load_alike(dataset, columns)
+    return select(None, rows, budget=1.0, strategy="random", config=every, progress=False).dataset

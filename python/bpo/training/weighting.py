@@ -76,6 +76,9 @@ class WeightedDPOTrainer(DPOTrainer):  # type: ignore[misc]
     accuracies are those of the pairs, unweighted. The auxiliary loss of mixtures of experts belongs to no pair and is
     not weighted; TRL averages the ``sft`` loss over the tokens of a batch, and so it is here.
 
+    With ``precompute_ref_log_probs=True`` data that has the columns ``ref_chosen_logps`` and ``ref_rejected_logps``,
+    such as a selection with ``SelectConfig.reference_logps``, is compared with these; no reference runs or is loaded.
+
     All arguments are those of ``DPOTrainer``; ``args`` is a :class:`WeightedDPOConfig`, or a ``DPOConfig`` for the
     column ``"weight"``.
 
@@ -127,6 +130,12 @@ class WeightedDPOTrainer(DPOTrainer):  # type: ignore[misc]
         super()._set_signature_columns_if_needed()
         if self._weight_column is not None and self._weight_column not in self._signature_columns:
             self._signature_columns.append(self._weight_column)
+
+    def _precompute_ref_logps(self, dataset: Any, *args: Any) -> Any:
+        """Adds log π_ref, as TRL does; of data that brings it along it is there."""
+        if {"ref_chosen_logps", "ref_rejected_logps"} <= set(dataset.column_names or []):
+            return dataset
+        return super()._precompute_ref_logps(dataset, *args)
 
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> Any:
         """As in TRL; the reference takes no weights."""

@@ -205,12 +205,6 @@ def test_bad_data_is_refused_with_what_to_do(dataset, expected):
     assert expected in str(error.value)
 
 
-def test_streaming_is_refused():
-    rows = datasets.IterableDataset.from_generator(lambda: iter([{}]))
-    with pytest.raises(ValueError, match="streaming"):
-        read_candidates(rows)
-
-
 def test_scores_stay_with_their_pair_and_pairs_with_their_row():
     """A response that two judges scored differently in two rows."""
     rows = [

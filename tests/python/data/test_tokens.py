@@ -216,6 +216,8 @@ def test_same_tokens_as_dpo_trainer_with_tools(trainer, tokenizer, as_json):
         if as_json and "tools" in row:
             row["tools"] = json.dumps(row["tools"])
     dataset = datasets.Dataset.from_list(rows)
+    for name in ("prompt", "chosen", "rejected"):  # older versions of Arrow sort the keys, which this template prints
+        dataset = dataset.cast_column(name, datasets.List(dict.fromkeys(("role", "content"), datasets.Value("string"))))
     expected = sequences_of_trl(trainer, dataset, changed, 1024, "keep_start")
     assert sequences_of_bpo(dataset, changed, 1024, "keep_start") == expected
     assert len(read_candidates(dataset).prompts) == 7

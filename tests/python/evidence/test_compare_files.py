@@ -3,7 +3,9 @@
 import json
 import shutil
 import zipfile
+from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import yaml
@@ -49,6 +51,22 @@ def test_one_comparison_at_a_time(settings, output, tmp_path):
     with pytest.raises(ValueError, match="train_prompts"):
         bpo.compare({**settings, "train_prompts": 100}, tmp_path / "new", progress=False)
     assert not (tmp_path / "new").exists()
+
+
+def test_a_split_under_the_names_of_the_user_is_the_same_data(settings, output, tmp_path):
+    """So what was trained on it is still good."""
+    rows = [json.loads(line) for line in Path(settings["dataset"]).read_text().splitlines()]
+    renamed = [{"question" if name == "prompt" else name: value for name, value in row.items()} for row in rows]
+    datasets.DatasetDict(prefs=datasets.Dataset.from_list(renamed)).save_to_disk(tmp_path / "data")
+    before = (output / "runs" / "seed0-random-5.json").read_bytes()
+    asked = {**settings, "dataset": str(tmp_path / "data"), "split": "prefs", "columns": {"prompt": "question"}}
+    bpo.compare(asked, output, progress=False)
+    assert (output / "runs" / "seed0-random-5.json").read_bytes() == before
+    for wrong, message in (({"split": 3}, "split must be text"), ({"columns": "prompt"}, "columns must be a mapping")):
+        with pytest.raises(ValueError, match=message):
+            CompareConfig.of({**settings, **wrong})
+    with pytest.raises(ValueError, match=r"no split 'train', only \['prefs'\]"):
+        bpo.compare({**asked, "split": None}, tmp_path / "other", progress=False)
 
 
 def without(name):

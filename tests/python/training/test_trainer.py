@@ -1,8 +1,11 @@
 import warnings
 
 import datasets
+import numpy as np
+import pyarrow.compute as pc
 import pytest
 import trl.cli
+from transformers import TrainerCallback
 from trl.scripts import dpo
 
 import bpo
@@ -140,6 +143,63 @@ def test_bpo_trainer_evaluates_scored_responses_and_loads_as_trl_does(model_path
     assert bpo.GradientStore.open(tmp_path / "store").fingerprint["dtype"] == "bfloat16"
     with pytest.raises(TypeError, match="ref_model must be a model object"):
         bpo.BPOTrainer(model_path, "reference", args=args, train_dataset=scored_rows(4, 3))
+
+
+def renamed(rows):
+    return [{"question" if name == "prompt" else name: value for name, value in row.items()} for row in rows]
+
+
+class Logs(TrainerCallback):
+    """Keeps what every report_to is given."""
+
+    def __init__(self):
+        self.logs = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.logs.append((state.global_step, dict(logs)))
+
+
+def test_bpo_trainer_reads_a_split_and_logs_what_it_selected(model_path, tmp_path):
+    """A generator as a target would be gone after the first round; figures go to whatever reports."""
+    asked = {"split": "train_prefs", "columns": '{"prompt": "question"}', "report_to": "none"}
+    settings = {
+        **SETTINGS,
+        **asked,
+        "logging_steps": 1,
+        "max_steps": 4,
+        "reselect_strategy": "steps",
+        "reselect_steps": 2,
+    }
+    logs = Logs()
+    preferred = [{"question": "One?", "chosen": "red", "rejected": "tea", "id": 1}]
+    trainer = bpo.BPOTrainer(
+        model_path,
+        args=bpo.BPOConfig(str(tmp_path), budget=8, select_config={"sketch_dim": 64}, **settings),
+        train_dataset=datasets.DatasetDict(train_prefs=datasets.Dataset.from_list(renamed(scored_rows(4, 3)))),
+        eval_dataset={"one": renamed(scored_rows(2, 3)), "two": datasets.Dataset.from_list(preferred)},
+        target=iter(renamed(scored_rows(2, 2, seed=3))),
+        callbacks=[logs],
+    )
+    assert {name: len(part) for name, part in trainer.eval_dataset.items()} == {"one": 6, "two": 1}
+    assert trainer.eval_dataset["two"]["prompt"][0] == "One?" and trainer.selection.provenance["split"] == "train_prefs"
+    trainer.train()
+    told = {step: entry for step, entry in logs.logs if "selection/pairs" in entry}
+    assert list(told) == [1, 3]
+    for entry, selection in zip(told.values(), trainer.selections, strict=True):
+        kept = selection.pairs.filter(pc.equal(selection.pairs["fate"], "selected"))
+        assert (entry["selection/pairs"], entry["selection/prompts"]) == (8, (selection.depth > 0).sum())
+        assert entry["selection/mean_depth"] == 8 / entry["selection/prompts"]
+        assert entry["selection/score_gap"] == pytest.approx(np.mean(kept["score_gap"]))
+        assert entry["selection/longer_share"] == selection.lengths()["kept"]["longer_share"]
+        assert entry["selection/clusters"] == len(set(kept["cluster"].to_pylist()))
+        assert -1 <= entry["selection/centrality"] <= 1 and "loss" in entry
+    assert "selection/round" not in told[1] and told[3]["selection/round"] == 1
+    with pytest.raises(ValueError, match="no split 'train'"):
+        bpo.BPOTrainer(
+            model_path,
+            args=bpo.BPOConfig(str(tmp_path), budget=8, **SETTINGS),
+            train_dataset=datasets.DatasetDict(test=datasets.Dataset.from_list(scored_rows(4, 3))),
+        )
 
 
 @pytest.mark.parametrize("known_reference", [False, True])

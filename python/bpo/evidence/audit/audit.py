@@ -44,6 +44,8 @@ def audit(
     by: str | Sequence[str] | None = None,
     wrong_share: float | None = None,
     worst: int = 50,
+    split: str | None = None,
+    columns: Mapping[str, str] | None = None,
     config: SelectConfig | Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> Audit:
@@ -63,6 +65,8 @@ def audit(
         wrong_share: The share of wrong labels, above 0 and below ½, where it is known, as from labels that were given
             twice; None estimates it, which weak gradients allow only roughly.
         worst: How many pairs are kept with their texts, to be read.
+        split: Which split of the data is read, such as ``"train_prefs"``; by default that for training.
+        columns: What columns of the accepted formats are called in the data, such as ``{"prompt": "question"}``.
         config: Settings; of these, how data is read.
         progress: Whether to show a progress bar.
 
@@ -92,8 +96,8 @@ def audit(
     if not paths or len(set(paths)) < len(paths):
         raise ValueError(f"store must be one gradient store or several different ones, got {store!r}")
     settings = SelectConfig.of(dict(config) if isinstance(config, Mapping) else config)
-    rows = load_rows(dataset)
-    columns = _columns(by, rows)
+    rows = load_rows(dataset, split=split, columns=columns)
+    sources = _columns(by, rows)
     data = _read(paths, rows, settings, progress)
 
     index = np.flatnonzero(data.usable)
@@ -104,7 +108,7 @@ def audit(
     return Audit(
         pairs=pairs,
         prompts=_prompt_table(pairs, data.candidates),
-        groups=[record for column in columns for record in _groups(column, rows, pairs)],
+        groups=[record for column in sources for record in _groups(column, rows, pairs)],
         worst=_worst(data.candidates, pairs, worst),
         wrong_share=found.share,
         low=found.low,

@@ -47,7 +47,7 @@ _OF_GRADIENTS = (
 )
 
 # A policy is trained against where it started, by TRL, which weighs no tokens; and every seed has one set of gradients.
-_NO_SELECT = ("ref_model", "token_weights", "checkpoints")
+_NO_SELECT = ("ref_model", "reference_logps", "token_weights", "checkpoints")
 _NO_TRAINING = (
     "output_dir",
     "seed",
@@ -117,6 +117,9 @@ class CompareConfig:
     Attributes:
         model: Path or hub id of the starting policy, which is also the reference, or of its adapter.
         dataset: Preference data in any format of :func:`bpo.select`; in YAML a path or hub id.
+        split: Which split of ``dataset`` is read, such as ``"train_prefs"``; None is that for training.
+        columns: What columns of the accepted formats are called in the data, such as ``{"prompt": "question"}``; where
+            ``heldout`` is data that has them, too, they are called so there.
         heldout: What trained policies are measured on: a fraction of the prompts, drawn anew for each seed, or a second
             data set, which is the same for every seed.
         heldout_prompts: Held-out prompts, as a count in place of a fraction; of a second data set that many of the
@@ -164,6 +167,8 @@ class CompareConfig:
     model: str
     dataset: Any
     budget: Any
+    split: str | None = None
+    columns: Mapping[str, str] | None = None
     heldout: Any = None
     heldout_prompts: int | None = None
     train_prompts: int | None = None
@@ -200,6 +205,10 @@ class CompareConfig:
         for name in ("heldout_prompts", "train_prompts", "target_prompts"):
             if getattr(self, name) is not None:
                 set_(name, _count(name, getattr(self, name)))
+        if self.split is not None and not isinstance(self.split, str):
+            raise ValueError(f"split must be text, got {self.split!r}")
+        if self.columns is not None and not isinstance(self.columns, Mapping):
+            raise ValueError(f"columns must be a mapping such as {{'prompt': 'question'}}, got {self.columns!r}")
         if self.heldout is None and self.heldout_prompts is None:
             set_("heldout", 0.25)
         if isinstance(self.heldout, (int, float)):
@@ -267,7 +276,7 @@ class CompareConfig:
         return self.heldout is None or isinstance(self.heldout, float)
 
     @property
-    def columns(self) -> set[str]:
+    def more_columns(self) -> set[str]:
         """Columns of the data beside prompts, responses and scores that some arm reads."""
         return {arm.select.prompt_embeddings for arm in self.arms} - {None}
 

@@ -11,7 +11,6 @@ import numpy as np
 from bpo.data.columns import template_columns
 from bpo.data.pairing import ranks_in_prompts
 from bpo.data.read import read_configured
-from bpo.data.rows import load_rows
 from bpo.data.tokens import tokenize_configured
 from bpo.system.warn import warn
 
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
 
     from bpo.config import SelectConfig
     from bpo.data.candidates import Candidates
+    from bpo.data.rows import Rows
     from bpo.data.tokens import TokenizedResponses
 
 
@@ -52,7 +52,7 @@ class ComparedPairs:
     @classmethod
     def read(
         cls,
-        dataset: Any,
+        data: Rows,
         tokenizer: PreTrainedTokenizerBase,
         max_length: int | None,
         config: SelectConfig,
@@ -65,7 +65,6 @@ class ComparedPairs:
         Raises:
             ValueError: Unusable data, or a column that is not there.
         """
-        data = load_rows(dataset)
         missing = set(columns) - set(data.column_names)
         if missing:
             raise ValueError(f"{sorted(missing)[0]!r} is no column of the data, which has {list(data.column_names)}.")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from tqdm.auto import tqdm
 
 import bpo
+from bpo.data.rows import load_alike, load_rows
 from bpo.data.tokenizers import load_tokenizer, tokenizer_fingerprint
 from bpo.evidence.compare.data import ComparedPairs
 from bpo.evidence.compare.files import HEADER, Costs, write
@@ -79,11 +80,13 @@ def _read(config: CompareConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[Co
     """Reads the pairs to draw from, and those of held-out data where it is given, whose prompts the others lack."""
     shared = config.shared
     longest = window(config.model, shared)
-    pool = ComparedPairs.read(config.dataset, tokenizer, longest, shared, config.columns)
+    data = load_rows(config.dataset, split=config.split, columns=config.columns)
+    pool = ComparedPairs.read(data, tokenizer, longest, shared, config.more_columns)
     if config.splits:
         return pool, None
     # Weights are of training; what is measured counts every pair alike.
-    heldout = ComparedPairs.read(config.heldout, tokenizer, longest, dataclasses.replace(shared, weight_column=None))
+    apart = load_alike(config.heldout, config.columns)
+    heldout = ComparedPairs.read(apart, tokenizer, longest, dataclasses.replace(shared, weight_column=None))
     return pool.without(heldout), heldout
 
 

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from bpo.config import SelectConfig
 from bpo.data.read import read_configured
-from bpo.data.rows import load_rows
+from bpo.data.rows import load_alike, load_rows
 from bpo.evidence.preview.arms import EVERY, every_strategy, read_arms, read_budgets, without_store_settings
 from bpo.evidence.preview.data import ArmChoice, PreviewData, choices, reasons
 from bpo.evidence.preview.results import ALL, Preview
@@ -40,6 +40,8 @@ def preview(
     baseline: str = "random",
     heldout: Any = 0.25,
     seeds: int = 100,
+    split: str | None = None,
+    columns: Mapping[str, str] | None = None,
     config: SelectConfig | Mapping[str, Any] | None = None,
     regularization: float = 1.0,
     normalize: bool = True,
@@ -72,6 +74,9 @@ def preview(
         heldout: Share of the prompts that each seed holds out, or a data set of its own whose gradients are in the
             store.
         seeds: Splits.
+        split: Which split of the data is read, such as ``"train_prefs"``; by default that for training.
+        columns: What columns of the accepted formats are called in the data, such as ``{"prompt": "question"}``; where
+            ``heldout`` is data that has them, too, they are called so there.
         config: Settings of all arms.
         regularization: λ of the L2 penalty λ/2 ‖w‖²; larger is closer to a single small step of training.
         normalize: Whether pairs are fitted at unit length, as they are clustered; else at their own.
@@ -98,7 +103,8 @@ def preview(
     budgets = read_budgets(budget)
     names, left_out = every_strategy() if arms == EVERY else (arms, {})
     known = read_arms(names, baseline, source.config)
-    splits = _Splits.read(dataset, heldout, source, known, progress)
+    heldout = heldout if isinstance(heldout, float) else load_alike(heldout, columns)
+    splits = _Splits.read(load_rows(dataset, split=split, columns=columns), heldout, source, known, progress)
     if arms == EVERY:
         left_out |= _nothing_for(known, baseline, splits)
         known = [arm for arm in known if arm.name not in left_out]
@@ -181,9 +187,9 @@ class _Splits:
             if arm.store is not None:
                 other = GradientStore.open(arm.store)
                 sources[arm.store] = StoreAlone(other, without_store_settings(source.config))
-        data = PreviewData.of(read_configured(load_rows(dataset), reading), sources, progress)
+        data = PreviewData.of(read_configured(dataset, reading), sources, progress)
         if not isinstance(heldout, float):
-            test = PreviewData.of(read_configured(load_rows(heldout), reading), {None: source}, progress)
+            test = PreviewData.of(read_configured(heldout, reading), {None: source}, progress)
             return cls(data, test, 0)
         if not 0 < heldout < 1:
             raise ValueError(f"heldout must be a share above 0 and below 1 or a data set, got {heldout!r}")
