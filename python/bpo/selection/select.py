@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from bpo.data.rows import load_rows
 from bpo.selection.choice import choose, in_order, warn_of_fewer
 from bpo.selection.prompts import Limits, keep_prompts
 from bpo.selection.read import read
@@ -17,6 +18,7 @@ from bpo.selection.scored import look_at, look_at_labels, score, toward, trust
 from bpo.selection.selection import Selection
 from bpo.selection.sources import extract, measure, source_of
 from bpo.selection.tables import SELECTED, UNTRUSTED, pair_table, training_set
+from bpo.selection.worth import look
 from bpo.world.world import world
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from bpo.config import SelectConfig
+    from bpo.data.rows import Rows
     from bpo.policy.reference import Reference
     from bpo.selection.inputs import Pool
     from bpo.selection.prompts import Kept
@@ -43,6 +46,7 @@ def select(
     config: SelectConfig | Mapping[str, Any] | None = None,
     seed: int = 42,
     progress: bool = True,
+    evidence: bool = True,
 ) -> Selection:
     """Chooses which preference pairs to train on.
 
@@ -76,6 +80,9 @@ def select(
             selection for any number of threads, and, up to the rounding of the model's own arithmetic, for any batch
             size.
         progress: Whether to show progress bars.
+        evidence: Whether to measure, beside the choice and within seconds, what the report tells of it: whether the
+            strategy beats a random choice of as many pairs on prompts that are held out, which labels look wrong, which
+            pairs are nearly the same *(ours)*. False where many selections are made and none is looked at.
 
     Returns:
         The selection; ``selection.dataset`` trains in TRL's ``DPOTrainer`` as it is.
@@ -99,7 +106,7 @@ def select(
     """
     request = Request.of(strategy, config, seed, target=target, store=store, progress=progress)
     source = source_of(request, model, processing_class, breadth=breadth)
-    return _select(request, source, dataset, budget, breadth=breadth, target=target)
+    return _select(request, source, dataset, budget, breadth=breadth, target=target, looks=evidence)
 
 
 def _select(
@@ -112,10 +119,14 @@ def _select(
     target: Any = None,
     earlier: Selection | None = None,
     at_most: bool = False,
+    looks: bool = False,
 ) -> Selection:
-    """The stages. An ``earlier`` selection says which prompts are kept; ``at_most`` takes all of few pairs."""
+    """The stages. An ``earlier`` selection says which prompts are kept; ``at_most`` takes all of few pairs; only where
+    someone ``looks`` is more measured than the choice needs."""
     processes = world()
     request = dataclasses.replace(request, config=source.config, progress=request.progress and processes.is_main)
+
+    dataset = load_rows(dataset)
 
     # Read: candidate pairs, with their tokens or their rows in a store, and those of the target.
     pool = read(dataset, target, source, request)
@@ -130,12 +141,14 @@ def _select(
 
     # Extract: one sketched gradient a response, by all processes of a job together; the first of them does the rest.
     filled = extract(kept.inputs, pool.goal, source, request, kept.n_pairs)
-    rest = functools.partial(_choose, request, source, pool, kept, filled)
+    rest = functools.partial(_choose, request, source, pool, kept, filled, dataset if looks else None)
     return rest() if filled is None else processes.from_main(rest)
 
 
-def _choose(request: Request, source: Source, pool: Pool, kept: Kept, filled: Filled | None) -> Selection:
-    """The stages after the gradients."""
+def _choose(
+    request: Request, source: Source, pool: Pool, kept: Kept, filled: Filled | None, rows: Rows | None
+) -> Selection:
+    """The stages after the gradients; those of the data, if given, are what the report tells of it from."""
     # Measure: two scalars a pair.
     candidates = kept.inputs.candidates
     measured, wanted = measure(filled, kept.inputs, pool.goal, source, request)
@@ -143,6 +156,7 @@ def _choose(request: Request, source: Source, pool: Pool, kept: Kept, filled: Fi
     # Cluster: gradients of pairs at unit length, and what they are worth.
     scored = score(candidates, kept.inputs.pair_lengths, measured, request)
     noted = look_at(scored, candidates, request)
+    agreement = None if scored.features is None else scored.agreement
     scored = trust(toward(scored, pool.goal, wanted, request.config), request.config)
     doubted = look_at_labels(scored, candidates)
 
@@ -169,6 +183,9 @@ def _choose(request: Request, source: Source, pool: Pool, kept: Kept, filled: Fi
         config=request.config.to_dict(),
         skipped=pool.candidates.skipped.places,
         noted=pool.noted.places,
+        evidence={}
+        if rows is None
+        else look(rows, pool.candidates, kept, scored, chosen, request, agreement=agreement),
     )
 
 

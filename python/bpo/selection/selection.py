@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     import datasets
     import numpy.typing as npt
 
+_PLAIN = ("strategy", "budget", "seed", "config", "skipped", "noted", "evidence")
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Selection:
@@ -46,6 +48,8 @@ class Selection:
         config: The settings, as plain values.
         skipped: What of the data could not be used: reason → places.
         noted: What was used but is worth a look, such as gradients far longer than the others: reason → places.
+        evidence: What was measured beside the choice, as plain values, from which the report says whether it can be
+            trusted; empty with ``evidence=False`` and for a selection of an earlier version.
     """
 
     dataset: datasets.Dataset
@@ -57,6 +61,7 @@ class Selection:
     config: dict[str, Any]
     skipped: dict[str, list[str]]
     noted: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    evidence: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -155,19 +160,39 @@ class Selection:
         lines.extend(f"noted    {line}" for line in Skipped(self.noted).describe().splitlines())
         return "\n".join(lines)
 
-    def report(self, path: str | os.PathLike[str]) -> Path:
-        """Writes one self-contained HTML page of what was chosen; returns its path."""
+    def report(self, path: str | os.PathLike[str], *, preview: Any = None, audit: Any = None) -> Path:
+        """Writes one self-contained HTML page: whether this selection can be trusted, and what was chosen.
+
+        It runs no script but its own, which searches and sorts, and asks no network. ``docs/report.md`` says how to
+        read it.
+
+        Args:
+            path: File to write; replaced whole or not at all.
+            preview: A :class:`bpo.Preview` of the same data, whose verdict is then the first thing that the page says.
+            audit: A :class:`bpo.Audit` of it, in place of what the selection itself knows of its labels.
+
+        Returns:
+            The path.
+        """
+        selected = pc.equal(self.pairs["fate"], SELECTED).to_numpy()
         return write_selection_page(
             Path(path),
             self.pairs,
             self.dataset,
-            pc.equal(self.pairs["fate"], SELECTED).to_numpy(),
+            selected,
             self.depth,
             skipped=self.skipped,
             noted=self.noted,
+            evidence=self.evidence,
+            provenance=getattr(self, "provenance", {}),
+            preview=None
+            if preview is None
+            else {"records": preview.table(), "baseline": preview.baseline, "splits": preview.accuracy.shape[2]},
+            audit=None if audit is None else _labels_of(audit, selected),
             strategy=self.strategy,
             seed=self.seed,
             budget=self.budget,
+            config=self.config,
             fates=self.fates(),
             lengths=self.lengths(),
             length_control=self.config.get("length_control"),
@@ -191,7 +216,7 @@ class Selection:
             FileExistsError: The directory holds something else, or is a file.
             OSError: A file cannot be written, for example because the disk is full; an earlier selection is kept.
         """
-        values = {name: getattr(self, name) for name in ("strategy", "budget", "seed", "config", "skipped", "noted")}
+        values = {name: getattr(self, name) for name in _PLAIN}
         return write_selection(directory, self.dataset, self.pairs, {**values, "depth": self.depth.tolist()})
 
     @classmethod
@@ -217,6 +242,7 @@ class Selection:
             config=manifest["config"],
             skipped=manifest["skipped"],
             noted=manifest["noted"],
+            evidence=manifest.get("evidence", {}),
         )
 
 
@@ -224,6 +250,27 @@ def _mean(values: npt.NDArray[np.float64]) -> float:
     """Mean of the numbers that are there, NaN where none is."""
     there = values[np.isfinite(values)]
     return float(there.mean()) if len(there) else float("nan")
+
+
+def _labels_of(audit: Any, selected: npt.NDArray[np.bool_]) -> dict[str, Any]:
+    """What an audit says of the kept pairs, as :attr:`Selection.evidence` has it.
+
+    Raises:
+        ValueError: It is of other data.
+    """
+    pairs, wrong = audit.pairs["pair"].to_numpy(), audit.pairs["wrong"].to_numpy()
+    if len(pairs) and pairs.max() >= len(selected):
+        raise ValueError(f"The audit has pair {pairs.max()}, of {len(selected)} candidates: it is of other data.")
+    kept = selected[pairs]
+    pairs, wrong = pairs[kept], wrong[kept]
+    worst = np.argsort(-wrong, kind="stable")[:20]
+    return {
+        "tells": audit.tells,
+        "suspects": int((wrong > 0.5).sum()),
+        "expected": float(wrong.sum()),
+        "known": len(pairs),
+        "worst": [[int(pairs[at]), float(wrong[at])] for at in worst if wrong[at] > 0.3],
+    }
 
 
 def has_ref_logps(dataset: Any) -> bool:

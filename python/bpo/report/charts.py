@@ -1,0 +1,110 @@
+"""Numbers to the coordinates of a page's pictures: few, however many pairs there are."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    Floats = npt.NDArray[np.float64]
+    Mask = npt.NDArray[np.bool_]
+
+WIDTH, HEIGHT = 1000, 440
+"""Of a scatter plot; its points are on whole numbers."""
+
+_COLUMNS, _ROWS, _SHADES = 80, 40, 5
+_BINS = 24
+
+
+def scatter(x: Floats, y: Floats, kept: Mask) -> dict[str, Any] | None:
+    """A scatter plot of two numbers of each pair: every kept pair is a dot of one path, the others are a density.
+
+    Args:
+        x: (P,), NaN where a pair has none.
+        y: (P,) likewise.
+        kept: (P,) bool.
+
+    Returns:
+        ``dots`` (the path of the kept pairs), ``shades`` (paths of squares, from few to many dropped pairs), the ranges
+        ``x`` and ``y``, and how many dots and dropped pairs there are; ``edge`` counts the kept pairs that lack a
+        number and lie on the edge of the picture. None where no pair has both.
+    """
+    known = np.isfinite(x) & np.isfinite(y)
+    if not known.any():
+        return None
+    ranges = [_range(values[known]) for values in (x, y)]
+    places = [
+        np.nan_to_num((values - low) / (high - low), nan=0.0, posinf=1.0, neginf=0.0).clip(0, 1)
+        for values, (low, high) in zip((x, y), ranges, strict=True)
+    ]
+    across, up = places
+    columns = np.rint(across[kept] * (WIDTH - 12) + 6).astype(int)
+    rows = np.rint((1 - up[kept]) * (HEIGHT - 12) + 6).astype(int)
+    dropped = known & ~kept
+    return {
+        "dots": "".join(f"M{column} {row}h0" for column, row in zip(columns.tolist(), rows.tolist(), strict=True)),
+        "shades": _shades(across[dropped], up[dropped]),
+        "x": ranges[0],
+        "y": ranges[1],
+        "kept": int(kept.sum()),
+        "dropped": int(dropped.sum()),
+        "edge": int((kept & ~known).sum()),
+    }
+
+
+def _shades(across: Floats, up: Floats) -> list[str]:
+    """Squares of the plane that hold dropped pairs, as one path for each of a few levels, the emptiest first."""
+    if len(across) == 0:
+        return []
+    column = np.minimum((across * _COLUMNS).astype(int), _COLUMNS - 1)
+    row = np.minimum(((1 - up) * _ROWS).astype(int), _ROWS - 1)
+    counts = np.bincount(row * _COLUMNS + column, minlength=_COLUMNS * _ROWS)
+    # By the logarithm: where pairs are thousands, single ones stay to be seen.
+    level = np.ceil(_SHADES * np.log1p(counts) / np.log1p(counts.max())).astype(int)
+    wide, high = WIDTH / _COLUMNS, HEIGHT / _ROWS
+    return [
+        "".join(
+            f"M{place % _COLUMNS * wide:g} {place // _COLUMNS * high:g}h{wide:g}v{high:g}h-{wide:g}z"
+            for place in np.flatnonzero(level == shade).tolist()
+        )
+        for shade in range(1, _SHADES + 1)
+    ]
+
+
+def histogram(values: Floats, kept: Mask, bins: int = _BINS) -> dict[str, Any] | None:
+    """Shares of the kept and of all pairs in bins of equal width, those beyond the 0.5 % at either end in the outermost.
+
+    Returns:
+        ``bins`` with ``low``, ``high``, counts and shares ``kept`` and ``all``, and ``most``, the largest share. None
+        where no pair has a number.
+    """
+    known = np.isfinite(values)
+    if not known.any():
+        return None
+    low, high = _range(np.quantile(values[known], [0.005, 0.995]))
+    edges = np.linspace(low, high, bins + 1)
+    sides = {"all": values[known].clip(low, high), "kept": values[known & kept].clip(low, high)}
+    counts = {name: np.histogram(side, edges)[0] for name, side in sides.items()}
+    shares = {name: count / max(1, count.sum()) for name, count in counts.items()}
+    return {
+        "bins": [
+            {
+                "low": float(edges[at]),
+                "high": float(edges[at + 1]),
+                **{name: float(share[at]) for name, share in shares.items()},
+                **{f"{name}_count": int(count[at]) for name, count in counts.items()},
+            }
+            for at in range(bins)
+        ],
+        "most": max(float(share.max()) for share in shares.values()),
+        "median": {name: float(np.median(side)) if len(side) else None for name, side in sides.items()},
+    }
+
+
+def _range(values: Floats) -> tuple[float, float]:
+    low, high = float(values.min()), float(values.max())
+    pad = 0.5 * max(1.0, abs(low))
+    return (low, high) if high > low else (low - pad, high + pad)
