@@ -8,7 +8,9 @@ import numpy as np
 
 if TYPE_CHECKING:
     import numpy.typing as npt
+    import pyarrow as pa
 
+    Axis = tuple[str, npt.NDArray[np.float64]]
     Floats = npt.NDArray[np.float64]
     Mask = npt.NDArray[np.bool_]
 
@@ -17,6 +19,27 @@ WIDTH, HEIGHT = 1000, 440
 
 _COLUMNS, _ROWS, _SHADES = 80, 40, 5
 _BINS = 24
+
+
+def column(pairs: pa.Table, name: str) -> Floats:
+    """A column of the table of a selection, (P,) float64: NaN where a pair, or an earlier version, has none."""
+    if name not in pairs.column_names:
+        return np.full(pairs.num_rows, np.nan)
+    values: Floats = pairs[name].to_numpy().astype(np.float64)
+    return values
+
+
+def pair_axes(pairs: pa.Table) -> list[Axis]:
+    """What of the pairs there is to draw, each with its title: what tells most comes first, lengths last."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = np.log2(column(pairs, "length_ratio"))
+    axes = [
+        ("score gap", column(pairs, "score_gap")),
+        ("centrality", column(pairs, "centrality")),
+        ("length of the gradient", column(pairs, "informativeness")),
+        ("log2 of length, chosen over rejected", ratio),
+    ]
+    return [axis for axis in axes if np.isfinite(axis[1]).any()]
 
 
 def scatter(x: Floats, y: Floats, kept: Mask) -> dict[str, Any] | None:
@@ -75,7 +98,7 @@ def _shades(across: Floats, up: Floats) -> list[str]:
 
 
 def histogram(values: Floats, kept: Mask, bins: int = _BINS) -> dict[str, Any] | None:
-    """Shares of the kept and of all pairs in bins of equal width, those beyond the 0.5 % at either end in the outermost.
+    """Shares of the kept and of all pairs in bins of equal width; the outermost hold the 0.5 % at either end, too.
 
     Returns:
         ``bins`` with ``low``, ``high``, counts and shares ``kept`` and ``all``, and ``most``, the largest share. None

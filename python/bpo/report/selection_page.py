@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from bpo.data.values import prompt_text
-from bpo.report.charts import HEIGHT, WIDTH, histogram, scatter
+from bpo.report.charts import HEIGHT, WIDTH, column, histogram, pair_axes, scatter
 from bpo.report.page import first_places, write_page
 from bpo.report.terms import characteristic_terms
 from bpo.report.verdict import verdict
@@ -177,7 +177,7 @@ def _clusters(pairs: pa.Table, selected: npt.NDArray[np.bool_], texts: _Texts) -
     if len(known) == 0:
         return []
     prompt, chosen = pairs["prompt"].to_numpy(), selected
-    centrality = np.nan_to_num(_column(pairs, "centrality"), nan=-2.0)
+    centrality = np.nan_to_num(column(pairs, "centrality"), nan=-2.0)
     said = texts.prompts()
     # The most central pair first, so that the first prompts of a cluster are its most typical ones.
     order = known[np.lexsort((known, -centrality[known], labels[known]))]
@@ -204,26 +204,9 @@ def _clusters(pairs: pa.Table, selected: npt.NDArray[np.bool_], texts: _Texts) -
     ]
 
 
-def _column(pairs: pa.Table, name: str) -> npt.NDArray[np.float64]:
-    """(P,) float64, NaN where a pair, or a table of an earlier version, has none."""
-    if name not in pairs.column_names:
-        return np.full(pairs.num_rows, np.nan)
-    values: npt.NDArray[np.float64] = pairs[name].to_numpy().astype(np.float64)
-    return values
-
-
-def _axes(pairs: pa.Table) -> list[tuple[str, npt.NDArray[np.float64]]]:
-    """What of the pairs there is to draw, by how much it tells."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratio = np.log2(_column(pairs, "length_ratio"))
-    axes = [(SCORES[name], _column(pairs, name)) for name in ("score_gap", "centrality", "informativeness")]
-    axes.insert(2, ("log2 of the length of the chosen over that of the rejected", ratio))
-    return [axis for axis in axes if np.isfinite(axis[1]).any()]
-
-
 def _scatter(pairs: pa.Table, selected: npt.NDArray[np.bool_]) -> dict[str, Any] | None:
     """The first two things that there are to draw, against each other."""
-    axes = _axes(pairs)
+    axes = pair_axes(pairs)
     if len(axes) < 2:
         return None
     (x_title, x), (y_title, y) = axes[:2]
@@ -231,7 +214,10 @@ def _scatter(pairs: pa.Table, selected: npt.NDArray[np.bool_]) -> dict[str, Any]
     if drawn is None:
         return None
     medians = {
-        title: [float(np.nanmedian(values[side])) if np.isfinite(values[side]).any() else None for side in (selected, ~selected)]
+        title: [
+            float(np.nanmedian(values[side])) if np.isfinite(values[side]).any() else None
+            for side in (selected, ~selected)
+        ]
         for title, values in ((x_title, x), (y_title, y))
     }
     return {**drawn, "x_title": x_title, "y_title": y_title, "medians": medians}
@@ -240,7 +226,7 @@ def _scatter(pairs: pa.Table, selected: npt.NDArray[np.bool_]) -> dict[str, Any]
 def _distributions(pairs: pa.Table, selected: npt.NDArray[np.bool_]) -> list[dict[str, Any]]:
     """Length and score gap, of the kept and of all pairs."""
     found = []
-    for title, values in _axes(pairs):
+    for title, values in pair_axes(pairs):
         drawn = histogram(values, selected)
         if drawn is not None:
             found.append({"title": title, **drawn})
@@ -251,7 +237,9 @@ def _named(pairs: pa.Table, dataset: Any, evidence: Mapping[str, Any]) -> dict[i
     """The pairs that evidence names, with their texts where the selection holds them."""
     texts = _Texts(dataset, evidence.get("texts") or [])
     labels, near = evidence.get("labels") or {}, evidence.get("near") or {}
-    wanted = [pair for pair, _ in labels.get("worst", [])] + [pair for each in near.get("pairs", []) for pair in each[:2]]
+    wanted = [pair for pair, _ in labels.get("worst", [])] + [
+        pair for each in near.get("pairs", []) for pair in each[:2]
+    ]
     said = texts.prompts()
     found = {}
     for pair in dict.fromkeys(wanted):
@@ -264,7 +252,8 @@ def _named(pairs: pa.Table, dataset: Any, evidence: Mapping[str, Any]) -> dict[i
 def _prompts(pairs: pa.Table, depth: npt.NDArray[np.int64], texts: _Texts) -> list[dict[str, Any]]:
     """Prompts with their kept and dropped pairs, within what a page can hold of texts."""
     shown = list(texts.examples) or sorted(texts.kept.tolist(), key=lambda prompt: (-depth[prompt], prompt))[:40]
-    said, left, found = texts.prompts(), _SHOWN_CHARACTERS, []
+    said, left = texts.prompts(), _SHOWN_CHARACTERS
+    found: list[dict[str, Any]] = []
     for prompt in shown:
         rows = pairs.filter(pc.equal(pairs["prompt"], prompt)).to_pylist()
         sides = {
@@ -276,7 +265,9 @@ def _prompts(pairs: pa.Table, depth: npt.NDArray[np.int64], texts: _Texts) -> li
             entry[side] = [{**row, "texts": texts.pair(row)} for row in members[:_SHOWN_PAIRS]]
             entry[f"all_{side}"] = len(members)
             entry[f"fates_{side}"] = dict(Counter(row["fate"] for row in members))
-        left -= len(entry["text"]) + sum(len(text) for side in sides for row in entry[side] for text in row["texts"] or ())
+        left -= len(entry["text"]) + sum(
+            len(text) for side in sides for row in entry[side] for text in row["texts"] or ()
+        )
         if left < 0 and found:
             break
         found.append(entry)

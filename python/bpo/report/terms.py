@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -14,43 +13,40 @@ if TYPE_CHECKING:
 _WORD = re.compile(r"[^\W\d_]{2,}")
 _CHARACTERS = 2000  # of a text: what it is about stands at its beginning
 _TERMS = 5
+_TELLING = 1.0
 
 
 def characteristic_terms(groups: Mapping[int, Iterable[str]]) -> dict[int, list[str]]:
-    """Returns the words that tell each group of texts from the others, the most telling first.
+    """Returns the words that tell each group of texts from the others, the most telling first; at most five.
 
-    A word's weight in a group is tf · log(1 + A/f), c-TF-IDF (Grootendorst, arXiv 2203.05794): tf is the share of the
-    group's texts that have it, f the sum of that over groups and A the mean number of words of a group; a text counts a
-    word once *(ours)*, so that one long text does not speak for all.
+    A word's weight is the log-odds ratio of a text having it, in the group against the others, in units of its standard
+    error (Monroe, Colaresi & Quinn 2008, with ½ added to each count for a prior); a text counts a word once *(ours)*,
+    so that one long text does not speak for all.
 
     Example:
-        >>> characteristic_terms({0: ["sum of two", "sum of three"], 1: ["name of a city", "name of a river"]})[0][0]
-        'sum'
+        >>> characteristic_terms({0: ["sum of two", "sum of three"], 1: ["name of a city", "name of a river"]})
+        {0: ['sum'], 1: ['name']}
     """
-    counted, sizes = {}, {}
-    for group, texts in groups.items():
-        found: Counter[str] = Counter()
-        sizes[group] = 0
-        for text in texts:
-            sizes[group] += 1
-            found.update(sorted(set(_WORD.findall(text[:_CHARACTERS].casefold()))))
-        counted[group] = found
-    shares = {
-        group: {word: count / sizes[group] for word, count in found.items()} for group, found in counted.items()
-    }
+    counted: dict[int, Counter[str]] = {}
+    sizes: dict[int, int] = {}
     every: Counter[str] = Counter()
-    for found in shares.values():
-        every.update(found)
-    mean = float(np.mean([sum(found.values()) for found in shares.values()])) if shares else 0.0
-    return {
-        group: [
-            word
-            for word, _ in sorted(
-                ((word, share * np.log1p(mean / every[word])) for word, share in found.items()),
-                key=lambda item: (-item[1], item[0]),
-            )[:_TERMS]
-            # Of a group of several texts a word of one of them says nothing.
-            if sizes[group] < 3 or counted[group][word] > 1
-        ]
-        for group, found in shares.items()
-    }
+    for group, texts in groups.items():
+        words = [sorted(set(_WORD.findall(text[:_CHARACTERS].casefold()))) for text in texts]
+        sizes[group] = len(words)
+        counted[group] = Counter(word for each in words for word in each)
+        every.update(counted[group])
+    n_texts = sum(sizes.values())
+    found = {}
+    for group, counts in counted.items():
+        size, others = sizes[group], n_texts - sizes[group]
+        weights = {word: _weight(count, size, every[word] - count, others) for word, count in counts.items()}
+        telling = sorted(((-weight, word) for word, weight in weights.items() if weight > _TELLING))
+        found[group] = [word for _, word in telling[:_TERMS]]
+    return found
+
+
+def _weight(inside: int, size: int, outside: int, others: int) -> float:
+    """Log-odds ratio of so many of the group's texts against so many of the others, in standard errors."""
+    counts = [inside + 0.5, size - inside + 0.5, outside + 0.5, others - outside + 0.5]
+    ratio = math.log(counts[0] / counts[1]) - math.log(counts[2] / counts[3])
+    return ratio / math.sqrt(sum(1 / count for count in counts))

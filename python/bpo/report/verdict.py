@@ -6,7 +6,7 @@ import dataclasses
 import shlex
 from typing import TYPE_CHECKING, Any
 
-from bpo.report.page import percent
+from bpo.report.page import percent as plain_percent
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -69,10 +69,16 @@ def verdict(
     if agreement is not None and agreement > _SURE:
         because = [
             *because,
-            f"The gradients of different prompts have no direction in common (p = {agreement:.2f}): what is learned from "
-            "one prompt may not carry over to others, whichever pairs are chosen.",
+            f"The gradients of different prompts have no direction in common (p = {agreement:.2f}): what is learned "
+            "from one prompt may not carry over to others, whichever pairs are chosen.",
         ]
-    look = [*_labels(evidence), *_near(evidence, fates), *_length(lengths), *_spread(clusters, fates), *_shift(evidence)]
+    look = [
+        *_labels(evidence),
+        *_near(evidence, fates),
+        *_length(lengths),
+        *_spread(clusters, fates),
+        *_shift(evidence),
+    ]
     if noted:
         look.append((f"{sum(count for count, _ in noted.values())} notes on the data.", "noted"))
     return Verdict(answer, level, because, look)
@@ -87,12 +93,17 @@ def _of_preview(strategy: str, budget: int, preview: Mapping[str, Any] | None) -
     row = min(rows, key=lambda each: abs(each["budget"] - budget))
     random = next(each for each in preview["records"] if (each["arm"], each["budget"]) == ("random", row["budget"]))
     answer, level = _judged(row["low"], row["high"])
+    tried = len({each["arm"] for each in preview["records"]}) - 1
+    adjusted = ""
+    if level != "open" and row["p"] >= _SURE:  # the preview adjusts for all of its arms, and this is one of them
+        answer, level = _judged(-1, 1)
+        adjusted = f" That is one of {tried} comparisons; with all of them taken into account, p = {row['p']:.3f}."
     return (
         answer,
         level,
         [
             f"A preview of this strategy at {row['budget']:,} pairs: {_accuracies(row, random['accuracy'])}, over "
-            f"{preview['splits']} splits.",
+            f"{preview['splits']} splits.{adjusted}",
             _LINEARISED,
         ],
     )
@@ -110,7 +121,9 @@ def _of_worth(strategy: str, worth: Mapping[str, Any]) -> tuple[str, str, list[s
         return None
     arms = {arm["name"]: arm for arm in worth["arms"]}
     own, random = arms[strategy], arms["random"]
-    answer, level = ("The same as random in every split", "open") if own["low"] is None else _judged(own["low"], own["high"])
+    answer, level = (
+        ("The same as random in every split", "open") if own["low"] is None else _judged(own["low"], own["high"])
+    )
     of = f"{worth['prompts']:,} prompts"
     if worth["prompts"] < worth["all_prompts"]:
         of += f", drawn from {worth['all_prompts']:,}, with as many pairs fewer"
@@ -128,6 +141,15 @@ def _of_worth(strategy: str, worth: Mapping[str, Any]) -> tuple[str, str, list[s
     return answer, level, because
 
 
+def percent(share: float) -> str:
+    """A share that is not torn from its sign at the end of a line."""
+    return plain_percent(share).replace(" ", "\N{NO-BREAK SPACE}")
+
+
+def _points(share: float) -> str:
+    return f"{100 * share:+.1f}".replace("-", "−")
+
+
 def _judged(low: float, high: float) -> tuple[str, str]:
     if low > 0:
         return "Better than random here", "good"
@@ -142,8 +164,8 @@ def _accuracies(row: Mapping[str, Any], random: float) -> str:
     if row["low"] is None:
         return text
     return (
-        f"{text}; a difference of {100 * row['difference']:+.1f} points, 95 % interval {100 * row['low']:+.1f} to "
-        f"{100 * row['high']:+.1f}"
+        f"{text}; a difference of {_points(row['difference'])} points, 95 % interval {_points(row['low'])} to "
+        f"{_points(row['high'])}"
     )
 
 
@@ -168,9 +190,11 @@ def _labels(evidence: Mapping[str, Any]) -> list[tuple[str, str]]:
     if not labels.get("known"):
         return []
     if not labels["tells"]:
-        return [("Labels: the rest of the data agrees with them no more than chance would; none can be doubted.", "labels")]
+        return [
+            ("Labels: the rest of the data agrees with them no more than chance would; none can be doubted.", "labels")
+        ]
     if labels["suspects"]:
-        return [(f"{labels['suspects']:,} of the kept labels look more likely wrong than right.", "labels")]
+        return [(f"Of the kept labels, {labels['suspects']:,} more likely wrong than right.", "labels")]
     return []
 
 
@@ -179,7 +203,12 @@ def _near(evidence: Mapping[str, Any], fates: Mapping[str, int]) -> list[tuple[s
     count = near.get("count", 0)
     if count <= _NEAR_SHARE * fates["selected"]:
         return []
-    return [(f"{count:,} of the kept pairs have nearly the gradient of another one (cosine ≥ {near['threshold']:g}).", "near")]
+    return [
+        (
+            f"{count:,} of the kept pairs have nearly the gradient of another one (cosine ≥ {near['threshold']:g}).",
+            "near",
+        )
+    ]
 
 
 def _length(lengths: Mapping[str, Mapping[str, float]] | None) -> list[tuple[str, str]]:
@@ -218,5 +247,10 @@ def _shift(evidence: Mapping[str, Any]) -> list[tuple[str, str]]:
         for value in source["values"]:
             moved += abs(value["kept"] / totals["kept"] - value["all"] / totals["all"]) / 2
         if moved > _SOURCE_SHIFT:
-            found.append((f"{percent(moved)} of the kept pairs come from another “{source['column']}” than in the data.", "sources"))
+            found.append(
+                (
+                    f"{percent(moved)} of the kept pairs come from another “{source['column']}” than in the data.",
+                    "sources",
+                )
+            )
     return found

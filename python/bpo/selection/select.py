@@ -121,8 +121,11 @@ def _select(
     at_most: bool = False,
     looks: bool = False,
 ) -> Selection:
-    """The stages. An ``earlier`` selection says which prompts are kept; ``at_most`` takes all of few pairs; only where
-    someone ``looks`` is more measured than the choice needs."""
+    """The stages.
+
+    An ``earlier`` selection says which prompts are kept; ``at_most`` takes all of few pairs; only where someone
+    ``looks`` is more measured than the choice needs.
+    """
     processes = world()
     request = dataclasses.replace(request, config=source.config, progress=request.progress and processes.is_main)
 

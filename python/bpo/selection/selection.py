@@ -12,6 +12,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bpo.data.candidates import Skipped
+from bpo.report.figures import draw_selection
+from bpo.report.notebook import facts_table
 from bpo.report.selection_page import write_selection_page
 from bpo.selection.saved import read_selection, write_selection
 from bpo.selection.tables import FATES, SELECTED, UNTRUSTED
@@ -70,6 +72,21 @@ class Selection:
         return (
             f"Selection({len(self)} of {self.pairs.num_rows} pairs, {int((self.depth > 0).sum())} of {len(self.depth)} "
             f"prompts, strategy={self.strategy!r}, seed={self.seed})"
+        )
+
+    def _repr_html_(self) -> str:
+        kept = self.depth[self.depth > 0]
+        fates = self.fates()
+        return facts_table(
+            "Selection",
+            [
+                ("strategy", f"{self.strategy}, budget {self.budget:,}, seed {self.seed}"),
+                ("pairs", f"{fates[SELECTED]:,} kept of {self.pairs.num_rows:,}"),
+                ("prompts", f"{len(kept):,} kept of {len(self.depth):,}, {kept.mean():.2f} pairs each"),
+                *((f"not kept: {fate}", f"{count:,}") for fate, count in fates.items() if fate != SELECTED and count),
+                ("unusable", f"{sum(map(len, self.skipped.values())):,}" if self.skipped else None),
+                ("worth a look", f"{sum(map(len, self.noted.values())):,}" if self.noted else None),
+            ],
         )
 
     def with_ref_logps(self) -> datasets.Dataset:
@@ -197,6 +214,22 @@ class Selection:
             lengths=self.lengths(),
             length_control=self.config.get("length_control"),
         )
+
+    def figure(self, path: str | os.PathLike[str]) -> Path:
+        """Draws what the page shows, for a paper, into a .svg, .png or .pdf file; needs matplotlib.
+
+        Depth of all prompts, every kept pair over the density of the others, how the lengths of both responses go, and
+        the choice against others at the same budget, where that was measured.
+
+        Returns:
+            The path.
+
+        Raises:
+            ImportError: matplotlib is missing.
+            ValueError: A name that ends otherwise.
+        """
+        selected = pc.equal(self.pairs["fate"], SELECTED).to_numpy()
+        return draw_selection(self.pairs, selected, self.depth, self.evidence.get("worth") or {}, path)
 
     def save(self, directory: str | os.PathLike[str]) -> str | Path:
         """Saves the selection as Parquet and JSON.

@@ -1,4 +1,4 @@
-"""What is measured beside a choice, for the report: whether it beats a random one here, and what a reader should see."""
+"""What is measured beside a choice, for the report: whether it beats a random one, and what a reader should see."""
 
 from __future__ import annotations
 
@@ -209,8 +209,10 @@ def _fitted(
 
 
 def _difference(values: npt.NDArray[np.float64], heldout_share: float) -> dict[str, float | None]:
-    """Mean of a difference over re-splits and its 95 % interval, by the corrected resampled t-test of Nadeau & Bengio
-    (2003); unknown where all splits are the same."""
+    """Mean of a difference over re-splits, its 95 % interval and p-value; unknown where all splits are the same.
+
+    They are those of the corrected resampled t-test (Nadeau & Bengio 2003), since re-splits overlap.
+    """
     from scipy import stats
 
     mean, deviation = float(values.mean()), float(values.std(ddof=1))
@@ -258,7 +260,10 @@ def _near(kept: Kept, scored: ScoredPairs, chosen: npt.NDArray[np.bool_]) -> dic
     first, second = np.nonzero(cosines >= _NEAR)
     order = np.argsort(-cosines[first, second], kind="stable")
     named = [
-        [*(int(kept.pair_index[index[side[at]]]) for side in (first, second)), round(float(cosines[first, second][at]), 4)]
+        [
+            *(int(kept.pair_index[index[side[at]]]) for side in (first, second)),
+            round(float(cosines[first, second][at]), 4),
+        ]
         for at in order[:_NAMED_PAIRS]
     ]
     return {"threshold": _NEAR, "count": len(np.unique(np.concatenate([first, second]))), "pairs": named}
@@ -270,7 +275,8 @@ def _texts(candidates: Candidates, index: npt.NDArray[np.int64], seed: int) -> l
     order = np.argsort(-depth, kind="stable")
     without = np.random.default_rng(seed).permutation(np.flatnonzero(depth == 0))[:_SHOWN_WITHOUT_PAIRS]
     starts = np.searchsorted(candidates.prompt_of_response, np.arange(len(candidates.prompts) + 1))
-    found, left = [], _SHOWN_CHARACTERS
+    found: list[dict[str, Any]] = []
+    left = _SHOWN_CHARACTERS
     wanted = order[: min(_SHOWN_PROMPTS, int((depth > 0).sum()))]
     for prompt in (*wanted[:3], *without, *wanted[3:]):
         texts = [prompt_text(text) for text in candidates.responses[starts[prompt] : starts[prompt + 1]]]

@@ -39,16 +39,3 @@ for (const place of document.querySelectorAll("[data-search]")) {
     said.textContent = wanted ? `${found} of ${items.length}` : "";
   });
 }
-// Everything is open on paper.
-addEventListener("beforeprint", () => {
-  for (const each of document.querySelectorAll("details:not([open])")) {
-    each.open = true;
-    each.dataset.closed = "";
-  }
-});
-addEventListener("afterprint", () => {
-  for (const each of document.querySelectorAll("details[data-closed]")) {
-    each.open = false;
-    delete each.dataset.closed;
-  }
-});
