@@ -68,7 +68,7 @@ def scatter(x: Floats, y: Floats, kept: Mask) -> dict[str, Any] | None:
     rows = np.rint((1 - up[kept]) * (HEIGHT - 12) + 6).astype(int)
     dropped = known & ~kept
     return {
-        "dots": "".join(f"M{column} {row}h0" for column, row in zip(columns.tolist(), rows.tolist(), strict=True)),
+        "dots": _dots(columns, rows),
         "shades": _shades(across[dropped], up[dropped]),
         "x": ranges[0],
         "y": ranges[1],
@@ -76,6 +76,13 @@ def scatter(x: Floats, y: Floats, kept: Mask) -> dict[str, Any] | None:
         "dropped": int(dropped.sum()),
         "edge": int((kept & ~known).sum()),
     }
+
+
+def _dots(columns: npt.NDArray[np.int64], rows: npt.NDArray[np.int64]) -> str:
+    """A path of a dot at each place, by steps from dot to dot, which are short in this order."""
+    order = np.lexsort((rows, columns))
+    steps = [np.diff(each[order], prepend=0).tolist() for each in (columns, rows)]
+    return "".join(f"m{across} {down}h0" for across, down in zip(*steps, strict=True))
 
 
 def _shades(across: Floats, up: Floats) -> list[str]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+import markupsafe
 import numpy as np
 import pyarrow.compute as pc
 
@@ -52,7 +54,8 @@ FATES = {
 """What became of a pair, in words."""
 
 _SHOWN_PAIRS = 5  # of either side of a prompt
-_SHOWN_CHARACTERS = 500_000
+# Bytes of texts: of the pairs to read, of those that evidence names, and of prompts typical of clusters.
+_MOST_READ, _MOST_NAMED, _MOST_TYPICAL = 500_000, 150_000, 100_000
 _MOST_CLUSTERS = 300
 _TYPICAL = 2
 
@@ -124,7 +127,7 @@ def write_selection_page(
         sources=evidence.get("sources") or [],
         labels=evidence.get("labels") or {},
         near=evidence.get("near") or {},
-        named=_named(pairs, dataset, evidence),
+        named=_named(pairs, texts, evidence),
         prompts=_prompts(pairs, depth, texts),
         titles=SCORES,
         fate_titles=FATES,
@@ -134,20 +137,36 @@ def write_selection_page(
     )
 
 
+class _Room:
+    """Bytes that a part of the page may still take."""
+
+    def __init__(self, left: int) -> None:
+        self._left = left
+
+    def has(self, *texts: str) -> bool:
+        """Whether some texts fit, whole; they then take their place."""
+        size = sum(len(str(markupsafe.escape(text)).encode(errors="replace")) for text in texts)
+        if size > self._left:
+            return False
+        self._left -= size
+        return True
+
+
 class _Texts:
     """The texts that a selection holds: of the kept pairs, and of the prompts whose responses are all there."""
 
     def __init__(self, dataset: Any, examples: Sequence[Mapping[str, Any]]) -> None:
         names = dataset.column_names
         self._dataset = dataset
-        prompts = np.array(dataset["bpo_prompt"] if "bpo_prompt" in names else [], dtype=np.int64)
+        prompts = np.array(dataset["bpo_prompt"][:] if "bpo_prompt" in names else [], dtype=np.int64)
         self.kept, self._first = np.unique(prompts, return_index=True)
-        self._rows = {int(pair): row for row, pair in enumerate(dataset["bpo_pair"])} if "bpo_pair" in names else {}
+        self._rows = {int(pair): row for row, pair in enumerate(dataset["bpo_pair"][:])} if "bpo_pair" in names else {}
         self.examples = {each["prompt"]: each for each in examples}
 
+    @functools.cached_property
     def prompts(self) -> dict[int, str]:
         """Text of every prompt that keeps a pair, or whose responses are all there."""
-        texts = self._dataset.select(self._first)["prompt"]
+        texts = self._dataset.select(self._first)["prompt"][:]
         found = {int(prompt): prompt_text(text) for prompt, text in zip(self.kept, texts, strict=True)}
         return {prompt: each["text"] for prompt, each in self.examples.items()} | found
 
@@ -178,7 +197,7 @@ def _clusters(pairs: pa.Table, selected: npt.NDArray[np.bool_], texts: _Texts) -
         return []
     prompt, chosen = pairs["prompt"].to_numpy(), selected
     centrality = np.nan_to_num(column(pairs, "centrality"), nan=-2.0)
-    said = texts.prompts()
+    said = texts.prompts
     # The most central pair first, so that the first prompts of a cluster are its most typical ones.
     order = known[np.lexsort((known, -centrality[known], labels[known]))]
     members: dict[int, dict[int, None]] = {}
@@ -186,10 +205,10 @@ def _clusters(pairs: pa.Table, selected: npt.NDArray[np.bool_], texts: _Texts) -
         found = members.setdefault(label, {})
         if number in said:
             found[number] = None
-    terms = characteristic_terms({label: [said[each] for each in found] for label, found in members.items() if found})
+    terms = characteristic_terms(said, members)
     candidates = Counter(labels[known].astype(int).tolist())
     kept = Counter(labels[known][chosen[known]].astype(int).tolist())
-    most = max(candidates.values())
+    most, room = max(candidates.values()), _Room(_MOST_TYPICAL)
     return [
         {
             "label": label,
@@ -198,7 +217,7 @@ def _clusters(pairs: pa.Table, selected: npt.NDArray[np.bool_], texts: _Texts) -
             "share": count / most,
             "kept_share": kept[label] / most,
             "terms": terms.get(label, []),
-            "typical": [said[each] for each in list(members[label])[:_TYPICAL]],
+            "typical": [said[each] for each in list(members[label])[:_TYPICAL] if room.has(said[each])],
         }
         for label, count in sorted(candidates.items(), key=lambda item: (-item[1], item[0]))
     ]
@@ -233,26 +252,26 @@ def _distributions(pairs: pa.Table, selected: npt.NDArray[np.bool_]) -> list[dic
     return found
 
 
-def _named(pairs: pa.Table, dataset: Any, evidence: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
+def _named(pairs: pa.Table, texts: _Texts, evidence: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
     """The pairs that evidence names, with their texts where the selection holds them."""
-    texts = _Texts(dataset, evidence.get("texts") or [])
     labels, near = evidence.get("labels") or {}, evidence.get("near") or {}
     wanted = [pair for pair, _ in labels.get("worst", [])] + [
         pair for each in near.get("pairs", []) for pair in each[:2]
     ]
-    said = texts.prompts()
-    found = {}
+    found, room = {}, _Room(_MOST_NAMED)
     for pair in dict.fromkeys(wanted):
         if pair < pairs.num_rows:
             row = pairs.slice(pair, 1).to_pylist()[0]
-            found[pair] = {**row, "texts": texts.pair(row), "said": said.get(row["prompt"])}
+            said, both = texts.prompts.get(row["prompt"]), texts.pair(row)
+            if room.has(said or "", *(both or ())):
+                found[pair] = {**row, "texts": both, "said": said}
     return found
 
 
 def _prompts(pairs: pa.Table, depth: npt.NDArray[np.int64], texts: _Texts) -> list[dict[str, Any]]:
     """Prompts with their kept and dropped pairs, within what a page can hold of texts."""
     shown = list(texts.examples) or sorted(texts.kept.tolist(), key=lambda prompt: (-depth[prompt], prompt))[:40]
-    said, left = texts.prompts(), _SHOWN_CHARACTERS
+    room = _Room(_MOST_READ)
     found: list[dict[str, Any]] = []
     for prompt in shown:
         rows = pairs.filter(pc.equal(pairs["prompt"], prompt)).to_pylist()
@@ -260,17 +279,13 @@ def _prompts(pairs: pa.Table, depth: npt.NDArray[np.int64], texts: _Texts) -> li
             side: sorted((row for row in rows if (row["fate"] == "selected") == kept), key=_most_useful_first)
             for side, kept in (("kept", True), ("dropped", False))
         }
-        entry = {"prompt": prompt, "text": said[prompt], "row": rows[0]["row"], "depth": int(depth[prompt])}
+        entry = {"prompt": prompt, "text": texts.prompts[prompt], "row": rows[0]["row"], "depth": int(depth[prompt])}
         for side, members in sides.items():
             entry[side] = [{**row, "texts": texts.pair(row)} for row in members[:_SHOWN_PAIRS]]
             entry[f"all_{side}"] = len(members)
             entry[f"fates_{side}"] = dict(Counter(row["fate"] for row in members))
-        left -= len(entry["text"]) + sum(
-            len(text) for side in sides for row in entry[side] for text in row["texts"] or ()
-        )
-        if left < 0 and found:
-            break
-        found.append(entry)
+        if room.has(entry["text"], *(text for side in sides for row in entry[side] for text in row["texts"] or ())):
+            found.append(entry)
     return found
 
 

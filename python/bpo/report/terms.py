@@ -16,7 +16,7 @@ _TERMS = 5
 _TELLING = 1.0
 
 
-def characteristic_terms(groups: Mapping[int, Iterable[str]]) -> dict[int, list[str]]:
+def characteristic_terms(texts: Mapping[int, str], groups: Mapping[int, Iterable[int]]) -> dict[int, list[str]]:
     """Returns the words that tell each group of texts from the others, the most telling first; at most five.
 
     A word's weight is the log-odds ratio of a text having it, in the group against the others, in units of its standard
@@ -24,16 +24,18 @@ def characteristic_terms(groups: Mapping[int, Iterable[str]]) -> dict[int, list[
     so that one long text does not speak for all.
 
     Example:
-        >>> characteristic_terms({0: ["sum of two", "sum of three"], 1: ["name of a city", "name of a river"]})
+        >>> texts = {0: "sum of two", 1: "sum of three", 2: "name of a city", 3: "name of a river"}
+        >>> characteristic_terms(texts, {0: [0, 1], 1: [2, 3]})
         {0: ['sum'], 1: ['name']}
     """
     counted: dict[int, Counter[str]] = {}
     sizes: dict[int, int] = {}
     every: Counter[str] = Counter()
-    for group, texts in groups.items():
-        words = [sorted(set(_WORD.findall(text[:_CHARACTERS].casefold()))) for text in texts]
-        sizes[group] = len(words)
-        counted[group] = Counter(word for each in words for word in each)
+    words = {key: sorted(set(_WORD.findall(text[:_CHARACTERS].casefold()))) for key, text in texts.items()}
+    for group, keys in groups.items():
+        members = list(keys)
+        sizes[group] = len(members)
+        counted[group] = Counter(word for key in members for word in words[key])
         every.update(counted[group])
     n_texts = sum(sizes.values())
     found = {}
@@ -41,7 +43,8 @@ def characteristic_terms(groups: Mapping[int, Iterable[str]]) -> dict[int, list[
         size, others = sizes[group], n_texts - sizes[group]
         weights = {word: _weight(count, size, every[word] - count, others) for word, count in counts.items()}
         telling = sorted(((-weight, word) for word, weight in weights.items() if weight > _TELLING))
-        found[group] = [word for _, word in telling[:_TERMS]]
+        # Where there are no others, nothing tells a group from them.
+        found[group] = [] if others == 0 else [word for _, word in telling[:_TERMS]]
     return found
 
 
