@@ -7,8 +7,6 @@ import shutil
 import subprocess
 
 VOID = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"}
-# Elements of SVG that are written without an end.
-SELF_CLOSED = {"rect", "path", "circle", "use", "line"}
 
 
 class Page(html.parser.HTMLParser):
@@ -20,9 +18,11 @@ class Page(html.parser.HTMLParser):
         self.feed(text)
         self.close()
         self.errors += [f"<{name}> is not closed" for name, _ in self._open]
+        for element in self.elements:
+            element["text"] = "".join(element["text"])
 
     def handle_starttag(self, tag, attributes):
-        element = {"tag": tag, "text": "", **{f"@{name}": value for name, value in attributes}}
+        element = {"tag": tag, "text": [], **{f"@{name}": value for name, value in attributes}}
         element["inside"] = [name for name, _ in self._open]
         self.elements.append(element)
         if tag not in VOID:
@@ -41,7 +41,7 @@ class Page(html.parser.HTMLParser):
 
     def handle_data(self, data):
         for _, element in self._open:
-            element["text"] += data
+            element["text"].append(data)
 
     def all(self, tag):
         return [element for element in self.elements if element["tag"] == tag]
