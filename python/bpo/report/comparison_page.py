@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,6 +88,6 @@ def _verdicts(differences: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _inline(path: Path) -> str:
-    """An SVG file without its XML prologue."""
+    """An SVG file without its XML prologue; its ids, which figures have in common, begin with its name."""
     text = path.read_text(encoding="utf-8")
-    return text[text.index("<svg") :]
+    return re.sub(r'( id="|href="#|url\(#)', rf"\g<1>{path.stem}-", text[text.index("<svg") :])

@@ -1,7 +1,10 @@
 """Pages as a parser sees them, and as a real browser does."""
 
+import base64
 import functools
+import hashlib
 import html.parser
+import itertools
 import re
 import shutil
 import subprocess
@@ -48,6 +51,37 @@ class Page(html.parser.HTMLParser):
 
     def ids(self):
         return [element["@id"] for element in self.elements if "@id" in element]
+
+
+def check(text):
+    """What holds of every page."""
+    page = Page(text)
+    assert page.errors == []
+    assert [len(page.all(tag)) for tag in ("main", "h1", "script")] == [1, 1, 1]
+    assert [each["inside"] for each in page.all("title") if "svg" not in each["inside"]] == [["html", "head"]]
+    levels = [int(element["tag"][1]) for element in page.elements if re.fullmatch("h[1-6]", element["tag"])]
+    assert levels[0] == 1 and all(after <= before + 1 for before, after in itertools.pairwise(levels))
+    ids = page.ids()
+    assert len(ids) == len(set(ids))
+    named = [element["@href"] for element in page.all("a")]
+    assert all(name[0] == "#" and name[1:] in ids for name in named) and named
+    # Nothing is fetched, and what runs is ours.
+    (policy,) = [each["@content"] for each in page.all("meta") if each.get("@http-equiv") == "Content-Security-Policy"]
+    (script,) = page.all("script")
+    digest = base64.b64encode(hashlib.sha256(script["text"].encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in policy and "default-src 'none'" in policy
+    assert not [element["tag"] for element in page.elements if "@src" in element or element["tag"] in ("link", "img")]
+    assert not [name for element in page.elements for name in element if name.startswith("@on")]
+    assert not re.search(
+        r"(?:https?:)?//(?!www\.w3\.org/|purl\.org/|creativecommons\.org/|matplotlib\.org)\w",
+        text.replace(script["text"], ""),
+    )
+    # What is drawn is said, too.
+    for picture in page.all("svg"):
+        said = {"@aria-label", "@aria-labelledby"} & set(picture)
+        assert picture.get("@aria-hidden") == "true" or said or "figure" in picture["inside"]
+    assert all(cell.get("@scope") for cell in page.all("th") if "thead" in cell["inside"])
+    return page
 
 
 def dots(page):
