@@ -82,7 +82,6 @@ def add_report(commands: Commands) -> None:
         "report",
         help="write the page of a saved selection",
         epilog=examples(
-            "bpo report selection",
             "bpo report s3://bucket/selection --output report.html",
             "bpo report selection --preview preview.json --audit audit.json",
         ),
