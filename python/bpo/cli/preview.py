@@ -57,7 +57,7 @@ def add_preview(commands: Commands) -> None:
     command.add_argument("--baseline", default="random", help="arm that the others are compared with")
     command.add_argument("--heldout", default="0.25", help="share of the prompts held out, or a data set of its own")
     command.add_argument("--seeds", type=int, default=100, help="splits")
-    command.add_argument("--output", type=Path, help="file for the results, .json")
+    command.add_argument("--output", type=Path, help="file for the results, .json, or for a page, .html")
     command.add_argument("--figure", type=Path, help="file for a figure, .svg, .png or .pdf")
     add_fields(command, "as for select")
     add_saying(command)
@@ -78,7 +78,7 @@ def _run(options: argparse.Namespace) -> None:
     except ValueError:
         heldout = options.heldout
     given = fields(options)
-    check_writable("--output", options.output, endings=(".json",))
+    check_writable("--output", options.output, endings=(".json", ".html"))
     check_writable("--figure", options.figure, endings=(".svg", ".png", ".pdf"))
     check_dataset(options)
     check_stores(options.store)
@@ -95,7 +95,9 @@ def _run(options: argparse.Namespace) -> None:
     )
     say(options, preview.summary, lambda: {"settings": preview.settings, "table": preview.table()})
     if options.output is not None:
-        _tell(options, f"\nresults  {shlex.quote(str(preview.save(options.output)))}")
+        page = options.output.suffix == ".html"
+        written = preview.report(options.output) if page else preview.save(options.output)
+        _tell(options, f"\n{'page' if page else 'results':7}  {shlex.quote(str(written))}")
     if options.figure is not None:
         _tell(options, f"figure   {shlex.quote(str(preview.figure(options.figure)))}")
 

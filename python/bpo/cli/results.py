@@ -81,10 +81,15 @@ def add_report(commands: Commands) -> None:
     command = commands.add_parser(
         "report",
         help="write the page of a saved selection",
-        epilog=examples("bpo report selection", "bpo report s3://bucket/selection --output report.html"),
+        epilog=examples(
+            "bpo report s3://bucket/selection --output report.html",
+            "bpo report selection --preview preview.json --audit audit.json",
+        ),
     )
     command.add_argument("path", type=place, help="directory or address of the selection")
     command.add_argument("--output", type=Path, help="file of the page, .html (default: report.html in the directory)")
+    command.add_argument("--preview", type=Path, help="results of bpo preview on the same data, .json")
+    command.add_argument("--audit", type=Path, help="audit of the same data that bpo audit saved, .json")
     command.set_defaults(run=_report)
 
 
@@ -95,4 +100,7 @@ def _report(options: argparse.Namespace) -> None:
     if isinstance(options.path, Path) and not (options.path / "selection.json").is_file():
         raise FileNotFoundError(f"{options.path} holds no saved selection (no selection.json)")
     check_writable("--output", output, endings=(".html",))
-    print(f"report   {shlex.quote(str(bpo.Selection.load(options.path).report(output)))}")
+    selection = bpo.Selection.load(options.path)
+    preview = None if options.preview is None else bpo.Preview.load(options.preview)
+    audit = None if options.audit is None else bpo.Audit.load(options.audit)
+    print(f"report   {shlex.quote(str(selection.report(output, preview=preview, audit=audit)))}")

@@ -24,6 +24,7 @@ from bpo.policy.logprobs import Forward, check_vocabulary
 from bpo.policy.models import load_policy, window
 from bpo.policy.reference import Reference
 from bpo.policy.state import inference_state
+from bpo.report.notebook import facts_table
 from bpo.report.wording import duration
 from bpo.sketching.batches import Sketching
 from bpo.store.gradient_store import EMBEDDED, RECORD, row_bytes
@@ -100,6 +101,25 @@ class Diagnosis:
     @property
     def _noun(self) -> str:
         return "embeddings" if self.features["kind"] == EMBEDDED else "gradients"
+
+    def __repr__(self) -> str:
+        return (
+            f"Diagnosis({self.prompts} prompts, {self.responses} responses, {self.pairs} pairs, "
+            f"{len(self.problems)} problems, about {self.seconds:.0f} s)"
+        )
+
+    def _repr_html_(self) -> str:
+        return facts_table(
+            "Diagnosis",
+            [
+                ("data", f"{self.prompts:,} prompts, {self.responses:,} responses, {self.pairs:,} candidate pairs"),
+                ("features", f"{self.features['kind']}: {self.coordinates:,} coordinates a response"),
+                ("time", f"about {self.seconds:,.0f} s"),
+                ("memory", f"{self.peak_memory_bytes / 2**30:.1f} GiB"),
+                ("store", f"{self.store_bytes / 2**20:,.1f} MiB"),
+                *(("look at", problem) for problem in self.problems),
+            ],
+        )
 
     @property
     def problems(self) -> list[str]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bpo.report.page import write_page
+from bpo.report.page import first_places, write_page
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 _MOST_PROMPTS = 20
-_NAMED_PLACES = 5
 
 
 def write_audit_page(
@@ -45,6 +44,6 @@ def write_audit_page(
             for place, count in enumerate(counts)
         ],
         prompts=prompts.take(order).to_pylist(),
-        skipped={reason: (len(places), places[:_NAMED_PLACES]) for reason, places in skipped.items()},
+        skipped=first_places(skipped),
         **values,
     )

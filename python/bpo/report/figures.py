@@ -1,4 +1,4 @@
-"""Figures of comparisons and previews."""
+"""Figures of comparisons, previews and selections."""
 
 from __future__ import annotations
 
@@ -6,12 +6,20 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bpo.report.wording import STAGES
+import numpy as np
+
+from bpo.report.charts import pair_axes
+from bpo.report.wording import STAGES, pairs_at
 from bpo.system.files import replacing
 from bpo.system.optional import import_matplotlib
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+
+    import numpy.typing as npt
+    import pyarrow as pa
+
+    from bpo.report.charts import Axis
 
 _INK, _SOFT, _STRONG, _PALE, _ACCENT = "#1b1f24", "#5c6670", "#1f5fa8", "#c9d6e6", "#c2410c"
 
@@ -76,9 +84,7 @@ def draw_preview(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    path = Path(path)
-    if path.suffix not in (".svg", ".png", ".pdf"):
-        raise ValueError(f"{path}: the name of a figure ends in .svg, .png or .pdf.")
+    path = _checked(path)
     records = [row for row in records if row["difference"] is not None]
     with matplotlib.rc_context(_STYLE):
         figure = Figure(layout="constrained")
@@ -91,7 +97,7 @@ def draw_preview(
         limit = min(reach[-1], 2.5 * reach[len(reach) // 2]) * 1.05
         for axis, budget in zip(axes, budgets, strict=True):
             _preview_panel(axis, [row for row in records if row["budget"] == budget], names, limit)
-            axis.set_title(_pairs(budget), loc="left")
+            axis.set_title(pairs_at(budget), loc="left")
         axes[0].set_yticks(range(len(names)), names)
         axes[0].set_ylim(len(names) - 0.4, -0.6)
         axes[0].set_xlim(-limit, limit)
@@ -101,6 +107,105 @@ def draw_preview(
         )
         path.parent.mkdir(parents=True, exist_ok=True)
         return _save(figure, path)
+
+
+def draw_selection(
+    pairs: pa.Table,
+    selected: npt.NDArray[np.bool_],
+    depth: npt.NDArray[np.int64],
+    worth: Mapping[str, Any],
+    path: str | os.PathLike[str],
+) -> Path:
+    """Draws a selection: depth, score gap and centrality, lengths, and the choice against others.
+
+    Args:
+        pairs: As :attr:`bpo.Selection.pairs`.
+        selected: (P,) bool, which of them are kept.
+        depth: (n,) int64, pairs kept of each prompt.
+        worth: As in :attr:`bpo.Selection.evidence`.
+        path: File to write, whose name ends in .svg, .png or .pdf; replaced whole or not at all.
+
+    Returns:
+        The path.
+
+    Raises:
+        ImportError: matplotlib is missing.
+        ValueError: A name that ends otherwise.
+    """
+    matplotlib = import_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    path = _checked(path)
+    axes = pair_axes(pairs)
+    panels: list[Callable[[Any], None]] = [lambda axis: _depth_panel(axis, depth)]
+    if len(axes) > 1:
+        panels.append(lambda axis: _scatter_panel(axis, axes[0], axes[1], selected))
+    if axes:
+        panels.append(lambda axis: _histogram_panel(axis, axes[-1], selected))
+    if "arms" in worth:
+        panels.append(lambda axis: _worth_panel(axis, worth))
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(layout="constrained", figsize=(3.3 * len(panels), 2.9))
+        FigureCanvasAgg(figure)
+        for axis, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+            panel(axis)
+            axis.spines[["top", "right"]].set_visible(False)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return _save(figure, path)
+
+
+def _checked(path: str | os.PathLike[str]) -> Path:
+    path = Path(path)
+    if path.suffix not in (".svg", ".png", ".pdf"):
+        raise ValueError(f"{path}: the name of a figure ends in .svg, .png or .pdf.")
+    return path
+
+
+def _depth_panel(axis: Any, depth: npt.NDArray[np.int64]) -> None:
+    counts = np.bincount(depth)
+    axis.bar(range(len(counts)), counts, color=_STRONG)
+    axis.set_xlabel("pairs kept of a prompt")
+    axis.set_ylabel("prompts")
+
+
+def _scatter_panel(axis: Any, x: Axis, y: Axis, selected: npt.NDArray[np.bool_]) -> None:
+    """Dots of the kept pairs, as a picture within a vector figure, over the density of the others."""
+    (x_title, across), (y_title, up) = x, y
+    known = np.isfinite(across) & np.isfinite(up)
+    dropped = known & ~selected
+    if dropped.any():
+        axis.hist2d(across[dropped], up[dropped], bins=48, cmap="Greys", norm="log", rasterized=True)
+    kept = known & selected
+    axis.scatter(across[kept], up[kept], s=4, color=_STRONG, linewidth=0, rasterized=True)
+    axis.set_xlabel(x_title)
+    axis.set_ylabel(y_title)
+
+
+def _histogram_panel(axis: Any, drawn: Axis, selected: npt.NDArray[np.bool_]) -> None:
+    title, values = drawn
+    known = np.isfinite(values)
+    low, high = np.quantile(values[known], [0.005, 0.995])
+    edges = np.linspace(low, high if high > low else low + 1, 25)
+    for mask, label, colour in ((known, "all", _PALE), (known & selected, "kept", _STRONG)):
+        weights = np.full(int(mask.sum()), 1 / max(1, mask.sum()))
+        style = {"color": colour} if label == "all" else {"histtype": "step", "color": colour}
+        axis.hist(values[mask].clip(edges[0], edges[-1]), edges, weights=weights, label=label, **style)
+    axis.set_xlabel(title)
+    axis.set_ylabel("share of the pairs")
+    axis.legend(frameon=False)
+
+
+def _worth_panel(axis: Any, worth: Mapping[str, Any]) -> None:
+    """How much more is ranked as labelled than after random pairs, with 95 % intervals."""
+    arms = [arm for arm in worth["arms"] if arm["low"] is not None]
+    axis.axvline(0, color=_SOFT, linewidth=0.8)
+    for row, arm in enumerate(arms):
+        axis.plot([100 * arm["low"], 100 * arm["high"]], [row, row], color=_PALE, linewidth=5)
+        axis.scatter([100 * arm["difference"]], [row], s=26, color=_STRONG, zorder=4)
+    axis.set_yticks(range(len(arms)), [arm["name"] for arm in arms])
+    axis.set_ylim(len(arms) - 0.4, -0.6)
+    axis.set_xlabel("points above random, held out, linearised")
 
 
 def _save(figure: Any, path: Path) -> Path:
@@ -141,7 +246,7 @@ def _accuracy(figure: Any, results: Mapping[str, Any]) -> bool:
     axes = figure.subplots(1, len(panels), sharex=True, squeeze=False)[0]
     for axis, (budget, arms) in zip(axes, panels, strict=True):
         _rows(axis, [(arm["arm"], arm["measures"]["accuracy"]) for arm in arms])
-        axis.set_title(_pairs(budget), loc="left")
+        axis.set_title(pairs_at(budget), loc="left")
         axis.set_xlabel("held-out accuracy, mean over seeds with 95 % interval")
     return True
 
@@ -164,7 +269,7 @@ def _differences(figure: Any, results: Mapping[str, Any]) -> bool:
         axis.axvline(0, color=_SOFT, linewidth=0.8)
         _rows(axis, [(f"{entry['arm']} − {entry['against']}", entry) for entry in found])
         against = "against the baseline" if family == "baseline" else "bpo against the others"
-        axis.set_title(f"{_pairs(budget)}, {against}", loc="left")
+        axis.set_title(f"{pairs_at(budget)}, {against}", loc="left")
     axes[-1].set_xlabel("difference of held-out accuracy, paired by seed, with 95 % interval")
     return True
 
@@ -219,7 +324,7 @@ def _agreement(figure: Any, results: Mapping[str, Any]) -> bool:
             axis.scatter([sum(x) / len(x)], [sum(y) / len(y)], s=70, color=colour, marker="X", label=name)
         axis.set_xlabel("linearised accuracy, before training")
         axis.set_ylabel("held-out accuracy after training")
-        axis.set_title(_pairs(panel["budget"]), loc="left")
+        axis.set_title(pairs_at(panel["budget"]), loc="left")
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].legend(frameon=False)
     return True
@@ -268,7 +373,3 @@ def _open_frame(axis: Any) -> None:
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(axis="x", color="#eceff2", zorder=0)
     axis.set_axisbelow(True)
-
-
-def _pairs(budget: float) -> str:
-    return f"{budget} pairs" if isinstance(budget, int) else f"{100 * budget:g} % of the pairs"

@@ -21,6 +21,11 @@ MEASURES = {
 STAGES = ("selection", "training", "evaluation", "sampling")
 
 
+def pairs_at(budget: float) -> str:
+    """Returns a budget, a count or a share, as text."""
+    return f"{budget} pairs" if isinstance(budget, int) else f"{100 * budget:g} % of the pairs"
+
+
 def interval(estimate: Mapping[str, Any], kind: str = ".3f") -> str:
     """Returns a mean and its interval as text."""
     mean = format(estimate["mean"], kind)

@@ -138,8 +138,10 @@ def _write_files(
         "format": _FORMAT,
         "format_version": _FORMAT_VERSION,
         "bpo": bpo.__version__,
-        **{name: values[name] for name in ("strategy", "budget", "seed", "config", "depth", "skipped", "noted")},
-        "provenance": values["provenance"],
+        **{
+            name: values[name]
+            for name in ("strategy", "budget", "seed", "config", "depth", "skipped", "noted", "evidence", "provenance")
+        },
         "sha256": {name: _sha256(scratch / name) for name in (_DATASET, _PAIRS)},
     }
     text = json.dumps({**manifest, "checksum": _checksum(manifest)}, indent=1) + "\n"

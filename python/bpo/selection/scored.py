@@ -79,6 +79,12 @@ class ScoredPairs:
         return margins
 
     @functools.cached_property
+    def agreement(self) -> float:
+        """The p-value of the gradients of different prompts having no direction in common."""
+        assert self.features is not None
+        return prompts_agree(self.features, self.eligible, self.prompt_of_pair, self.seed)
+
+    @functools.cached_property
     def labels(self) -> LabelAudit:
         """What the eligible pairs say of each other's labels."""
         assert self.measured is not None
@@ -196,7 +202,7 @@ def look_at(scored: ScoredPairs, kept: Candidates, request: Request) -> Skipped:
     if scored.clusters is not None and scored.features is not None:
         _report_unusable(kept, scored.clusters, request.config)
         noted.merge(_outliers(kept, scored.clusters))
-        noted.merge(_disagreement(kept, scored.features, scored.eligible, request.seed))
+        noted.merge(_disagreement(kept, scored.agreement))
     return noted
 
 
@@ -211,10 +217,9 @@ def _report_unusable(kept: Candidates, clusters: PairClusters, config: SelectCon
     kept.skipped.merge(skipped)
 
 
-def _disagreement(kept: Candidates, features: PairGradients, eligible: npt.NDArray[np.bool_], seed: int) -> Skipped:
+def _disagreement(kept: Candidates, agree: float) -> Skipped:
     """Says where the gradients of different prompts have no direction in common."""
     noted = Skipped()
-    agree = prompts_agree(features, eligible, kept.prompt_of_pair, seed)
     if agree > _DISAGREEING:
         noted.add(
             f"selection by gradients that may be no better than a random one: those of different prompts have no "

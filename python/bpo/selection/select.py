@@ -19,6 +19,7 @@ from bpo.selection.scored import look_at, look_at_labels, score, toward, trust
 from bpo.selection.selection import Selection
 from bpo.selection.sources import extract, measure, source_of
 from bpo.selection.tables import SELECTED, UNTRUSTED, check_uncut, pair_table, training_set
+from bpo.selection.worth import look
 from bpo.world.world import world
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ def select(
     config: SelectConfig | Mapping[str, Any] | None = None,
     seed: int = 42,
     progress: bool = True,
+    evidence: bool = True,
 ) -> Selection:
     """Chooses which preference pairs to train on.
 
@@ -86,6 +88,9 @@ def select(
             selection for any number of threads, and, up to the rounding of the model's own arithmetic, for any batch
             size.
         progress: Whether to show progress bars.
+        evidence: Whether to measure, beside the choice and within seconds, what the report tells of it: whether the
+            strategy beats a random choice of as many pairs on prompts that are held out, which labels look wrong, which
+            pairs are nearly the same *(ours)*. False where many selections are made and none is looked at.
 
     Returns:
         The selection; ``selection.dataset`` trains in TRL's ``DPOTrainer`` as it is.
@@ -111,14 +116,8 @@ def select(
     source = source_of(request, model, processing_class, breadth=breadth)
     if target is not None and "gradients" in request.needs:
         target = load_alike(target, columns)
-    return _select(
-        request,
-        source,
-        load_rows(dataset, split=split, columns=columns),
-        budget,
-        breadth=breadth,
-        target=target,
-    )
+    rows = load_rows(dataset, split=split, columns=columns)
+    return _select(request, source, rows, budget, breadth=breadth, target=target, looks=evidence)
 
 
 def _select(
@@ -131,8 +130,13 @@ def _select(
     target: Any = None,
     earlier: Selection | None = None,
     at_most: bool = False,
+    looks: bool = False,
 ) -> Selection:
-    """The stages. An ``earlier`` selection says which prompts are kept; ``at_most`` takes all of few pairs."""
+    """The stages.
+
+    An ``earlier`` selection says which prompts are kept; ``at_most`` takes all of few pairs; only where someone
+    ``looks`` is more measured than the choice needs.
+    """
     processes = world()
     request = dataclasses.replace(request, config=source.config, progress=request.progress and processes.is_main)
 
@@ -154,11 +158,13 @@ def _select(
 
     # Extract: one sketched gradient a response, by all processes of a job together; the first of them does the rest.
     filled = extract(kept.inputs, pool.goal, source, request, kept.n_pairs)
-    rest = functools.partial(_choose, request, source, pool, kept, filled, told)
+    rest = functools.partial(_choose, request, source, pool, kept, filled, told, looks)
     return rest() if filled is None else processes.from_main(rest)
 
 
-def _choose(request: Request, source: Source, pool: Pool, kept: Kept, filled: Filled | None, told: Told) -> Selection:
+def _choose(
+    request: Request, source: Source, pool: Pool, kept: Kept, filled: Filled | None, told: Told, looks: bool
+) -> Selection:
     """The stages after the gradients."""
     # Measure: two scalars a pair.
     candidates = kept.inputs.candidates
@@ -167,6 +173,7 @@ def _choose(request: Request, source: Source, pool: Pool, kept: Kept, filled: Fi
     # Cluster: gradients of pairs at unit length, and what they are worth.
     scored = score(candidates, kept.inputs.pair_lengths, measured, request)
     noted = look_at(scored, candidates, request)
+    agreement = None if scored.features is None else scored.agreement
     scored = trust(toward(scored, pool.goal, wanted, request.config), request.config)
     doubted = look_at_labels(scored, candidates)
 
@@ -195,6 +202,9 @@ def _choose(request: Request, source: Source, pool: Pool, kept: Kept, filled: Fi
         skipped=pool.candidates.skipped.places,
         noted=pool.noted.places,
         provenance=provenance_of(*(source.policy.named if source.policy else (None, None)), told),
+        evidence=look(told.columns, pool.candidates, kept, scored, chosen, request, agreement=agreement)
+        if looks
+        else {},
     )
 
 

@@ -13,6 +13,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bpo.data.candidates import Skipped
+from bpo.report.figures import draw_selection
+from bpo.report.notebook import facts_table
 from bpo.report.selection_page import write_selection_page
 from bpo.selection.saved import data_card, published, read_selection, write_selection
 from bpo.selection.tables import FATES, SELECTED, UNTRUSTED
@@ -20,6 +22,8 @@ from bpo.selection.tables import FATES, SELECTED, UNTRUSTED
 if TYPE_CHECKING:
     import datasets
     import numpy.typing as npt
+
+_PLAIN = ("strategy", "budget", "seed", "config", "skipped", "noted", "provenance", "evidence")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -51,6 +55,8 @@ class Selection:
             (path or kind, and a fingerprint of responses and pairs), ``split``, ``license`` (of the data), ``breadth``,
             ``command`` (of bpo's commands), ``versions`` (package → version) and ``created`` (ISO 8601, UTC; that of
             the environment variable ``SOURCE_DATE_EPOCH`` where it is set).
+        evidence: What was measured beside the choice, as plain values, from which the report says whether it can be
+            trusted; empty with ``evidence=False`` and for a selection of an earlier version.
     """
 
     dataset: datasets.Dataset
@@ -63,6 +69,7 @@ class Selection:
     skipped: dict[str, list[str]]
     noted: dict[str, list[str]] = dataclasses.field(default_factory=dict)
     provenance: dict[str, Any] = dataclasses.field(default_factory=dict)
+    evidence: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -71,6 +78,21 @@ class Selection:
         return (
             f"Selection({len(self)} of {self.pairs.num_rows} pairs, {int((self.depth > 0).sum())} of {len(self.depth)} "
             f"prompts, strategy={self.strategy!r}, seed={self.seed})"
+        )
+
+    def _repr_html_(self) -> str:
+        kept = self.depth[self.depth > 0]
+        fates = self.fates()
+        return facts_table(
+            "Selection",
+            [
+                ("strategy", f"{self.strategy}, budget {self.budget:,}, seed {self.seed}"),
+                ("pairs", f"{fates[SELECTED]:,} kept of {self.pairs.num_rows:,}"),
+                ("prompts", f"{len(kept):,} kept of {len(self.depth):,}, {kept.mean():.2f} pairs each"),
+                *((f"not kept: {fate}", f"{count:,}") for fate, count in fates.items() if fate != SELECTED and count),
+                ("unusable", f"{sum(map(len, self.skipped.values())):,}" if self.skipped else None),
+                ("worth a look", f"{sum(map(len, self.noted.values())):,}" if self.noted else None),
+            ],
         )
 
     def with_ref_logps(self) -> datasets.Dataset:
@@ -162,23 +184,59 @@ class Selection:
         lines.extend(f"noted    {line}" for line in Skipped(self.noted).describe().splitlines())
         return "\n".join(lines)
 
-    def report(self, path: str | os.PathLike[str]) -> Path:
-        """Writes one self-contained HTML page of what was chosen; returns its path."""
+    def report(self, path: str | os.PathLike[str], *, preview: Any = None, audit: Any = None) -> Path:
+        """Writes one self-contained HTML page: whether this selection can be trusted, and what was chosen.
+
+        It runs no script but its own, which searches and sorts, and asks no network. ``docs/report.md`` says how to
+        read it.
+
+        Args:
+            path: File to write; replaced whole or not at all.
+            preview: A :class:`bpo.Preview` of the same data, whose verdict is then the first thing that the page says.
+            audit: A :class:`bpo.Audit` of it, in place of what the selection itself knows of its labels.
+
+        Returns:
+            The path.
+        """
+        selected = pc.equal(self.pairs["fate"], SELECTED).to_numpy()
         return write_selection_page(
             Path(path),
             self.pairs,
             self.dataset,
-            pc.equal(self.pairs["fate"], SELECTED).to_numpy(),
+            selected,
             self.depth,
             skipped=self.skipped,
             noted=self.noted,
+            evidence=self.evidence,
+            provenance=getattr(self, "provenance", {}),
+            preview=None
+            if preview is None
+            else {"records": preview.table(), "baseline": preview.baseline, "splits": preview.accuracy.shape[2]},
+            audit=None if audit is None else _labels_of(audit, selected),
             strategy=self.strategy,
             seed=self.seed,
             budget=self.budget,
+            config=self.config,
             fates=self.fates(),
             lengths=self.lengths(),
             length_control=self.config.get("length_control"),
         )
+
+    def figure(self, path: str | os.PathLike[str]) -> Path:
+        """Draws what the page shows, for a paper, into a .svg, .png or .pdf file; needs matplotlib.
+
+        Depth of all prompts, every kept pair over the density of the others, how the lengths of both responses go, and
+        the choice against others at the same budget, where that was measured.
+
+        Returns:
+            The path.
+
+        Raises:
+            ImportError: matplotlib is missing.
+            ValueError: A name that ends otherwise.
+        """
+        selected = pc.equal(self.pairs["fate"], SELECTED).to_numpy()
+        return draw_selection(self.pairs, selected, self.depth, self.evidence.get("worth") or {}, path)
 
     def save(self, directory: str | os.PathLike[str]) -> str | Path:
         """Saves the selection as Parquet and JSON.
@@ -198,8 +256,7 @@ class Selection:
             FileExistsError: The directory holds something else, or is a file.
             OSError: A file cannot be written, for example because the disk is full; an earlier selection is kept.
         """
-        names = ("strategy", "budget", "seed", "config", "skipped", "noted", "provenance")
-        values = {name: getattr(self, name) for name in names}
+        values = {name: getattr(self, name) for name in _PLAIN}
         return write_selection(directory, self.dataset, self.pairs, {**values, "depth": self.depth.tolist()})
 
     def card(self, license: str | None = None) -> str:
@@ -291,6 +348,7 @@ class Selection:
             skipped=manifest["skipped"],
             noted=manifest["noted"],
             provenance=manifest.get("provenance", {}),
+            evidence=manifest.get("evidence", {}),
         )
 
 
@@ -298,6 +356,27 @@ def _mean(values: npt.NDArray[np.float64]) -> float:
     """Mean of the numbers that are there, NaN where none is."""
     there = values[np.isfinite(values)]
     return float(there.mean()) if len(there) else float("nan")
+
+
+def _labels_of(audit: Any, selected: npt.NDArray[np.bool_]) -> dict[str, Any]:
+    """What an audit says of the kept pairs, as :attr:`Selection.evidence` has it.
+
+    Raises:
+        ValueError: It is of other data.
+    """
+    pairs, wrong = audit.pairs["pair"].to_numpy(), audit.pairs["wrong"].to_numpy()
+    if len(pairs) and pairs.max() >= len(selected):
+        raise ValueError(f"The audit has pair {pairs.max()}, of {len(selected)} candidates: it is of other data.")
+    kept = selected[pairs]
+    pairs, wrong = pairs[kept], wrong[kept]
+    worst = np.argsort(-wrong, kind="stable")[:20]
+    return {
+        "tells": audit.tells,
+        "suspects": int((wrong > 0.5).sum()),
+        "expected": float(wrong.sum()),
+        "known": len(pairs),
+        "worst": [[int(pairs[at]), float(wrong[at])] for at in worst if wrong[at] > 0.3],
+    }
 
 
 def has_ref_logps(dataset: Any) -> bool:

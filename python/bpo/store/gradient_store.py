@@ -14,6 +14,7 @@ import numpy as np
 from bpo import _core
 from bpo._core import StoreError
 from bpo.config import SelectConfig
+from bpo.report.notebook import facts_table
 from bpo.store.mirror import local
 
 if TYPE_CHECKING:
@@ -132,6 +133,18 @@ class GradientStore:
 
     def __repr__(self) -> str:
         return f"GradientStore({str(self.path)!r}: {len(self)} responses of {self.rows.shape[1]} {self.dtype})"
+
+    def _repr_html_(self) -> str:
+        made = {name: self.fingerprint.get(name) for name in ("model", "features", "sketch", "bpo")}
+        return facts_table(
+            f"GradientStore {self.path}",
+            [
+                ("responses", f"{len(self):,}"),
+                ("numbers a response", f"{self.rows.shape[1]:,} {self.dtype}"),
+                ("set aside", int(self.set_aside.sum()) or None),
+                *((name, None if value is None else str(value)[:120]) for name, value in made.items()),
+            ],
+        )
 
     @property
     def scales(self) -> npt.NDArray[np.float32]:

@@ -295,10 +295,10 @@ def test_the_page_shows_texts_as_text(audit, tmp_path, store, model, tokenizer):
     for record in found.worst:
         record.update(prompt_text=hostile, chosen=hostile, rejected="</bdi></div><script>alert(3)</script>")
     page = found.report(tmp_path / "audit.html").read_text(encoding="utf-8")
-    assert "<script" not in page and "<img" not in page and "{{ 7 * 7 }}" in page
+    assert page.count("<script") == 1 and "<img" not in page and "{{ 7 * 7 }}" in page
     assert "&lt;script&gt;alert(1)" in page and "&lt;img src=x" in page and "&lt;/bdi&gt;" in page
     assert page.count("<bdi>") == page.count("</bdi>") > 3 * len(found.worst)
-    assert "http" not in page
+    assert "://" not in page
 
 
 def test_the_command_prints_a_summary_or_json_and_writes_a_page(store, tmp_path, capsys):

@@ -27,6 +27,7 @@ from bpo.evidence.win_rates import compare_responses
 from bpo.selection.strategies.register import STRATEGIES
 from bpo.system.processes import Workers
 from bpo.training.dpo import dpo_config, train_on_pairs
+from pages import check
 from tiny import scored_rows
 
 TRAINING = {
@@ -113,7 +114,7 @@ def test_results_say_what_the_runs_say(finished):
 
 def test_report_has_its_figures(finished, capsys):
     page = finished.report.read_text()
-    assert page.count("<svg") == 4
+    assert check(page).all("h2")[0]["text"] == "In words" and page.count("<svg") == 4
     assert "bpo − random" in page
     assert "Nadeau" in page
     names = sorted(path.name for path in (finished.output / "figures").iterdir())

@@ -9,11 +9,11 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClassification
 
 import bpo
+import documents
 import job
-import pages
 from tiny import TINY, scored_rows, stored, tiny_llama
 
-BLOCKS = {path: pages.blocks(path) for path in [*pages.PAGES, *pages.NOTEBOOKS]}
+BLOCKS = {path: documents.blocks(path) for path in [*documents.PAGES, *documents.NOTEBOOKS]}
 # Pages that begin with a store that is there.
 WITH_STORE = ("audit.md", "results.md", "store-format.md")
 # Blocks that no test can run, by page. One more is to be argued for here.
@@ -58,7 +58,7 @@ def desk(tokenizer, tmp_path_factory):
     (desk / "my-pairs").mkdir()
     (desk / "demo/output/models").mkdir(parents=True)
     (desk / "demo/output/models/SmolLM2-135M-Instruct").symlink_to(desk / "my-sft-model")
-    (desk / "demo/data").symlink_to(pages.ROOT / "demo/data")
+    (desk / "demo/data").symlink_to(documents.ROOT / "demo/data")
     for name, lines in (
         ("responses", rows),
         ("prompts", prompts),
@@ -95,9 +95,11 @@ def test_the_blocks_of_a_page_run(path, desk, request, tmp_path):
     if path.name == "responses.md":  # where they are made
         (folder / "responses.jsonl").unlink()
     found = [block for block in BLOCKS[path] if block.reason is None]
-    process = job.context().Process(target=pages.run, args=(str(folder), found, str(tmp_path / "said")), daemon=True)
+    process = job.context().Process(
+        target=documents.run, args=(str(folder), found, str(tmp_path / "said")), daemon=True
+    )
     process.start()
-    process.join(300)
+    process.join()
     assert process.exitcode == 0, (tmp_path / "said").read_text()
 
 
@@ -111,7 +113,7 @@ def test_few_blocks_are_left_out_and_these_say_why():
     assert marked == NOT_RUN
 
 
-@pytest.mark.parametrize("path", pages.NOTEBOOKS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", documents.NOTEBOOKS, ids=lambda path: path.name)
 def test_notebooks_are_of_nbformat_4_and_hold_no_outputs(path):
     text = path.read_text(encoding="utf-8")
     notebook = json.loads(text)
@@ -127,19 +129,19 @@ def test_every_command_that_is_printed_has_the_options_it_is_printed_with():
     for path, found in BLOCKS.items():
         for block in found:
             if block.kind in ("sh", "bash"):
-                for words in filter(None, map(pages.bpo_words, pages.lines(block.code))):
-                    pages.check_words(words)
+                for words in filter(None, map(documents.bpo_words, documents.lines(block.code))):
+                    documents.check_words(words)
                     seen += 1
-        for command in pages.inline(path) if path.suffix == ".md" else ():
-            pages.check_options(shlex.split(command)[1:])
+        for command in documents.inline(path) if path.suffix == ".md" else ():
+            documents.check_options(shlex.split(command)[1:])
             seen += 1
     assert seen > 50
 
 
 def test_a_printed_option_that_is_not_there_is_found():
     with pytest.raises(AssertionError, match="no such option"):
-        pages.check_words(["select", "model", "data.jsonl", "--budget", "5", "--ouptut", "x"])
+        documents.check_words(["select", "model", "data.jsonl", "--budget", "5", "--ouptut", "x"])
     with pytest.raises(AssertionError, match="no option --budgets"):
-        pages.check_options(["preview", "gradients", "--budgets", "5"])
+        documents.check_options(["preview", "gradients", "--budgets", "5"])
     with pytest.raises(AssertionError, match="no command verfy"):
-        pages.check_options(["store", "verfy"])
+        documents.check_options(["store", "verfy"])

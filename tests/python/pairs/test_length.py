@@ -254,7 +254,7 @@ def test_summary_and_report_show_length(tmp_path):
         }
     )
     assert earlier.lengths() is None and "longer in" not in earlier.summary()
-    assert "<h2>Length" not in earlier.report(tmp_path / "earlier.html").read_text()
+    assert 'id="length"' not in earlier.report(tmp_path / "earlier.html").read_text()
 
 
 def test_length_is_controlled_in_the_trainer_too(model_path, tmp_path):

@@ -251,6 +251,7 @@ def _select(plan: Plan, task: Task, split: Split) -> _Chosen:
             config=arm.select if arm.select.threads else dataclasses.replace(arm.select, threads=plan.threads),
             seed=task.seed,
             progress=False,
+            evidence=False,
         )
     pairs = split.train[np.array(selection.dataset["bpo_row"])]
     order = np.argsort(pairs)

@@ -13,6 +13,8 @@ import numpy as np
 
 from bpo.evidence.statistics import holm, paired
 from bpo.report.figures import draw_preview
+from bpo.report.notebook import records_table
+from bpo.report.preview_page import write_preview_page
 from bpo.system.files import read_json, write_whole
 
 if TYPE_CHECKING:
@@ -57,6 +59,26 @@ class Preview:
     seconds: float
     settings: dict[str, Any]
     left_out: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return (
+            f"Preview({len(self.arms)} arms at {', '.join(map(str, self.budgets))} pairs, "
+            f"{self.accuracy.shape[2]} seeds, baseline={self.baseline!r})"
+        )
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (
+                row["budget"],
+                row["arm"],
+                f"{row['accuracy']:.3f}",
+                ""
+                if row["difference"] is None
+                else f"{100 * row['difference']:+.1f} ({100 * row['low']:+.1f} to {100 * row['high']:+.1f})",
+            )
+            for row in self.table()
+        ]
+        return records_table(repr(self), ("pairs", "arm", "accuracy", f"points above {self.baseline} (95 %)"), rows)
 
     def difference(self, arm: str, budget: int, *, to: str | None = None, length_controlled: bool = False) -> Estimate:
         """Returns how much more accurate an arm is than another (by default the baseline), paired by seed.
@@ -148,6 +170,24 @@ class Preview:
     def figure(self, path: str | os.PathLike[str]) -> Path:
         """Draws the differences to the baseline into a .svg, .png or .pdf file; needs matplotlib. Returns its path."""
         return draw_preview(self.table(), self.budgets, self.baseline, path)
+
+    def report(self, path: str | os.PathLike[str]) -> Path:
+        """Writes one self-contained HTML page, which says in words what the table means; returns its path."""
+        records = self.table()
+        return write_preview_page(
+            Path(path),
+            records,
+            self.budgets,
+            self.baseline,
+            verdicts=[
+                (budget, self._verdict([row for row in records if row["budget"] == budget])) for budget in self.budgets
+            ],
+            seeds=self.accuracy.shape[2],
+            **{
+                name: getattr(self, name)
+                for name in ("n_pairs", "n_heldout", "heldout_share", "seconds", "settings", "left_out")
+            },
+        )
 
     def _verdict(self, rows: list[dict[str, Any]]) -> str:
         """Whether the choice of pairs matters at this budget, in a sentence."""

@@ -40,7 +40,7 @@ def bpo(candidacy: Candidacy) -> Choice:
         labels,
         keys,
         candidacy.budget,
-        min_depth=config.min_depth,
+        min_depth=config.min_depth or 0,
         max_depth=config.max_depth,
         cluster_weights=weights,
     )

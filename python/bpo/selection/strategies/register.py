@@ -105,6 +105,11 @@ def register_strategy(
     STRATEGIES[name] = Strategy(choose, wanted if wanted <= {"scores"} else wanted | _GRADIENTS, keeps_every_prompt)
 
 
+def is_ours(name: str) -> bool:
+    """Whether a strategy is one of bpo's own."""
+    return name in _OURS
+
+
 def registered(names: Iterable[str]) -> dict[str, Strategy]:
     """Returns those of some strategies that :func:`register_strategy` made known, for a process of its own."""
     return {name: STRATEGIES[name] for name in names if name not in _OURS}
