@@ -15,7 +15,7 @@ from tiny import TINY, scored_rows, stored, tiny_llama
 
 BLOCKS = {path: documents.blocks(path) for path in [*documents.PAGES, *documents.NOTEBOOKS]}
 # Pages that begin with a store that is there.
-WITH_STORE = ("audit.md", "results.md", "store-format.md")
+WITH_STORE = ("audit.md", "report.md", "results.md", "store-format.md")
 # Blocks that no test can run, by page. One more is to be argued for here.
 NOT_RUN = {"results.md": 1, "scaling.md": 2}
 
