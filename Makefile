@@ -36,6 +36,10 @@ MIRI = RAYON_NUM_THREADS=2 MIRIFLAGS='-Zmiri-disable-isolation -Zmiri-tree-borro
 AARCH64 := aarch64-unknown-linux-gnu
 AARCH64_CPUS := max cortex-a72
 
+# pip is told to compile nothing, most of which is never imported; where Python may not write it down either, every process that
+# a test starts compiles PyTorch and transformers anew, for half a minute.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-rust test-python checked miri aarch64 same lint lint-rust lint-python bench gpu scaling count fuzz mutants torture \
   architectures docs tables wheel manylinux oldest clean
