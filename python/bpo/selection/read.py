@@ -129,7 +129,8 @@ def provenance_of(model: str | None, revision: str | None, told: Told) -> dict[s
     found = {
         "model": model,
         "model_revision": revision,
-        "data": f"{told.origin.name}, fingerprint {told.fingerprint[:16]}",
+        "data": told.origin.name,
+        "data_fingerprint": told.fingerprint,
         "split": told.origin.split,
         "license": told.origin.license,
         "breadth": int(breadth) if isinstance(breadth, numbers.Integral) else breadth and float(breadth),

@@ -445,6 +445,7 @@ def _facts(made: Mapping[str, Any], facts: Mapping[str, Any], license: str | Non
         "model": made.get("model"),
         "revision of the model": made.get("model_revision"),
         "data": made.get("data"),
+        "fingerprint of responses and pairs": made.get("data_fingerprint"),
         "split": made.get("split"),
         "licence of the data": license or "not known here",
         "made": made.get("created"),
@@ -457,7 +458,7 @@ def published(provenance: dict[str, Any]) -> dict[str, Any]:
     """Returns the provenance for everybody: no command, and of what lies on this machine the name alone."""
     shown = {name: value for name, value in provenance.items() if name != "command"}
     for name in ("model", "data"):
-        place, comma, rest = str(shown.get(name, "")).partition(", fingerprint ")
+        place = str(shown.get(name, ""))
         if place and not is_url(place) and (Path(place).is_absolute() or Path(place).exists()):
-            shown[name] = f"{Path(place).name}{comma}{rest}"
+            shown[name] = Path(place).name
     return shown

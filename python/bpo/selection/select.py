@@ -201,7 +201,7 @@ def _choose(
         config=request.config.to_dict(),
         skipped=pool.candidates.skipped.places,
         noted=pool.noted.places,
-        provenance=provenance_of(*(source.policy.named if source.policy else (None, None)), told),
+        provenance=provenance_of(*source.named, told),
         evidence=look(told.columns, pool.candidates, kept, scored, chosen, request, agreement=agreement)
         if looks
         else {},

@@ -51,10 +51,11 @@ class Selection:
         config: The settings, as plain values.
         skipped: What of the data could not be used: reason → places.
         noted: What was used but is worth a look, such as gradients far longer than the others: reason → places.
-        provenance: Where the selection comes from, as far as that is known: ``model``, ``model_revision``, ``data``
-            (path or kind, and a fingerprint of responses and pairs), ``split``, ``license`` (of the data), ``breadth``,
-            ``command`` (of bpo's commands), ``versions`` (package → version) and ``created`` (ISO 8601, UTC; that of
-            the environment variable ``SOURCE_DATE_EPOCH`` where it is set).
+        provenance: Where the selection comes from, as far as that is known: ``model`` (path, hub id, or the fingerprint
+            that a store alone knows), ``model_revision``, ``data`` (path or kind), ``data_fingerprint`` (SHA-256 of its
+            responses and pairs), ``split``, ``license`` (of the data), ``breadth``, ``command`` (of bpo's commands),
+            ``versions`` (package → version) and ``created`` (ISO 8601, UTC; that of the environment variable
+            ``SOURCE_DATE_EPOCH`` where it is set).
         evidence: What was measured beside the choice, as plain values, from which the report says whether it can be
             trusted; empty with ``evidence=False`` and for a selection of an earlier version.
     """
@@ -208,7 +209,7 @@ class Selection:
             skipped=self.skipped,
             noted=self.noted,
             evidence=self.evidence,
-            provenance=getattr(self, "provenance", {}),
+            provenance=self.provenance,
             preview=None
             if preview is None
             else {"records": preview.table(), "baseline": preview.baseline, "splits": preview.accuracy.shape[2]},

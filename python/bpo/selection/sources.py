@@ -53,6 +53,10 @@ class Source(Protocol):
         """The policy, where one is given."""
 
     @property
+    def named(self) -> tuple[str | None, str | None]:
+        """Where the model is from, and its commit on the hub; its fingerprint where only a store knows it."""
+
+    @property
     def reading(self) -> SelectConfig:
         """The settings to read data with: what only gradients depend on need not be in the data otherwise."""
 
@@ -125,6 +129,11 @@ class Unmeasured:
     config: SelectConfig
 
     @property
+    def named(self) -> tuple[str | None, str | None]:
+        """That of the policy, if there is one."""
+        return (None, None) if self.policy is None else self.policy.named
+
+    @property
     def reading(self) -> SelectConfig:
         """Without what only gradients depend on."""
         return dataclasses.replace(self.config, token_weights=None, ref_model=None)
@@ -150,6 +159,12 @@ class StoreAlone:
     def __init__(self, store: GradientStore, config: SelectConfig) -> None:
         self.store = store
         self.config = with_settings_of(store, config)
+
+    @property
+    def named(self) -> tuple[str | None, str | None]:
+        """By what the store knows it."""
+        known = self.store.fingerprint.get("model")
+        return (None if known is None else f"fingerprint {known}", None)
 
     @property
     def reading(self) -> SelectConfig:
@@ -189,6 +204,11 @@ class _Tokenizing:
         self.policy = policy
         self.config = request.config
         self._store = request.store
+
+    @property
+    def named(self) -> tuple[str | None, str | None]:
+        """That of the policy."""
+        return self.policy.named
 
     @property
     def reading(self) -> SelectConfig:

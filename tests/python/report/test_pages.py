@@ -1,6 +1,5 @@
 """What pages are made of, as a parser sees them, and what their first words claim."""
 
-import copy
 import dataclasses
 import json
 import warnings
@@ -103,15 +102,13 @@ def test_a_page_is_the_same_from_a_saved_selection(selection, tmp_path):
 
 
 def test_facts_that_were_recorded_are_told(selection, tmp_path):
-    told = copy.copy(selection)
     known = {
         "model": "my-model",
         "command": "bpo select a&b",
         "versions": {"torch": "2.9"},
         "created": "2026-11-28T10:00",
     }
-    object.__setattr__(told, "provenance", known)
-    text = told.report(tmp_path / "page.html").read_text(encoding="utf-8")
+    text = dataclasses.replace(selection, provenance=known).report(tmp_path / "page.html").read_text(encoding="utf-8")
     assert all(value in text for value in ("my-model", "bpo select a&amp;b", "2.9", "2026-11-28T10:00"))
 
 
@@ -120,9 +117,13 @@ def test_no_text_of_the_data_runs(tmp_path):
     hostile = bpo.select(None, rows, budget=6, strategy="margin", progress=False)
     assert hostile.evidence["sources"][0]["values"][0]["value"] == HOSTILE
     hostile = dataclasses.replace(
-        hostile, strategy=HOSTILE, skipped={HOSTILE: [HOSTILE]}, noted={HOSTILE: [HOSTILE]}, config={HOSTILE: HOSTILE}
+        hostile,
+        strategy=HOSTILE,
+        skipped={HOSTILE: [HOSTILE]},
+        noted={HOSTILE: [HOSTILE]},
+        config={HOSTILE: HOSTILE},
+        provenance=dict.fromkeys(("model", "data", "command"), HOSTILE),
     )
-    object.__setattr__(hostile, "provenance", dict.fromkeys(("model", "data", "command"), HOSTILE))
     page = check(hostile.report(tmp_path / "page.html").read_text(encoding="utf-8"))
     # Strategy, facts, settings, reasons, sources, prompts and responses: all of it stands there as text.
     assert page.text.count("&lt;script&gt;document.title=") > 30 and "{{ 7 * 7 }}" in page.text
@@ -211,7 +212,9 @@ def test_a_verdict_claims_no_more_than_was_measured():
     assert "drawn from 400" in said and "not a training" in said and "did no worse" in said
     assert "did no worse" not in " ".join(told(worth(0.01, 0.05)).because)
     assert told().answer == "Whether it is better than random was not measured"
-    assert "bpo preview GRADIENTS responses.jsonl --budget 100 --arm bpo" in " ".join(told().because)
+    for data, shown in (("my rows.jsonl", "'my rows.jsonl'"), ("a list of rows", "DATA"), (None, "DATA")):
+        said = told(provenance={"data": data}).because
+        assert f"bpo preview GRADIENTS {shown} --budget 100 --arm bpo" in " ".join(said)
     assert told(strategy="random").answer == "This is the random choice"
     lost = told({**worth(0.01, 0.05), "agreement": 0.4})
     assert "no direction in common (p = 0.40)" in lost.because[-1]
