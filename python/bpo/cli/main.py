@@ -182,7 +182,7 @@ def build_parser() -> Parser:
         "--print-completion",
         action=_Completion,
         choices=["bash", "zsh", "tcsh"],
-        help="print what has a shell complete commands and options (needs shtab)",
+        help="print what has a shell complete commands and options (needs the extra completion)",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     # In the order of --help.

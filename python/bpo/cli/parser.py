@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from bpo.system.optional import DISTRIBUTION
+
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
@@ -87,7 +89,9 @@ class Parser(argparse.ArgumentParser):
         try:
             import shtab
         except ImportError as error:
-            raise ImportError("Completion needs shtab, which is not installed: pip install shtab") from error
+            raise ImportError(
+                f"Completion needs shtab, which is not installed: pip install '{DISTRIBUTION}[completion]'"
+            ) from error
         self._place_all()
         return str(shtab.complete(self, shell))
 
