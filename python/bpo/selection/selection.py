@@ -289,7 +289,8 @@ class Selection:
 
         What is there afterwards is what :meth:`save` writes and the card: ``load_dataset(repo_id, split="train")``
         gives the training set, and :meth:`load` the whole from a downloaded copy. ``provenance`` goes without the
-        command and without the directories of this machine; ``config`` as it is.
+        command and without the directories of this machine, ``evidence`` without texts, so that no response is
+        published but those of the chosen pairs; ``config`` as it is.
 
         Args:
             repo_id: ``owner/name``; made where it is not there, and an earlier selection is replaced.
@@ -308,7 +309,8 @@ class Selection:
         from huggingface_hub import HfApi
 
         api = HfApi(token=token)
-        shown = dataclasses.replace(self, provenance=published(self.provenance))
+        evidence = {name: value for name, value in self.evidence.items() if name != "texts"}
+        shown = dataclasses.replace(self, provenance=published(self.provenance), evidence=evidence)
         with tempfile.TemporaryDirectory(prefix="bpo-selection-") as scratch:
             shown.save(scratch)
             (Path(scratch) / "README.md").write_text(shown.card(license), encoding="utf-8")

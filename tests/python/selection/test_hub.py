@@ -133,6 +133,8 @@ def test_what_is_published_is_the_selection_with_its_card(selection, hub, tmp_pa
     loaded = bpo.Selection.load(tmp_path / "there")
     assert loaded.dataset.to_list() == selection.dataset.to_list() and loaded.pairs.equals(selection.pairs)
     assert read_back(tmp_path / "there", tmp_path).to_list() == selection.dataset.to_list()
+    # Texts of responses that were not chosen stay here.
+    assert selection.evidence["texts"] and loaded.evidence.keys() == selection.evidence.keys() - {"texts"}
     assert loaded.provenance["data"] == "rows.jsonl" and "command" not in loaded.provenance
     assert b"private" not in hub.files["README.md"] and b"private" not in hub.files["selection.json"]
     assert selection.provenance["command"] == "bpo select secret"
