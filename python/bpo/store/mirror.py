@@ -17,8 +17,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm.auto import tqdm
-
 from bpo import _core
 from bpo._core import StoreDamagedError, StoreError, StoreLockedError
 from bpo.store.objects import Objects, check_room
@@ -189,6 +187,8 @@ class Mirror:
             lacking = [each for plan in fetches.values() for each in plan]
             n_bytes = sum(segment.n_bytes for _, _, segment in lacking)
             check_room(n_bytes, self.directory, self.objects.shown)
+            from tqdm.auto import tqdm  # not before the command has read whether it is to be quiet
+
             with tqdm(total=n_bytes, desc="Fetching", unit="B", unit_scale=True, delay=5.0, leave=False) as bar:
                 for done in pool.map(self._get, lacking):
                     bar.update(done)
