@@ -173,7 +173,7 @@ def _choose(
     # Cluster: gradients of pairs at unit length, and what they are worth.
     scored = score(candidates, kept.inputs.pair_lengths, measured, request)
     noted = look_at(scored, candidates, request)
-    agreement = None if scored.features is None else scored.agreement
+    agreement = scored.agreement if looks and scored.features is not None else None
     scored = trust(toward(scored, pool.goal, wanted, request.config), request.config)
     doubted = look_at_labels(scored, candidates)
 

@@ -422,4 +422,4 @@ def _all_pairs(dataset: Any, settings: SelectConfig, columns: dict[str, str]) ->
     # Without what belongs to training.
     every = dataclasses.replace(settings, max_depth=None, length_control=None, reference_logps=False)
     rows = load_alike(dataset, columns)
-    return select(None, rows, budget=1.0, strategy="random", config=every, progress=False).dataset
+    return select(None, rows, budget=1.0, strategy="random", config=every, progress=False, evidence=False).dataset
