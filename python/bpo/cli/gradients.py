@@ -148,7 +148,9 @@ def _matmul_flops(config: SelectConfig) -> float:
     """The rate of products of large matrices on the device that the model would run on, in FLOP a second."""
     import torch
 
-    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    from bpo.policy.models import device_for
+
+    device = device_for(config)
     size, dtype = (1024, torch.float32) if device.type == "cpu" else (8192, torch.bfloat16)
     matrix = torch.ones(size, size, device=device, dtype=dtype)
     rate, begin = 0.0, time.perf_counter()

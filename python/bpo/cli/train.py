@@ -28,7 +28,7 @@ from bpo.system.paths import check_apart, check_path
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
     from bpo.cli.arguments import Commands
 
@@ -65,7 +65,8 @@ def add_train(commands: Commands) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    _check_spelling(options.more)
+    if known := declared_options():  # before TRL is imported, which takes a dozen seconds
+        _check_spelling(options.more, known)
     if options.store is None:
         options.store = store_beside(options.output_dir)
     check_apart(
@@ -100,14 +101,13 @@ def _run(options: argparse.Namespace) -> None:
         print(f"\nmodel    {shlex.quote(str(args.output_dir))}")
 
 
-def _check_spelling(words: Sequence[str]) -> None:
-    """Checks that each option is declared somewhere, before TRL is imported, which takes a dozen seconds.
+def _check_spelling(words: Sequence[str], known: Collection[str]) -> None:
+    """Checks that each option is among those that there are.
 
     Raises:
         ValueError: One that neither bpo nor TRL has.
     """
-    known = declared_options()
-    for word in words if known else ():
+    for word in words:
         name = word.partition("=")[0].removeprefix("--").replace("-", "_")
         if word.startswith("--") and name.removeprefix("no_") not in known:
             raise ValueError(f"--{name}: neither bpo train nor TRL has such an option{did_you_mean(name, known)}")
@@ -138,7 +138,7 @@ def _read(options: argparse.Namespace) -> Any:
     from trl import ModelConfig
 
     kinds = (bpo.BPOConfig, ModelConfig)
-    known = [field.name for kind in kinds for field in dataclasses.fields(kind)]
+    _check_spelling(options.more, [field.name for kind in kinds for field in dataclasses.fields(kind)])
     given = {"output_dir": options.output_dir, "budget": options.budget, "strategy": options.strategy}
     given |= {"store": options.store, "breadth": options.breadth, "model_name_or_path": options.model}
     words = [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
@@ -149,9 +149,7 @@ def _read(options: argparse.Namespace) -> Any:
     more = []
     for word in options.more:
         name, equals, value = word.partition("=")
-        name = name.replace("-", "_").lstrip("_") if word.startswith("--") else ""
-        if word.startswith("--") and name.removeprefix("no_") not in known:
-            raise ValueError(f"--{name}: neither bpo train nor TRL has such an option{did_you_mean(name, known)}")
+        name = name.removeprefix("--").replace("-", "_")
         more.append(f"--{name}{equals}{value}" if word.startswith("--") else word)
     args, model, rest = HfArgumentParser(kinds).parse_args_into_dataclasses(
         [*words, *more], return_remaining_strings=True

@@ -42,6 +42,18 @@ _VOLATILE_ADAPTER = {
 }
 
 
+def device_for(config: SelectConfig) -> torch.device:
+    """Returns the device that a model given by path runs on.
+
+    Raises:
+        ValueError: ``SelectConfig.device`` is none.
+    """
+    try:
+        return torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise ValueError(f"SelectConfig.device={config.device!r} is no device: {error}") from None
+
+
 def load_policy(model: Any, config: SelectConfig) -> PreTrainedModel:
     """Returns the model object given, or loads a causal language model (or a saved PEFT adapter) by path or hub id.
 
@@ -57,11 +69,7 @@ def load_policy(model: Any, config: SelectConfig) -> PreTrainedModel:
         model = unwrapped(model)
         check_policy(model)
         return model
-    name = check_path(str(model))
-    try:
-        device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
-        raise ValueError(f"SelectConfig.device={config.device!r} is no device: {error}") from None
+    name, device = check_path(str(model)), device_for(config)
     with naming(name):
         policy = _load(name, config).to(device)
     check_model(policy)  # with ZeRO-3 configured, transformers shares out what it loads

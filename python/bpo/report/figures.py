@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from bpo.system.files import replacing
 from bpo.system.optional import import_matplotlib
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     import numpy.typing as npt
     import pyarrow as pa
@@ -80,15 +81,8 @@ def draw_preview(
         ImportError: matplotlib is missing.
         ValueError: A name that ends otherwise.
     """
-    matplotlib = import_matplotlib()
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    path = _checked(path)
     records = [row for row in records if row["difference"] is not None]
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(layout="constrained")
-        FigureCanvasAgg(figure)
+    with _figure(path) as figure:
         names = list(dict.fromkeys(row["arm"] for row in records))
         figure.set_size_inches(2.2 + 3.4 * len(budgets), 1.0 + 0.25 * len(names))
         axes = figure.subplots(1, len(budgets), sharex=True, sharey=True, squeeze=False)[0]
@@ -105,8 +99,7 @@ def draw_preview(
             f"points of accuracy above {baseline}: ± standard error over splits, 95 % interval for new data",
             fontsize=8,
         )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return _save(figure, path)
+    return Path(path)
 
 
 def draw_selection(
@@ -132,11 +125,6 @@ def draw_selection(
         ImportError: matplotlib is missing.
         ValueError: A name that ends otherwise.
     """
-    matplotlib = import_matplotlib()
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    path = _checked(path)
     axes = pair_axes(pairs)
     panels: list[Callable[[Any], None]] = [lambda axis: _depth_panel(axis, depth)]
     if len(axes) > 1:
@@ -145,21 +133,35 @@ def draw_selection(
         panels.append(lambda axis: _histogram_panel(axis, axes[-1], selected))
     if "arms" in worth:
         panels.append(lambda axis: _worth_panel(axis, worth))
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(layout="constrained", figsize=(3.3 * len(panels), 2.9))
-        FigureCanvasAgg(figure)
+    with _figure(path) as figure:
+        figure.set_size_inches(3.3 * len(panels), 2.9)
         for axis, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
             panel(axis)
             axis.spines[["top", "right"]].set_visible(False)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return _save(figure, path)
+    return Path(path)
 
 
-def _checked(path: str | os.PathLike[str]) -> Path:
+@contextlib.contextmanager
+def _figure(path: str | os.PathLike[str]) -> Iterator[Any]:
+    """An empty figure, which is written once it has been drawn.
+
+    Raises:
+        ImportError: matplotlib is missing.
+        ValueError: A name that does not end in .svg, .png or .pdf.
+    """
+    matplotlib = import_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     path = Path(path)
     if path.suffix not in (".svg", ".png", ".pdf"):
         raise ValueError(f"{path}: the name of a figure ends in .svg, .png or .pdf.")
-    return path
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(layout="constrained")
+        FigureCanvasAgg(figure)
+        yield figure
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _save(figure, path)
 
 
 def _depth_panel(axis: Any, depth: npt.NDArray[np.int64]) -> None:

@@ -17,7 +17,7 @@ from bpo.report.figures import draw_selection
 from bpo.report.notebook import facts_table
 from bpo.report.selection_page import write_selection_page
 from bpo.selection.saved import data_card, published, read_selection, write_selection
-from bpo.selection.tables import FATES, SELECTED, UNTRUSTED
+from bpo.selection.tables import FATES, SELECTED, UNTRUSTED, labels_record
 
 if TYPE_CHECKING:
     import datasets
@@ -114,6 +114,12 @@ class Selection:
             raise ValueError(f"strategy={self.strategy!r} computes no log-probabilities; use strategy='bpo'.")
         return add_ref_logps(self.dataset)
 
+    @property
+    def _selected(self) -> npt.NDArray[np.bool_]:
+        """(P,) bool, which candidate pairs are kept."""
+        selected: npt.NDArray[np.bool_] = pc.equal(self.pairs["fate"], SELECTED).to_numpy()
+        return selected
+
     def fates(self) -> dict[str, int]:
         """Returns how many candidate pairs met each fate; ``"untrusted"`` only where labels were audited."""
         counted = {entry["values"]: entry["counts"] for entry in self.pairs["fate"].value_counts().to_pylist()}
@@ -137,7 +143,7 @@ class Selection:
             {"gap": gap + effect, "controlled_gap": gap} if taken_out else {"gap": gap, "controlled_gap": gap - effect}
         )
         every = {"longer_share": (np.sign(ratio - 1) + 1) / 2, **gaps}
-        selected = pc.equal(self.pairs["fate"], SELECTED).to_numpy()
+        selected = self._selected
         return {
             "kept": {name: _mean(values[selected]) for name, values in every.items()},
             "all": {name: _mean(values) for name, values in every.items()},
@@ -199,7 +205,7 @@ class Selection:
         Returns:
             The path.
         """
-        selected = pc.equal(self.pairs["fate"], SELECTED).to_numpy()
+        selected = self._selected
         return write_selection_page(
             Path(path),
             self.pairs,
@@ -236,8 +242,7 @@ class Selection:
             ImportError: matplotlib is missing.
             ValueError: A name that ends otherwise.
         """
-        selected = pc.equal(self.pairs["fate"], SELECTED).to_numpy()
-        return draw_selection(self.pairs, selected, self.depth, self.evidence.get("worth") or {}, path)
+        return draw_selection(self.pairs, self._selected, self.depth, self.evidence.get("worth") or {}, path)
 
     def save(self, directory: str | os.PathLike[str]) -> str | Path:
         """Saves the selection as Parquet and JSON.
@@ -371,15 +376,7 @@ def _labels_of(audit: Any, selected: npt.NDArray[np.bool_]) -> dict[str, Any]:
     if len(pairs) and pairs.max() >= len(selected):
         raise ValueError(f"The audit has pair {pairs.max()}, of {len(selected)} candidates: it is of other data.")
     kept = selected[pairs]
-    pairs, wrong = pairs[kept], wrong[kept]
-    worst = np.argsort(-wrong, kind="stable")[:20]
-    return {
-        "tells": audit.tells,
-        "suspects": int((wrong > 0.5).sum()),
-        "expected": float(wrong.sum()),
-        "known": len(pairs),
-        "worst": [[int(pairs[at]), float(wrong[at])] for at in worst if wrong[at] > 0.3],
-    }
+    return labels_record(audit.tells, pairs[kept], wrong[kept])
 
 
 def has_ref_logps(dataset: Any) -> bool:

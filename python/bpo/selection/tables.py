@@ -22,9 +22,28 @@ if TYPE_CHECKING:
 
 SELECTED = "selected"
 UNTRUSTED = "untrusted"
+_NAMED_LABELS, _DOUBTFUL = 20, 0.3
 FATES = (SELECTED, "depth", "breadth", "unusable", UNTRUSTED)
 """Fates of a pair: selected, or what it fell to: the depth of its prompt, breadth compression, an unusable gradient, or
 a label that is more likely wrong than right."""
+
+
+def labels_record(tells: bool, pairs: npt.NDArray[np.int64], wrong: npt.NDArray[np.float64]) -> dict[str, Any]:
+    """What a selection says of the labels of its pairs, as plain values.
+
+    Args:
+        tells: Whether the rest of the data says anything of them.
+        pairs: (K,) those whose labels were looked at.
+        wrong: (K,) the probability that each is wrong.
+    """
+    worst = np.argsort(-wrong, kind="stable")[:_NAMED_LABELS]
+    return {
+        "tells": bool(tells),
+        "suspects": int((wrong > 0.5).sum()),
+        "expected": float(wrong.sum()),
+        "known": len(pairs),
+        "worst": [[int(pairs[at]), float(wrong[at])] for at in worst if wrong[at] > _DOUBTFUL],
+    }
 
 
 def pair_table(

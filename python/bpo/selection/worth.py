@@ -17,6 +17,7 @@ from bpo.selection.request import Request
 from bpo.selection.scored import score
 from bpo.selection.strategies.candidacy import UnsuitedError
 from bpo.selection.strategies.register import STRATEGIES, is_ours
+from bpo.selection.tables import labels_record
 
 if TYPE_CHECKING:
     import datasets
@@ -236,15 +237,9 @@ def _labels(kept: Kept, scored: ScoredPairs, chosen: npt.NDArray[np.bool_]) -> d
         if float(len(rows)) * dim * dim * len(scored.measured.gradients) > _MOST_LABEL_WORK:
             return {"reason": "it would take too long here"}
         audit = scored.labels
-    wrong = np.where(chosen & np.isfinite(audit.trust), 1 - audit.trust, -1.0)
-    worst = np.argsort(-wrong, kind="stable")[:_NAMED_PAIRS]
-    return {
-        "tells": bool(audit.tells),
-        "suspects": int((wrong > 0.5).sum()),
-        "expected": float(wrong[wrong >= 0].sum()),
-        "known": int((wrong >= 0).sum()),
-        "worst": [[int(kept.pair_index[pair]), round(float(wrong[pair]), 4)] for pair in worst if wrong[pair] > 0.3],
-    }
+    known = np.flatnonzero(chosen & np.isfinite(audit.trust))
+    record = labels_record(audit.tells, kept.pair_index[known], 1 - audit.trust[known])
+    return {**record, "worst": [[pair, round(wrong, 4)] for pair, wrong in record["worst"]]}
 
 
 def _near(kept: Kept, scored: ScoredPairs, chosen: npt.NDArray[np.bool_]) -> dict[str, Any]:
