@@ -50,6 +50,17 @@ mod _core {
     #[expect(non_upper_case_globals, reason = "the name that Python expects")]
     const __version__: &str = env!("CARGO_PKG_VERSION");
 
+    /// What was asked of the kernels is not turned into something else in silence.
+    #[pymodule_init]
+    fn init(_module: &pyo3::Bound<'_, pyo3::types::PyModule>) -> pyo3::PyResult<()> {
+        match crate::simd::unknown_level() {
+            None => Ok(()),
+            Some((given, names)) => Err(pyo3::exceptions::PyValueError::new_err(format!(
+                "BPO_SIMD={given} names no instruction set; it may be one of {names}, or unset."
+            ))),
+        }
+    }
+
     /// The instruction set whose kernels run on this processor.
     #[pyo3::pyfunction]
     fn simd() -> &'static str {

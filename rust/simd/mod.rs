@@ -46,6 +46,17 @@ pub enum Level {
 }
 
 impl Level {
+    /// All, the best last.
+    pub const ALL: &[Level] = &[
+        Level::Plain,
+        #[cfg(target_arch = "aarch64")]
+        Level::Neon,
+        Level::Avx2,
+        Level::AvxVnni,
+        Level::Avx512,
+        Level::Avx512Vnni,
+    ];
+
     /// Its name, as `BPO_SIMD` takes it.
     pub fn name(self) -> &'static str {
         match self {
@@ -59,6 +70,9 @@ impl Level {
         }
     }
 }
+
+/// Makes kernels use less than the processor has.
+const VARIABLE: &str = "BPO_SIMD";
 
 static LEVEL: AtomicU8 = AtomicU8::new(0);
 
@@ -117,18 +131,20 @@ pub fn level_of_bytes() -> Level {
     }
 }
 
-/// What the environment variable `BPO_SIMD` asks for (`plain`, `avx2`, `avxvnni`, `avx512` or `avx512vnni`; `neon` on
-/// AArch64), else the best.
+/// What the environment variable `BPO_SIMD` asks for by its name, else the best.
 fn wanted_level() -> Level {
-    match std::env::var("BPO_SIMD").as_deref() {
-        Ok("plain") => Level::Plain,
-        #[cfg(target_arch = "aarch64")]
-        Ok("neon") => Level::Neon,
-        Ok("avx2") => Level::Avx2,
-        Ok("avxvnni") => Level::AvxVnni,
-        Ok("avx512") => Level::Avx512,
-        _ => Level::Avx512Vnni,
-    }
+    named_level(std::env::var(VARIABLE).ok().as_deref()).unwrap_or(Level::Avx512Vnni)
+}
+
+fn named_level(name: Option<&str>) -> Option<Level> {
+    Level::ALL.iter().copied().find(|level| Some(level.name()) == name)
+}
+
+/// What `BPO_SIMD` holds where that is no level, and the names of those.
+pub fn unknown_level() -> Option<(String, String)> {
+    let given = std::env::var_os(VARIABLE)?.to_string_lossy().into_owned();
+    let names = || Level::ALL.iter().map(|level| level.name()).collect::<Vec<_>>().join(", ");
+    (!given.is_empty() && named_level(Some(&given)).is_none()).then(|| (given, names()))
 }
 
 /// Runs kernels at `level`, or at the next lower one that this machine has; returns the level in force.

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
     import numpy.typing as npt
     import pyarrow as pa
 
@@ -19,6 +22,15 @@ WIDTH, HEIGHT = 1000, 440
 
 _COLUMNS, _ROWS, _SHADES = 80, 40, 5
 _BINS = 24
+
+
+def reach(records: Iterable[Mapping[str, Any]]) -> float:
+    """How far from zero a picture of intervals reaches, above 0: to the farthest, but 2.5 times the median at most.
+
+    An arm that is far off, as a control may be, would hide all others. An interval that is not known has NaN.
+    """
+    far = sorted(max(abs(row["low"]), abs(row["high"])) for row in records if not math.isnan(row["low"]))
+    return max(1e-9, min(far[-1], 2.5 * far[len(far) // 2])) * 1.05 if far else 1.0
 
 
 def column(pairs: pa.Table, name: str) -> Floats:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bpo.report.charts import pair_axes
+from bpo.report.charts import pair_axes, reach
 from bpo.report.wording import STAGES, pairs_at
 from bpo.system.files import replacing
 from bpo.system.optional import import_matplotlib
@@ -86,9 +86,7 @@ def draw_preview(
         names = list(dict.fromkeys(row["arm"] for row in records))
         figure.set_size_inches(2.2 + 3.4 * len(budgets), 1.0 + 0.25 * len(names))
         axes = figure.subplots(1, len(budgets), sharex=True, sharey=True, squeeze=False)[0]
-        # An arm that is far off, as a control may be, is told in words, or it would hide all others.
-        reach = sorted(100 * max(abs(row["low"]), abs(row["high"])) for row in records)
-        limit = min(reach[-1], 2.5 * reach[len(reach) // 2]) * 1.05
+        limit = 100 * reach(records)  # an arm beyond is told in words
         for axis, budget in zip(axes, budgets, strict=True):
             _preview_panel(axis, [row for row in records if row["budget"] == budget], names, limit)
             axis.set_title(pairs_at(budget), loc="left")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from bpo.report.charts import reach
 from bpo.report.page import write_page
 
 if TYPE_CHECKING:
@@ -27,9 +28,7 @@ def write_preview_page(
         The path.
     """
     known = [row for row in records if row["difference"] is not None]
-    reach = sorted(max(abs(row["low"]), abs(row["high"])) for row in known if row["low"] == row["low"])
-    # As in the figure: a control that is far off would hide all others.
-    limit = max(1e-9, min(reach[-1], 2.5 * reach[len(reach) // 2])) * 1.05 if reach else 1.0
+    limit = reach(known)
     return write_page(
         "preview.html",
         path,

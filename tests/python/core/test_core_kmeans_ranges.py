@@ -167,3 +167,10 @@ for d in tests.DIMS:
 """
     environment = {**os.environ, "BPO_SIMD": level}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+
+
+def test_unknown_level_is_refused():
+    program = "import bpo._core"
+    environment = {**os.environ, "BPO_SIMD": "avx1024"}
+    run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode and "BPO_SIMD=avx1024 names no instruction set; it may be one of plain, " in run.stderr
