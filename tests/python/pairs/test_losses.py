@@ -162,9 +162,11 @@ def assert_gradient_is_that_of_trl(trainer, stored, config, row):
     (coefficients,) = coefficients_of(stored.store, stored.pairs[row : row + 1], config)
     expected = gradient_of_trl(trainer, config, row)
     sketched = _core.Sketcher(256, seed=0).sketch(expected[None])[0]
+    # Weights are exponentials of β times log-probabilities, which are rounded otherwise in a batch of another shape.
+    tolerance = 1e-4 * max(1, config.beta)
     for rows, target in ((stored.gradients, expected), (stored.store.sketches(), sketched)):
         found = coefficients @ rows[stored.pairs[row]]
-        assert np.linalg.norm(found - target) <= 1e-4 * np.linalg.norm(target)
+        assert np.linalg.norm(found - target) <= tolerance * np.linalg.norm(target)
     return coefficients
 
 
