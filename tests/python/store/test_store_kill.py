@@ -109,6 +109,15 @@ def rows_of(path):
     return len(store)
 
 
+def differences(path, other):
+    """What two stores hold otherwise: field → (row, one, other)."""
+    one, two = GradientStore.open(path).records, GradientStore.open(other).records
+    return {
+        name: [(row, one[name][row].tolist(), two[name][row].tolist()) for row in range(len(one)) if one[row] != two[row]]
+        for name in one.dtype.names
+    }
+
+
 def test_a_killed_extraction_ends_with_the_same_bytes(tmp_path):
     rows = scored_rows(25, 6)
     context = job.context()
@@ -135,7 +144,7 @@ def test_a_killed_extraction_ends_with_the_same_bytes(tmp_path):
             finished = process.exitcode == 0
             kills += not finished
             counts.add(rows_of(path))
-        assert contents(path) == contents(tmp_path / "whole")
+        assert contents(path) == contents(tmp_path / "whole"), differences(path, tmp_path / "whole")
         stores += 1
     print(f"{kills} kills of {stores} extractions, which left {len(counts)} different numbers of rows")
 
