@@ -343,6 +343,12 @@ impl StoreReader {
         self.reader.tail()
     }
 
+    /// Whether the last writer closed the store, rather than being at work or having died.
+    #[getter]
+    fn closed(&self) -> bool {
+        self.reader.is_closed()
+    }
+
     fn __getnewargs_ex__<'py>(&self, py: Python<'py>) -> PyResult<(Bound<'py, PyTuple>, Bound<'py, PyDict>)> {
         // As text, whatever class of path it was.
         let path = std::path::absolute(self.path())?.into_os_string();

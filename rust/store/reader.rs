@@ -65,6 +65,8 @@ pub struct StoreReader {
     damaged: Vec<u64>,
     /// Bytes behind the last committed row.
     tail: u64,
+    /// Whether both counts of the header are the same.
+    closed: bool,
 }
 
 /// A row as it lies in the files.
@@ -94,7 +96,7 @@ impl StoreReader {
         let Some(counts) = counts else {
             return Err(damage(&paths.records, "both counts of rows in its header are damaged".to_owned()));
         };
-        let mut reader = Self { paths, manifest, count: 0, damaged: Vec::new(), tail: 0 };
+        let mut reader = Self { paths, manifest, count: 0, damaged: Vec::new(), tail: 0, closed: false };
         reader.decide_count(counts, tolerance, progress)?;
         Ok(reader)
     }
@@ -110,6 +112,7 @@ impl StoreReader {
         let there = rows_there.min(records_there);
 
         let smaller = counts.smaller.filter(|&smaller| smaller < counts.larger);
+        self.closed = counts.smaller == Some(counts.larger);
         let interrupted = match smaller {
             Some(smaller) => {
                 there < counts.larger || !are_sound(&self.paths.records, smaller..counts.larger, progress)?
@@ -151,6 +154,11 @@ impl StoreReader {
 
     pub fn rows_path(&self) -> PathBuf {
         self.paths.rows(self.manifest.encoding)
+    }
+
+    /// Whether its last writer closed it, so that its files are those of any other store of the same rows.
+    pub fn is_closed(&self) -> bool {
+        self.closed
     }
 
     /// Bytes behind the last committed row, which count for nothing.

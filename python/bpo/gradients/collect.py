@@ -232,6 +232,8 @@ def _collect(
                 work = parts.claimed(start, shared.name, config.process_timeout, found)
             for target, rows in stack.enter_context(contextlib.closing(work)):
                 add_rows(target, extraction, rows, bar)
+        elif shared.is_main:
+            writer.settle()
     return writer.reopen()
 
 

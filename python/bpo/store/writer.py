@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -235,6 +236,12 @@ class GradientWriter:
         if len(self._writer) != len(self._present):
             self._writer.close()
             raise StoreLockedError(f"{self.path}: another process added rows just now; run again to go on from there.")
+
+    def settle(self) -> None:
+        """Closes a whole store that its last writer was killed before closing, unless another is at it, or none may."""
+        if self._writer is None and self._present is not None and not self._present.reader.closed:
+            with contextlib.suppress(StoreLockedError, OSError):
+                _core.StoreWriter.append_to(os.fspath(self.path)).close()
 
     def reopen(self) -> GradientStore:
         """Opens for reading what was written; a temporary store lives as long as the returned object."""

@@ -6,9 +6,11 @@ A few times on every run; ``make torture`` sets BPO_TORTURE for hundreds.
 import os
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -107,6 +109,19 @@ def rows_of(path):
     store = GradientStore.open(path)
     assert len(store.verify()) == 0
     return len(store)
+
+
+def test_a_whole_store_that_was_not_closed_is_closed(tmp_path):
+    """A writer that is killed after its last commit leaves two counts of rows, of which the next run makes one."""
+    rows = scored_rows(4, 3)
+    extract(tmp_path / "store", rows)
+    closed = contents(tmp_path / "store")
+    with (tmp_path / "store" / "records.bin").open("r+b") as file:
+        file.seek(40)
+        file.write(struct.pack("<QI", 0, zlib.crc32(bytes(8))))
+    assert not GradientStore.open(tmp_path / "store").reader.closed
+    extract(tmp_path / "store", rows)
+    assert contents(tmp_path / "store") == closed
 
 
 def differences(path, other):
