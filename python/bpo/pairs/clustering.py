@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from bpo.system.progress import Progress
+    from bpo.world.shares import Shares
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,8 +159,19 @@ def cluster_pairs(
         >>> bool(clusters.labels[0] == clusters.labels[1] != clusters.labels[2])
         True
     """
-    config = SelectConfig.of(config)
-    norms = pair_norms(PairGradients(rows, pairs, coefficients), config.threads, progress)
+    return clustered(PairGradients(rows, pairs, coefficients), SelectConfig.of(config), seed, progress)
+
+
+def clustered(
+    gradients: PairGradients,
+    config: SelectConfig,
+    seed: int,
+    progress: Progress | None = None,
+    shares: Shares | None = None,
+) -> PairClusters:
+    """As :func:`cluster_pairs`; with ``shares`` by several processes, each of which reads the rows of its own pairs."""
+    rows, pairs, coefficients = gradients
+    norms = pair_norms(gradients, config.threads, progress, shares)
     usable = np.isfinite(norms) & (norms > 0)
     index = np.flatnonzero(usable)
     if len(index) == 0:
@@ -177,9 +189,17 @@ def cluster_pairs(
         cache_bytes=cache_bytes(len(rows), len(pairs), rows.shape[1], config),
         threads=config.threads,
         progress=progress,
+        processes=shares,
     )
     scores = _core.score_pairs(
-        rows, used, unit, result.centroids, result.labels, threads=config.threads, progress=progress
+        rows,
+        used,
+        unit,
+        result.centroids,
+        result.labels,
+        threads=config.threads,
+        progress=progress,
+        processes=shares,
     )
 
     def spread(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

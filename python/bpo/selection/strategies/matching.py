@@ -27,7 +27,7 @@ def matching(candidacy: Candidacy) -> Choice:
     index = np.flatnonzero(candidacy.eligible)
     features, prompts = candidacy.features.take(index), candidacy.prompt_of_pair[index]
     if candidacy.target is None:
-        direction = training_direction(features, prompts, candidacy.seed)
+        direction = training_direction(features, prompts, candidacy.seed, candidacy.shares)
     else:
         wanted = candidacy.target
         direction = training_direction(wanted, np.arange(len(wanted.pairs)), candidacy.seed)
@@ -41,5 +41,6 @@ def matching(candidacy: Candidacy) -> Choice:
             len(features.rows), len(candidacy.eligible), features.rows.shape[1], config, strategy="matching"
         ),
         threads=config.threads,
+        processes=candidacy.shares,
     )
     return picked(candidacy, index[picks], -np.arange(len(picks), dtype=np.float64))
