@@ -21,8 +21,12 @@ if TYPE_CHECKING:
 
 _Result = TypeVar("_Result")
 
-# Bytes of each process up to which all are sent at once, as long as the longest; beyond, one after the other.
-_AT_ONCE = 1 << 16
+# Bytes that go with the word of each process, as a second answer would take as long again; more are sent one after the
+# other.
+_WITH_A_WORD = 1 << 12
+_WORD = 8
+# What a process says in place of a number of bytes.
+_FAILED = -1
 
 
 class Shares:
@@ -53,22 +57,11 @@ class Shares:
             Exception: What another process failed with.
             ConnectionError: One of them died.
         """
-        import torch
-
-        sizes = self._meet(len(own))
+        found = self._meet(own)
+        if max(size for size, _ in found) <= _WITH_A_WORD:
+            return [part for _, part in found]
         with self._connected():
-            if max(sizes) > _AT_ONCE:
-                given = [own if rank == self.rank else bytes(0) for rank in range(self.size)]
-                return [
-                    self._broadcast(part, rank, size)
-                    for rank, (part, size) in enumerate(zip(given, sizes, strict=True))
-                ]
-            tensor = torch.zeros(max(sizes), dtype=torch.uint8)
-            tensor[: len(own)] = _tensor(own)
-            tensors = [torch.empty_like(tensor) for _ in sizes]
-            if len(tensor):
-                torch.distributed.all_gather(tensors, tensor, group=self._processes.group)
-        return [_bytes(each[:size]) for each, size in zip(tensors, sizes, strict=True)]
+            return [self._broadcast(own, rank, size) for rank, (size, _) in enumerate(found)]
 
     def receive(self, state: bytes) -> bytes:
         """Waits for its turn; returns a state as the process before left it, which is the one given for the first.
@@ -101,7 +94,7 @@ class Shares:
             if self.rank + 1 < self.size:
                 self._give(state, self.rank + 1)
             last = self.size - 1
-            count = torch.tensor([-1 if state is None else len(state)])
+            count = torch.tensor([_FAILED if state is None else len(state)])
             torch.distributed.broadcast(count, last, group=self._processes.group)
             after = None if count < 0 else self._broadcast(state or b"", last, int(count))
         if after is None and state is not None:
@@ -152,26 +145,31 @@ class Shares:
             self._ended = True
             return
         with contextlib.suppress(ConnectionError):
-            self._words(1, 0)
+            self._words(_FAILED, b"")
             self._failures(error)
 
-    def _meet(self, count: int = 0) -> list[int]:
-        """Learns that all are well, and how many bytes each has."""
-        words = self._words(0, count)
-        if any(failed for failed, _ in words):
+    def _meet(self, own: bytes = b"") -> list[tuple[int, bytes]]:
+        """Learns that all are well, how many bytes each has, and these if they are few."""
+        words = self._words(len(own), own)
+        if any(count == _FAILED for count, _ in words):
             raise next(error for error in self._failures(None) if error is not None)
-        return [size for _, size in words]
+        return words
 
-    def _words(self, failed: int, count: int) -> list[tuple[int, int]]:
+    def _words(self, count: int, own: bytes) -> list[tuple[int, bytes]]:
         import torch
 
         if self._ended:
             raise RuntimeError("The processes of this job share no work any more.")
-        own = torch.tensor([failed, count])
-        words = [torch.empty_like(own) for _ in range(self.size)]
+        word = count.to_bytes(_WORD, "little", signed=True) + own[:_WITH_A_WORD]
+        sent = _tensor(word.ljust(_WORD + _WITH_A_WORD, b"\0"))
+        heard = [torch.empty_like(sent) for _ in range(self.size)]
         with self._connected():
-            torch.distributed.all_gather(words, own, group=self._processes.group)
-        return [(int(word[0]), int(word[1])) for word in words]
+            torch.distributed.all_gather(heard, sent, group=self._processes.group)
+        words = []
+        for word in map(_bytes, heard):
+            count = int.from_bytes(word[:_WORD], "little", signed=True)
+            words.append((count, word[_WORD : _WORD + max(count, 0)]))
+        return words
 
     def _failures(self, error: BaseException | None) -> list[Exception | None]:
         self._ended = True
@@ -183,7 +181,7 @@ class Shares:
         import torch
 
         group = self._processes.group
-        torch.distributed.send(torch.tensor([-1 if state is None else len(state)]), rank, group=group)
+        torch.distributed.send(torch.tensor([_FAILED if state is None else len(state)]), rank, group=group)
         if state:
             torch.distributed.send(_tensor(state), rank, group=group)
 
@@ -222,7 +220,10 @@ class Shares:
 def _tensor(values: bytes) -> torch.Tensor:
     import torch
 
-    return torch.frombuffer(bytearray(values), dtype=torch.uint8) if values else torch.empty(0, dtype=torch.uint8)
+    # A copy: what lies in memory of Python's may have to be let go by a thread of torch's while the interpreter ends.
+    tensor = torch.empty(len(values), dtype=torch.uint8)
+    tensor.numpy()[:] = np.frombuffer(values, dtype=np.uint8)
+    return tensor
 
 
 def _bytes(tensor: torch.Tensor) -> bytes:

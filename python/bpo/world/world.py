@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import contextvars
 import dataclasses
@@ -213,6 +214,8 @@ def _joined(pid: int) -> World:
 
     launch = launched()
     os.environ.update(launch.variables)
+    if not _running():
+        atexit.register(_leave)
     try:
         PartialState()  # starts torch.distributed, and takes the device that is this process's
     except RuntimeError as error:
@@ -229,6 +232,14 @@ def _joined(pid: int) -> World:
         torch.distributed.new_group(backend="gloo", timeout=_MEETING)
     group = torch.distributed.new_group(backend="gloo", timeout=_LONGEST)
     return World(rank, size, min(size, launch.local_size if launch.size == size else size), group)
+
+
+def _leave() -> None:
+    """Ends the threads of torch.distributed, which else may abort a process that is done."""
+    if _running():
+        import torch.distributed
+
+        torch.distributed.destroy_process_group()
 
 
 @contextlib.contextmanager

@@ -4,10 +4,11 @@ import dataclasses
 import json
 import os
 import pickle
+import re
+import shutil
 import signal
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ import job
 from bpo import _core
 from bpo.pairs.clustering import clustered
 from bpo.pairs.direction import prompts_agree
-from bpo.pairs.linear import cross_fitted_margins, training_direction
+from bpo.pairs.linear import training_direction
 from bpo.pairs.pair_gradients import PairGradients, unit_features
 from bpo.world.shares import sharing
 from bpo.world.world import world
@@ -29,7 +30,11 @@ from tiny import scored_rows
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="there is no forkserver")
 ROWS = scored_rows(130, 5)
 PART = 64
-FINISHED = bpo.world.shares.Shares.hand_on
+
+
+def few_fits():
+    """Parts of few rows, so that each process has some, and fewer fits than to find out which penalty is best takes."""
+    bpo.pairs.linear._ROWS_AT_ONCE, bpo.pairs.linear._PENALTIES, bpo.pairs.linear._FOLDS = PART, (300.0, 30.0), 2
 
 
 def gradients():
@@ -70,7 +75,6 @@ def only(gradients, kept):
 
 def stages(shares):
     """What is found of pairs, as bytes, with those rows alone that a process has."""
-    bpo.pairs.linear._ROWS_AT_ONCE = PART
     whole, prompts = gradients()
     usable = np.isfinite(whole.rows[whole.pairs]).all(axis=(1, 2)) & whole.coefficients.any(axis=1)
     good = np.flatnonzero(usable)
@@ -78,26 +82,21 @@ def stages(shares):
     if shares is not None:
         own = np.union1d(*(rows_of(pairs, shares.rank, shares.size) for pairs in (whole.pairs, whole.pairs[usable])))
     found = {}
-    for metric in ("euclidean", "cosine"):
-        for clusters in (7, 40, 900):
-            config = bpo.SelectConfig(n_clusters=clusters, metric=metric, max_iter=5, threads=1)
-            clusters_found = clustered(only(whole, own), config, 3, None, shares)
-            np.testing.assert_array_equal(clusters_found.usable, usable)
-            found[metric, clusters] = dataclasses.astuple(clusters_found)
+    for metric, clusters in (("euclidean", 7), ("cosine", 40), ("euclidean", 500)):
+        config = bpo.SelectConfig(n_clusters=clusters, metric=metric, max_iter=5, threads=1)
+        clusters_found = clustered(only(whole, own), config, 3, None, shares)
+        np.testing.assert_array_equal(clusters_found.usable, usable)
+        found[metric, clusters] = dataclasses.astuple(clusters_found)
     features = unit_features(whole, clusters_found.informativeness, usable).take(good)
     limits = {"prompts": prompts[usable], "max_depth": 2, "processes": shares, "threads": 1}
     found["matching"] = _core.matching(*only(features, own), features.rows[5], 25, **limits)
     found["agree"] = prompts_agree(features, np.ones(len(good), dtype=bool), prompts[good], 1, shares)
+    # These go by parts of the rows in their order.
+    used = np.unique(features.pairs)
     if shares is not None:
-        parts = np.arange(0, len(np.unique(features.pairs)), PART)[
-            shares.part(-(-len(np.unique(features.pairs)) // PART))
-        ]
-        own = np.unique(features.pairs)[
-            (parts[:, None] + np.arange(PART)).ravel().clip(max=len(np.unique(features.pairs)) - 1)
-        ]
-    bpo.pairs.linear._VALIDATED_PAIRS = 10**6  # else it goes by the rows of some prompts alone
+        parts = np.split(used, range(PART, len(used), PART))[shares.part(-(-len(used) // PART))]
+        own = np.concatenate(parts)
     found["direction"] = training_direction(only(features, own), prompts[good], 2, shares)
-    found["margins"] = cross_fitted_margins(only(features, own), prompts[good], 2, shares)
     return pickle.dumps({name: _plain(values) for name, values in found.items()})
 
 
@@ -106,31 +105,31 @@ def _plain(values):
     return [(np.asarray(each).dtype.str, np.asarray(each).shape, np.asarray(each).tobytes()) for each in values]
 
 
-TARGET = scored_rows(4, 3, seed=9)
 ASKED = {
-    "bpo": {},
-    "by length": {"config": {"length_control": "balance", "usefulness": {"alignment": 1.0, "score_gap": 0.5}}},
+    "bpo": {"evidence": True},
     "matching": {"strategy": "matching"},
+    "by length": {"config": {"length_control": "balance", "usefulness": {"alignment": 1.0, "score_gap": 0.5}}},
     "easiest": {"strategy": "easiest", "config": {"order": "easiest_first"}},
-    "coreset": {"strategy": "coreset"},
-    "audit": {"strategy": "largest_norm", "config": {"trust": "audit"}},
+    "coreset": {"strategy": "coreset", "config": {"trust": "audit"}},
     "less": {"strategy": "less", "target": ROWS[:9]},
 }
+# What three processes are asked alone: the way there differs in nothing for others.
+FEW = ["bpo", "matching"]
 
 
-def selections(store, output):
-    """Selections of each kind, saved."""
-    for name, asked in ASKED.items():
-        config = {"threads": 1, **asked.get("config", {})}
-        given = {**asked, "config": config, "store": store, "progress": False, "evidence": name == "bpo"}
-        bpo.select(None, ROWS, budget=200, **given).save(output / name)
+def selections(store, output, names):
+    """Selections of some kinds, saved."""
+    for name in names:
+        given = {"evidence": False, **ASKED[name], "config": {"threads": 1, **ASKED[name].get("config", {})}}
+        bpo.select(None, ROWS, budget=60, store=store, progress=False, **given).save(output / name)
 
 
-def everything(rank, store, output):
+def everything(rank, store, output, names):
+    few_fits()
     with sharing(world()) as shares:
         found = stages(shares)
     (output / f"stages-{rank}").write_bytes(found)
-    selections(store, output / f"selections-{rank}")
+    selections(store, output / f"selections-{rank}", names)
 
 
 @pytest.fixture(scope="module")
@@ -142,14 +141,14 @@ def one(tmp_path_factory):
 
 
 def prepared(path):
-    os.environ["SOURCE_DATE_EPOCH"] = "0"
+    few_fits()
     job.collect(0, path / "store", ROWS, tokens_per_batch=4096)
     (path / "stages").write_bytes(stages(None))
-    selections(path / "store", path / "selections")
+    selections(path / "store", path / "selections", ASKED)
 
 
-def assert_same(left, right):
-    for name in ASKED:
+def assert_same(left, right, names):
+    for name in names:
         one, other = (bpo.Selection.load(path / name) for path in (left, right))
         assert one.pairs.equals(other.pairs), name
         assert one.dataset.to_list() == other.dataset.to_list(), name
@@ -159,9 +158,51 @@ def assert_same(left, right):
 
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_any_number_of_processes_finds_and_chooses_what_one_does(tmp_path, one, size):
-    job.finish(job.start(size, tmp_path, everything, one / "store", tmp_path), tmp_path)
+    names = list(ASKED) if size == 3 else FEW
+    job.finish(job.start(size, tmp_path, everything, one / "store", tmp_path, names), tmp_path)
     wanted = pickle.loads((one / "stages").read_bytes())
     for rank in range(size):
         found = pickle.loads((tmp_path / f"stages-{rank}").read_bytes())
         assert [name for name in wanted if found[name] != wanted[name]] == []
-        assert_same(tmp_path / f"selections-{rank}", one / "selections")
+        assert_same(tmp_path / f"selections-{rank}", one / "selections", names)
+
+
+def choosing(rank, store):
+    bpo.select(None, ROWS, budget=60, strategy="matching", store=store, config={"threads": 1}, progress=False)
+
+
+def at_the_third_turn(rank, store, what):
+    """One process is hit in the middle of k-means, while it has the sums."""
+    received, turns = bpo.world.shares.Shares.receive, []
+
+    def receive(self, state):
+        turns.append(received(self, state))
+        if len(turns) == 3:
+            os.kill(os.getpid(), what)
+            time.sleep(0.3)  # until the main thread has seen it
+        return turns[-1]
+
+    if rank == 1:
+        bpo.world.shares.Shares.receive = receive
+    choosing(rank, store)
+
+
+def test_where_one_is_killed_or_interrupted_the_others_end_and_say_so(tmp_path, one):
+    for what, expected in (
+        (signal.SIGKILL, r"ConnectionError: Process \d \(.*\) of 3 lost a process of its job"),
+        (signal.SIGINT, r"ConnectionError: Process 1 \(.*\) of 3 was ended: KeyboardInterrupt"),
+    ):
+        output = tmp_path / what.name
+        members = job.start(3, output, at_the_third_turn, one / "store", what)
+        for member in members:
+            member.join(60)
+        assert [member.exitcode for member in members] == [1, -9 if what == signal.SIGKILL else 1, 1]
+        for rank in (0, 2):
+            assert re.search(expected, job.said(output, rank)), job.said(output, rank)
+
+
+def test_a_row_that_one_finds_damaged_ends_all(tmp_path, one):
+    shutil.copytree(one / "store", tmp_path / "store")
+    flip(tmp_path / "store" / "rows.f16", (tmp_path / "store" / "rows.f16").stat().st_size - 300)
+    members = job.start(2, tmp_path, choosing, tmp_path / "store")
+    job.refused(members, tmp_path, "StoreDamagedError")
