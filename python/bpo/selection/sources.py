@@ -22,6 +22,7 @@ from bpo.policy.models import load_policy, window
 from bpo.policy.reference import Reference
 from bpo.selection.inputs import Inputs
 from bpo.store.gradient_store import GradientStore, with_settings_of
+from bpo.world.world import world
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -366,7 +367,15 @@ def extract(kept: Inputs, goal: Goal | None, source: Source, request: Request, b
     dim = request.config.sketch_dim * len(request.config.checkpoints or [None])
     parts = _parts(kept, goal)
     n_rows, n_pairs = (sum(len(getattr(part.candidates, name)) for part in parts) for name in ("responses", "pairs"))
-    check_memory(n_rows, n_pairs, dim, request.clustering, strategy=request.strategy, budget=budget)
+    check_memory(
+        n_rows,
+        n_pairs,
+        dim,
+        request.clustering,
+        strategy=request.strategy,
+        budget=budget,
+        n_processes=world().size,
+    )
     return source.fill(parts, request.progress)
 
 

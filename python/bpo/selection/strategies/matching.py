@@ -38,7 +38,12 @@ def matching(candidacy: Candidacy) -> Choice:
         prompts=prompts,
         max_depth=config.max_depth,
         cache_bytes=cache_bytes(
-            len(features.rows), len(candidacy.eligible), features.rows.shape[1], config, strategy="matching"
+            len(features.rows),
+            len(candidacy.eligible),
+            features.rows.shape[1],
+            config,
+            strategy="matching",
+            n_processes=1 if candidacy.shares is None else candidacy.shares.size,
         ),
         threads=config.threads,
         processes=candidacy.shares,
