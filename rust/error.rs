@@ -71,6 +71,10 @@ pub enum Error {
     #[error("cancelled")]
     Cancelled,
 
+    /// It says why by itself.
+    #[error("another process that shares the points failed")]
+    Elsewhere,
+
     #[error("{path}: {source}{}", doing.as_ref().map(|doing| format!(" while {doing}")).unwrap_or_default())]
     Io { path: PathBuf, doing: Option<String>, source: std::io::Error },
 

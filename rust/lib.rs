@@ -14,6 +14,7 @@ pub mod coreset;
 pub mod d_optimal;
 pub mod depth;
 pub mod error;
+pub mod exchange;
 pub mod gemm;
 pub mod gemm8;
 pub mod kmeans;

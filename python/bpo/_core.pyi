@@ -2,7 +2,7 @@ from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, NoReturn, final
+from typing import Any, Literal, NoReturn, Protocol, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,6 +46,16 @@ _ScaledRows = _Rows | NDArray[np.int8]
 _DType = Literal["float32", "float16", "bfloat16", "int8"]
 # Called with (done, total).
 _Progress = Callable[[int, int], object]
+
+# Who shares the pairs, each with the rows of its own.
+class _Processes(Protocol):
+    @property
+    def rank(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+    def gather(self, own: bytes) -> list[bytes]: ...
+    def receive(self, state: bytes) -> bytes: ...
+    def hand_on(self, state: bytes | None) -> bytes: ...
 
 class NotFiniteError(ValueError):
     array: str
@@ -152,6 +162,7 @@ def pair_kmeans(
     cache_bytes: int = 1073741824,
     threads: int | None = None,
     progress: _Progress | None = None,
+    processes: _Processes | None = None,
 ) -> KMeansResult: ...
 def pair_norms(
     rows: _ScaledRows,
@@ -161,6 +172,7 @@ def pair_norms(
     finite: bool = True,
     threads: int | None = None,
     progress: _Progress | None = None,
+    processes: _Processes | None = None,
 ) -> NDArray[np.float32]: ...
 
 @final
@@ -194,6 +206,7 @@ def score_pairs(
     direction: NDArray[np.float32] | None = None,
     threads: int | None = None,
     progress: _Progress | None = None,
+    processes: _Processes | None = None,
 ) -> PairScores: ...
 def ranking_keys(
     scores: NDArray[np.float64] | NDArray[np.float32],
@@ -242,6 +255,7 @@ def matching(
     cache_bytes: int = 1073741824,
     threads: int | None = None,
     progress: _Progress | None = None,
+    processes: _Processes | None = None,
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]: ...
 def coreset(
     rows: _ScaledRows,

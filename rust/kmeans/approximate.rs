@@ -63,10 +63,11 @@ pub struct TileBytes {
 pub struct Approximation {
     /// What rows are measured from: far from the origin, the products of the expanded distance would hide it.
     pub origin: Option<Vec<f32>>,
-    /// Of each point.
+    /// Of each point; zeros of those of other processes.
     pub bounds: Vec<Bound>,
-    /// Of each tile; empty where they are not kept.
+    /// Of each tile of this process, and the first of these; empty where they are not kept.
     stored: Vec<TileBytes>,
+    first: usize,
     /// Of each tile, whether 8 bits were seen not to decide it.
     needs_float32: Vec<AtomicBool>,
     /// Whether products in 8 bits are worth a try.
@@ -74,7 +75,7 @@ pub struct Approximation {
 }
 
 impl Approximation {
-    /// Looks at every point once. Only points that are single rows can be `centred`. Keeps the rounded rows if they fit
+    /// Looks at every point of this process once. Only points that are single rows can be `centred`. Keeps the rounded rows if they fit
     /// into `cache_bytes`.
     ///
     /// # Errors
@@ -87,15 +88,16 @@ impl Approximation {
     ) -> Result<Self> {
         let dim = points.dim();
         let eight_bits = (MIN_DIM..=gemm8::MAX_DEPTH).contains(&dim);
-        let origin = if centred { origin(points, usize::MAX) } else { None };
-        let rows: usize = points.tiles().iter().map(|tile| points.rows_of(tile).len()).sum();
+        let origin = if centred { origin(points, usize::MAX)? } else { None };
+        let own = points.own();
+        let rows: usize = points.tiles()[own.tiles.clone()].iter().map(|tile| points.rows_of(tile).len()).sum();
         let store = eight_bits && rows.saturating_mul(stride(dim)) <= cache_bytes;
 
         let unseen = Bound { squared_norm: 0.0, error: 0.0, spread: 0.0 };
         let mut bounds = build(points.count(), POINTS, progress, |_| unseen)?;
         let start = || (Vec::new(), vec![0.0; dim]);
-        let tiles = 0..points.tiles().len();
-        let stored = points.visit(tiles, &mut bounds[..], start, |(gathered, values), _, tile, bounds| {
+        let seen = &mut bounds[own.points.clone()];
+        let stored = points.visit(own.tiles.clone(), seen, start, |(gathered, values), _, tile, bounds| {
             let bytes = bound_points(points, tile, origin.as_deref(), eight_bits, (gathered, values), bounds)?;
             progress.advance(1)?;
             Ok(if store { bytes } else { TileBytes::default() })
@@ -104,7 +106,8 @@ impl Approximation {
             return Err(points.not_finite(point));
         }
         let stored = if store { stored } else { Vec::new() };
-        Ok(Self { origin, bounds, stored, needs_float32: undecided(points, progress)?, eight_bits })
+        let needs_float32 = undecided(points, progress)?;
+        Ok(Self { origin, bounds, stored, first: own.tiles.start, needs_float32, eight_bits })
     }
 
     /// Looks at some rows only, for points that meet their centroids once and without 8 bits: their tiles are looked at when
@@ -113,9 +116,9 @@ impl Approximation {
     /// # Errors
     /// If the memory cannot be had or the computation was cancelled.
     pub fn unseen<const TERMS: usize>(points: &Points<TERMS>, progress: &Progress) -> Result<Self> {
-        let origin = origin(points, SINGLE_ROWS);
+        let origin = origin(points, SINGLE_ROWS)?;
         let needs_float32 = undecided(points, progress)?;
-        Ok(Self { origin, bounds: Vec::new(), stored: Vec::new(), needs_float32, eight_bits: false })
+        Ok(Self { origin, bounds: Vec::new(), stored: Vec::new(), first: 0, needs_float32, eight_bits: false })
     }
 
     /// Looks at the points of a tile.
@@ -176,7 +179,7 @@ impl Approximation {
         gathered: &mut Vec<f32>,
         scratch: &'b mut TileBytes,
     ) -> &'b TileBytes {
-        if let Some(stored) = self.stored.get(index) {
+        if let Some(stored) = self.stored.get(index - self.first) {
             return stored;
         }
         scratch.round(points.gather_or_borrow(tile, self.origin.as_deref(), gathered), points.dim());
@@ -272,21 +275,28 @@ impl TileBytes {
 
 /// The mean of the first rows of a few tiles spread over the points. Any origin gives exact results, so a sample will do,
 /// and none is taken where it would not shorten the rows by much or where differences from it may overflow.
-fn origin<const TERMS: usize>(points: &Points<TERMS>, rows_of_each: usize) -> Option<Vec<f32>> {
+fn origin<const TERMS: usize>(points: &Points<TERMS>, rows_of_each: usize) -> Result<Option<Vec<f32>>> {
     let dim = points.dim();
     let tiles = points.tiles();
     let sampled = SAMPLED_TILES.min(tiles.len());
-    let (mut sum, mut squares, mut count) = (vec![0.0f64; dim], 0.0, 0.0);
-    let mut scratch = vec![0.0; dim];
-    for index in 0..sampled {
-        for &row in points.rows_of(&tiles[index * tiles.len() / sampled]).iter().take(rows_of_each) {
-            let values = points.rows().row(row, &mut scratch);
-            simd::add_scaled_to_float64(&mut sum, 1.0, values);
-            squares += simd::squared_norm_float64(values);
-            count += 1.0;
+    // The sum of the rows, that of their squares, and how many they are.
+    let mut seen = vec![0.0f64; dim + 2];
+    points.processes().in_turn(&mut seen, |seen| {
+        let (sum, rest) = seen.split_at_mut(dim);
+        let mut scratch = vec![0.0; dim];
+        let sampled = (0..sampled).map(|index| index * tiles.len() / sampled);
+        for tile in sampled.filter(|tile| points.own().tiles.contains(tile)) {
+            for &row in points.rows_of(&tiles[tile]).iter().take(rows_of_each) {
+                let values = points.rows().row(row, &mut scratch);
+                simd::add_scaled_to_float64(sum, 1.0, values);
+                rest[0] += simd::squared_norm_float64(values);
+                rest[1] += 1.0;
+            }
         }
-    }
+        Ok(())
+    })?;
+    let (sum, squares, count) = (&seen[..dim], seen[dim], seen[dim + 1]);
     let mean: Vec<f32> = sum.iter().map(|value| (value / count) as f32).collect();
     let worthwhile = simd::squared_norm_float64(&mean) > 0.05 * squares / count;
-    (worthwhile && mean.iter().all(|value| f64::from(value.abs()) <= LONGEST)).then_some(mean)
+    Ok((worthwhile && mean.iter().all(|value| f64::from(value.abs()) <= LONGEST)).then_some(mean))
 }

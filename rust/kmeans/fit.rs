@@ -10,6 +10,7 @@ use super::centroids::Centroids;
 use super::init::seed;
 use super::measure::Measure;
 use super::params::{CACHE_BYTES, Init, Metric, Params};
+use super::prepare::{is_safe, normalize_rows, prepare};
 use super::update::{Changes, Move, Sums, UNASSIGNED};
 use crate::error::{Error, Result};
 use crate::matrix::{Rows, check_finite};
@@ -26,9 +27,6 @@ const CHUNK: usize = 128;
 /// Centroids up to which rows that meet them once are not rounded to 8 bits: on a Zen 3 that took 0.30 microseconds for a row
 /// of 512 and saved 0.18 of 0.69 with 64.
 const SINGLE_CLUSTERS: usize = 64;
-
-/// Norms whose squares and products are safe from overflow and from subnormal numbers.
-const SAFE_NORMS: Range<f64> = 1e-6..1e6;
 
 /// What k-means found.
 #[derive(Clone, Debug)]
@@ -58,7 +56,8 @@ pub fn fit<const TERMS: usize>(mut points: Points<TERMS>, params: &Params, progr
     params.check(points.count(), points.dim())?;
     let dim = points.dim();
     let tiles = points.tiles().len();
-    progress.start(tiles.saturating_mul(params.max_iterations.saturating_add(2 + super::init::PASSES)));
+    progress
+        .start(points.own().tiles.len().saturating_mul(params.max_iterations.saturating_add(2 + super::init::PASSES)));
 
     let given = match &params.init {
         Init::PlusPlus => [].as_slice(),
@@ -217,63 +216,6 @@ fn assign_unseen<const TERMS: usize>(
     Ok(Some((labels, distances)))
 }
 
-/// Rounds the points to 8 bits; gives them unit length for [`Metric::Cosine`], or else, where the squares of points or of
-/// the `centroids` given would leave the range of float32, multiplies them by a power of two.
-fn prepare<const TERMS: usize>(
-    points: &mut Points<TERMS>,
-    centroids: &[f32],
-    metric: Metric,
-    cache_bytes: usize,
-    progress: &Progress,
-) -> Result<Approximation> {
-    let dim = points.dim();
-    // Pairs need no origin: the coefficients of a margin loss sum to zero. Unit vectors have theirs.
-    let centred = metric == Metric::Euclidean && TERMS == 1;
-    let mut approximation = Approximation::new(points, centred, cache_bytes, progress)?;
-    let norm = |point: usize| approximation.bounds[point].squared_norm.sqrt();
-    if metric == Metric::Cosine {
-        let factors = build(points.count(), POINTS, progress, |point| norm(point).recip() as f32)?;
-        if let Some(point) = first(points.count(), progress, |point| !factors[point].is_finite())? {
-            let zero = approximation.bounds[point].squared_norm == 0.0;
-            let (array, point) = (Points::<TERMS>::ARRAY, points.number(point));
-            return Err(if zero { Error::ZeroPoint { array, point } } else { Error::TooShort { array, point } });
-        }
-        points.multiply(&factors, progress)?;
-        approximation.multiply(&factors, progress)?;
-        return Ok(approximation);
-    }
-    let origin = approximation.origin_or_zero(dim);
-    let lengths = centroids.chunks_exact(dim).map(|centroid| simd::squared_distance_float64(centroid, &origin).sqrt());
-    let mut largest = lengths.fold(0.0, f64::max);
-    each(points.count(), progress, |point| largest = largest.max(norm(point)))?;
-    if is_safe(largest) {
-        return Ok(approximation);
-    }
-    points.set_scale((-largest.log2().round()).clamp(-126.0, 126.0).exp2() as f32);
-    Approximation::new(points, false, cache_bytes, progress)
-}
-
-/// Whether points and centroids can be measured as they are, given the longest of them.
-fn is_safe(largest: f64) -> bool {
-    largest == 0.0 || SAFE_NORMS.contains(&largest)
-}
-
-fn normalize_rows(array: &'static str, centroids: &mut [f32], dim: usize) -> Result<()> {
-    for (row, centroid) in centroids.chunks_exact_mut(dim).enumerate() {
-        let norm = simd::squared_norm_float64(centroid).sqrt();
-        if norm.is_nan() || norm <= 0.0 {
-            return Err(Error::ZeroRow { array, row });
-        }
-        if (norm as f32).is_normal() {
-            let norm = norm as f32;
-            centroid.iter_mut().for_each(|value| *value /= norm);
-        } else {
-            centroid.iter_mut().for_each(|value| *value = (f64::from(*value) / norm) as f32);
-        }
-    }
-    Ok(())
-}
-
 /// Checks that every point of a tile got a label, which one that is not finite does not.
 fn assigned<const TERMS: usize>(points: &Points<TERMS>, tile: &Tile, labels: &[u32]) -> Result<()> {
     match labels.iter().position(|&label| label == UNASSIGNED) {
@@ -320,13 +262,24 @@ impl<'a, const TERMS: usize> State<'a, TERMS> {
         Ok(Self { labels, sums, centroids, points, approximation })
     }
 
-    /// Assigns the points of some tiles and brings the sums up to date; returns how many labels changed.
+    /// Those of some tiles that are this process's.
+    fn own(&self, tiles: &Range<usize>) -> Range<usize> {
+        let own = &self.points.own().tiles;
+        own.start.min(tiles.end)..own.end.min(tiles.end)
+    }
+
+    /// Assigns the points of the first tiles and brings the sums up to date; returns how many labels changed.
+    ///
+    /// The first process adds up the rows of a chunk while they are in the cache. Others find out first what is to be added,
+    /// at the same time, and then wait for their turn to do it.
     fn assign(&mut self, tiles: Range<usize>, progress: &Progress) -> Result<usize> {
         let mut changed = 0;
+        let tiles = self.own(&tiles);
         let Self { points, approximation, centroids, labels, sums } = self;
         let search = Search { points, approximation, centroids };
         centroids.room(points)?;
         let mut first = tiles.start;
+        let mut waiting = Vec::new();
         while first < tiles.end {
             // Cuts change no sum: each adds up its rows in their order.
             let chunk = first..tiles.end.min(first + points.window(first, CHUNK));
@@ -355,23 +308,34 @@ impl<'a, const TERMS: usize> State<'a, TERMS> {
                 Ok(Changes::new(points, tile, moves))
             })?;
             changed += changes.iter().map(Changes::count).sum::<usize>();
-            sums.apply(points, approximation, &changes, progress)?;
-            points.forget(forget);
+            if points.processes().rank() == 0 {
+                sums.apply(points, approximation, &changes, progress)?;
+                points.forget(forget);
+            } else {
+                waiting.push((forget, changes));
+            }
             first = next;
         }
-        Ok(changed)
+        points.processes().in_turn(sums, |sums| {
+            waiting.into_iter().try_for_each(|(tiles, changes)| {
+                sums.apply(points, approximation, &changes, progress)?;
+                points.forget(tiles);
+                Ok(())
+            })
+        })?;
+        Ok(points.processes().gathered(&[changed as u64])?.concat().into_iter().sum::<u64>() as usize)
     }
 
-    /// Assigns all points without sums; returns their squared distances.
+    /// Assigns all points of this process without sums; returns their squared distances, NaN for others.
     fn measure(&mut self, progress: &Progress) -> Result<Vec<f64>> {
         let Self { points, approximation, centroids, labels, .. } = self;
         let search = Search { points, approximation, centroids };
         centroids.room(points)?;
         let mut squared_distances = build(points.count(), RESULTS, progress, |_| f64::NAN)?;
-        let tiles = 0..points.tiles().len();
+        let own = points.own();
         points.visit(
-            tiles,
-            (&mut squared_distances[..], &mut labels[..]),
+            own.tiles.clone(),
+            (&mut squared_distances[own.points.clone()], &mut labels[own.points.clone()]),
             Scratch::default,
             |scratch, index, tile, (distances, labels)| {
                 let start = tile.points.start;
@@ -401,14 +365,25 @@ impl<'a, const TERMS: usize> State<'a, TERMS> {
         if empty.is_empty() {
             return Ok(0);
         }
-        let squared_distances = self.squared_distances(tiles, progress)?;
-        let labels = &self.labels[..squared_distances.len()];
-        let moves = self.sums.refill(&self.points, &empty, labels, &squared_distances, progress)?;
-        for &step in &moves {
-            self.labels[step.point] = step.to;
-            let change = Changes::new(&self.points, self.points.tile_of(step.point), vec![step]);
-            self.sums.apply(&self.points, &self.approximation, &[change], progress)?;
+        let mut squared_distances = self.squared_distances(tiles, progress)?;
+        let Self { points, approximation, labels, sums, .. } = self;
+        let processes = points.processes();
+        processes.complete(&mut squared_distances, points.own().points.clone())?;
+        processes.complete(labels, points.own().points.clone())?;
+        let seen = &labels[..squared_distances.len()];
+        let moves = sums.refill(points, &empty, seen, &squared_distances, progress)?;
+        // Whose row is added says whose turn it is: as many moves at a time as are in the order of the processes.
+        let ends = points.ends();
+        let owner = |step: &Move| ends.partition_point(|&end| end <= step.point);
+        for turn in moves.chunk_by(|one, next| owner(one) <= owner(next)) {
+            processes.in_turn(sums, |sums| {
+                turn.iter().filter(|step| points.own().points.contains(&step.point)).try_for_each(|&step| {
+                    let change = Changes::new(points, points.tile_of(step.point), vec![step]);
+                    sums.apply(points, approximation, &[change], progress)
+                })
+            })?;
         }
+        moves.iter().for_each(|step| labels[step.point] = step.to);
         Ok(moves.len())
     }
 
@@ -432,14 +407,16 @@ impl<'a, const TERMS: usize> State<'a, TERMS> {
         Ok(shifts)
     }
 
-    /// Of each point to its centroid, from the differences.
+    /// Of each point to its centroid, from the differences; zeros for those of other processes.
     fn squared_distances(&self, tiles: Range<usize>, progress: &Progress) -> Result<Vec<f64>> {
         let Self { points, centroids, labels, .. } = self;
         let end = points.tiles()[tiles.clone()].last().map_or(0, |tile| tile.points.end);
         let mut distances = build(end, RESULTS, progress, |_| 0.0)?;
+        let tiles = self.own(&tiles);
+        let own = points.own().points.start.min(end)..points.own().points.end.min(end);
         let measure = Measure::new(points.dim(), points.scale());
         let start = || (vec![0.0; points.dim()], vec![0.0; points.dim()]);
-        points.visit(tiles, &mut distances[..], start, |(row, values), _, tile, distances| {
+        points.visit(tiles, &mut distances[own], start, |(row, values), _, tile, distances| {
             for (point, distance) in tile.points.clone().zip(distances) {
                 let centroid = (centroids.vectors(), labels[point] as usize);
                 *distance = measure.of_point(points, tile, point, centroid, (row, values));
@@ -462,13 +439,18 @@ impl<'a, const TERMS: usize> State<'a, TERMS> {
     ) -> Result<Clustering> {
         let count = squared_distances.len();
         let iterations = inertia.len();
+        let Self { points, mut labels, .. } = self;
+        let (processes, own) = (points.processes(), points.own().points.clone());
         let mut sum = 0.0;
-        each(count, progress, |point| sum += self.points.weight(point) * squared_distances[point])?;
+        processes.in_turn(&mut sum, |sum| {
+            let cost = |point: usize| points.weight(point) * squared_distances[point];
+            each(own.len(), progress, |place| *sum += cost(own.start + place))
+        })?;
         inertia.push(sum);
-        let distances = match metric {
+        let mut distances = match metric {
             Metric::Euclidean => {
                 // Exact, as the scale is a power of two, unless the result itself leaves the range of float32.
-                let inverse = f64::from(self.points.scale()).recip();
+                let inverse = f64::from(points.scale()).recip();
                 inertia.iter_mut().for_each(|inertia| *inertia *= inverse * inverse);
                 build(count, RESULTS, progress, |point| (squared_distances[point].sqrt() * inverse) as f32)?
             }
@@ -479,7 +461,9 @@ impl<'a, const TERMS: usize> State<'a, TERMS> {
             }
         };
         let centroids = self.centroids.into_vectors().into_unscaled();
-        let labels = build(count, RESULTS, progress, |point| self.labels[point].cast_signed())?;
+        processes.complete(&mut distances, own.clone())?;
+        processes.complete(&mut labels, own)?;
+        let labels = build(count, RESULTS, progress, |point| labels[point].cast_signed())?;
         Ok(Clustering { centroids, labels, distances, inertia, iterations, converged })
     }
 }

@@ -6,6 +6,8 @@
 //! each look, and leaves the choice among them to the greedy algorithm, each with the weight of the points that are
 //! nearest to it. Neither needs all of many points.
 
+use std::ops::Range;
+
 use rayon::prelude::*;
 
 use super::approximate::Approximation;
@@ -14,6 +16,7 @@ use super::centroids::Centroids;
 use super::measure::{Measure, Vectors};
 use super::params::Params;
 use crate::error::Result;
+use crate::exchange::Processes;
 use crate::memory::{CENTROIDS, POINTS, build, chosen, each, filled, grow, reserved};
 use crate::points::Points;
 use crate::progress::Progress;
@@ -58,40 +61,193 @@ pub fn seed<const TERMS: usize>(
 ) -> Result<Vec<f32>> {
     let Params { clusters, seed, cache_bytes, .. } = *params;
     let runs = SAMPLED_RUNS * clusters;
+    let ends = points.ends();
     if points.count() > 2 * RUN * runs && !points.weighted() {
         // A run in each of as many equal parts, so that data in any order are seen evenly.
         let stream = Stream::new(seed, Purpose::SeedingSample, 0);
         let part = |run: usize| run * points.count() / runs;
         let first = |run: usize| part(run) + stream.below(run as u64, part(run + 1) - part(run) - RUN);
         let place = |index: usize| first(index / RUN) + index % RUN;
-        let sample = points.subset(&build(RUN * runs, POINTS, progress, place)?, progress)?;
-        let of_sample = Approximation::new(&sample, approximation.origin.is_some(), cache_bytes, progress)?;
-        return seed_from(&sample, &of_sample, clusters, seed, progress);
+        let places = build(RUN * runs, POINTS, progress, place)?;
+        let sample = points.subset(&places, progress)?;
+        let ends: Vec<usize> = ends.iter().map(|&end| places.partition_point(|&point| point < end)).collect();
+        let own = range(&ends, points.processes().rank());
+        // Tiles of its own points alone, where there are others: no result depends on tiles but the order of sums.
+        let mine = if own.len() < places.len() { Some(points.subset(&places[own], progress)?) } else { None };
+        let mine = mine.as_ref().unwrap_or(&sample);
+        let of_sample = Approximation::new(mine, approximation.origin.is_some(), cache_bytes, progress)?;
+        let seen = Seen {
+            points: mine,
+            first: 0,
+            approximation: &of_sample,
+            all: &sample,
+            processes: points.processes(),
+            ends,
+        };
+        return seen.seed(clusters, seed, progress);
     }
-    seed_from(points, approximation, clusters, seed, progress)
-}
-
-fn seed_from<const TERMS: usize>(
-    points: &Points<TERMS>,
-    approximation: &Approximation,
-    clusters: usize,
-    seed: u64,
-    progress: &Progress,
-) -> Result<Vec<f32>> {
-    let (drawn, weights) = if points.count() <= GREEDY_POINTS * clusters {
-        (build(points.count(), POINTS, progress, |point| point)?, weights(points, progress)?)
-    } else {
-        oversample(points, approximation, clusters, seed, progress)?
+    let seen = Seen {
+        points,
+        first: points.own().points.start,
+        approximation,
+        all: points,
+        processes: points.processes(),
+        ends,
     };
-    let drawn = Vectors::new(write(points, &drawn, progress)?, points.dim(), points.scale())?;
-    let picks = greedy(&drawn, Measure::new(points.dim(), points.scale()), &weights, clusters, seed, progress)?;
-    let mut values = reserved(clusters.saturating_mul(points.dim()), CENTROIDS)?;
-    picks.into_iter().for_each(|pick| values.extend_from_slice(drawn.unscaled_row(pick)));
-    Ok(values)
+    seen.seed(clusters, seed, progress)
 }
 
-fn weights<const TERMS: usize>(points: &Points<TERMS>, progress: &Progress) -> Result<Vec<f64>> {
-    build(points.count(), POINTS, progress, |point| points.weight(point))
+/// The points of a process, given those after the last one of each.
+fn range(ends: &[usize], rank: usize) -> Range<usize> {
+    rank.checked_sub(1).map_or(0, |before| ends[before])..ends[rank]
+}
+
+/// The points among which centroids are sought.
+struct Seen<'s, 'a, const TERMS: usize> {
+    /// Those that this process reads, of which its own begin with the first.
+    points: &'s Points<'a, TERMS>,
+    first: usize,
+    approximation: &'s Approximation,
+    /// Those of all processes, by which they are numbered.
+    all: &'s Points<'a, TERMS>,
+    processes: Processes<'a>,
+    /// The points after the last one of each process.
+    ends: Vec<usize>,
+}
+
+impl<const TERMS: usize> Seen<'_, '_, TERMS> {
+    fn own(&self) -> Range<usize> {
+        range(&self.ends, self.processes.rank())
+    }
+
+    fn count(&self) -> usize {
+        self.all.count()
+    }
+
+    fn weight(&self, point: usize) -> f64 {
+        self.all.weight(point)
+    }
+
+    fn weights(&self, progress: &Progress) -> Result<Vec<f64>> {
+        build(self.count(), POINTS, progress, |point| self.weight(point))
+    }
+
+    fn seed(&self, clusters: usize, seed: u64, progress: &Progress) -> Result<Vec<f32>> {
+        let (drawn, weights) = if self.count() <= GREEDY_POINTS * clusters {
+            (build(self.count(), POINTS, progress, |point| point)?, self.weights(progress)?)
+        } else {
+            self.oversample(clusters, seed, progress)?
+        };
+        let (dim, scale) = (self.points.dim(), self.points.scale());
+        let drawn = Vectors::new(self.write(&drawn, progress)?, dim, scale)?;
+        let picks = greedy(&drawn, Measure::new(dim, scale), &weights, clusters, seed, progress)?;
+        let mut values = reserved(clusters.saturating_mul(dim), CENTROIDS)?;
+        picks.into_iter().for_each(|pick| values.extend_from_slice(drawn.unscaled_row(pick)));
+        Ok(values)
+    }
+
+    /// More points than clusters, drawn in proportion to their squared distance to those drawn before, each with the weight
+    /// of the points that are nearest to it.
+    fn oversample(&self, clusters: usize, seed: u64, progress: &Progress) -> Result<(Vec<usize>, Vec<f64>)> {
+        let mut closest = build(self.count(), POINTS, progress, |_| Closest { distance: f64::MAX, drawn: 0 })?;
+        let mut drawn = vec![race(&self.weights(progress)?, &Stream::new(seed, Purpose::Seeding, 0), 0, progress)?];
+        let mut first = 0;
+        for round in 1.. {
+            let potential = self.measure(&drawn, first, &mut closest, progress)?;
+            // One cluster needs no choice, and points that all coincide with a drawn one leave none.
+            if (round > ROUNDS && drawn.len() >= clusters) || clusters == 1 || potential <= 0.0 {
+                break;
+            }
+            first = drawn.len();
+            let stream = Stream::new(seed, Purpose::Oversampling, round as u32);
+            let expected = clusters as f64;
+            let cost = |point: usize| self.weight(point) * closest[point].distance;
+            let is_drawn = |point: usize| stream.uniform(point as u64) < expected * (cost(point) / potential);
+            let more = chosen(self.count(), POINTS, progress, |point| is_drawn(point).then_some(point))?;
+            grow(&mut drawn, more.len(), POINTS)?;
+            drawn.extend(more);
+            if drawn.len() == first {
+                // Nothing was drawn, which happens with few clusters: draw one point.
+                drawn.push(race(&build(self.count(), POINTS, progress, cost)?, &stream, 1, progress)?);
+            }
+        }
+        let mut weights = filled(drawn.len(), 0.0, POINTS)?;
+        each(self.count(), progress, |point| weights[closest[point].drawn as usize] += self.weight(point))?;
+        Ok((drawn, weights))
+    }
+
+    /// Compares every point with those drawn from `first` on; returns the potential.
+    fn measure(&self, drawn: &[usize], first: usize, closest: &mut [Closest], progress: &Progress) -> Result<f64> {
+        let Self { points, approximation, .. } = *self;
+        let values = self.write(&drawn[first..], progress)?;
+        let centroids = Centroids::new(values, points.dim(), points.scale(), approximation)?;
+        let search = Search { points, approximation, centroids: &centroids };
+        centroids.room(points)?;
+        let seen = &mut closest[self.own()];
+        points.visit(points.own().tiles.clone(), seen, Scratch::default, |scratch, index, tile, closest| {
+            let start = tile.points.start;
+            let limits: Vec<f64> = closest.iter().map(|closest| closest.distance).collect();
+            search.tile(
+                scratch,
+                index,
+                tile,
+                |point| limits[point - start],
+                |point, nearest| {
+                    if let Nearest::Measured(cluster, distance) = nearest {
+                        closest[point - start] = Closest { distance, drawn: first as u32 + cluster };
+                    }
+                },
+            );
+            progress.advance(1)
+        })?;
+        self.complete(closest)?;
+        let cost = |point: usize| self.weight(point) * closest[point].distance;
+        let costs: Vec<f64> = self.all.tiles().par_iter().map(|tile| tile.points.clone().map(cost).sum()).collect();
+        Ok(costs.into_iter().sum())
+    }
+
+    /// Tells the others of the points of this process, and learns of theirs.
+    fn complete(&self, closest: &mut [Closest]) -> Result<()> {
+        if self.processes.size() == 1 {
+            return Ok(());
+        }
+        let own = &closest[self.own()];
+        let distances: Vec<f64> = own.iter().map(|closest| closest.distance).collect();
+        let drawn: Vec<u32> = own.iter().map(|closest| closest.drawn).collect();
+        let distances = self.processes.gathered(&distances)?.concat();
+        let drawn = self.processes.gathered(&drawn)?.concat();
+        let every = distances.into_iter().zip(drawn);
+        closest.iter_mut().zip(every).for_each(|(closest, (distance, drawn))| *closest = Closest { distance, drawn });
+        Ok(())
+    }
+
+    /// The drawn points before they are scaled, row-major; each process writes its own.
+    fn write(&self, drawn: &[usize], progress: &Progress) -> Result<Vec<f32>> {
+        let dim = self.points.dim();
+        let own = self.own();
+        let mine: Vec<usize> = drawn.iter().copied().filter(|point| own.contains(point)).collect();
+        let mut values = filled(mine.len().saturating_mul(dim), 0.0, CENTROIDS)?;
+        for (values, drawn) in values.chunks_mut(WRITTEN * dim).zip(mine.chunks(WRITTEN)) {
+            progress.check()?;
+            let place = |point: usize| point - own.start + self.first;
+            values
+                .par_chunks_exact_mut(dim)
+                .zip(drawn)
+                .for_each(|(out, &point)| self.points.write_alone(place(point), out));
+            self.points.forget(self.points.own().tiles.clone());
+        }
+        if self.processes.size() == 1 {
+            return Ok(values);
+        }
+        let parts = self.processes.gathered(&values)?;
+        let mut parts: Vec<_> = parts.iter().map(|part| part.chunks_exact(dim)).collect();
+        let mut values = reserved(drawn.len().saturating_mul(dim), CENTROIDS)?;
+        for &point in drawn {
+            let owner = self.ends.partition_point(|&end| end <= point);
+            values.extend_from_slice(parts[owner].next().expect("a process wrote its own points"));
+        }
+        Ok(values)
+    }
 }
 
 /// The nearest drawn point of each point, and the squared distance to it.
@@ -99,89 +255,6 @@ fn weights<const TERMS: usize>(points: &Points<TERMS>, progress: &Progress) -> R
 struct Closest {
     distance: f64,
     drawn: u32,
-}
-
-/// More points than clusters, drawn in proportion to their squared distance to those drawn before, each with the weight
-/// of the points that are nearest to it.
-fn oversample<const TERMS: usize>(
-    points: &Points<TERMS>,
-    approximation: &Approximation,
-    clusters: usize,
-    seed: u64,
-    progress: &Progress,
-) -> Result<(Vec<usize>, Vec<f64>)> {
-    let mut closest = build(points.count(), POINTS, progress, |_| Closest { distance: f64::MAX, drawn: 0 })?;
-    let mut drawn = vec![race(&weights(points, progress)?, &Stream::new(seed, Purpose::Seeding, 0), 0, progress)?];
-    let mut first = 0;
-    for round in 1.. {
-        let potential = measure(points, approximation, &drawn, first, &mut closest, progress)?;
-        // One cluster needs no choice, and points that all coincide with a drawn one leave none.
-        if (round > ROUNDS && drawn.len() >= clusters) || clusters == 1 || potential <= 0.0 {
-            break;
-        }
-        first = drawn.len();
-        let stream = Stream::new(seed, Purpose::Oversampling, round as u32);
-        let expected = clusters as f64;
-        let cost = |point: usize| points.weight(point) * closest[point].distance;
-        let is_drawn = |point: usize| stream.uniform(point as u64) < expected * (cost(point) / potential);
-        let more = chosen(points.count(), POINTS, progress, |point| is_drawn(point).then_some(point))?;
-        grow(&mut drawn, more.len(), POINTS)?;
-        drawn.extend(more);
-        if drawn.len() == first {
-            // Nothing was drawn, which happens with few clusters: draw one point.
-            drawn.push(race(&build(points.count(), POINTS, progress, cost)?, &stream, 1, progress)?);
-        }
-    }
-    let mut weights = filled(drawn.len(), 0.0, POINTS)?;
-    each(points.count(), progress, |point| weights[closest[point].drawn as usize] += points.weight(point))?;
-    Ok((drawn, weights))
-}
-
-/// Compares every point with those drawn from `first` on; returns the potential.
-fn measure<const TERMS: usize>(
-    points: &Points<TERMS>,
-    approximation: &Approximation,
-    drawn: &[usize],
-    first: usize,
-    closest: &mut [Closest],
-    progress: &Progress,
-) -> Result<f64> {
-    let values = write(points, &drawn[first..], progress)?;
-    let centroids = Centroids::new(values, points.dim(), points.scale(), approximation)?;
-    let search = Search { points, approximation, centroids: &centroids };
-    centroids.room(points)?;
-    let tiles = 0..points.tiles().len();
-    let costs = points.visit(tiles, closest, Scratch::default, |scratch, index, tile, closest| {
-        let start = tile.points.start;
-        let limits: Vec<f64> = closest.iter().map(|closest| closest.distance).collect();
-        search.tile(
-            scratch,
-            index,
-            tile,
-            |point| limits[point - start],
-            |point, nearest| {
-                if let Nearest::Measured(cluster, distance) = nearest {
-                    closest[point - start] = Closest { distance, drawn: first as u32 + cluster };
-                }
-            },
-        );
-        progress.advance(1)?;
-        let costs = closest.iter().enumerate().map(|(point, closest)| points.weight(start + point) * closest.distance);
-        Ok(costs.sum::<f64>())
-    })?;
-    Ok(costs.into_iter().sum())
-}
-
-/// The drawn points before they are scaled, row-major.
-fn write<const TERMS: usize>(points: &Points<TERMS>, drawn: &[usize], progress: &Progress) -> Result<Vec<f32>> {
-    let dim = points.dim();
-    let mut values = filled(drawn.len().saturating_mul(dim), 0.0, CENTROIDS)?;
-    for (values, drawn) in values.chunks_mut(WRITTEN * dim).zip(drawn.chunks(WRITTEN)) {
-        progress.check()?;
-        values.par_chunks_exact_mut(dim).zip(drawn).for_each(|(out, &point)| points.write_alone(point, out));
-        points.forget(0..points.tiles().len());
-    }
-    Ok(values)
 }
 
 /// Greedy k-means++ over vectors; returns the picks.
@@ -310,8 +383,16 @@ mod tests {
         let approximation = Approximation::new(&points, false, 0, &progress).unwrap();
         let drawn: Vec<usize> = (0..40).map(|draw| 37 * draw).collect();
         let mut closest = vec![Closest { distance: f64::MAX, drawn: 0 }; count];
+        let seen = Seen {
+            points: &points,
+            first: 0,
+            approximation: &approximation,
+            all: &points,
+            processes: Processes::default(),
+            ends: points.ends(),
+        };
         for (known, first) in [(10, 0), (40, 10)] {
-            let potential = measure(&points, &approximation, &drawn[..known], first, &mut closest, &progress).unwrap();
+            let potential = seen.measure(&drawn[..known], first, &mut closest, &progress).unwrap();
             let sum: f64 = closest.iter().map(|closest| closest.distance).sum();
             assert!((potential - sum).abs() <= 1e-9 * sum);
         }

@@ -60,6 +60,7 @@ mod fit;
 mod init;
 mod measure;
 mod params;
+mod prepare;
 mod update;
 
 pub use fit::{Clustering, assign, fit, fit_rows};

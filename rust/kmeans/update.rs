@@ -6,6 +6,7 @@ use super::approximate::Approximation;
 use super::measure::Vectors;
 use super::params::Metric;
 use crate::error::Result;
+use crate::exchange::{List, State};
 use crate::memory::{CENTROIDS, POINTS, chosen, copied, filled, reserved};
 use crate::order::{descending, sort};
 use crate::points::{Points, Tile};
@@ -85,6 +86,15 @@ pub struct Sums {
     /// Points whose weight is not zero.
     counts: Vec<u64>,
     dim: usize,
+}
+
+impl State for Sums {
+    fn lists(&mut self, list: &mut dyn List) {
+        list.doubles(&mut self.sums);
+        list.doubles(&mut self.weights);
+        list.doubles(&mut self.squared_norms);
+        list.counts(&mut self.counts);
+    }
 }
 
 impl Sums {

@@ -1,5 +1,7 @@
 //! What is known of each pair, and which is the best.
 
+use std::ops::Range;
+
 use rayon::prelude::*;
 
 use super::rows::{Copies, Product};
@@ -65,10 +67,12 @@ impl State {
     }
 }
 
-/// All pairs.
+/// The pairs of this process, which are all unless others share them.
 pub struct Pairs<'a> {
     points: &'a Points<'a, 2>,
     target: &'a [f64],
+    /// Which they are; what follows has an entry for each.
+    own: Range<usize>,
     /// The rows that pairs are made of.
     rows: Copies<'a>,
     /// Where among these those of a pair are.
@@ -88,13 +92,15 @@ impl<'a> Pairs<'a> {
         bytes: usize,
         progress: &Progress,
     ) -> Result<Self> {
+        let own = points.own().points.clone();
         let fixed = fixed(points, target, progress)?;
         let (rows, places) = places(points, progress)?;
         let rows = Copies::new(points, rows, bytes, progress)?;
-        let eligible = |pair: usize| limits.eligible.is_none_or(|eligible| eligible[pair]);
+        let eligible = |place: usize| limits.eligible.is_none_or(|eligible| eligible[own.start + place]);
         Ok(Self {
             products: filled(rows.count(), Product::default(), POINTS)?,
-            open: build(points.count(), POINTS, progress, eligible)?,
+            open: build(own.len(), POINTS, progress, eligible)?,
+            own,
             points,
             target,
             rows,
@@ -113,11 +119,13 @@ impl<'a> Pairs<'a> {
         }
     }
 
-    /// Takes out the pair with the largest cosine of S + z and the target, of those that are open and not `full`.
+    /// Takes out the pair with the largest cosine of S + z and the target, of those that are open and not `full`, and writes
+    /// it.
     pub fn best(
         &mut self,
         sum: &[f64],
         full: impl Fn(usize) -> bool + Sync,
+        out: &mut [f64],
         progress: &Progress,
     ) -> Result<Option<usize>> {
         let state = State::new(sum, self.target);
@@ -126,14 +134,15 @@ impl<'a> Pairs<'a> {
         let possible: Vec<Possible> = (0..self.open.len().div_ceil(PIECE))
             .into_par_iter()
             .map(|piece| {
-                let pairs = piece * PIECE..self.open.len().min((piece + 1) * PIECE);
-                let possible = self.possible(state, pairs.filter(|&pair| self.open[pair] && !full(pair)));
+                let places = piece * PIECE..self.open.len().min((piece + 1) * PIECE);
+                let places = places.filter(|&place| self.open[place] && !full(self.own.start + place));
+                let possible = self.possible(state, places);
                 progress.check().map(|()| possible)
             })
             .collect::<Result<_>>()?;
         let lowest = possible.iter().map(|piece| piece.lowest).fold(f64::NEG_INFINITY, f64::max);
         let candidates = possible.iter().flat_map(|piece| &piece.uppers).filter(|(_, upper)| *upper >= lowest);
-        let candidates: Vec<usize> = candidates.map(|&(pair, _)| pair).collect();
+        let candidates: Vec<usize> = candidates.map(|&(place, _)| self.own.start + place).collect();
         let cosines: Vec<f64> = candidates
             .par_iter()
             .with_min_len(8)
@@ -146,27 +155,50 @@ impl<'a> Pairs<'a> {
                 },
             )
             .collect::<Result<_>>()?;
-        self.points.forget(0..self.points.tiles().len());
+        self.points.forget(self.points.own().tiles.clone());
         let mut best: Option<(usize, f64)> = None;
         for (&pair, &cosine) in candidates.iter().zip(&cosines) {
             if best.is_none_or(|(_, best)| cosine > best) {
                 best = Some((pair, cosine));
             }
         }
-        if let Some((pair, _)) = best {
-            self.open[pair] = false;
+        let best = self.of_all(best, out)?;
+        if let Some(pair) = best.filter(|pair| self.own.contains(pair)) {
+            self.open[pair - self.own.start] = false;
+        }
+        Ok(best)
+    }
+
+    /// The best pair of all processes, which is written, given that of this one and its cosine. Ties: the lower pair, which
+    /// is that of the lower process.
+    fn of_all(&self, own: Option<(usize, f64)>, out: &mut [f64]) -> Result<Option<usize>> {
+        let mut said = Vec::new();
+        if let Some((pair, cosine)) = own {
+            self.write(pair, out);
+            said.extend([pair as f64, cosine]);
+            said.extend_from_slice(out);
+        }
+        let mut best: Option<(usize, f64)> = None;
+        for said in self.points.processes().gathered(&said)? {
+            if let [pair, cosine, vector @ ..] = said.as_slice()
+                && best.is_none_or(|(_, best)| *cosine > best)
+            {
+                best = Some((*pair as usize, *cosine));
+                out.copy_from_slice(vector);
+            }
         }
         Ok(best.map(|(pair, _)| pair))
     }
 
-    /// The pairs that may be the best as far as the others among them tell.
-    fn possible(&self, state: State, pairs: impl Iterator<Item = usize>) -> Possible {
+    /// The pairs, given by their places among those of this process, that may be the best as far as the others among them
+    /// tell.
+    fn possible(&self, state: State, places: impl Iterator<Item = usize>) -> Possible {
         let mut possible = Possible { lowest: f64::NEG_INFINITY, uppers: Vec::new() };
         let length = state.square.sqrt();
-        for pair in pairs {
-            let [a, b] = self.points.coefficients_float64(pair);
-            let [chosen, rejected] = self.places[pair].map(|place| self.products[place]);
-            let fixed = self.fixed[pair];
+        for place in places {
+            let [a, b] = self.points.coefficients_float64(self.own.start + place);
+            let [chosen, rejected] = self.places[place].map(|row| self.products[row]);
+            let fixed = self.fixed[place];
             let product = Product {
                 value: state.product * fixed.product + a * chosen.value + b * rejected.value,
                 error: a.abs() * chosen.error + b.abs() * rejected.error + ROUNDING * length * fixed.square.sqrt(),
@@ -174,7 +206,7 @@ impl<'a> Pairs<'a> {
             let [lower, upper] = state.bounds(fixed, product, possible.lowest);
             possible.lowest = possible.lowest.max(lower);
             if upper >= possible.lowest {
-                possible.uppers.push((pair, upper));
+                possible.uppers.push((place, upper));
             }
         }
         possible
@@ -185,14 +217,15 @@ impl<'a> Pairs<'a> {
 struct Possible {
     /// What the largest cosine is at least.
     lowest: f64,
-    /// The pairs, ascending, and what their cosines are at most.
+    /// Their places, ascending, and what their cosines are at most.
     uppers: Vec<(usize, f64)>,
 }
 
-/// ⟨z, u⟩ and ‖z‖² of each pair, without any cancellation.
+/// ⟨z, u⟩ and ‖z‖² of each pair of this process, without any cancellation.
 fn fixed(points: &Points<2>, target: &[f64], progress: &Progress) -> Result<Vec<Fixed>> {
-    let mut fixed = filled(points.count(), Fixed::default(), POINTS)?;
-    points.visit(0..points.tiles().len(), fixed.as_mut_slice(), Vec::new, |gathered, _, tile, fixed| {
+    let own = points.own();
+    let mut fixed = filled(own.points.len(), Fixed::default(), POINTS)?;
+    points.visit(own.tiles.clone(), fixed.as_mut_slice(), Vec::new, |gathered, _, tile, fixed| {
         let gathered = points.gather_or_borrow(tile, None, gathered);
         for (pair, fixed) in tile.points.clone().zip(fixed) {
             let terms = points.terms(pair, gathered);
@@ -202,22 +235,23 @@ fn fixed(points: &Points<2>, target: &[f64], progress: &Progress) -> Result<Vec<
         progress.check()
     })?;
     match fixed.par_iter().position_first(|fixed| !fixed.square.is_finite()) {
-        Some(pair) => Err(points.not_finite(pair)),
+        Some(place) => Err(points.not_finite(own.points.start + place)),
         None => Ok(fixed),
     }
 }
 
-/// The rows of pairs in ascending order, and where among these those of each pair are.
+/// The rows of the pairs of this process in ascending order, and where among these those of each pair are.
 fn places(points: &Points<2>, progress: &Progress) -> Result<(Vec<usize>, Vec<[usize; 2]>)> {
     let mut place = filled(points.rows().count(), usize::MAX, POINTS)?;
-    for tile in points.tiles() {
+    let tiles = &points.tiles()[points.own().tiles.clone()];
+    for tile in tiles {
         points.rows_of(tile).iter().for_each(|&row| place[row] = 0);
     }
     progress.check()?;
     let rows = chosen(place.len(), POINTS, progress, |row| (place[row] == 0).then_some(row))?;
     rows.iter().enumerate().for_each(|(index, &row)| place[row] = index);
-    let mut places = reserved(points.count(), POINTS)?;
-    for tile in points.tiles() {
+    let mut places = reserved(points.own().points.len(), POINTS)?;
+    for tile in tiles {
         progress.check()?;
         let rows = points.rows_of(tile);
         places.extend(tile.points.clone().map(|pair| points.slots(pair).map(|slot| place[rows[slot]])));

@@ -11,6 +11,8 @@
 //!
 //! For B picks from P pairs of n rows of dimension d it takes O(n d + P d + B (n d + P)) time, of which B n d is in bytes
 //! that are read and not in float64 arithmetic; and n d + 40 n + 41 P bytes, of which the first term may be limited.
+//! Where processes share the points, each does so with the rows of its own pairs; the best of each and its vector are what they
+//! tell each other at each step.
 
 mod measure;
 mod rows;
@@ -71,8 +73,7 @@ pub fn matching(
     let mut matching = Matching::default();
     while matching.picks.len() < budget {
         let full = |pair: usize| depths.as_ref().is_some_and(|depths| depths.full(pair));
-        let Some(pick) = pairs.best(&sum, full, progress)? else { break };
-        pairs.write(pick, &mut pair);
+        let Some(pick) = pairs.best(&sum, full, &mut pair, progress)? else { break };
         sum.iter_mut().zip(&pair).for_each(|(sum, value)| *sum += value);
         if let Some(depths) = &mut depths {
             depths.count(pick);

@@ -70,7 +70,7 @@ impl<'a> Copies<'a> {
             }
             progress.check()
         })?;
-        points.forget(0..points.tiles().len());
+        points.forget(points.own().tiles.clone());
         Ok(Self { points, rows, codes, roundings })
     }
 
@@ -110,7 +110,7 @@ impl<'a> Copies<'a> {
             },
         )?;
         if kept < rows.len() {
-            self.points.forget(0..self.points.tiles().len());
+            self.points.forget(self.points.own().tiles.clone());
         }
         Ok(())
     }

@@ -4,6 +4,7 @@
 //! vectors: the 28 pairs of a prompt with 8 responses need 8 rows, which a tile gathers once.
 
 mod residency;
+mod share;
 mod visit;
 
 use std::ops::Range;
@@ -11,10 +12,12 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use crate::error::{Error, Result};
+use crate::exchange::Processes;
 use crate::matrix::Rows;
 use crate::memory::{self, PIECE, POINTS};
 use crate::progress::Progress;
 use crate::simd;
+pub use share::{BLOCKS, Share};
 
 /// Distinct rows of a tile: 18 times the 14 rows that the largest matrix kernel takes at once. It fills the registers and
 /// caches of a product; more gained nothing.
@@ -43,6 +46,9 @@ pub struct Points<'a, const TERMS: usize> {
     tile_rows: Vec<usize>,
     /// How much each point counts; one for each if none.
     weights: Option<Vec<f32>>,
+    /// Who shares them, and what of them this process has.
+    processes: Processes<'a>,
+    own: Share,
 }
 
 impl<'a> Points<'a, 1> {
@@ -65,14 +71,17 @@ impl<'a> Points<'a, 1> {
             Tile { rows: points.clone(), points }
         };
         let slot = |point: usize| [(point % TILE_ROWS) as u16];
+        let tiles = memory::build(count.div_ceil(TILE_ROWS), POINTS, progress, tile)?;
         Ok(Self {
             rows,
             coefficients: memory::build(count, POINTS, progress, |_| [1.0])?,
             scale: 1.0,
             slots: memory::build(count, POINTS, progress, slot)?,
-            tiles: memory::build(count.div_ceil(TILE_ROWS), POINTS, progress, tile)?,
+            own: Share::of(&tiles, 0, 1),
+            tiles,
             tile_rows: order,
             weights: None,
+            processes: Processes::default(),
         })
     }
 
@@ -186,7 +195,8 @@ impl<'a, const TERMS: usize> Points<'a, TERMS> {
             sort_slots(&mut slots[first_point..], &mut tile_rows[first_row..]);
             tiles.push(Tile { points: first_point..count, rows: first_row..tile_rows.len() });
         }
-        Ok(Self { rows, coefficients, scale: 1.0, slots, tiles, tile_rows, weights: None })
+        let (processes, own) = (Processes::default(), Share::of(&tiles, 0, 1));
+        Ok(Self { rows, coefficients, scale: 1.0, slots, tiles, tile_rows, weights: None, processes, own })
     }
 
     pub fn count(&self) -> usize {
@@ -249,7 +259,7 @@ impl<'a, const TERMS: usize> Points<'a, TERMS> {
         self.weights.is_some()
     }
 
-    /// Some of the points, given in ascending order. Weights are left behind.
+    /// Some of the points, given in ascending order. Weights are left behind, and so are other processes.
     ///
     /// # Errors
     /// As [`memory::build`].

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::{Points, Tile};
+use super::{Points, Share, Tile};
 use crate::error::Result;
 use crate::memory::{self, POINTS};
 use crate::progress::Progress;
@@ -60,35 +60,33 @@ impl<const TERMS: usize> Points<'_, TERMS> {
         tasks.into_par_iter().with_max_len(1).map_init(start, visit).collect()
     }
 
-    /// Cuts the tiles into at most `limit` blocks, gives each block a state, and shows it the block's tiles in order
-    /// together with their gathered rows. Returns the states in the order of the blocks.
+    /// Gives each block of tiles of this process a state, and shows it the block's tiles in order together with their
+    /// gathered rows. Returns the states in the order of the blocks.
     ///
-    /// Blocks run in parallel; as neither the cuts nor the order within a block depend on the number of threads,
-    /// neither does any result that is folded in block order.
+    /// Blocks run in parallel; as neither the cuts nor the order within a block depend on the number of threads or of
+    /// processes, neither does any result that is folded in block order.
     pub fn fold_blocks<State: Send>(
         &self,
-        limit: usize,
         progress: &Progress,
         start: impl Fn() -> State + Sync,
         visit: impl Fn(&mut State, &Tile, &[f32]) + Sync,
     ) -> Result<Vec<State>> {
-        self.fill_blocks(limit, (), progress, start, |state, tile, gathered, ()| visit(state, tile, gathered))
+        self.fill_blocks((), progress, start, |state, tile, gathered, ()| visit(state, tile, gathered))
     }
 
-    /// As [`Points::fold_blocks`], and shows a tile the entries of `data` that belong to its points.
+    /// As [`Points::fold_blocks`], and shows a tile the entries of `data` that belong to its points. `data` begins with the
+    /// first point of this process.
     pub fn fill_blocks<State: Send, Data: Entries>(
         &self,
-        limit: usize,
         mut data: Data,
         progress: &Progress,
         start: impl Fn() -> State + Sync,
         visit: impl Fn(&mut State, &Tile, &[f32], Data) + Sync,
     ) -> Result<Vec<State>> {
         self.room(0)?;
-        let blocks = limit.min(self.tiles.len());
-        let mut tasks = Vec::with_capacity(blocks);
-        for block in 0..blocks {
-            let tiles = block * self.tiles.len() / blocks..(block + 1) * self.tiles.len() / blocks;
+        let mut tasks = Vec::with_capacity(self.own.blocks.len());
+        for block in self.own.blocks.clone() {
+            let tiles = Share::block(self.tiles.len(), block);
             let (own, rest) = data.cut(self.tiles[tiles.clone()].iter().map(|tile| tile.points.len()).sum());
             tasks.push((tiles, own));
             data = rest;

@@ -71,7 +71,7 @@ pub fn coreset<'py>(
     let clusters = Vector::<i32>::new("clusters", clusters)?;
     let clusters = clusters.slice();
     let limits = LimitArguments { eligible, prompts, max_depth };
-    pick(py, &pairs, &limits, threads, progress.as_ref(), |points, limits, progress| {
+    pick(py, &pairs, &limits, threads, progress.as_ref(), None, |points, limits, progress| {
         let clusters = indices(clusters, progress)?;
         let coreset = crate::coreset::coreset(points, &clusters, budget, limits, cache_bytes, progress)?;
         Ok((coreset.picks, coreset.weights))

@@ -82,7 +82,7 @@ impl From<Error> for PyErr {
                 None => PyOSError::new_err(message),
             },
             Error::Memory { .. } => PyMemoryError::new_err(message),
-            Error::Fault { .. } => PyRuntimeError::new_err(message),
+            Error::Fault { .. } | Error::Elsewhere => PyRuntimeError::new_err(message),
             Error::Cancelled => PyKeyboardInterrupt::new_err(()),
             Error::Shape { .. }
             | Error::Argument { .. }

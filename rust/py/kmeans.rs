@@ -8,6 +8,7 @@ use pyo3::types::{PyDict, PyTuple};
 
 use super::convert::{Matrix, PairArrays, RowsArray, Vector, check_scales, matrix};
 use super::pickle::{self, entry};
+use super::processes::run_shared;
 use super::run::run;
 use crate::error::Error;
 use crate::kmeans::{CACHE_BYTES, Clustering, Init, Metric, Params, assign as nearest, fit, fit_rows};
@@ -274,6 +275,8 @@ pub fn assign(
 ///         none, which costs about a tenth of a pass. Does not change any bit of the result.
 ///     threads: Threads to use; all cores if None. Does not change any bit of the result.
 ///     progress: Called with (done, total) at most ten times a second, and at the end.
+///     processes: Who shares the pairs, such as a bpo.world.shares.Shares; all of them make this call, with the same arguments
+///         but for rows that are of pairs of others alone, which are not read. Does not change any bit of the result.
 ///
 /// Returns:
 ///     Centroids, and labels, distances and inertia of the pairs.
@@ -291,10 +294,11 @@ pub fn assign(
     signature = (
         rows, pairs, coefficients, k, *, scales = None, init = InitArgument::Name("k-means++".to_owned()),
         metric = "euclidean", max_iter = 100, tol = 1e-4, seed = 0, cache_bytes = CACHE_BYTES,
-        threads = None, progress = None
+        threads = None, progress = None, processes = None
     ),
     text_signature = "(rows, pairs, coefficients, k, *, scales=None, init='k-means++', metric='euclidean', \
-                      max_iter=100, tol=0.0001, seed=0, cache_bytes=1073741824, threads=None, progress=None)"
+                      max_iter=100, tol=0.0001, seed=0, cache_bytes=1073741824, threads=None, progress=None, \
+                      processes=None)"
 )]
 pub fn pair_kmeans(
     py: Python<'_>,
@@ -311,6 +315,7 @@ pub fn pair_kmeans(
     cache_bytes: usize,
     threads: Option<usize>,
     progress: Option<Py<PyAny>>,
+    processes: Option<&Bound<'_, PyAny>>,
 ) -> PyResult<KMeansResult> {
     let arrays = PairArrays::new(RowsArray::of_pairs(rows, scales)?, pairs, coefficients)?;
     let pairs = arrays.pairs()?;
@@ -324,7 +329,8 @@ pub fn pair_kmeans(
         seed,
         cache_bytes,
     };
-    let cluster = |progress: &Progress| fit(pairs.points(progress)?, &params, progress);
-    let clustering = run(py, threads, progress.as_ref(), cluster)?;
+    let clustering = run_shared(py, threads, progress.as_ref(), processes, |processes, progress| {
+        fit(pairs.points(progress)?.shared(processes), &params, progress)
+    })?;
     KMeansResult::new(py, clustering, pairs.rows.dim())
 }

@@ -6,8 +6,9 @@ use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
 
 use super::convert::{Mask, PairArrays, Vector, bools, indices, numbers};
-use super::run::run;
+use super::processes::run_shared;
 use crate::error::Result;
+use crate::exchange::Processes;
 use crate::points::Points;
 use crate::progress::Progress;
 use crate::prompts::Limits;
@@ -22,16 +23,17 @@ pub struct LimitArguments<'a, 'py> {
 /// Picks, and a number of each.
 pub type Picks<'py> = (Bound<'py, PyArray1<i64>>, Bound<'py, PyArray1<f64>>);
 
-/// Runs `choose` on the pairs and on copies of their limits.
+/// Runs `choose` on the pairs, which `processes` share if any are given, and on copies of their limits.
 ///
 /// # Errors
-/// As for any array, `TypeError` for a depth without prompts, and as [`run`].
+/// As for any array, `TypeError` for a depth without prompts, and as [`run_shared`].
 pub fn pick<'py>(
     py: Python<'py>,
     pairs: &PairArrays,
     limits: &LimitArguments,
     threads: Option<usize>,
     progress: Option<&Py<PyAny>>,
+    processes: Option<&Bound<'_, PyAny>>,
     choose: impl FnOnce(&Points<2>, Limits, &Progress) -> Result<(Vec<usize>, Vec<f64>)> + Send,
 ) -> PyResult<Picks<'py>> {
     let pairs = pairs.pairs()?;
@@ -43,13 +45,13 @@ pub fn pick<'py>(
     }
     let eligible = eligible.as_ref().map(Mask::bytes);
     let prompts = prompts.as_ref().map(Vector::slice).filter(|_| max_depth.is_some());
-    let work = |progress: &Progress| {
+    let work = |processes: Processes, progress: &Progress| {
         let eligible = eligible.map(|bytes| bools(bytes, progress)).transpose()?;
         let prompts = prompts.map(|prompts| indices(prompts, progress)).transpose()?;
         let limits = Limits { eligible: eligible.as_deref(), depth: prompts.as_deref().zip(max_depth) };
-        let (picks, values) = choose(&pairs.points(progress)?, limits, progress)?;
+        let (picks, values) = choose(&pairs.points(progress)?.shared(processes), limits, progress)?;
         Ok((numbers(&picks, progress)?, values))
     };
-    let (picks, values) = run(py, threads, progress, work)?;
+    let (picks, values) = run_shared(py, threads, progress, processes, work)?;
     Ok((picks.into_pyarray(py), values.into_pyarray(py)))
 }

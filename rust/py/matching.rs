@@ -33,6 +33,8 @@ use crate::coreset::CACHE_BYTES;
 ///         step, which takes several times as long. Does not change any bit of the result.
 ///     threads: Threads to use; all cores if None. Does not change any bit of the result.
 ///     progress: Called with (picked, budget) at most ten times a second, and at the end.
+///     processes: Who shares the pairs, such as a bpo.world.shares.Shares; all of them make this call, with the same arguments
+///         but for rows that are of pairs of others alone, which are not read. Does not change any bit of the result.
 ///
 /// Returns:
 ///     The picks in order, (B,) int64, and the cosine of the sum and the target after each, (B,) float64, 0 where the sum is
@@ -49,10 +51,10 @@ use crate::coreset::CACHE_BYTES;
 #[expect(clippy::too_many_arguments, reason = "keywords in Python")]
 #[pyo3(signature = (
     rows, pairs, coefficients, target, budget, *, eligible = None, prompts = None, max_depth = None,
-    cache_bytes = CACHE_BYTES, threads = None, progress = None
+    cache_bytes = CACHE_BYTES, threads = None, progress = None, processes = None
 ),
     text_signature = "(rows, pairs, coefficients, target, budget, *, eligible=None, prompts=None, max_depth=None, \
-                      cache_bytes=1073741824, threads=None, progress=None)"
+                      cache_bytes=1073741824, threads=None, progress=None, processes=None)"
 )]
 pub fn matching<'py>(
     py: Python<'py>,
@@ -67,12 +69,13 @@ pub fn matching<'py>(
     cache_bytes: usize,
     threads: Option<usize>,
     progress: Option<Py<PyAny>>,
+    processes: Option<&Bound<'_, PyAny>>,
 ) -> PyResult<Picks<'py>> {
     let pairs = PairArrays::new(RowsArray::of_pairs(rows, None)?, pairs, coefficients)?;
     let target = Vector::<f32>::new("target", target)?;
     let target = target.slice();
     let limits = LimitArguments { eligible, prompts, max_depth };
-    pick(py, &pairs, &limits, threads, progress.as_ref(), |points, limits, progress| {
+    pick(py, &pairs, &limits, threads, progress.as_ref(), processes, |points, limits, progress| {
         let matching = crate::matching::matching(points, target, budget, limits, cache_bytes, progress)?;
         Ok((matching.picks, matching.cosines))
     })

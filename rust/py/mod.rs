@@ -10,6 +10,7 @@ mod kmeans;
 mod limits;
 mod matching;
 mod pickle;
+mod processes;
 mod ranking;
 mod run;
 mod sketch;

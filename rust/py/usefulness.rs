@@ -7,8 +7,9 @@ use pyo3::types::{PyDict, PyTuple};
 
 use super::convert::{Matrix, PairArrays, RowsArray, Vector, indices};
 use super::pickle::{self, entry};
-use super::run::run;
+use super::processes::run_shared;
 use crate::error::Error;
+use crate::exchange::Processes;
 use crate::memory::first;
 use crate::progress::Progress;
 use crate::usefulness;
@@ -24,6 +25,8 @@ use crate::usefulness;
 ///         infinite.
 ///     threads: Threads to use; all cores if None. Does not change any bit of the result.
 ///     progress: Called with (done, total) at most ten times a second, and at the end.
+///     processes: Who shares the pairs, such as a bpo.world.shares.Shares; all of them make this call, with the same arguments
+///         but for rows that are of pairs of others alone, which are not read. Does not change any bit of the result.
 ///
 /// Returns:
 ///     (P,) float32.
@@ -34,7 +37,8 @@ use crate::usefulness;
 ///     OutOfRangeError: If a pair refers to a row that is not there.
 ///     ValueError: If an array has another shape or layout.
 #[pyfunction]
-#[pyo3(signature = (rows, pairs, coefficients, *, finite = true, threads = None, progress = None))]
+#[expect(clippy::too_many_arguments, reason = "keywords in Python")]
+#[pyo3(signature = (rows, pairs, coefficients, *, finite = true, threads = None, progress = None, processes = None))]
 pub fn pair_norms<'py>(
     py: Python<'py>,
     rows: &Bound<'_, PyAny>,
@@ -43,11 +47,12 @@ pub fn pair_norms<'py>(
     finite: bool,
     threads: Option<usize>,
     progress: Option<Py<PyAny>>,
+    processes: Option<&Bound<'_, PyAny>>,
 ) -> PyResult<Bound<'py, PyArray1<f32>>> {
     let arrays = PairArrays::new(RowsArray::of_pairs(rows, None)?, pairs, coefficients)?;
     let pairs = arrays.pairs()?;
-    let norms = |progress: &Progress| {
-        let points = pairs.points(progress)?;
+    let norms = |processes: Processes, progress: &Progress| {
+        let points = pairs.points(progress)?.shared(processes);
         let norms = usefulness::pair_norms(&points, progress)?;
         let count = if finite { norms.len() } else { 0 };
         match first(count, progress, |pair| !norms[pair].is_finite())? {
@@ -55,7 +60,7 @@ pub fn pair_norms<'py>(
             None => Ok(norms),
         }
     };
-    Ok(run(py, threads, progress.as_ref(), norms)?.into_pyarray(py))
+    Ok(run_shared(py, threads, progress.as_ref(), processes, norms)?.into_pyarray(py))
 }
 
 /// Scores of pairs against their centroids and the optimization direction. Made by hand from its attributes, which are also
@@ -108,6 +113,8 @@ impl PairScores {
 ///     direction: (d,) float32, normalised before use; the mean of the pairs if None.
 ///     threads: Threads to use; all cores if None. Does not change any bit of the result.
 ///     progress: Called with (done, total) at most ten times a second, and at the end.
+///     processes: Who shares the pairs, such as a bpo.world.shares.Shares; all of them make this call, with the same arguments
+///         but for rows that are of pairs of others alone, which are not read. Does not change any bit of the result.
 ///
 /// Returns:
 ///     Centrality, distance and alignment of each pair, and the direction.
@@ -120,7 +127,7 @@ impl PairScores {
 ///     ValueError: If an array has another shape or layout.
 #[pyfunction]
 #[expect(clippy::too_many_arguments, reason = "keywords in Python")]
-#[pyo3(signature = (rows, pairs, coefficients, centroids, labels, *, direction = None, threads = None, progress = None))]
+#[pyo3(signature = (rows, pairs, coefficients, centroids, labels, *, direction = None, threads = None, progress = None, processes = None))]
 pub fn score_pairs(
     py: Python<'_>,
     rows: &Bound<'_, PyAny>,
@@ -131,6 +138,7 @@ pub fn score_pairs(
     direction: Option<&Bound<'_, PyAny>>,
     threads: Option<usize>,
     progress: Option<Py<PyAny>>,
+    processes: Option<&Bound<'_, PyAny>>,
 ) -> PyResult<PairScores> {
     let arrays = PairArrays::new(RowsArray::of_pairs(rows, None)?, pairs, coefficients)?;
     let pairs = arrays.pairs()?;
@@ -144,12 +152,12 @@ pub fn score_pairs(
     let labels = labels.slice();
     let direction = direction.map(|direction| Vector::<f32>::new("direction", direction)).transpose()?;
     let direction = direction.as_ref().map(|direction| direction.slice());
-    let score = |progress: &Progress| {
+    let score = |processes: Processes, progress: &Progress| {
         let labels = indices(labels, progress)?;
-        let points = pairs.points(progress)?;
+        let points = pairs.points(progress)?.shared(processes);
         usefulness::score_pairs(&points, centroids, &labels, direction, progress)
     };
-    let scores = run(py, threads, progress.as_ref(), score)?;
+    let scores = run_shared(py, threads, progress.as_ref(), processes, score)?;
     Ok(PairScores {
         centrality: scores.centrality.into_pyarray(py).unbind(),
         distance: scores.distance.into_pyarray(py).unbind(),

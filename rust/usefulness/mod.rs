@@ -5,14 +5,11 @@ mod products;
 use crate::error::{Error, Result};
 use crate::matrix::check_finite;
 use crate::memory::{RESULTS, TILES, build, first, room};
-use crate::points::Points;
+use crate::points::{BLOCKS, Points};
 use crate::progress::Progress;
 use crate::simd;
 use crate::simd::dots::dots;
 use products::{Centroids, Products, TRUSTED_SQUARES, Target};
-
-/// Blocks of tiles: fixed, so that sums fold alike on any number of threads.
-const BLOCKS: usize = 64;
 
 /// ‖z_p‖ of each pair.
 ///
@@ -36,10 +33,11 @@ const BLOCKS: usize = 64;
 /// # Errors
 /// If the memory cannot be had, or the computation was cancelled.
 pub fn pair_norms(points: &Points<2>, progress: &Progress) -> Result<Vec<f32>> {
-    progress.start(points.tiles().len());
+    let own = points.own().points.clone();
+    progress.start(points.own().tiles.len());
     let mut norms = build(points.count(), RESULTS, progress, |_| 0.0)?;
     let start = || (Products::new(0), vec![0.0; points.dim()]);
-    points.fill_blocks(BLOCKS, &mut norms[..], progress, start, |(products, values), tile, gathered, norms| {
+    points.fill_blocks(&mut norms[own.clone()], progress, start, |(products, values), tile, gathered, norms| {
         products.compute(points, tile, gathered, None);
         for (index, pair) in tile.points.clone().enumerate() {
             let expanded = products.expand(points, pair, index);
@@ -51,6 +49,7 @@ pub fn pair_norms(points: &Points<2>, progress: &Progress) -> Result<Vec<f32>> {
             };
         }
     })?;
+    points.processes().complete(&mut norms, own)?;
     Ok(norms)
 }
 
@@ -102,7 +101,8 @@ pub fn score_pairs(
     let dim = points.dim();
     check(points, centroids, labels, direction, progress)?;
     let passes = if direction.is_some() { 1 } else { 2 };
-    progress.start(passes * points.tiles().len());
+    let own = points.own().points.clone();
+    progress.start(passes * points.own().tiles.len());
     let direction = match direction {
         Some(given) => normalized(given.iter().map(|&value| f64::from(value)).collect()),
         None => normalized(sum(points, progress)?),
@@ -112,9 +112,9 @@ pub fn score_pairs(
 
     let zeros = || build(points.count(), RESULTS, progress, |_| 0.0);
     let (mut centrality, mut distance, mut alignment) = (zeros()?, zeros()?, zeros()?);
-    let scores = ((&mut centrality[..], &mut distance[..]), &mut alignment[..]);
+    let scores = ((&mut centrality[own.clone()], &mut distance[own.clone()]), &mut alignment[own.clone()]);
     let start = || (Products::new(centroids.squares.len()), vec![0.0; dim]);
-    points.fill_blocks(BLOCKS, scores, progress, start, |(products, values), tile, gathered, scores| {
+    points.fill_blocks(scores, progress, start, |(products, values), tile, gathered, scores| {
         let ((centrality, distance), alignment) = scores;
         products.compute(points, tile, gathered, Some(&target));
         for (index, pair) in tile.points.clone().enumerate() {
@@ -127,10 +127,13 @@ pub fn score_pairs(
             (distance[index], alignment[index]) = (scores[1] as f32, scores[2] as f32);
         }
     })?;
-    match first(points.count(), progress, |pair| !distance[pair].is_finite())? {
-        Some(pair) => Err(points.not_finite(pair)),
-        None => Ok(Scores { centrality, distance, alignment, direction }),
+    if let Some(pair) = first(own.len(), progress, |pair| !distance[own.start + pair].is_finite())? {
+        return Err(points.not_finite(own.start + pair));
     }
+    for scores in [&mut centrality, &mut distance, &mut alignment] {
+        points.processes().complete(scores, own.clone())?;
+    }
+    Ok(Scores { centrality, distance, alignment, direction })
 }
 
 /// The length of a vector: in float64 where float32 cannot hold its square.
@@ -197,7 +200,7 @@ fn sum(points: &Points<2>, progress: &Progress) -> Result<Vec<f64>> {
     let dim = points.dim();
     room(BLOCKS.min(points.tiles().len()) * size_of::<f64>() * dim, TILES)?;
     let start = || (vec![0.0; dim], Vec::new());
-    let blocks = points.fold_blocks(BLOCKS, progress, start, |(sum, factors), tile, gathered| {
+    let blocks = points.fold_blocks(progress, start, |(sum, factors), tile, gathered| {
         factors.clear();
         factors.resize(gathered.len() / dim, 0.0);
         for pair in tile.points.clone() {
@@ -209,7 +212,9 @@ fn sum(points: &Points<2>, progress: &Progress) -> Result<Vec<f64>> {
             simd::add_scaled_to_float64(sum, *factor, row);
         }
     })?;
-    Ok((0..dim).map(|index| blocks.iter().map(|(sum, _)| sum[index]).sum()).collect())
+    let blocks: Vec<f64> = blocks.into_iter().flat_map(|(sum, _)| sum).collect();
+    let blocks = points.processes().gathered(&blocks)?.concat();
+    Ok((0..dim).map(|index| blocks.chunks_exact(dim).map(|sum| sum[index]).sum()).collect())
 }
 
 fn normalized(values: Vec<f64>) -> Vec<f32> {

@@ -178,7 +178,7 @@ KMEANS = [
     ),
     Fault(
         "cosine-points-alone-scaled",
-        "kmeans/fit.rs",
+        "kmeans/prepare.rs",
         "approximation.multiply(&factors, progress)?;",
         "",
         python=proofs("rounding_of_points or chains"),
@@ -220,7 +220,7 @@ KMEANS = [
     ),
     Fault(
         "origin-not-scaled",
-        "kmeans/fit.rs",
+        "kmeans/prepare.rs",
         "Approximation::new(points, false, cache_bytes, progress)",
         "Approximation::new(points, centred, cache_bytes, progress)",
         python=proofs("scale_changes"),
@@ -349,7 +349,7 @@ KMEANS = [
     ),
     Fault(
         "never-scaled",
-        "kmeans/fit.rs",
+        "kmeans/prepare.rs",
         "points.set_scale((-largest.log2().round()).clamp(-126.0, 126.0).exp2() as f32);",
         "",
         python=proofs("scale_changes"),

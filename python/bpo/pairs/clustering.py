@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from bpo.system.progress import Progress
+    from bpo.world.shares import Shares
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +54,9 @@ _BYTES_A_PAIR = 500
 # Beside these, stages that follow one another take so many for each number of a sketch.
 _BYTES_A_THREAD = 252 * 12  # clustering: rows that a thread works on
 _BYTES_A_CENTROID = 40
+# Where processes share the pairs: numbers on their way to others, and what waits for a turn; the sums, sent and heard.
+_BYTES_A_SHARED_PAIR = 100
+_BYTES_A_SHARED_CENTROID = 32
 _BYTES_A_PROMPT = 8  # whether prompts agree: the sum of each of 1,000 prompts
 # The core's default of what it keeps from pass to pass.
 _CACHE_BYTES = 1 << 30
@@ -63,7 +67,14 @@ _CANDIDATES, _COPIES = 1024, 4
 
 
 def memory_needed(
-    n_rows: int, n_pairs: int, dim: int, config: SelectConfig, *, strategy: str = "bpo", budget: int | None = None
+    n_rows: int,
+    n_pairs: int,
+    dim: int,
+    config: SelectConfig,
+    *,
+    strategy: str = "bpo",
+    budget: int | None = None,
+    n_processes: int = 1,
 ) -> int:
     """Returns the bytes that choosing among pairs takes, beside the data and whatever is kept from pass to pass.
 
@@ -74,10 +85,13 @@ def memory_needed(
         config: Uses ``n_clusters`` and ``threads``.
         strategy: What chooses; that of a strategy of the user's own is not known.
         budget: Pairs to choose; all if None.
+        n_processes: How many share the pairs; the bytes are those of each.
     """
     threads = config.threads or os.cpu_count() or 1
     n_clusters = _n_clusters(n_pairs, config)
-    clustering = (_BYTES_A_CENTROID * n_clusters + _BYTES_A_THREAD * threads) * dim
+    shared = n_processes > 1
+    of_centroid = _BYTES_A_CENTROID + _BYTES_A_SHARED_CENTROID * shared
+    clustering = (of_centroid * n_clusters + _BYTES_A_THREAD * threads) * dim
     agreement = _BYTES_A_PROMPT * min(n_pairs, 1000) * dim
     choice = 0
     if strategy == "coreset":
@@ -91,27 +105,43 @@ def memory_needed(
     elif strategy == "epig":
         # Once as they are computed and once as they are kept; and a vector for each pair that is taken.
         choice = 2 * INFORMATION_BYTES + 8 * dim * (n_pairs if budget is None else budget)
-    return _FIXED_BYTES + _BYTES_A_ROW * n_rows + _BYTES_A_PAIR * n_pairs + max(clustering, agreement, choice)
+    of_pair = _BYTES_A_PAIR + _BYTES_A_SHARED_PAIR * shared
+    return _FIXED_BYTES + _BYTES_A_ROW * n_rows + of_pair * n_pairs + max(clustering, agreement, choice)
 
 
 def cache_bytes(
-    n_rows: int, n_pairs: int, dim: int, config: SelectConfig, *, strategy: str = "bpo", budget: int | None = None
+    n_rows: int,
+    n_pairs: int,
+    dim: int,
+    config: SelectConfig,
+    *,
+    strategy: str = "bpo",
+    budget: int | None = None,
+    n_processes: int = 1,
 ) -> int:
     """Returns the bytes that may be kept from pass to pass: what :func:`memory_needed` leaves of ``max_memory``."""
     if config.memory_limit is None:
         return _CACHE_BYTES
-    return max(0, config.memory_limit - memory_needed(n_rows, n_pairs, dim, config, strategy=strategy, budget=budget))
+    needed = memory_needed(n_rows, n_pairs, dim, config, strategy=strategy, budget=budget, n_processes=n_processes)
+    return max(0, config.memory_limit - needed)
 
 
 def check_memory(
-    n_rows: int, n_pairs: int, dim: int, config: SelectConfig, *, strategy: str = "bpo", budget: int | None = None
+    n_rows: int,
+    n_pairs: int,
+    dim: int,
+    config: SelectConfig,
+    *,
+    strategy: str = "bpo",
+    budget: int | None = None,
+    n_processes: int = 1,
 ) -> None:
     """Checks that ``SelectConfig.max_memory`` suffices.
 
     Raises:
         ValueError: It does not; the message says what would.
     """
-    needed = memory_needed(n_rows, n_pairs, dim, config, strategy=strategy, budget=budget)
+    needed = memory_needed(n_rows, n_pairs, dim, config, strategy=strategy, budget=budget, n_processes=n_processes)
     if config.memory_limit is not None and needed > config.memory_limit:
         raise ValueError(
             f"SelectConfig.max_memory is {config.memory_limit / 2**20:,.0f} MiB, and choosing among {n_pairs} pairs of "
@@ -158,8 +188,19 @@ def cluster_pairs(
         >>> bool(clusters.labels[0] == clusters.labels[1] != clusters.labels[2])
         True
     """
-    config = SelectConfig.of(config)
-    norms = pair_norms(PairGradients(rows, pairs, coefficients), config.threads, progress)
+    return clustered(PairGradients(rows, pairs, coefficients), SelectConfig.of(config), seed, progress)
+
+
+def clustered(
+    gradients: PairGradients,
+    config: SelectConfig,
+    seed: int,
+    progress: Progress | None = None,
+    shares: Shares | None = None,
+) -> PairClusters:
+    """As :func:`cluster_pairs`; with ``shares`` by several processes, each of which reads the rows of its own pairs."""
+    rows, pairs, coefficients = gradients
+    norms = pair_norms(gradients, config.threads, progress, shares)
     usable = np.isfinite(norms) & (norms > 0)
     index = np.flatnonzero(usable)
     if len(index) == 0:
@@ -174,12 +215,22 @@ def cluster_pairs(
         metric=config.metric,
         max_iter=config.max_iter,
         seed=seed,
-        cache_bytes=cache_bytes(len(rows), len(pairs), rows.shape[1], config),
+        cache_bytes=cache_bytes(
+            len(rows), len(pairs), rows.shape[1], config, n_processes=1 if shares is None else shares.size
+        ),
         threads=config.threads,
         progress=progress,
+        processes=shares,
     )
     scores = _core.score_pairs(
-        rows, used, unit, result.centroids, result.labels, threads=config.threads, progress=progress
+        rows,
+        used,
+        unit,
+        result.centroids,
+        result.labels,
+        threads=config.threads,
+        progress=progress,
+        processes=shares,
     )
 
     def spread(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from bpo.config import SelectConfig
     from bpo.pairs.measured import MeasuredPairs
+    from bpo.world.shares import Shares
 
 _TESTED_PROMPTS = 1000
 _SIGN_DRAWS = 1000
@@ -39,6 +40,7 @@ def influence(
     known: npt.NDArray[np.bool_],
     subtask_of_pair: npt.NDArray[np.int64],
     config: SelectConfig,
+    shares: Shares | None = None,
 ) -> npt.NDArray[np.float32]:
     """Returns the influence of pairs on a target: the mean cosine with a subtask's pairs, the largest over subtasks.
 
@@ -51,6 +53,7 @@ def influence(
         known: (T,) bool, which of them are usable.
         subtask_of_pair: (T,) int64, the subtask of each of them, from 0.
         config: Uses ``threads``.
+        shares: The processes that share the P pairs; all read the target.
 
     Returns:
         (P,) float32, NaN where not usable.
@@ -73,6 +76,7 @@ def influence(
             np.zeros(len(index), dtype=np.int32),
             direction=mean.astype(np.float32),
             threads=config.threads,
+            processes=shares,
         )
         # The core takes the direction at unit length.
         best[index] = np.fmax(best[index], scores.alignment * np.float32(np.linalg.norm(mean)))
@@ -91,7 +95,11 @@ def _sum(gradients: PairGradients) -> npt.NDArray[np.float64]:
 
 
 def prompts_agree(
-    features: PairGradients, usable: npt.NDArray[np.bool_], prompt_of_pair: npt.NDArray[np.int64], seed: int
+    features: PairGradients,
+    usable: npt.NDArray[np.bool_],
+    prompt_of_pair: npt.NDArray[np.int64],
+    seed: int,
+    shares: Shares | None = None,
 ) -> float:
     """Tests whether the gradients of different prompts pull in a common direction.
 
@@ -104,6 +112,7 @@ def prompts_agree(
         usable: (P,) bool.
         prompt_of_pair: (P,) int64. Of more than 1,000 prompts, 1,000 are drawn.
         seed: Of the draws.
+        shares: The processes that share the prompts.
 
     Returns:
         The p-value, 1/1000 at least.
@@ -114,9 +123,11 @@ def prompts_agree(
         prompts = np.sort(generator.choice(prompts, _TESTED_PROMPTS, replace=False))
     index = np.flatnonzero(usable & np.isin(prompt_of_pair, prompts))
     place = np.searchsorted(prompts, prompt_of_pair[index])
-    sums = np.zeros((len(prompts), features.rows.shape[1]))
-    for prompt in range(len(prompts)):
-        sums[prompt] = _sum(features.take(index[place == prompt]))
+    own = range(len(prompts)) if shares is None else range(len(prompts))[shares.part(len(prompts))]
+    sums = np.zeros((len(own), features.rows.shape[1]))
+    for row, prompt in enumerate(own):
+        sums[row] = _sum(features.take(index[place == prompt]))
+    sums = sums if shares is None else shares.concatenated(sums)
     gram = sums @ sums.T
     signs = generator.choice(np.array([-1.0, 1.0]), (_SIGN_DRAWS - 1, len(prompts)))
     drawn = np.einsum("sp,sp->s", signs @ gram, signs)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from bpo.pairs.pair_gradients import PairGradients
+    from bpo.world.shares import Shares
 # Rows of the store that are multiplied with the fitted weights at a time.
 _ROWS_AT_ONCE = 8192
 # Among which the penalty is chosen: the largest first, whose fit is where the next one starts.
@@ -71,7 +72,7 @@ def linearised_correct(
 
 
 def training_direction(
-    features: PairGradients, prompt_of_pair: npt.NDArray[np.int64], seed: int
+    features: PairGradients, prompt_of_pair: npt.NDArray[np.int64], seed: int, shares: Shares | None = None
 ) -> npt.NDArray[np.float64]:
     """Returns where training on all of some pairs leads in the linear regime *(ours)*.
 
@@ -85,15 +86,16 @@ def training_direction(
         prompt_of_pair: (n,) int64. Folds keep prompts together; of very many pairs the prompts of about 20,000 are
             drawn.
         seed: Of the folds.
+        shares: The processes that share the rows.
 
     Returns:
         (d,) float64.
     """
-    return PairRegression(features).fit(_penalty(features, prompt_of_pair, seed))
+    return PairRegression(features, shares).fit(_penalty(features, prompt_of_pair, seed, shares))
 
 
 def cross_fitted_margins(
-    features: PairGradients, prompt_of_pair: npt.NDArray[np.int64], seed: int
+    features: PairGradients, prompt_of_pair: npt.NDArray[np.int64], seed: int, shares: Shares | None = None
 ) -> npt.NDArray[np.float64]:
     """Returns ⟨w, −ẑ⟩ of each pair, w being fitted to the pairs of the other prompts of five folds *(ours)*.
 
@@ -104,6 +106,7 @@ def cross_fitted_margins(
         features: Unit gradients of n pairs, all finite.
         prompt_of_pair: (n,) int64, of two prompts or more.
         seed: Of the folds.
+        shares: The processes that share the rows.
 
     Returns:
         (n,) float64.
@@ -114,8 +117,8 @@ def cross_fitted_margins(
     folds = _folds(prompt_of_pair, seed)
     if folds.max(initial=0) == 0:
         raise ValueError("Margins of left-out prompts need pairs of two prompts at least, and these are all of one.")
-    penalty = _penalty(features, prompt_of_pair, seed)
-    regression, margins = PairRegression(features), np.empty(len(folds))
+    penalty = _penalty(features, prompt_of_pair, seed, shares)
+    regression, margins = PairRegression(features, shares), np.empty(len(folds))
     weights: npt.NDArray[np.float64] | None = None
     for left_out in range(int(folds.max()) + 1):
         weights = regression.fit(penalty, start=weights, among=folds != left_out)
@@ -136,7 +139,7 @@ def _order(prompt_of_pair: npt.NDArray[np.int64], seed: int) -> npt.NDArray[np.i
     return order
 
 
-def _penalty(features: PairGradients, prompt_of_pair: npt.NDArray[np.int64], seed: int) -> float:
+def _penalty(features: PairGradients, prompt_of_pair: npt.NDArray[np.int64], seed: int, shares: Shares | None) -> float:
     """The penalty that ranks most pairs of left-out prompts rightly; the largest where one prompt is all there is."""
     order = _order(prompt_of_pair, seed)
     n_folds = min(_FOLDS, int(order.max()) + 1)
@@ -144,7 +147,7 @@ def _penalty(features: PairGradients, prompt_of_pair: npt.NDArray[np.int64], see
         return _PENALTIES[0]
     n_drawn = max(_FOLDS, int(np.searchsorted(np.cumsum(np.bincount(order)), _VALIDATED_PAIRS, side="right")))
     drawn: npt.NDArray[np.bool_] = order < n_drawn
-    regression = PairRegression(features.take(np.flatnonzero(drawn)))
+    regression = PairRegression(features.take(np.flatnonzero(drawn)), shares)
     fold = order[drawn] % n_folds
     right = []
     fitted: list[npt.NDArray[np.float64] | None] = [None] * n_folds
@@ -178,10 +181,13 @@ class PairRegression:
 
     Args:
         features: The unit gradients z of n pairs, all finite; what is fitted is x = −z.
+        shares: The processes that share the rows, a range of the used ones each; what is added up over all of them is
+            so part by part, and in the order of the parts.
     """
 
-    def __init__(self, features: PairGradients) -> None:
+    def __init__(self, features: PairGradients, shares: Shares | None = None) -> None:
         self._rows = features.rows
+        self._shares = shares
         self._used, places = np.unique(features.pairs, return_inverse=True)
         self._places = places.reshape(features.pairs.shape)
         self._coefficients = -features.coefficients.astype(np.float64)
@@ -196,12 +202,12 @@ class PairRegression:
         """Returns w, (d,), fitted to all pairs or to those of a (n,) bool, from a start on."""
         each = np.ones(len(self._places)) if among is None else among.astype(np.float64)
         begin = np.zeros(self._rows.shape[1]) if start is None else start
-        return _fit(self.margins, self._transposed, each, begin, regularization)
+        return _fit(self.margins, self._transposed, each, begin, regularization, self._shares)
 
     def margins(self, weights: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         """⟨w, x⟩ of each pair, (n,)."""
         narrow = weights.astype(np.float32)
-        products = np.concatenate([self._part(at) @ narrow for at in range(0, len(self._used), _ROWS_AT_ONCE)])
+        products = self._of_all([self._part(at) @ narrow for at in self._parts], ())
         margins: npt.NDArray[np.float64] = (self._coefficients * products[self._places]).sum(axis=1)
         return margins
 
@@ -209,9 +215,21 @@ class PairRegression:
         """Σ p·x over the pairs, (d,)."""
         of_row = np.bincount(self._places.ravel(), (self._coefficients * pull[:, None]).ravel(), len(self._used))
         total = np.zeros(self._rows.shape[1])
-        for at in range(0, len(self._used), _ROWS_AT_ONCE):
-            total += of_row[at : at + _ROWS_AT_ONCE].astype(np.float32) @ self._part(at)
+        sums = (of_row[at : at + _ROWS_AT_ONCE].astype(np.float32) @ self._part(at) for at in self._parts)
+        for own in sums if self._shares is None else self._of_all([each[None] for each in sums], total.shape):
+            total += own
         return total
+
+    @property
+    def _parts(self) -> range:
+        """Where the parts of this process begin."""
+        every = range(0, len(self._used), _ROWS_AT_ONCE)
+        return every if self._shares is None else every[self._shares.part(len(every))]
+
+    def _of_all(self, parts: list[npt.NDArray[np.float32]], shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
+        """Puts parts of this process and of the others, (n, *shape) each, one after the other."""
+        own = np.concatenate([np.empty((0, *shape), dtype=np.float32), *parts])
+        return own if self._shares is None else self._shares.concatenated(own)
 
     def _part(self, at: int) -> npt.NDArray[np.float32]:
         return widened(self._rows[self._used[at : at + _ROWS_AT_ONCE]])
@@ -223,6 +241,7 @@ def _fit(
     each: npt.NDArray[np.float64],
     start: npt.NDArray[np.float64],
     regularization: float,
+    shares: Shares | None = None,
 ) -> npt.NDArray[np.float64]:
     def objective(weights: npt.NDArray[np.float64]) -> tuple[float, npt.NDArray[np.float64]]:
         margins = margins_of(weights)
@@ -231,8 +250,13 @@ def _fit(
         return loss + 0.5 * regularization * float(weights @ weights), regularization * weights - sum_of(pull)
 
     # ‖w‖ is at most √n/λ-ish and accuracies depend on its direction, so a loose tolerance is enough.
-    from scipy.optimize import minimize
+    def search(evaluate: Callable[[npt.NDArray[np.float64]], Any]) -> npt.NDArray[np.float64]:
+        from scipy.optimize import minimize
 
-    result = minimize(objective, start, jac=True, method="L-BFGS-B", options={"maxiter": 200})
-    weights: npt.NDArray[np.float64] = result.x
-    return weights
+        found: npt.NDArray[np.float64] = minimize(
+            evaluate, start, jac=True, method="L-BFGS-B", options={"maxiter": 200}
+        ).x
+        return found
+
+    # One process searches for all: where the numbers of others differed by a bit, they would not stop together.
+    return search(objective) if shares is None else shares.led(search, objective)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from bpo.config import SelectConfig
     from bpo.data.candidates import Candidates
     from bpo.store.gradient_store import GradientStore
+    from bpo.world.shares import Shares
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +96,7 @@ def measured(
     ref_logps: npt.NDArray[np.float32] | None = None,
     weights: npt.NDArray[np.float64] | None = None,
     progress: bool = False,
+    shares: Shares | None = None,
 ) -> MeasuredPairs:
     """Reads what stores hold of pairs, and compares the rows of their responses with the checksums.
 
@@ -105,12 +107,14 @@ def measured(
         ref_logps: (P, 2) float32, log π_ref of the responses; by default that of the store.
         weights: (P,) float64, what the loss of each pair is multiplied with; None for 1.
         progress: Whether to show a progress bar.
+        shares: The processes that share the rows, each of which compares a range of them.
 
     Raises:
         StoreDamagedError: A row that is not as it was written.
     """
     gradients = [
-        _pair_gradients(store, rows, config, weights, progress) for store, rows in zip(stores, pairs, strict=True)
+        _pair_gradients(store, rows, config, weights, progress, shares)
+        for store, rows in zip(stores, pairs, strict=True)
     ]
     if len(stores) > 1 or config.checkpoints is not None:
         assert ref_logps is not None
@@ -131,10 +135,15 @@ def _pair_gradients(
     config: SelectConfig,
     weights: npt.NDArray[np.float64] | None,
     progress: bool,
+    shares: Shares | None,
 ) -> PairGradients:
     """Returns the gradients of the pairs in terms of those of the responses; NaN where one of these is unusable."""
+    compared = pairs.ravel()
+    if shares is not None:
+        compared = np.unique(compared)
+        compared = compared[shares.part(len(compared))]
     with core_progress("Checksums", progress) as report:
-        store.check(pairs.ravel(), threads=config.threads, progress=report)
+        store.check(compared, threads=config.threads, progress=report)
     records = store.records
     coefficients = pair_coefficients(
         records["logp"],

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from bpo.system.progress import Progress
+    from bpo.world.shares import Shares
 
 
 class PairGradients(NamedTuple):
@@ -40,13 +41,22 @@ class PairGradients(NamedTuple):
 
 
 def pair_norms(
-    gradients: PairGradients, threads: int | None, progress: Progress | None = None
+    gradients: PairGradients, threads: int | None, progress: Progress | None = None, shares: Shares | None = None
 ) -> npt.NDArray[np.float32]:
-    """Returns ‖z‖ of each pair, (P,) float32; NaN or infinite where its coefficients or its rows are not finite."""
+    """Returns ‖z‖ of each pair, (P,) float32; NaN or infinite where its coefficients or its rows are not finite.
+
+    With ``shares`` each process measures its own.
+    """
     finite = np.isfinite(gradients.coefficients.sum(axis=1))
     coefficients = np.where(finite[:, None], gradients.coefficients, 0).astype(np.float32)
     norms = _core.pair_norms(
-        gradients.rows, gradients.pairs, coefficients, finite=False, threads=threads, progress=progress
+        gradients.rows,
+        gradients.pairs,
+        coefficients,
+        finite=False,
+        threads=threads,
+        progress=progress,
+        processes=shares,
     )
     norms[~finite] = np.nan
     return norms

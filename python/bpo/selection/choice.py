@@ -26,6 +26,8 @@ def choose(
 ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.float64]]:
     """Chooses so many pairs: step 8 of the method, which gives every prompt its depth.
 
+    Of processes that share the rows, the first runs a strategy that has no way to run over shares.
+
     Returns:
         Which pairs are chosen, (P,) bool, and what they were ranked by, (P,) float64.
 
@@ -59,16 +61,24 @@ def choose(
         differences=None if measured is None else measured.differences,
         logps=None if logps is None else logps.astype(np.float64),
         margins=None if measured is None else measured.margins(config),
+        shares=scored.shares if request.rule.shares_rows else None,
     )
-    chosen, usefulness = run_strategy(request.strategy, candidacy)
-    if config.length_control == "balance":
+    if scored.shares is None or request.rule.shares_rows:
+        return _chosen(candidacy, request.strategy)
+    return scored.shares.from_main(lambda: _chosen(candidacy, request.strategy))
+
+
+def _chosen(candidacy: Candidacy, strategy: str) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.float64]]:
+    """Which pairs a strategy chooses, once lengths are balanced where that is asked for."""
+    chosen, usefulness = run_strategy(strategy, candidacy)
+    if candidacy.config.length_control == "balance":
         chosen = balance_lengths(
             chosen,
             usefulness,
-            scored.eligible,
-            scored.prompt_of_pair,
-            scored.lengths[:, 0] - scored.lengths[:, 1],
-            max_depth=config.max_depth,
+            candidacy.eligible,
+            candidacy.prompt_of_pair,
+            candidacy.lengths[:, 0] - candidacy.lengths[:, 1],
+            max_depth=candidacy.config.max_depth,
         )
     return chosen, usefulness
 

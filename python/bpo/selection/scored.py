@@ -11,7 +11,7 @@ import numpy as np
 from bpo.data.candidates import Skipped, report_skipped
 from bpo.data.groups import UNTRUSTED
 from bpo.pairs.checkpoints import cluster_checkpoints
-from bpo.pairs.clustering import cluster_pairs
+from bpo.pairs.clustering import clustered
 from bpo.pairs.direction import influence, prompts_agree, target_features
 from bpo.pairs.left_out import left_out_margins
 from bpo.pairs.linear import cross_fitted_margins
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from bpo.pairs.pair_gradients import PairGradients
     from bpo.selection.inputs import Goal
     from bpo.selection.request import Request
+    from bpo.world.shares import Shares
 
 # A p-value above which gradients are said to have no direction in common.
 _DISAGREEING = 0.05
@@ -53,6 +54,7 @@ class ScoredPairs:
         target: Those of the target's pairs, usable ones only, where there is a target.
         audit: What was found of the labels; pairs whose label looks wrong are then not eligible. None where all are
             trusted.
+        shares: The processes of a job that share the rows; they ask for what is not known yet all together.
     """
 
     prompt_of_pair: npt.NDArray[np.int64]
@@ -68,6 +70,7 @@ class ScoredPairs:
     features: PairGradients | None = None
     target: PairGradients | None = None
     audit: LabelAudit | None = None
+    shares: Shares | None = None
 
     @functools.cached_property
     def heldout_margins(self) -> npt.NDArray[np.float64]:
@@ -75,14 +78,15 @@ class ScoredPairs:
         assert self.features is not None
         index = np.flatnonzero(self.eligible)
         margins = np.full(len(self.eligible), np.nan)
-        margins[index] = cross_fitted_margins(self.features.take(index), self.prompt_of_pair[index], self.seed)
+        features, prompts = self.features.take(index), self.prompt_of_pair[index]
+        margins[index] = cross_fitted_margins(features, prompts, self.seed, self.shares)
         return margins
 
     @functools.cached_property
     def agreement(self) -> float:
         """The p-value of the gradients of different prompts having no direction in common."""
         assert self.features is not None
-        return prompts_agree(self.features, self.eligible, self.prompt_of_pair, self.seed)
+        return prompts_agree(self.features, self.eligible, self.prompt_of_pair, self.seed, self.shares)
 
     @functools.cached_property
     def labels(self) -> LabelAudit:
@@ -118,10 +122,13 @@ class LabelAudit:
 
 
 def trust(scored: ScoredPairs, config: SelectConfig) -> ScoredPairs:
-    """Sets pairs aside whose label is more likely wrong than right, where the settings ask for that."""
+    """Sets pairs aside whose label is more likely wrong than right, where the settings ask for that.
+
+    Of several processes the first finds out.
+    """
     if config.trust != "audit" or scored.audit is not None:
         return scored
-    audit = scored.labels
+    audit = scored.labels if scored.shares is None else scored.shares.from_main(lambda: scored.labels)
     return dataclasses.replace(scored, eligible=scored.eligible & ~audit.untrusted, audit=audit)
 
 
@@ -148,6 +155,7 @@ def score(
     measured: MeasuredPairs | None,
     request: Request,
     index: npt.NDArray[np.int64] | None = None,
+    shares: Shares | None = None,
 ) -> ScoredPairs:
     """Clusters and scores pairs that were measured: steps 6 and 7 of the method; leaves others as they are.
 
@@ -157,6 +165,7 @@ def score(
         measured: None where no gradients are needed.
         request: Uses what clusters depend on, and the seed.
         index: (P,) int64, which of the pairs are meant; None for all.
+        shares: The processes that share the rows.
     """
     taken = slice(None) if index is None else index
     given: dict[str, Any] = {
@@ -170,18 +179,19 @@ def score(
     }
     if measured is None:
         return ScoredPairs(**given, eligible=np.ones(len(lengths), dtype=bool))
-    clusters, features = _clustered(measured, request)
-    return ScoredPairs(**given, eligible=clusters.usable, measured=measured, clusters=clusters, features=features)
+    clusters, features = _clustered(measured, request, shares)
+    given |= {"measured": measured, "clusters": clusters, "features": features, "shares": shares}
+    return ScoredPairs(**given, eligible=clusters.usable)
 
 
-def _clustered(pairs: MeasuredPairs, request: Request) -> tuple[PairClusters, PairGradients]:
+def _clustered(pairs: MeasuredPairs, request: Request, shares: Shares | None) -> tuple[PairClusters, PairGradients]:
     """Clusters, scores and features of pairs, at one model or over several checkpoints."""
     config, seed = request.clustering, request.seed
     with core_progress("Clusters", request.progress) as report:
         if config.checkpoints is not None:
             rates, store = list(config.checkpoints.values()), request.store
             return cluster_checkpoints(pairs.gradients, rates, config=config, store=store, seed=seed, progress=report)
-        clusters = cluster_pairs(*pairs.gradients[0], config=config, seed=seed, progress=report)
+        clusters = clustered(pairs.gradients[0], config, seed, report, shares)
     return clusters, unit_features(pairs.gradients[0], clusters.informativeness, clusters.usable)
 
 
@@ -191,7 +201,7 @@ def toward(scored: ScoredPairs, goal: Goal | None, target: MeasuredPairs | None,
         return scored
     assert scored.clusters is not None and scored.features is not None
     wanted, known = target_features(target, config)
-    influences = influence(scored.features, scored.eligible, wanted, known, goal.subtask_of_pair, config)
+    influences = influence(scored.features, scored.eligible, wanted, known, goal.subtask_of_pair, config, scored.shares)
     clusters = dataclasses.replace(scored.clusters, alignment=influences)
     return dataclasses.replace(scored, clusters=clusters, target=wanted.take(np.flatnonzero(known)))
 

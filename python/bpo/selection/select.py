@@ -20,18 +20,26 @@ from bpo.selection.selection import Selection
 from bpo.selection.sources import extract, measure, source_of
 from bpo.selection.tables import SELECTED, UNTRUSTED, check_uncut, pair_table, training_set
 from bpo.selection.worth import look
+from bpo.system.processes import cores
+from bpo.world.shares import sharing
 from bpo.world.world import world
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Mapping
 
+    import numpy.typing as npt
+
     from bpo.config import SelectConfig
+    from bpo.data.candidates import Skipped
     from bpo.data.rows import Rows
     from bpo.policy.reference import Reference
     from bpo.selection.inputs import Pool
     from bpo.selection.prompts import Kept
+    from bpo.selection.scored import ScoredPairs
     from bpo.selection.sources import Filled, Source
+    from bpo.world.shares import Shares
+    from bpo.world.world import World
 
 
 def select(
@@ -156,41 +164,91 @@ def _select(
     told = Told(others, rows.origin, data, breadth)
     del rows
 
-    # Extract: one sketched gradient a response, by all processes of a job together; the first of them does the rest.
+    # Extract: one sketched gradient a response, by all processes of a job together.
     filled = extract(kept.inputs, pool.goal, source, request, kept.n_pairs)
-    rest = functools.partial(_choose, request, source, pool, kept, filled, told, looks)
-    return rest() if filled is None else processes.from_main(rest)
+    choose_by = functools.partial(_choose, source, pool, kept, filled, looks)
+    tell = functools.partial(_tell, request, source, pool, kept, told, looks)
+    if filled is None:
+        return tell(choose_by(request))
+    if request.config.checkpoints is not None:
+        # Their features are a file of the process that makes them.
+        return processes.from_main(lambda: tell(choose_by(request)))
+    with sharing(processes) as shares:
+        choice = choose_by(_beside(request, processes), shares)
+    return processes.from_main(lambda: tell(choice))
+
+
+def _beside(request: Request, processes: World) -> Request:
+    """What is asked of one process that has others beside it on its machine: its part of the cores."""
+    if request.config.threads is not None or processes.local_size == 1:
+        return request
+    threads = max(1, cores() // processes.local_size)
+    return dataclasses.replace(request, config=dataclasses.replace(request.config, threads=threads))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Choice:
+    """What became of P' pairs of kept prompts.
+
+    Attributes:
+        scored: Their scores.
+        chosen: (P',) bool.
+        usefulness: (P',) float64, what they were ranked by.
+        order: (S,) int64, the chosen ones in the order of the training set.
+        noted: What of them is worth a look.
+        agreement: The p-value of prompts that have no direction in common, where someone looks.
+    """
+
+    scored: ScoredPairs
+    chosen: npt.NDArray[np.bool_]
+    usefulness: npt.NDArray[np.float64]
+    order: npt.NDArray[np.int64]
+    noted: Skipped
+    agreement: float | None
 
 
 def _choose(
-    request: Request, source: Source, pool: Pool, kept: Kept, filled: Filled | None, told: Told, looks: bool
-) -> Selection:
-    """The stages after the gradients."""
+    source: Source,
+    pool: Pool,
+    kept: Kept,
+    filled: Filled | None,
+    looks: bool,
+    request: Request,
+    shares: Shares | None = None,
+) -> _Choice:
+    """The stages after the gradients, by all processes that share these."""
     # Measure: two scalars a pair.
     candidates = kept.inputs.candidates
-    measured, wanted = measure(filled, kept.inputs, pool.goal, source, request)
+    measured, wanted = measure(filled, kept.inputs, pool.goal, source, request, shares)
 
     # Cluster: gradients of pairs at unit length, and what they are worth.
-    scored = score(candidates, kept.inputs.pair_lengths, measured, request)
+    scored = score(candidates, kept.inputs.pair_lengths, measured, request, shares=shares)
     noted = look_at(scored, candidates, request)
     agreement = scored.agreement if looks and scored.features is not None else None
     scored = trust(toward(scored, pool.goal, wanted, request.config), request.config)
-    doubted = look_at_labels(scored, candidates)
+    noted.merge(look_at_labels(scored, candidates))
 
     # Choose: which pairs of each prompt, and so its depth.
     chosen, usefulness = choose(scored, kept.n_pairs, request)
     warn_of_fewer(chosen, scored, kept.n_pairs, request)
     check_uncut(kept.inputs, chosen, request.config)
+    order = in_order(np.flatnonzero(chosen), scored, request.config)
+    return _Choice(scored, chosen, usefulness, order, noted, agreement)
 
-    # Tell: what became of each candidate.
+
+def _tell(
+    request: Request, source: Source, pool: Pool, kept: Kept, told: Told, looks: bool, choice: _Choice
+) -> Selection:
+    """What became of each candidate."""
+    scored, chosen = choice.scored, choice.chosen
     fate = np.full(len(pool.candidates.pairs), "breadth", dtype=object)
     fate[kept.pair_index] = np.where(scored.eligible, np.where(chosen, SELECTED, "depth"), "unusable")
     if scored.audit is not None:
         fate[kept.pair_index[scored.audit.untrusted]] = UNTRUSTED
-    table = pair_table(pool, fate, kept.pair_index, usefulness, scored, with_labels="clusters" in request.needs)
-    for found in (kept.noted, noted, doubted):
+    table = pair_table(pool, fate, kept.pair_index, choice.usefulness, scored, with_labels="clusters" in request.needs)
+    for found in (kept.noted, choice.noted):
         pool.noted.merge(found)
-    selected = kept.pair_index[in_order(np.flatnonzero(chosen), scored, request.config)]
+    selected = kept.pair_index[choice.order]
     return Selection(
         dataset=training_set(pool.candidates, table, selected, request.config, told.columns),
         pairs=table,
@@ -202,7 +260,7 @@ def _choose(
         skipped=pool.candidates.skipped.places,
         noted=pool.noted.places,
         provenance=provenance_of(*source.named, told),
-        evidence=look(told.columns, pool.candidates, kept, scored, chosen, request, agreement=agreement)
+        evidence=look(told.columns, pool.candidates, kept, scored, chosen, request, agreement=choice.agreement)
         if looks
         else {},
     )

@@ -22,6 +22,7 @@ from bpo.policy.models import load_policy, window
 from bpo.policy.reference import Reference
 from bpo.selection.inputs import Inputs
 from bpo.store.gradient_store import GradientStore, with_settings_of
+from bpo.world.world import world
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from bpo.selection.inputs import Goal
     from bpo.selection.request import Request
     from bpo.selection.selection import Selection
+    from bpo.world.shares import Shares
 
 Filled = Sequence[Sequence[GradientStore]]
 """The stores of each part: one, or one for each checkpoint."""
@@ -66,8 +68,10 @@ class Source(Protocol):
     def fill(self, parts: Sequence[Inputs], progress: bool) -> Filled:
         """Computes what of the parts no store holds yet, by all processes of a job together; returns the stores."""
 
-    def read(self, filled: Filled, parts: Sequence[Inputs], progress: bool) -> list[MeasuredPairs]:
-        """Returns the gradients and log-probabilities of the pairs of each part."""
+    def read(
+        self, filled: Filled, parts: Sequence[Inputs], progress: bool, shares: Shares | None = None
+    ) -> list[MeasuredPairs]:
+        """Returns the gradients and log-probabilities of the pairs of each part, whose rows processes may share."""
 
 
 class Policy:
@@ -146,7 +150,9 @@ class Unmeasured:
         """Nothing is computed."""
         raise AssertionError("the strategy reads no gradients")
 
-    def read(self, filled: Filled, parts: Sequence[Inputs], progress: bool) -> list[MeasuredPairs]:
+    def read(
+        self, filled: Filled, parts: Sequence[Inputs], progress: bool, shares: Shares | None = None
+    ) -> list[MeasuredPairs]:
         """Nothing is measured."""
         raise AssertionError("the strategy reads no gradients")
 
@@ -182,13 +188,15 @@ class StoreAlone:
         """Everything is there."""
         return [[self.store]] * len(parts)
 
-    def read(self, filled: Filled, parts: Sequence[Inputs], progress: bool) -> list[MeasuredPairs]:
+    def read(
+        self, filled: Filled, parts: Sequence[Inputs], progress: bool, shares: Shares | None = None
+    ) -> list[MeasuredPairs]:
         """Reads the rows of the pairs."""
         found = []
         for stores, part in zip(filled, parts, strict=True):
             assert part.stored is not None
             rows, weights = part.stored[part.candidates.pairs], part.candidates.weights
-            found.append(measured(stores, [rows], self.config, weights=weights, progress=progress))
+            found.append(measured(stores, [rows], self.config, weights=weights, progress=progress, shares=shares))
         return found
 
     def of_tokens(self, tokenized: TokenizedResponses) -> MeasuredPairs | None:
@@ -249,9 +257,14 @@ class FromPolicy(_Tokenizing):
             for candidates, tokenized in _of_one_store(parts)
         ]
 
-    def read(self, filled: Filled, parts: Sequence[Inputs], progress: bool) -> list[MeasuredPairs]:
+    def read(
+        self, filled: Filled, parts: Sequence[Inputs], progress: bool, shares: Shares | None = None
+    ) -> list[MeasuredPairs]:
         """Reads the pairs from the store."""
-        return [_read_pairs(stores, part, self.config, progress) for stores, part in zip(filled, parts, strict=True)]
+        return [
+            _read_pairs(stores, part, self.config, progress, shares=shares)
+            for stores, part in zip(filled, parts, strict=True)
+        ]
 
     def _reference_of(self, tokenized: TokenizedResponses) -> Reference | None:
         """What the policy is compared with; None where the settings say it."""
@@ -295,10 +308,12 @@ class FromCheckpoints(_Tokenizing):
             for reference, text in zip(references, texts, strict=True)
         ]
 
-    def read(self, filled: Filled, parts: Sequence[Inputs], progress: bool) -> list[MeasuredPairs]:
+    def read(
+        self, filled: Filled, parts: Sequence[Inputs], progress: bool, shares: Shares | None = None
+    ) -> list[MeasuredPairs]:
         """Reads the pairs from the stores of the checkpoints."""
         return [
-            _read_pairs(stores, part, self.config, progress, logps)
+            _read_pairs(stores, part, self.config, progress, logps, shares=shares)
             for stores, part, logps in zip(filled, parts, self._ref_logps, strict=True)
         ]
 
@@ -352,15 +367,30 @@ def extract(kept: Inputs, goal: Goal | None, source: Source, request: Request, b
     dim = request.config.sketch_dim * len(request.config.checkpoints or [None])
     parts = _parts(kept, goal)
     n_rows, n_pairs = (sum(len(getattr(part.candidates, name)) for part in parts) for name in ("responses", "pairs"))
-    check_memory(n_rows, n_pairs, dim, request.clustering, strategy=request.strategy, budget=budget)
+    check_memory(
+        n_rows,
+        n_pairs,
+        dim,
+        request.clustering,
+        strategy=request.strategy,
+        budget=budget,
+        n_processes=world().size,
+    )
     return source.fill(parts, request.progress)
 
 
-def measure(filled: Filled | None, kept: Inputs, goal: Goal | None, source: Source, request: Request) -> Measured:
-    """Reads what was extracted of the candidates, and of the target where there is one."""
+def measure(
+    filled: Filled | None,
+    kept: Inputs,
+    goal: Goal | None,
+    source: Source,
+    request: Request,
+    shares: Shares | None = None,
+) -> Measured:
+    """Reads what was extracted of the candidates, and of the target if any, by the processes that share it."""
     if filled is None:
         return None, None
-    found = source.read(filled, _parts(kept, goal), request.progress)
+    found = source.read(filled, _parts(kept, goal), request.progress, shares)
     return found[0], found[1] if len(found) > 1 else None
 
 
@@ -395,6 +425,8 @@ def _read_pairs(
     config: SelectConfig,
     progress: bool,
     ref_logps: npt.NDArray[np.float32] | None = None,
+    *,
+    shares: Shares | None,
 ) -> MeasuredPairs:
     """Reads the pairs of a part from a store, or from that of each checkpoint with (S,) log π_ref of all."""
     tokenized = part.tokenized
@@ -406,4 +438,5 @@ def _read_pairs(
         ref_logps=None if ref_logps is None else ref_logps[tokenized.pairs],
         weights=part.candidates.weights,
         progress=progress,
+        shares=shares,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import contextvars
 import dataclasses
@@ -39,12 +40,13 @@ class World:
         rank: The number of this one, from 0 on.
         size: How many there are.
         local_size: How many of them share this machine.
+        group: Of ``torch.distributed``, over which they talk; None for one by itself.
     """
 
     rank: int
     size: int
     local_size: int
-    _group: Any = None
+    group: Any = None
 
     @property
     def is_main(self) -> bool:
@@ -91,8 +93,8 @@ class World:
         import torch.distributed
 
         values: list[Any] | None = [None] * self.size if self.is_main else None
-        with self._losing():
-            torch.distributed.gather_object(value, values, dst=0, group=self._group)
+        with self.losing():
+            torch.distributed.gather_object(value, values, dst=0, group=self.group)
         return values
 
     def check_same(self, values: Mapping[str, Any], timeout: float) -> None:
@@ -131,12 +133,25 @@ class World:
 
             values = [None] * self.size
             sent = _sendable(value) if isinstance(value, Exception) else value
-            with self._losing():
-                torch.distributed.all_gather_object(values, sent, group=self._group)
+            with self.losing():
+                torch.distributed.all_gather_object(values, sent, group=self.group)
         for each in (value, *values):
             if isinstance(each, Exception):
                 raise each
         return values
+
+    def errors(self, own: Exception | None) -> list[Exception | None]:
+        """Returns the error of each process that has one, by rank, in each.
+
+        Raises:
+            ConnectionError: One of them died.
+        """
+        import torch.distributed
+
+        errors: list[Any] = [None] * self.size
+        with self.losing():
+            torch.distributed.all_gather_object(errors, own and _sendable(own), group=self.group)
+        return errors
 
     def numbers(self, count: int) -> Iterator[int]:
         """Yields numbers below ``count``, each to that process which is the next to ask for one."""
@@ -154,18 +169,22 @@ class World:
 
         with _meeting(f"Process {self.name} of {self.size}", timeout, "process_timeout"):
             torch.distributed.monitored_barrier(
-                self._group, timeout=datetime.timedelta(seconds=timeout), wait_all_ranks=True
+                self.group, timeout=datetime.timedelta(seconds=timeout), wait_all_ranks=True
             )
 
     def _broadcast(self, values: list[Any]) -> None:
         import torch.distributed
 
-        with self._losing():
-            torch.distributed.broadcast_object_list(values, src=0, group=self._group)
+        with self.losing():
+            torch.distributed.broadcast_object_list(values, src=0, group=self.group)
 
     @contextlib.contextmanager
-    def _losing(self) -> Iterator[None]:
-        """Says so where one of the others died."""
+    def losing(self) -> Iterator[None]:
+        """Says so where one of the others died.
+
+        Raises:
+            ConnectionError: In place of what torch says.
+        """
         try:
             yield
         except RuntimeError as error:
@@ -195,6 +214,8 @@ def _joined(pid: int) -> World:
 
     launch = launched()
     os.environ.update(launch.variables)
+    if not _running():
+        atexit.register(_leave)
     try:
         PartialState()  # starts torch.distributed, and takes the device that is this process's
     except RuntimeError as error:
@@ -211,6 +232,14 @@ def _joined(pid: int) -> World:
         torch.distributed.new_group(backend="gloo", timeout=_MEETING)
     group = torch.distributed.new_group(backend="gloo", timeout=_LONGEST)
     return World(rank, size, min(size, launch.local_size if launch.size == size else size), group)
+
+
+def _leave() -> None:
+    """Ends the threads of torch.distributed, which else may abort a process that is done."""
+    if _running():
+        import torch.distributed
+
+        torch.distributed.destroy_process_group()
 
 
 @contextlib.contextmanager

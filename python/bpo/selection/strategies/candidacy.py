@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from bpo.config import SelectConfig
     from bpo.pairs.clustering import PairClusters
     from bpo.pairs.pair_gradients import PairGradients
+    from bpo.world.shares import Shares
 
 
 Need = Literal["scores", "gradients", "clusters", "heldout", "logps", "reference", "differences", "target"]
@@ -50,6 +51,7 @@ class Candidacy:
             ``"reference"`` or ``"differences"``; of one model, too.
         margins: (P,) float64, likewise: Δ = β(log π(y_w)/π_ref(y_w) − log π(y_l)/π_ref(y_l)), the implicit margins.
             All are 0 while the policy is its own reference, which strategies that need ``"reference"`` are spared.
+        shares: The processes of a job that share the rows, for strategies of bpo's own that know how to; else None.
     """
 
     prompt_of_pair: npt.NDArray[np.int64]
@@ -69,6 +71,7 @@ class Candidacy:
     differences: PairGradients | None = None
     logps: npt.NDArray[np.float64] | None = None
     margins: npt.NDArray[np.float64] | None = None
+    shares: Shares | None = None
 
 
 Choice = tuple[Any, Any]
@@ -84,12 +87,16 @@ class Strategy:
         needs: What it reads.
         keeps_every_prompt: Whether each prompt gets ``SelectConfig.min_depth`` pairs at least, so that the budget must
             be that many times the number of prompts.
+        weighs_usefulness: Whether it weighs what ``SelectConfig.usefulness`` names.
+        shares_rows: Whether the processes of a job run it together, each with the rows of its own pairs; else the first
+            runs it.
     """
 
     choose: Callable[[Candidacy], Choice]
     needs: frozenset[Need] = frozenset()
     keeps_every_prompt: bool = False
     weighs_usefulness: bool = False
+    shares_rows: bool = False
 
     def needs_of(self, config: SelectConfig) -> frozenset[Need]:
         """What it reads under some settings: usefulness may weigh score gaps, and an order be by held-out margins."""

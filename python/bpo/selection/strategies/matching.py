@@ -27,7 +27,7 @@ def matching(candidacy: Candidacy) -> Choice:
     index = np.flatnonzero(candidacy.eligible)
     features, prompts = candidacy.features.take(index), candidacy.prompt_of_pair[index]
     if candidacy.target is None:
-        direction = training_direction(features, prompts, candidacy.seed)
+        direction = training_direction(features, prompts, candidacy.seed, candidacy.shares)
     else:
         wanted = candidacy.target
         direction = training_direction(wanted, np.arange(len(wanted.pairs)), candidacy.seed)
@@ -38,8 +38,14 @@ def matching(candidacy: Candidacy) -> Choice:
         prompts=prompts,
         max_depth=config.max_depth,
         cache_bytes=cache_bytes(
-            len(features.rows), len(candidacy.eligible), features.rows.shape[1], config, strategy="matching"
+            len(features.rows),
+            len(candidacy.eligible),
+            features.rows.shape[1],
+            config,
+            strategy="matching",
+            n_processes=1 if candidacy.shares is None else candidacy.shares.size,
         ),
         threads=config.threads,
+        processes=candidacy.shares,
     )
     return picked(candidacy, index[picks], -np.arange(len(picks), dtype=np.float64))

@@ -34,7 +34,7 @@ STRATEGIES: dict[str, Strategy] = {
     "uniform": Strategy(depth.uniform, keeps_every_prompt=True),
     "random": Strategy(controls.random),
     "best_worst": Strategy(controls.best_worst, frozenset({"scores"})),
-    "matching": Strategy(matching.matching, _GRADIENTS),
+    "matching": Strategy(matching.matching, _GRADIENTS, shares_rows=True),
     "margin": Strategy(gaps.margin, frozenset({"scores"})),
     "two_sigma": Strategy(gaps.two_sigma, frozenset({"scores"})),
     "air": Strategy(gaps.air, frozenset({"scores"})),
