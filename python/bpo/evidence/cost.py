@@ -1,4 +1,4 @@
-"""What a run takes, stage by stage, for any number of processes: counts of the work, times what this machine needs for each.
+"""What a run takes, stage by stage, for any number of processes: counts of the work, times what each needs.
 
 All *(ours)*. A :class:`Load` says how much there is to do, :class:`Rates` what one unit takes on one machine, and
 :func:`stages` multiplies. Counts follow from the code: what a stage holds, writes and sends is the same to the byte
@@ -26,8 +26,8 @@ from bpo.system.memory import IN_MEMORY, scratch
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-# Bytes of the numbers of the data that stay (Candidates): of a response its hash, prompt, place, score and where its text
-# is; of a pair its responses, prompt, row and scores; of a prompt its hash, row, settings and text.
+# Bytes of the numbers of the data that stay (Candidates): of a response its hash, prompt, place, score and where its
+# text is; of a pair its responses, prompt, row and scores; of a prompt its hash, row, settings and text.
 RESPONSE_BYTES, PAIR_BYTES, PROMPT_BYTES = 64, 48, 48
 # Of a sequence, beside its token ids: where they are, lengths, response and hash; and of a pair, which two it is.
 SEQUENCE_BYTES, SEQUENCES_OF_PAIR_BYTES = 56, 16
@@ -35,9 +35,8 @@ SEQUENCE_BYTES, SEQUENCES_OF_PAIR_BYTES = 56, 16
 _READING_BYTES = 100
 # Of a pair in the table that a selection keeps of all of them, in memory and as it is sent; as Parquet less.
 TABLE_BYTES = 140
-# k-means++ seeds in as much time as so many passes, about.
-_SEEDING_PASSES = 4
-# Passes over the pairs, where data has clusters: at most SelectConfig.max_iter.
+# Passes over the pairs, where data has clusters: at most SelectConfig.max_iter. Those after the first compare few pairs
+# with all centroids, so their number counts little.
 _PASSES = 30
 _TRIED = 2  # times that each rate is measured; the shorter one counts
 
@@ -73,13 +72,8 @@ class Load:
 
     @property
     def n_clusters(self) -> int:
-        """k."""
+        """Of k-means."""
         return self.config.n_clusters or default_n_clusters(self.pairs)
-
-    @property
-    def passes(self) -> int:
-        """Passes of k-means over all pairs, seeding included."""
-        return _SEEDING_PASSES + min(_PASSES, self.config.max_iter)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,8 +84,8 @@ class Rates:
         response: Reading one response, from a row to its pairs.
         token: Extraction, of a token of prompt and response.
         coordinate: Extraction, of a number of a gradient; 0 where ``token`` has it.
-        product: k-means: for each pair, cluster and number of a sketch, a pass.
-        number: Norms and scores: for each pair and number of a sketch.
+        product: k-means, seeding and all passes: for each pair, cluster and number of a sketch.
+        number: For each pair and number of a sketch that is read.
         pair: The choice and the tables: a pair.
         byte: Writing to the disk of the store.
         sent: Sending between two processes; 0 where that is not known.
@@ -158,10 +152,11 @@ def stages(load: Load, rates: Rates, processes: int = 1) -> list[Stage]:
     ]
     if many:  # blocks into the store: each is read, and written once more
         found.append(Stage("gather", "first", 2 * store * rates.byte, rates.memory + held, store, 2 * store))
-    product, number = pairs * load.n_clusters * dim * rates.product, pairs * dim * rates.number
+    number = pairs * dim * rates.number
+    clustering = pairs * load.n_clusters * dim * rates.product + min(_PASSES, load.config.max_iter) * number
     found += [
-        Stage("cluster", "first", load.passes * product, choosing, 0, store if many else 0),
-        Stage("score", "first", number, choosing, 0, 0),
+        Stage("cluster", "first", clustering, choosing, 0, store if many else 0),
+        Stage("score", "first", 3 * number, choosing, 0, 0),  # norms before, and what scores read
         Stage("choose", "first", pairs * rates.pair, choosing, max(table + chosen - IN_MEMORY, 0), 0),
     ]
     if many:
@@ -172,7 +167,7 @@ def stages(load: Load, rates: Rates, processes: int = 1) -> list[Stage]:
 
 
 def data_bytes(load: Load) -> int:
-    """Returns the bytes of memory that data and tokens take once they are read: numbers, and no texts where they are long."""
+    """Returns the bytes of memory that data and tokens take once read: numbers, and texts as far as they are short."""
     texts = min(load.text_bytes, IN_MEMORY) * 2 + min(4 * load.tokens, IN_MEMORY)
     return (
         texts
@@ -187,31 +182,33 @@ def measured(config: SelectConfig, token: float, memory: int) -> Rates:
     from bpo.selection.select import select
 
     rng = np.random.default_rng(0)
-    n, dim = 2048, config.sketch_dim
+    n, dim = 8192, config.sketch_dim
     # 64 directions and noise, so that k-means finds clusters; four responses a prompt.
     sketches = (rng.standard_normal((64, dim))[rng.integers(64, size=n)] + rng.standard_normal((n, dim))).astype("<f4")
     pairs = np.stack([np.arange(n), np.arange(n) ^ rng.integers(1, 4, size=n)], axis=1)
     weights = np.tile(np.float32([1, -1]), (n, 1))
     gradients = PairGradients(sketches, pairs, weights)
-    few = dataclasses.replace(config, n_clusters=64, max_iter=1)
-    more = dataclasses.replace(few, max_iter=5)
+    few, more = (dataclasses.replace(config, n_clusters=n_clusters, max_iter=10) for n_clusters in (32, 160))
     rows = [
-        {"prompt": f"{index}: {'a question ' * 20}", "responses": [f"{i} " * 200 for i in range(4)], "scores": [0, 1, 2, 3]}
+        {
+            "prompt": f"{index}: {'a question ' * 20}",
+            "responses": [f"{i} " * 200 for i in range(4)],
+            "scores": [0, 1, 2, 3],
+        }
         for index in range(500)
     ]
     read = _shortest(lambda: read_candidates(rows))
     chosen = _shortest(lambda: select(None, rows, budget=0.1, strategy="margin", progress=False, evidence=False))
     number = _shortest(lambda: pair_norms(gradients, config.threads, None))
-    passes = [len(cluster_pairs(sketches, pairs, weights, config=each).inertia) for each in (few, more)]
-    slope = _shortest(lambda: cluster_pairs(sketches, pairs, weights, config=more)) - _shortest(
-        lambda: cluster_pairs(sketches, pairs, weights, config=few)
-    )
+    clustered = [
+        _shortest(lambda config=each: cluster_pairs(sketches, pairs, weights, config=config)) for each in (few, more)
+    ]
     return Rates(
         response=read / 2000,
         token=token,
         coordinate=0.0,
-        product=max(slope, 1e-9) / max(passes[1] - passes[0], 1) / (n * 64 * dim),
-        number=3 * number / (n * dim),  # norms, and the scores, which read rows and centroids
+        product=max(clustered[1] - clustered[0], 0.0) / (n * (160 - 32) * dim),
+        number=number / (n * dim),
         pair=max(chosen - read, 0.0) / 3000,
         byte=_disk(),
         sent=0.0,

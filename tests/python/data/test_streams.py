@@ -133,8 +133,8 @@ def test_a_column_whose_type_only_all_rows_tell(on_disk, monkeypatch):
 def test_reading_takes_as_much_memory_for_ten_times_the_rows(monkeypatch, tmp_path):
     """Rows: none at all. Pairs: numbers, and no text."""
     monkeypatch.setenv("BPO_CACHE", str(tmp_path))
-    monkeypatch.setattr(memory, "IN_MEMORY", 1 << 16)
-    monkeypatch.setattr(memory, "_WRITTEN_AT_ONCE", 1 << 14)
+    for name, limit in (("IN_MEMORY", 1 << 16), ("_WRITTEN_AT_ONCE", 1 << 14), ("_READ_AT_ONCE", 8)):
+        monkeypatch.setattr(memory, name, limit)
 
     def rows(count):
         return ({**row(5 * index), "prompt": f"{index}", "chosen": "long " * 400} for index in range(count))
@@ -146,6 +146,7 @@ def test_reading_takes_as_much_memory_for_ten_times_the_rows(monkeypatch, tmp_pa
         tracemalloc.stop()
         return found, held
 
+    peak(load_rows, 200)  # whatever is imported
     few, many = (peak(load_rows, count)[0] for count in (200, 2000))
     assert many - few < 1800 * 32  # of 2 kB each
     few, many = (peak(bpo.read_candidates, count)[0] for count in (200, 2000))
