@@ -90,7 +90,7 @@ def extraction() -> list[Case]:
 
 
 def clustering() -> list[Case]:
-    """k-means: products of pairs, clusters and numbers of a row, of which later passes skip most; and what they read."""
+    """k-means: products of pairs, clusters and numbers, of which later passes skip most; and what they read."""
     cases = []
     for n, k, dim, most in (
         (16384, 64, 512, 10),

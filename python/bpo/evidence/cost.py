@@ -9,6 +9,7 @@ fits rates at four sizes and compares what they foretell for a fifth.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import tempfile
 import time
@@ -87,7 +88,7 @@ class Rates:
         product: k-means, seeding and all passes: for each pair, cluster and number of a sketch.
         number: For each pair and number of a sketch that is read.
         pair: The choice and the tables: a pair.
-        byte: Writing to the disk of the store.
+        byte: Writing to disk; the doctor takes that of the cache.
         sent: Sending between two processes; 0 where that is not known.
         memory: Bytes that a process has before there is data, the model included.
     """
@@ -182,11 +183,13 @@ def measured(config: SelectConfig, token: float, memory: int) -> Rates:
     from bpo.selection.select import select
 
     rng = np.random.default_rng(0)
-    n, dim = 8192, config.sketch_dim
+    dim = config.sketch_dim
+    n = min(8192, max(512, (1 << 23) // dim))
     # 64 directions and noise, so that k-means finds clusters; four responses a prompt.
-    sketches = (rng.standard_normal((64, dim))[rng.integers(64, size=n)] + rng.standard_normal((n, dim))).astype("<f4")
+    sketches = rng.standard_normal((n, dim), dtype=np.float32)
+    sketches += rng.standard_normal((64, dim), dtype=np.float32)[rng.integers(64, size=n)]
     pairs = np.stack([np.arange(n), np.arange(n) ^ rng.integers(1, 4, size=n)], axis=1)
-    weights = np.tile(np.float32([1, -1]), (n, 1))
+    weights = np.tile(np.array([1, -1], dtype=np.float32), (n, 1))
     gradients = PairGradients(sketches, pairs, weights)
     few, more = (dataclasses.replace(config, n_clusters=n_clusters, max_iter=10) for n_clusters in (32, 160))
     rows = [
@@ -201,7 +204,7 @@ def measured(config: SelectConfig, token: float, memory: int) -> Rates:
     chosen = _shortest(lambda: select(None, rows, budget=0.1, strategy="margin", progress=False, evidence=False))
     number = _shortest(lambda: pair_norms(gradients, config.threads, None))
     clustered = [
-        _shortest(lambda config=each: cluster_pairs(sketches, pairs, weights, config=config)) for each in (few, more)
+        _shortest(functools.partial(cluster_pairs, sketches, pairs, weights, config=each)) for each in (few, more)
     ]
     return Rates(
         response=read / 2000,

@@ -34,6 +34,8 @@ from bpo.world.world import by_main
 if TYPE_CHECKING:
     import numpy.typing as npt
 
+    from bpo.data.candidates import Candidates
+    from bpo.data.tokens import TokenizedResponses
     from bpo.gradients.capture import Plan
     from bpo.gradients.features import Features
     from bpo.sketching.batches import SketchBatch
@@ -261,19 +263,6 @@ def doctor(
         if issubclass(entry.category, UserWarning) and not issubclass(entry.category, InvalidDataWarning)
     ]
     expected, peak = trial.estimated_seconds(), trial.peak_memory()
-    foretold: list[Stage] = []
-    if world_size is not None:
-        load = Load(
-            prompts=len(kept.prompts),
-            responses=len(tokenized.ids),
-            pairs=len(kept.pairs),
-            tokens=int(tokenized.lengths.sum()),
-            text_bytes=int(kept.prompts.sizes().sum() + kept.responses.sizes().sum()),
-            coordinates=features.dim,
-            config=config,
-            budget=max(1, len(kept.pairs) // 5),
-        )
-        foretold = stages(load, measured(config, expected / load.tokens, peak), world_size)
     return Diagnosis(
         prompts=len(kept.prompts),
         responses=len(tokenized.ids),
@@ -298,8 +287,31 @@ def doctor(
         store_bytes=len(tokenized.ids) * (row_bytes(config.sketch_dtype, config.sketch_dim) + RECORD.itemsize),
         elapsed_seconds=time.perf_counter() - begin,
         world_size=world_size,
-        stages=tuple(foretold),
+        stages=() if world_size is None else _foretold(kept, tokenized, features, config, world_size, expected, peak),
     )
+
+
+def _foretold(
+    kept: Candidates,
+    tokenized: TokenizedResponses,
+    features: Features,
+    config: SelectConfig,
+    world_size: int,
+    seconds: float,
+    peak: int,
+) -> tuple[Stage, ...]:
+    """The stages for a number of processes, of which one alone extracts in so many seconds with so many bytes."""
+    load = Load(
+        prompts=len(kept.prompts),
+        responses=len(tokenized.ids),
+        pairs=len(kept.pairs),
+        tokens=int(tokenized.lengths.sum()),
+        text_bytes=int(kept.prompts.sizes().sum() + kept.responses.sizes().sum()),
+        coordinates=features.dim,
+        config=config,
+        budget=max(1, len(kept.pairs) // 5),
+    )
+    return tuple(stages(load, measured(config, seconds / load.tokens, peak), world_size))
 
 
 class _Trial:

@@ -143,8 +143,8 @@ def _select(
     # Read: candidate pairs, with their tokens or their rows in a store, and those of the target.
     pool = read(rows, target, source, request)
     limits = Limits.of(breadth, budget, pool, request, earlier=earlier, at_most=at_most)
-    data = hashlib.sha256(np.ascontiguousarray(pool.candidates.known_ids))
-    data.update(np.ascontiguousarray(pool.candidates.pairs))
+    data = hashlib.sha256(np.ascontiguousarray(pool.candidates.known_ids).data)
+    data.update(np.ascontiguousarray(pool.candidates.pairs).data)
     fingerprint = data.hexdigest()
     if "gradients" in request.needs:
         asked = {"strategy": request.strategy, "seed": request.seed, "budget": budget, "breadth": breadth}

@@ -129,7 +129,8 @@ class Packed(Sequence[_Item], Generic[_Item]):
 
     def sizes(self) -> npt.NDArray[np.int64]:
         """Returns how many bytes each value has, (n,) int64."""
-        sizes = np.diff(np.array(self._ends, dtype=np.int64))
+        ends = np.array(self._ends, dtype=np.int64)
+        sizes: npt.NDArray[np.int64] = ends[1:] - ends[:-1]
         return sizes if self._chosen is None else sizes[self._chosen]
 
     def __len__(self) -> int:
