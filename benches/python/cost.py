@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 import bpo
+from bpo.evidence import cost
 from bpo.pairs.clustering import cluster_pairs
 from bpo.pairs.pair_gradients import PairGradients, pair_norms
 from scaling import data, model_and_tokenizer
@@ -178,13 +179,43 @@ def draw(found: dict[str, list[dict]], path: str) -> None:
     figure.savefig(path, metadata={"Date": None})
 
 
+# 100 million responses to 25 million prompts, of 1,000 tokens with their prompts, 3,000 characters alone. An H100 as
+# docs/gpu.md found it with a model of 1B; rates of one core of the Xeon that docs/scaling.md was measured on, 16 of which
+# share what the core does in parallel; a shared disk of 2 GB/s, and 10 Gbit/s between machines.
+LARGE = cost.Load(
+    prompts=25 * 10**6,
+    responses=10**8,
+    pairs=15 * 10**7,
+    tokens=10**11,
+    text_bytes=3 * 10**11,
+    coordinates=10**6,
+    config=bpo.SelectConfig(threads=16),
+    budget=15 * 10**6,
+)
+H100 = cost.Rates(1.2e-5, 1 / 57_900, 0.0, 1.5e-10 / 16, 7e-10 / 16, 1e-5, 1 / 2e9, 1 / 1.25e9, 4 << 30)
+
+
+def extrapolate(processes: int) -> None:
+    """Prints what the model says of 100 million responses, as a table."""
+    print("| stage | by | time | memory of a process | disk | network |\n|---|---|--:|--:|--:|--:|")
+    for stage in cost.stages(LARGE, H100, processes):
+        sizes = (f"{size / 1e9:,.0f} GB" for size in (stage.memory_bytes, stage.disk_bytes, stage.network_bytes))
+        print(f"| {stage.name} | {stage.by} | {stage.seconds / 3600:,.2f} h | {' | '.join(sizes)} |")
+
+
 def main() -> None:
     """Prints what was measured and foretold for each stage and size, and a JSON of all."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--figure")
+    parser.add_argument(
+        "--large", type=int, metavar="N", help="what 100 million responses would take on N H100, at once"
+    )
     options = parser.parse_args()
+    if options.large:
+        extrapolate(options.large)
+        return
     import torch
 
     torch.set_num_threads(1)

@@ -44,6 +44,8 @@ def on_disk(monkeypatch, tmp_path):
     monkeypatch.setenv("BPO_CACHE", str(tmp_path / "cache"))
     for name, limit in (("IN_MEMORY", 512), ("_WRITTEN_AT_ONCE", 256), ("_READ_AT_ONCE", 7)):
         monkeypatch.setattr(memory, name, limit)
+    for room in ("data.rows", "selection.tables"):
+        monkeypatch.setattr(f"bpo.{room}._PIECE", 11)
     yield tmp_path
     assert list((tmp_path / "cache" / "scratch").iterdir()) == []
 
