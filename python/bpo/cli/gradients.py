@@ -63,8 +63,7 @@ def add_doctor(commands: Commands) -> None:
         help="before a run: what is differentiated, is it sound, what will it cost",
         epilog=examples(
             "bpo doctor my-sft-model responses.jsonl",
-            "bpo doctor my-sft-model responses.jsonl --set features=full --set dtype=bfloat16",
-            "bpo doctor my-sft-model responses.jsonl --world-size 64",
+            "bpo doctor my-sft-model responses.jsonl --set dtype=bfloat16 --world-size 64",
         ),
     )
     add_model(command)
