@@ -180,7 +180,7 @@ def draw(found: dict[str, list[dict]], path: str) -> None:
 
 
 # 100 million responses to 25 million prompts, of 1,000 tokens with their prompts, 3,000 characters alone. An H100 as
-# docs/gpu.md found it with a model of 1B; rates of one core of the Xeon that docs/scaling.md was measured on, 16 of which
+# docs/gpu.md found it with a model of 1B; rates of one core of the Xeon of docs/scaling.md, 16 of which
 # share what the core does in parallel; a shared disk of 2 GB/s, and 10 Gbit/s between machines.
 LARGE = cost.Load(
     prompts=25 * 10**6,
