@@ -95,6 +95,14 @@ def test_data_on_disk_gives_what_a_list_gives(held, on_disk):
     assert chosen_of(HELD[held](on_disk)) == EXPECTED[1]
 
 
+def test_prompts_meet_wherever_their_rows_stand(on_disk):
+    read = bpo.read_candidates(iter(TEXTS))
+    assert read.prompts == list(dict.fromkeys(each["prompt"] for each in TEXTS)) and len(read.prompts) < len(TEXTS) / 2
+    for (chosen, rejected), prompt, row in zip(read.pairs, read.prompt_of_pair, read.pair_rows, strict=True):
+        said = [read.prompts[prompt], read.responses[chosen], read.responses[rejected]]
+        assert said == [TEXTS[row][name] for name in ("prompt", "chosen", "rejected")]
+
+
 def test_rows_of_mixed_types_are_read_from_disk_as_they_are(on_disk):
     """Messages beside text, a number that becomes text: what no column of Arrow holds, and with other names."""
     odd = [*ROWS, 7, {**ROWS[0], "prompt": "other", "id": "text"}, {"prompt": "no pair"}]
