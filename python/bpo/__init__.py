@@ -37,13 +37,13 @@ if TYPE_CHECKING:
     from bpo.evidence.compare.compare import Comparison as Comparison
     from bpo.evidence.compare.compare import compare as compare
     from bpo.evidence.compare.config import CompareConfig as CompareConfig
+    from bpo.evidence.doctor import Diagnosis as Diagnosis
+    from bpo.evidence.doctor import doctor as doctor
     from bpo.evidence.evaluate import PreferenceEvaluation as PreferenceEvaluation
     from bpo.evidence.evaluate import evaluate_preferences as evaluate_preferences
     from bpo.evidence.preview.preview import preview as preview
     from bpo.evidence.preview.results import Preview as Preview
     from bpo.gradients.collect import collect_gradients as collect_gradients
-    from bpo.gradients.doctor import Diagnosis as Diagnosis
-    from bpo.gradients.doctor import doctor as doctor
     from bpo.pairs.clustering import PairClusters as PairClusters
     from bpo.pairs.clustering import cluster_pairs as cluster_pairs
     from bpo.pairs.length import LengthEffect as LengthEffect
@@ -99,8 +99,8 @@ _LAZY = {
     "Candidates": "bpo.data.candidates",
     "InvalidDataWarning": "bpo.data.candidates",
     "read_candidates": "bpo.data.read",
-    "Diagnosis": "bpo.gradients.doctor",
-    "doctor": "bpo.gradients.doctor",
+    "Diagnosis": "bpo.evidence.doctor",
+    "doctor": "bpo.evidence.doctor",
     "embed_prompts": "bpo.breadth.embed",
     "PreferenceEvaluation": "bpo.evidence.evaluate",
     "evaluate_preferences": "bpo.evidence.evaluate",

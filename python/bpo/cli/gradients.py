@@ -63,11 +63,18 @@ def add_doctor(commands: Commands) -> None:
         help="before a run: what is differentiated, is it sound, what will it cost",
         epilog=examples(
             "bpo doctor my-sft-model responses.jsonl",
-            "bpo doctor my-sft-model responses.jsonl --set features=full --set dtype=bfloat16",
+            "bpo doctor my-sft-model responses.jsonl --set dtype=bfloat16 --world-size 64",
         ),
     )
     add_model(command)
     add_dataset(command)
+    command.add_argument(
+        "--world-size",
+        "--world_size",
+        type=int,
+        metavar="N",
+        help="say what each stage of select takes with N processes like this one: time, memory, disk, network",
+    )
     add_fields(command, "as for select")
     add_saying(command)
     command.set_defaults(run=_doctor)
@@ -112,7 +119,7 @@ def _doctor(options: argparse.Namespace) -> None:
     config = settings(options)
     check_path(options.model)
     check_dataset(options)
-    diagnosis = bpo.doctor(options.model, dataset_of(options), config=config)
+    diagnosis = bpo.doctor(options.model, dataset_of(options), config=config, world_size=options.world_size)
     say(options, lambda: str(diagnosis), lambda: {**dataclasses.asdict(diagnosis), "problems": diagnosis.problems})
 
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from bpo.choices import OnInvalid
     from bpo.data.values import Text
+    from bpo.system.memory import Packed
 
 _NAMED_ROWS = 5
 
@@ -58,6 +59,7 @@ class Candidates:
     """The one form in which the rest of ``bpo`` sees preference data.
 
     Responses are grouped by prompt; a *row* is the index of a response in that order. Pairs are grouped by prompt, too.
+    Texts read as those of a list do, and are on disk where they are many.
 
     Attributes:
         prompts: (n,) the distinct prompts with at least one candidate pair.
@@ -84,11 +86,11 @@ class Candidates:
         skipped: What was set aside.
     """
 
-    prompts: list[Text]
+    prompts: Packed[Text]
     prompt_rows: npt.NDArray[np.int64]
     prompt_ids: npt.NDArray[np.uint8]
     template_kwargs: list[dict[str, Any]]
-    responses: list[Text]
+    responses: Packed[Text]
     response_ids: npt.NDArray[np.uint8]
     prompt_of_response: npt.NDArray[np.int64]
     response_places: npt.NDArray[np.int64]
@@ -140,6 +142,8 @@ class Candidates:
             (int64).
         """
         pair_index = np.flatnonzero(kept_pairs)
+        if len(pair_index) == len(self.pairs):
+            return self, pair_index, np.arange(len(self.responses))
         kept = np.zeros(len(self.prompts), dtype=bool)
         kept[self.prompt_of_pair[pair_index]] = True
         new_prompt = np.cumsum(kept) - 1
@@ -147,11 +151,11 @@ class Candidates:
         new_response = np.cumsum(used) - 1
         return (
             Candidates(
-                prompts=[self.prompts[i] for i in np.flatnonzero(kept)],
+                prompts=self.prompts.take(np.flatnonzero(kept)),
                 prompt_rows=self.prompt_rows[kept],
                 prompt_ids=self.prompt_ids[kept],
                 template_kwargs=[self.template_kwargs[i] for i in np.flatnonzero(kept)],
-                responses=[self.responses[i] for i in np.flatnonzero(used)],
+                responses=self.responses.take(np.flatnonzero(used)),
                 response_ids=self.response_ids[used],
                 prompt_of_response=new_prompt[self.prompt_of_response[used]],
                 response_places=self.response_places[used],
@@ -161,8 +165,8 @@ class Candidates:
                 pair_rows=self.pair_rows[pair_index],
                 pair_scores=self.pair_scores[pair_index],
                 token_weights=self.token_weights,
-                pair_weights=self.pair_weights[pair_index],
-                pair_ref_logps=self.pair_ref_logps[pair_index],
+                pair_weights=_taken(self.pair_weights, pair_index),
+                pair_ref_logps=_taken(self.pair_ref_logps, pair_index),
                 weights=None if self.weights is None else self.weights[pair_index],
                 known_ids=self.known_ids,
                 skipped=self.skipped,
@@ -170,6 +174,11 @@ class Candidates:
             pair_index,
             np.flatnonzero(used),
         )
+
+
+def _taken(values: npt.NDArray[Any], rows: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+    """As ``values[rows]``, without memory for values that are all one."""
+    return np.broadcast_to(values[:1, :1], (len(rows), 2)) if values.strides == (0, 0) else values[rows]
 
 
 def report_skipped(skipped: Skipped, on_invalid: OnInvalid) -> None:

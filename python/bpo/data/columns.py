@@ -6,7 +6,7 @@ import difflib
 import functools
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -90,8 +90,8 @@ def read_template_kwargs(rows: Rows, wrong: dict[int, UnusableError]) -> list[di
     """
     if not {"tools", "chat_template_kwargs"} & set(rows.column_names):
         return []
-    tools = _checked(_tools, rows.column("tools"), wrong)
-    given = _checked(_kwargs, rows.column("chat_template_kwargs"), wrong)
+    tools = list(_checked(_tools, rows.column("tools"), wrong))
+    given = list(_checked(_kwargs, rows.column("chat_template_kwargs"), wrong))
     # TRL reads rows from Arrow, where an item that only some rows have is None in all the others; a template can tell
     # None from nothing.
     try:
@@ -142,7 +142,7 @@ def row_weights(rows: Rows, column: str | None, wrong: dict[int, UnusableError])
         return None
     require_columns(list(rows.column_names), (column,), f"weight_column={column!r}")
     weights = _checked(functools.partial(_weight, column=column), rows.column(column), wrong)
-    return np.array([math.nan if weight is None else weight for weight in weights])
+    return np.fromiter((math.nan if weight is None else weight for weight in weights), dtype=np.float64)
 
 
 def row_trust(rows: Rows, column: str | None, wrong: dict[int, UnusableError]) -> npt.NDArray[np.float64] | None:
@@ -151,7 +151,7 @@ def row_trust(rows: Rows, column: str | None, wrong: dict[int, UnusableError]) -
         return None
     require_columns(list(rows.column_names), (column,), f"trust={column!r}")
     trust = _checked(functools.partial(_probability, column=column), rows.column(column), wrong)
-    return np.array([math.nan if value is None else value for value in trust])
+    return np.fromiter((math.nan if value is None else value for value in trust), dtype=np.float64)
 
 
 def pair_weight(value: Any, place: str, column: str) -> float:
@@ -189,7 +189,7 @@ def _or_nan(value: Any) -> float:
         return math.nan
 
 
-def _checked(read: Callable[[Any], _T], values: Iterable[Any], wrong: dict[int, UnusableError]) -> list[_T | None]:
+def _checked(read: Callable[[Any], _T], values: Iterable[Any], wrong: dict[int, UnusableError]) -> Iterator[_T | None]:
     """Reads the values of a column; what cannot be used is None, and ``wrong`` says why."""
 
     def reason(index: int, value: Any) -> _T | None:
@@ -199,7 +199,7 @@ def _checked(read: Callable[[Any], _T], values: Iterable[Any], wrong: dict[int, 
             wrong.setdefault(index, error)
             return None
 
-    return [reason(index, value) for index, value in enumerate(values)]
+    return (reason(index, value) for index, value in enumerate(values))
 
 
 def _tools(value: Any) -> list[Any] | None:

@@ -12,21 +12,25 @@ import itertools
 import json
 import lzma
 import re
-import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
+
+from bpo.data.values import packed_rows
+from bpo.system.memory import as_table
 
 if TYPE_CHECKING:
     import datasets
 
-Listed = tuple[list[Any], dict[int, str]]
+Listed = tuple[Sequence[Any], dict[int, str]]
 """Rows, and why some of them are none: index → reason."""
 
 _OPENERS: dict[str, Callable[..., Any]] = {"": open, ".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # Which Hugging Face's tools write beside data.
 _DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json")
+# Rows of Parquet that are decoded at once.
+_ROWS_AT_ONCE = 1 << 12
 _SPLITS = re.compile(r"(?:^|[-._ ])(train|training|test|testing|eval|evaluation|valid|validation|dev)(?:[-._ ]|$)")
 
 
@@ -140,7 +144,7 @@ def _read_json(file: IO[bytes]) -> Listed:
             rest = io.BytesIO(text[len(first) :])
         else:
             return (document, {}) if isinstance(document, list) else (_rows_of_columns(document), {})
-    rows: list[Any] = []
+    rows = packed_rows()
     broken: dict[int, str] = {}
     for number, line in enumerate(itertools.chain([first], rest), start):
         if not line.strip():
@@ -157,11 +161,9 @@ def _read_json(file: IO[bytes]) -> Listed:
 def _row_of(line: bytes) -> tuple[Any, str | None]:
     """A row of JSON and None, or None and why it is none."""
     try:
-        row = json.loads(line.decode())
+        return json.loads(line.decode()), None
     except (ValueError, RecursionError) as error:
         return None, str(error)
-    # Names are kept once, not once a row.
-    return {sys.intern(name): value for name, value in row.items()} if isinstance(row, dict) else row, None
 
 
 def _rows_of_columns(document: Any) -> list[dict[str, Any]]:
@@ -178,7 +180,7 @@ def _read_csv(file: IO[bytes]) -> Listed:
     """Rows of text, as it stands there: "007" is no number, "None" is not nothing."""
     limit = csv.field_size_limit(2**31 - 1)
     reader = csv.DictReader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), strict=True)
-    rows: list[Any] = []
+    rows = packed_rows()
     broken = {}
     try:
         names = reader.fieldnames or []
@@ -202,7 +204,8 @@ def _read_parquet(file: IO[bytes]) -> datasets.Dataset:
     import datasets
     import pyarrow.parquet
 
-    return datasets.Dataset(pyarrow.parquet.ParquetFile(file).read())
+    parquet = pyarrow.parquet.ParquetFile(file, pre_buffer=False)  # a buffer keeps all that was read
+    return datasets.Dataset(as_table(parquet.schema_arrow, parquet.iter_batches(_ROWS_AT_ONCE)))
 
 
 _READERS: dict[str, Callable[[IO[bytes]], Any]] = {
@@ -231,15 +234,15 @@ def _read_directory(path: Path, split: str | None) -> datasets.Dataset | Listed:
     if not files:
         what = "for training" if split is None else f"whose name says {split}"
         raise ValueError(f"no file of one of the types {', '.join(_READERS)} {what}")
-    read = [_read_file(file) for file in files]
-    if all(isinstance(part, datasets.Dataset) for part in read):
-        return datasets.concatenate_datasets(read)
-    rows: list[Any] = []
+    if _kind(files[0]) == ".parquet":
+        return datasets.concatenate_datasets([_read_file(file) for file in files])
+    rows = packed_rows()
     broken: dict[int, str] = {}
-    for file, part in zip(files, read, strict=True):
-        more, why = (list(part), {}) if isinstance(part, datasets.Dataset) else part
+    for file in files:
+        more, why = _read_file(file)
         broken |= {len(rows) + index: f"{file.name}: {reason}" for index, reason in why.items()}
-        rows += more
+        for row in more:
+            rows.append(row)
     return rows, broken
 
 

@@ -12,7 +12,16 @@ import numpy as np
 
 from bpo.data.candidates import Candidates, Skipped
 from bpo.data.pairing import largest_gaps, pairs_of_scores
-from bpo.data.values import UnusableError, add_text, as_weights, content_hash, most_are_messages
+from bpo.data.values import (
+    UnusableError,
+    add_text,
+    as_weights,
+    content_hash,
+    most_are_messages,
+    pack_text,
+    unpack_text,
+)
+from bpo.system.memory import Packed
 
 if TYPE_CHECKING:
     import hashlib
@@ -25,16 +34,19 @@ OTHER_COLUMNS = " with other token weights or reference log-probabilities"
 OTHER_WEIGHT = " with another weight"
 UNTRUSTED = "pair whose label is more likely wrong than right"
 _FORMS = ("plain text", "chat messages")
+_NO_SETTINGS: dict[str, Any] = {}  # one for all prompts
 
 Group = tuple[int, "hashlib._Hash"]
-"""Which prompt, and the hash of it that those of its responses go on from."""
+"""Which prompt, of those that rows gave one after another, and the hash that those of its responses go on from."""
 
 
 class Groups:
     """Collects responses by exact prompt, in columns: an object a response would take ten times the memory.
 
+    Texts are packed, and on disk where they are many.
+
     Readers add *entries*: a response as a row gives it, be it new or not. Of preference rows two entries after one
-    another are a pair. What is the same is found out at the end.
+    another are a pair. What is the same is found out at the end, prompts included.
     """
 
     def __init__(
@@ -46,11 +58,12 @@ class Groups:
         self._barred = {} if row_weights is None else {"pair of weight 0": row_weights == 0}
         if row_trust is not None:
             self._barred[UNTRUSTED] = row_trust < 0.5
-        self._prompts: list[Text] = []
+        self._prompts = Packed(pack_text, unpack_text)
         self._template_kwargs: dict[int, dict[str, Any]] = {}
-        self._prompt_rows = array.array("q")
-        self._prompt_of_id: dict[bytes, int] = {}
-        self._responses: list[Text] = []
+        self._prompt_rows: Any = array.array("q")
+        self._prompt_ids = bytearray()
+        self._chat: Any = bytearray()  # of each prompt, whether it is messages
+        self._responses = Packed(pack_text, unpack_text)
         self._ids = bytearray()
         self._prompt_of_entry = array.array("q")
         self._scores = array.array("d")
@@ -67,14 +80,14 @@ class Groups:
             # As JSON in the order given, in which a template renders it.
             add_text(digest, json.dumps(template_kwargs))
         key = digest.digest()[:16]
-        place = self._prompt_of_id.get(key)
-        if place is None:
-            place = self._prompt_of_id[key] = len(self._prompts)
+        if not self._prompt_ids.endswith(key):
+            self._prompt_ids += key
             self._prompts.append(prompt)
             self._prompt_rows.append(row)
+            self._chat.append(isinstance(prompt, list))
             if template_kwargs and isinstance(prompt, list):
-                self._template_kwargs[place] = template_kwargs
-        return place, digest
+                self._template_kwargs[len(self._prompts) - 1] = template_kwargs
+        return len(self._prompts) - 1, digest
 
     def add(
         self, group: Group, response: Text, score: float, row: int, position: int, weights: int, ref_logp: float
@@ -85,8 +98,11 @@ class Groups:
         self._prompt_of_entry.append(group[0])
         self._scores.append(score)
         self._places.extend((row, position))
-        self._weights.append(weights)
-        self._ref_logps.append(ref_logp)
+        # Every row has these, or none.
+        if weights >= 0:
+            self._weights.append(weights)
+        if ref_logp == ref_logp:
+            self._ref_logps.append(ref_logp)
 
     def keep_known(self, group: Group, responses: Iterable[Text]) -> None:
         """Notes responses that cannot be used; a store still knows them as ones of this data."""
@@ -115,9 +131,7 @@ class Groups:
         Raises:
             ValueError: There is no pair.
         """
-        prompt_ids = _id_array(self._prompt_of_id)
-        self._prompt_of_id = {}
-        entries = self._entries()
+        prompt_ids, entries = self._entries()
         usable = self._of_one_form(entries.prompts, entries.places[:, 0])
         same = _first_of_same(entries.ids)
         first = np.flatnonzero((same == np.arange(len(same))) & usable)
@@ -143,19 +157,32 @@ class Groups:
             )
         return self._candidates(entries, prompt_ids, first, pairs, stated)
 
-    def _entries(self) -> _Entries:
-        return _Entries(
+    def _entries(self) -> tuple[npt.NDArray[np.uint8], _Entries]:
+        """Returns the (n, 16) ids of the distinct prompts, which are all that is left of them, and the entries."""
+        ids = _id_array([self._prompt_ids])
+        same = _first_of_same(ids)
+        new = same == np.arange(len(same))
+        first = np.flatnonzero(new)
+        self._prompts = self._prompts.take(first)
+        self._prompt_rows = np.frombuffer(self._prompt_rows, dtype=np.int64)[first]
+        self._chat = np.frombuffer(self._chat, dtype=np.uint8)[first].astype(bool)
+        place_of = (np.cumsum(new) - 1)[same]
+        self._template_kwargs = {
+            int(place_of[place]): settings for place, settings in self._template_kwargs.items() if new[place]
+        }
+        n = len(self._responses)
+        return ids[first], _Entries(
             ids=np.frombuffer(self._ids, dtype=np.uint8).reshape(-1, 16),
-            prompts=np.frombuffer(self._prompt_of_entry, dtype=np.int64),
+            prompts=place_of[np.frombuffer(self._prompt_of_entry, dtype=np.int64)],
             scores=np.frombuffer(self._scores, dtype=np.float64),
             places=np.frombuffer(self._places, dtype=np.int64).reshape(-1, 2),
-            weights=np.frombuffer(self._weights, dtype=np.int64),
-            ref_logps=np.frombuffer(self._ref_logps, dtype=np.float64),
+            weights=np.frombuffer(self._weights, dtype=np.int64) if self._weights else np.broadcast_to(-1, n),
+            ref_logps=np.frombuffer(self._ref_logps) if self._ref_logps else np.broadcast_to(np.nan, n),
         )
 
     def _of_one_form(self, prompts: npt.NDArray[np.int64], rows: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
         """Which entries have prompts of the form that most have, (E,) bool; names the rows of the others."""
-        chat = np.array([isinstance(prompt, list) for prompt in self._prompts], dtype=bool)[prompts]
+        chat = self._chat[prompts]
         most = most_are_messages(chat)
         for row in np.unique(rows[chat != most]).tolist():
             self.skipped.add(f"the prompt is {_FORMS[not most]}, but most are {_FORMS[most]}", f"row {row}")
@@ -248,13 +275,14 @@ class Groups:
         prompt_of_response = renumbered[entries.prompts[responses]]
         pairs = (np.cumsum(kept) - 1)[pairs]
         pair_rows = entries.places[stated[:, 0], 0]
+        ids, known = entries.ids[responses], _id_array([self._known])
         return Candidates(
-            prompts=[self._prompts[prompt] for prompt in prompts],
-            prompt_rows=np.frombuffer(self._prompt_rows, dtype=np.int64)[prompts],
+            prompts=self._prompts.take(prompts),
+            prompt_rows=self._prompt_rows[prompts],
             prompt_ids=prompt_ids[prompts],
-            template_kwargs=[self._template_kwargs.get(prompt, {}) for prompt in prompts.tolist()],
-            responses=[self._responses[entry] for entry in responses],
-            response_ids=entries.ids[responses],
+            template_kwargs=[self._template_kwargs.get(prompt, _NO_SETTINGS) for prompt in prompts.tolist()],
+            responses=self._responses.take(responses),
+            response_ids=ids,
             prompt_of_response=prompt_of_response,
             response_places=entries.places[responses],
             scores=entries.scores[responses],
@@ -263,10 +291,10 @@ class Groups:
             pair_rows=pair_rows,
             pair_scores=entries.scores[stated],
             token_weights=[np.frombuffer(data, dtype=np.float32) for data in self._token_weights],
-            pair_weights=entries.weights[stated],
-            pair_ref_logps=entries.ref_logps[stated],
+            pair_weights=_taken(entries.weights, stated),
+            pair_ref_logps=_taken(entries.ref_logps, stated),
             weights=None if self._row_weights is None else self._row_weights[pair_rows],
-            known_ids=np.concatenate([entries.ids[first], _id_array([self._known])]),
+            known_ids=ids if kept.all() and not self._known else np.concatenate([entries.ids[first], known]),
             skipped=self.skipped,
         )
 
@@ -300,14 +328,25 @@ class _Entries:
 def _first_of_same(rows: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
     """Returns, for each row of 16 bytes, the first one that is the same, (E,) int64."""
     halves = np.ascontiguousarray(rows).view(np.uint64).reshape(-1, 2)
-    order = np.lexsort((halves[:, 0], halves[:, 1]))
-    halves = halves[order]
+    order = np.argsort(halves[:, 1], kind="stable")
     begins = np.ones(len(order), dtype=bool)
-    begins[1:] = (halves[1:] != halves[:-1]).any(axis=1)
+    ordered = halves[order, 1]
+    begins[1:] = ordered[1:] != ordered[:-1]
+    del ordered
+    # Hashes of which one half is the same are the same; pairs of numbers need not be.
+    within = order[~begins]
+    if (halves[within, 0] != halves[order[np.flatnonzero(~begins) - 1], 0]).any():
+        order = np.lexsort((halves[:, 0], halves[:, 1]))
+        begins[1:] = (halves[order[1:]] != halves[order[:-1]]).any(axis=1)
     # The sort is stable: the first of a run is the first in the data.
     firsts = np.empty(len(order), dtype=np.int64)
     firsts[order] = order[np.maximum.accumulate(np.where(begins, np.arange(len(order)), 0))]
     return firsts
+
+
+def _taken(values: npt.NDArray[Any], index: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+    """As ``values[index]``, without memory for values that are all one."""
+    return np.broadcast_to(values[:1].reshape(()), index.shape) if values.strides == (0,) else values[index]
 
 
 def _id_array(ids: Iterable[bytes | bytearray]) -> npt.NDArray[np.uint8]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
+import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import pyarrow as pa
 
 from bpo.data.files import read_path
-from bpo.data.values import as_list, shorten
+from bpo.data.values import as_list, packed_rows, shorten
+from bpo.system.memory import Packed, as_table
 from bpo.system.warn import warn
 
 if TYPE_CHECKING:
@@ -33,6 +36,9 @@ READ_COLUMNS = (
 
 # Rows that are taken out of Arrow at once: one by one costs ten times as much.
 _BATCH = 1000
+# Rows of which columns in Arrow are made at once.
+_PIECE = 1 << 14
+_NO_ARROW = (pa.ArrowException, OverflowError, TypeError, ValueError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,11 +84,15 @@ class Rows(Protocol):
 
 
 class ListRows:
-    """A list of rows as it is: Arrow would refuse to mix what the readers can tell apart, or name no row."""
+    """A list of rows as it is: Arrow would refuse to mix what the readers can tell apart, or name no row.
+
+    What can be gone through once only is packed, and on disk where it is long.
+    """
 
     def __init__(
-        self, rows: Sequence[Any], broken: Mapping[int, str] | None = None, origin: Origin | None = None
+        self, rows: Iterable[Any], broken: Mapping[int, str] | None = None, origin: Origin | None = None
     ) -> None:
+        rows = rows if isinstance(rows, Sequence) else packed_rows(rows)
         self.origin = origin or Origin("a list of rows")
         self.broken = dict(broken or {})
         names: dict[str, None] = {}
@@ -97,44 +107,99 @@ class ListRows:
             raise ValueError(f"Row 0: {self.broken[0]}; each row must be a mapping of columns to values.")
         self.column_names = list(names)
         self._rows = rows
+        self._names: Mapping[str, str] = {}  # where columns have other names than in the rows: theirs by ours
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         empty = dict.fromkeys(self.column_names)
+        if self._names:
+            theirs = [(name, self._names[name]) for name in self.column_names]
+            return (
+                empty if index in self.broken else {name: row.get(their) for name, their in theirs}
+                for index, row in enumerate(self._rows)
+            )
         return (empty if index in self.broken else {**empty, **row} for index, row in enumerate(self._rows))
 
     def column(self, name: str) -> Iterable[Any]:
         """Returns the values of a column, None for each row without it."""
-        return (None if index in self.broken else row.get(name) for index, row in enumerate(self._rows))
+        their = self._names.get(name, None if self._names else name)
+        return (None if index in self.broken else row.get(their) for index, row in enumerate(self._rows))
 
     def take(self, index: Sequence[int], name: str) -> Iterable[Any]:
         """Returns the values of a column in some rows."""
-        return (self._rows[row].get(name) for row in index)
+        their = self._names.get(name, None if self._names else name)
+        return (self._rows[row].get(their) for row in index)
 
     def renamed(self, names: Mapping[str, str]) -> ListRows:
         """Returns the columns that are keys here, under other names."""
-        rows = [
-            row if index in self.broken else {names[name]: value for name, value in row.items() if name in names}
-            for index, row in enumerate(self._rows)
-        ]
-        return ListRows(rows, self.broken, self.origin)
+        renamed = copy.copy(self)
+        renamed.column_names = [names[name] for name in self.column_names if name in names]
+        renamed._names = {ours: self._names.get(name, name) for name, ours in names.items()}
+        return renamed
 
     def table(self, names: Sequence[str]) -> datasets.Dataset:
         """Returns some columns in Arrow, without those that hold nothing; warns of one that Arrow has no form for."""
         import datasets
 
-        columns = {}
-        for name in names:
+        # Piece by piece, with types that are known once all are there.
+        pieces = Packed(_pack_batch, _unpack_batch)
+        schema: dict[str, pa.DataType] = {}
+        odd: list[str] = []  # columns of which not all pieces are of one type
+        names = list(names)
+        rows = iter(self) if names else iter(())
+        while piece := list(itertools.islice(rows, _PIECE)):
+            columns = {}
+            for name in names:
+                try:
+                    columns[name] = column = pa.array([row[name] for row in piece])
+                except _NO_ARROW:
+                    odd.append(name)
+                    continue
+                if schema.setdefault(name, column.type) != column.type and not pa.types.is_null(column.type):
+                    if pa.types.is_null(schema[name]):
+                        schema[name] = column.type
+                    else:
+                        odd.append(name)
+            names = [name for name in names if name not in odd]
+            pieces.append(pa.record_batch({name: columns[name] for name in names}))
+        return datasets.Dataset(self._joined(pieces, schema, names, odd))
+
+    def _joined(
+        self,
+        pieces: Iterable[pa.RecordBatch],
+        schema: Mapping[str, pa.DataType],
+        names: Sequence[str],
+        odd: Sequence[str],
+    ) -> pa.Table:
+        """Columns from pieces, and those from all rows at once of which Arrow may find a type then, but for null."""
+        fields = pa.schema([(name, schema[name]) for name in names if not pa.types.is_null(schema[name])])
+        cast = (
+            pa.record_batch([piece[name].cast(fields.field(name).type) for name in fields.names], schema=fields)
+            for piece in pieces
+        )
+        table = as_table(fields, cast)
+        for name in odd:
             try:
                 column = pa.array(self.column(name))
-            except (pa.ArrowException, OverflowError, TypeError, ValueError) as error:
+            except _NO_ARROW as error:
                 warn(f"The column {name!r} does not go along into what is selected, for Arrow cannot hold it: {error}")
                 continue
-            if not pa.types.is_null(column.type):
-                columns[name] = column
-        return datasets.Dataset(pa.table(columns))
+            table = table.append_column(name, column)
+        return table
+
+
+def _pack_batch(batch: pa.RecordBatch) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+    data: bytes = sink.getvalue().to_pybytes()
+    return data
+
+
+def _unpack_batch(data: bytes) -> pa.RecordBatch:
+    return pa.ipc.open_stream(data).read_next_batch()
 
 
 class TableRows:
@@ -273,8 +338,8 @@ def _one_of(splits: Mapping[str, Any], split: str | None) -> Any:
 
 def _listed(rows: Iterable[Any], origin: Origin) -> ListRows:
     """All rows of something that is gone through once."""
-    listed = rows if isinstance(rows, Sequence) else list(rows)
-    if not listed:
+    listed = rows if isinstance(rows, Sequence) else packed_rows(rows)
+    if not len(listed):
         raise ValueError("The dataset is empty: it gave no rows.")
     return ListRows(listed, origin=origin)
 
@@ -290,15 +355,22 @@ def _frame(dataset: Any) -> Rows | None:
         frame = dataset.collect() if hasattr(dataset, "collect") else dataset
         return _of_arrow(frame.to_arrow(compat_level=polars.CompatLevel.oldest()), Origin("a Polars frame"))
     if hasattr(dataset, "__arrow_c_stream__") or isinstance(dataset, pa.RecordBatch):
-        given = pa.Table.from_batches([dataset]) if isinstance(dataset, pa.RecordBatch) else dataset
         try:
-            table = pa.table(given)
+            table = dataset if isinstance(dataset, pa.Table) else _table_of(dataset)
         except pa.ArrowInvalid as error:
             raise TypeError(
                 f"dataset must have rows and columns, which this {type(dataset).__name__} has not: {error}"
             ) from None
         return _of_arrow(table, Origin("an Arrow table"))
     return None
+
+
+def _table_of(dataset: Any) -> pa.Table:
+    """What gives itself as batches of Arrow, which may be more than memory holds."""
+    if isinstance(dataset, pa.RecordBatch):
+        return pa.Table.from_batches([dataset])
+    reader = pa.RecordBatchReader.from_stream(dataset)
+    return as_table(reader.schema, reader)
 
 
 def _of_pandas(frame: Any) -> ListRows:
@@ -376,7 +448,7 @@ def _as_shown(dataset: datasets.Dataset, origin: Origin) -> Rows:
     """The rows as the data set shows them: through its transform, without the columns that its format hides."""
     shown = dataset.format
     if shown["type"] == "custom":
-        return ListRows(list(dataset), origin=origin)
+        return ListRows(packed_rows(dataset), origin=origin)
     # A format such as "torch" would turn lists of scores into tensors, and float64 into float32.
     plain = dataset.with_format(None)
     hidden = [] if shown["output_all_columns"] else sorted(set(plain.column_names) - set(shown["columns"]))

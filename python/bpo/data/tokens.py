@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import array
 import dataclasses
 import functools
 import hashlib
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,6 +14,7 @@ import numpy as np
 from bpo.data.candidates import Skipped, report_skipped
 from bpo.data.tokenizers import check_tokenizer, joined, padding_id, token_ids
 from bpo.data.values import UnusableError, as_weights
+from bpo.system.memory import Packed
 from bpo.system.warn import warn
 
 if TYPE_CHECKING:
@@ -38,7 +41,7 @@ class TokenizedResponses:
     same holds for a response to whose tokens preference rows give other weights in another pair.
 
     Attributes:
-        ids: (S,) lists of token ids, prompt and response, cut to ``max_length``.
+        ids: (S,) lists of token ids, prompt and response, cut to ``max_length``; on disk where they are many.
         prompt_lengths: (S,) int64, tokens of the prompt; the log-probability of a response sums over the rest.
         pairs: (P, 2) int64, the sequences of the preferred and of the other response of each candidate pair.
         response_of: (S,) int64, the response that each sequence is of.
@@ -51,7 +54,7 @@ class TokenizedResponses:
         truncated: How many sequences were cut.
     """
 
-    ids: list[list[int]]
+    ids: Packed[list[int]]
     prompt_lengths: npt.NDArray[np.int64]
     pairs: npt.NDArray[np.int64]
     response_of: npt.NDArray[np.int64]
@@ -64,7 +67,7 @@ class TokenizedResponses:
     @functools.cached_property
     def lengths(self) -> npt.NDArray[np.int64]:
         """(S,) int64, tokens of prompt and response together."""
-        return np.array([len(ids) for ids in self.ids], dtype=np.int64)
+        return self.ids.sizes() // 4
 
     @functools.cached_property
     def response_lengths(self) -> npt.NDArray[np.int64]:
@@ -84,7 +87,7 @@ class TokenizedResponses:
         pairs = place[self.pairs]
         return dataclasses.replace(
             self,
-            ids=[self.ids[row] for row in rows],
+            ids=self.ids.take(rows),
             prompt_lengths=self.prompt_lengths[rows],
             pairs=pairs[(pairs >= 0).all(axis=1)],
             response_of=self.response_of[rows],
@@ -97,8 +100,15 @@ class TokenizedResponses:
         """Returns the sequences cut to ``max_length``, without their responses where prompts fill the window."""
         if max_length is None:
             return self
-        over = np.maximum(self.lengths - max_length, 0)
         keeps_end = truncation_mode == "keep_end"
+        over = np.maximum(self.lengths - max_length, 0)
+        ids = self.ids
+        if over.any():
+            cut = (
+                (row[count:] if keeps_end else row[:max_length]) if count else row
+                for row, count in zip(ids, over, strict=True)
+            )
+            ids = packed_ids(cut)
         weights = self.weights
         if weights is not None:
             lost = np.maximum(over - self.prompt_lengths, 0) if keeps_end else np.minimum(over, self.response_lengths)
@@ -108,10 +118,7 @@ class TokenizedResponses:
             ]
         tokenized = dataclasses.replace(
             self,
-            ids=[
-                ids if not count else ids[count:] if keeps_end else ids[:max_length]
-                for ids, count in zip(self.ids, over, strict=True)
-            ],
+            ids=ids,
             prompt_lengths=np.maximum(self.prompt_lengths - over, 0)
             if keeps_end
             else np.minimum(self.prompt_lengths, max_length),
@@ -129,6 +136,19 @@ class TokenizedResponses:
         return dataclasses.replace(
             taken, pairs=pairs.reshape(-1, 2), response_of=np.searchsorted(response_index, taken.response_of)
         )
+
+
+def packed_ids(rows: Iterable[list[int]] = ()) -> Packed[list[int]]:
+    """Returns lists of token ids, four bytes each."""
+    return Packed(_pack_ids, _unpack_ids, rows)
+
+
+def _pack_ids(ids: list[int]) -> bytes:
+    return array.array("i", ids).tobytes()
+
+
+def _unpack_ids(data: bytes) -> list[int]:
+    return memoryview(data).cast("i").tolist()
 
 
 def tokenize_responses(
@@ -176,7 +196,7 @@ def tokenize_responses(
             for response, begin, side in zip(response_of, start.tolist(), sides.tolist(), strict=True)
         ]
     uncut = TokenizedResponses(
-        ids=[whole[response] for response in response_of],
+        ids=whole.take(response_of),
         prompt_lengths=start,
         pairs=pairs.reshape(-1, 2),
         response_of=response_of,
@@ -265,11 +285,10 @@ def tokenize_prompts(
 
 def _tokenize(
     candidates: Candidates, processing_class: PreTrainedTokenizerBase
-) -> tuple[list[list[int]], npt.NDArray[np.int64]]:
+) -> tuple[Packed[list[int]], npt.NDArray[np.int64]]:
     """Returns the token ids of every response behind its prompt, and where they part from those of the prompt alone."""
-    whole: list[list[int]] = []
-    starts: list[int] = []
-    lengths: list[int] = []  # (n,) of the prompts
+    whole = packed_ids()
+    starts, lengths = array.array("q"), array.array("q")  # the latter (n,) of the prompts
     per_prompt = np.bincount(candidates.prompt_of_response, minlength=len(candidates.prompts))
     for index, prompt in enumerate(candidates.prompts):
         row = int(candidates.prompt_rows[index])
@@ -282,8 +301,10 @@ def _tokenize(
                 raise ValueError(f"Row {row}: the tokenizer gives no tokens for prompt and response.")
             whole.append(ids)
             starts.append(_common_prefix_length(prompt_ids, ids))
-    response_start = np.array(starts, dtype=np.int64)
-    moved = response_start[candidates.pairs].min(axis=1) < np.array(lengths)[candidates.prompt_of_pair]
+    response_start = np.frombuffer(starts, dtype=np.int64)
+    moved = (
+        response_start[candidates.pairs].min(axis=1) < np.frombuffer(lengths, dtype=np.int64)[candidates.prompt_of_pair]
+    )
     if moved.any():
         warn(
             f"{len(np.unique(candidates.prompt_of_pair[moved]))} of {len(candidates.prompts)} tokenized prompts are "

@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import pickle
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from bpo.system.memory import Packed
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -20,6 +23,8 @@ Text = str | list[dict[str, Any]]
 _LARGEST_SCORE = 1e300
 
 _PLAIN = {"role", "content"}
+_PICKLE = 5  # the protocol
+_PICKLED = b"\x80"
 _quoted = json.encoder.encode_basestring
 _encode_messages = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode
 
@@ -110,6 +115,39 @@ def add_text(digest: hashlib._Hash, text: Text) -> hashlib._Hash:
     data = canonical(text)
     digest.update(len(data).to_bytes(8, "little") + data)
     return digest
+
+
+def pack_text(text: Text) -> bytes:
+    """Returns a text as bytes: UTF-8, or messages pickled, which no UTF-8 begins as."""
+    return text.encode(errors="surrogatepass") if isinstance(text, str) else pickle.dumps(text, _PICKLE)
+
+
+def unpack_text(data: bytes) -> Text:
+    """Returns what :func:`pack_text` was given."""
+    if data[:1] == _PICKLED:
+        messages: list[dict[str, Any]] = pickle.loads(data)
+        return messages
+    return data.decode(errors="surrogatepass")
+
+
+def packed_rows(rows: Iterable[Any] = ()) -> Packed[Any]:
+    """Returns rows that can be gone through once only as ones that can be read again.
+
+    Raises:
+        TypeError: A row holds what has no form on disk; the message shows its beginning.
+    """
+    return Packed(_pack_row, pickle.loads, rows)
+
+
+def _pack_row(row: Any) -> bytes:
+    # Other mappings may hold on to what they are a row of.
+    plain = dict(row) if isinstance(row, Mapping) and type(row) is not dict else row
+    try:
+        return pickle.dumps(plain, _PICKLE)
+    except (pickle.PicklingError, AttributeError, NotImplementedError, RecursionError, TypeError) as error:
+        raise TypeError(
+            f"A row holds more than plain values, so that it cannot be kept to be read again: {shorten(row)}: {error}"
+        ) from None
 
 
 def content_id(*texts: Text) -> bytes:

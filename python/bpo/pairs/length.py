@@ -91,7 +91,7 @@ def length_effect(
 
 def character_lengths(candidates: Candidates) -> npt.NDArray[np.int64]:
     """Returns the characters of the two responses of each pair, (P, 2) int64, at least 1."""
-    characters = np.array([max(len(prompt_text(text)), 1) for text in candidates.responses], dtype=np.int64)
+    characters = np.fromiter((max(len(prompt_text(text)), 1) for text in candidates.responses), dtype=np.int64)
     return characters[candidates.pairs]
 
 

@@ -51,6 +51,8 @@ class Inputs:
     def keep_pairs(self, kept: npt.NDArray[np.bool_]) -> tuple[Inputs, npt.NDArray[np.int64]]:
         """Restricts the pairs ((P,) bool); returns also the index of each."""
         candidates, pair_index, response_index = self.candidates.keep_pairs(kept)
+        if candidates is self.candidates:
+            return self, pair_index
         return (
             Inputs(
                 candidates,

@@ -151,17 +151,19 @@ def _select(
     # Read: candidate pairs, with their tokens or their rows in a store, and those of the target.
     pool = read(rows, target, source, request)
     limits = Limits.of(breadth, budget, pool, request, earlier=earlier, at_most=at_most)
-    data = hashlib.sha256(pool.candidates.known_ids.tobytes() + pool.candidates.pairs.tobytes()).hexdigest()
+    data = hashlib.sha256(np.ascontiguousarray(pool.candidates.known_ids).data)
+    data.update(np.ascontiguousarray(pool.candidates.pairs).data)
+    fingerprint = data.hexdigest()
     if "gradients" in request.needs:
         asked = {"strategy": request.strategy, "seed": request.seed, "budget": budget, "breadth": breadth}
-        processes.check_same({"data set": data, **asked}, request.config.process_timeout)
+        processes.check_same({"data set": fingerprint, **asked}, request.config.process_timeout)
 
     # Keep prompts: breadth.
     kept = keep_prompts(pool, limits, rows, source, request)
 
     # What else the data says of its rows waits in Arrow, and nothing else of them.
     others = rows.table(other_columns(rows.column_names, request.config))
-    told = Told(others, rows.origin, data, breadth)
+    told = Told(others, rows.origin, fingerprint, breadth)
     del rows
 
     # Extract: one sketched gradient a response, by all processes of a job together.

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
+from bpo.system.memory import as_table
+
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
     import datasets
     import numpy.typing as npt
@@ -22,6 +25,10 @@ if TYPE_CHECKING:
 
 SELECTED = "selected"
 UNTRUSTED = "untrusted"
+# Rows of a table that are made at once.
+_PIECE = 1 << 14
+# The numbers of a training set are as Python has them.
+_WIDE = {pa.float32(): pa.float64(), pa.int32(): pa.int64()}
 _NAMED_LABELS, _DOUBTFUL = 20, 0.3
 FATES = (SELECTED, "depth", "breadth", "unusable", UNTRUSTED)
 """Fates of a pair: selected, or what it fell to: the depth of its prompt, breadth compression, an unusable gradient, or
@@ -65,19 +72,50 @@ def pair_table(
         scored: The pairs of the kept prompts.
         with_labels: Whether the strategy reads clusters.
     """
+    n = len(pool.candidates.pairs)
+    first_response = np.searchsorted(pool.candidates.prompt_of_response, np.arange(len(pool.candidates.prompts)))
+    pieces = (
+        _piece(
+            slice(first, min(first + _PIECE, n)),
+            pool,
+            fate,
+            pair_index,
+            usefulness,
+            scored,
+            first_response,
+            with_labels,
+        )
+        for first in range(0, n, _PIECE)
+    )
+    first = next(pieces)
+    return as_table(first.schema, itertools.chain([first], pieces))
+
+
+def _piece(
+    rows: slice,
+    pool: Pool,
+    fate: npt.NDArray[np.object_],
+    pair_index: npt.NDArray[np.int64],
+    usefulness: npt.NDArray[np.float64],
+    scored: ScoredPairs,
+    first_response: npt.NDArray[np.int64],
+    with_labels: bool,
+) -> pa.RecordBatch:
+    """Some rows of the table of pairs; ``first_response`` is the place of each prompt's first response, (n,) int64."""
     inputs, pairs, clusters = pool.inputs, scored.measured, scored.clusters
     candidates, lengths = inputs.candidates, inputs.lengths
-    n = len(candidates.pairs)
-    chosen, rejected = candidates.pairs[:, 0], candidates.pairs[:, 1]
+    n = rows.stop - rows.start
+    begin, end = np.searchsorted(pair_index, [rows.start, rows.stop])
+    chosen, rejected = candidates.pairs[rows].T
     logps, ref_logps = (None, None) if pairs is None else (pairs.logps, pairs.ref_logps)
-    ratios = inputs.pair_lengths[:, 0] / inputs.pair_lengths[:, 1]
-    first_response = np.searchsorted(candidates.prompt_of_response, candidates.prompt_of_pair)
+    ratios = inputs.pair_lengths[rows, 0] / inputs.pair_lengths[rows, 1]
+    prompts, pair_scores = candidates.prompt_of_pair[rows], candidates.pair_scores[rows]
 
     def scattered(values: npt.NDArray[Any] | None, kind: pa.DataType) -> pa.Array:
         if values is None:
             return pa.nulls(n, kind)
         full = np.full(n, np.nan)
-        full[pair_index] = values
+        full[pair_index[begin:end] - rows.start] = values[begin:end]
         return pa.array(full, from_pandas=True).cast(kind)
 
     def cluster_column(name: str) -> pa.Array:
@@ -85,16 +123,16 @@ def pair_table(
 
     labels = np.where(clusters.labels < 0, np.nan, clusters.labels) if clusters is not None and with_labels else None
     columns = {
-        "pair": pa.array(np.arange(n)),
-        "prompt": pa.array(candidates.prompt_of_pair),
-        "row": pa.array(candidates.pair_rows),
-        "chosen": pa.array(chosen - first_response),
-        "rejected": pa.array(rejected - first_response),
-        "score_chosen": pa.array(candidates.pair_scores[:, 0], from_pandas=True),
-        "score_rejected": pa.array(candidates.pair_scores[:, 1], from_pandas=True),
-        "score_gap": pa.array(candidates.score_gaps, from_pandas=True),
-        "length_chosen": pa.nulls(n, pa.int64()) if lengths is None else pa.array(lengths[:, 0]),
-        "length_rejected": pa.nulls(n, pa.int64()) if lengths is None else pa.array(lengths[:, 1]),
+        "pair": pa.array(np.arange(rows.start, rows.stop)),
+        "prompt": pa.array(prompts),
+        "row": pa.array(candidates.pair_rows[rows]),
+        "chosen": pa.array(chosen - first_response[prompts]),
+        "rejected": pa.array(rejected - first_response[prompts]),
+        "score_chosen": pa.array(pair_scores[:, 0], from_pandas=True),
+        "score_rejected": pa.array(pair_scores[:, 1], from_pandas=True),
+        "score_gap": pa.array(pair_scores[:, 0] - pair_scores[:, 1], from_pandas=True),
+        "length_chosen": pa.nulls(n, pa.int64()) if lengths is None else pa.array(lengths[rows, 0]),
+        "length_rejected": pa.nulls(n, pa.int64()) if lengths is None else pa.array(lengths[rows, 1]),
         "logp_chosen": scattered(None if logps is None else logps[:, 0], pa.float32()),
         "logp_rejected": scattered(None if logps is None else logps[:, 1], pa.float32()),
         "ref_logp_chosen": scattered(None if ref_logps is None else ref_logps[:, 0], pa.float32()),
@@ -105,13 +143,13 @@ def pair_table(
         "distance": cluster_column("distance"),
         "alignment": cluster_column("alignment"),
         "usefulness": scattered(usefulness, pa.float64()),
-        "fate": pa.array(fate.tolist(), pa.string()),
+        "fate": pa.array(fate[rows].tolist(), pa.string()),
         "length_ratio": pa.array(ratios),
         "length_effect": pa.array(pool.effect.slope * np.log(ratios), from_pandas=True),
     }
     if scored.audit is not None:
         columns["trust"] = scattered(scored.audit.trust, pa.float64())
-    return pa.table(columns)
+    return pa.record_batch(columns)
 
 
 def training_set(
@@ -132,16 +170,13 @@ def training_set(
     """
     import datasets
 
-    def texts(rows: npt.NDArray[np.int64]) -> list[Any]:
-        return [candidates.responses[row] for row in rows]
-
     prompts = candidates.prompt_of_pair[index]
-    texts_of = {
-        "prompt": [candidates.prompts[prompt] for prompt in prompts],
-        "chosen": texts(candidates.pairs[index, 0]),
-        "rejected": texts(candidates.pairs[index, 1]),
+    texts_of: dict[str, Sequence[Text]] = {
+        "prompt": candidates.prompts.take(prompts),
+        "chosen": candidates.responses.take(candidates.pairs[index, 0]),
+        "rejected": candidates.responses.take(candidates.pairs[index, 1]),
     }
-    columns: dict[str, list[Any]] = {}
+    columns: dict[str, Any] = {}
     settings = [dict(candidates.template_kwargs[prompt]) for prompt in prompts]
     tools = [kwargs.pop("tools", None) for kwargs in settings]
     if any(tool is not None for tool in tools):
@@ -162,12 +197,28 @@ def training_set(
     for name in selected.column_names:
         # A column that the strategy does not use would be all null, which Parquet readers cannot give a type.
         if selected[name].null_count < selected.num_rows:
-            columns[f"bpo_{name}"] = selected[name].to_pylist()
-    parts = [datasets.Dataset.from_dict(texts_of, features=_features(texts_of)), datasets.Dataset.from_dict(columns)]
+            columns[f"bpo_{name}"] = selected[name].cast(_WIDE.get(selected[name].type, selected[name].type))
+    parts = [_texts(texts_of), datasets.Dataset.from_dict(columns)]
     if others.column_names:
         taken = _rows_of(others, candidates.pair_rows[index])
         parts.insert(1, datasets.Dataset(taken, info=datasets.DatasetInfo(features=others.features)))
     return datasets.concatenate_datasets(parts, axis=1)
+
+
+def _texts(texts_of: Mapping[str, Sequence[Text]]) -> datasets.Dataset:
+    """Columns of texts as a data set, which is on disk where it is large."""
+    import datasets
+
+    features, n = _features(texts_of), len(texts_of["prompt"])
+    pieces = (
+        datasets.Dataset.from_dict({name: texts[first : first + _PIECE] for name, texts in texts_of.items()}, features)
+        for first in range(0, n, _PIECE)
+    )
+    first = next(pieces)
+    batches = (batch for piece in itertools.chain([first], pieces) for batch in piece.data.table.to_batches())
+    return datasets.Dataset(
+        as_table(first.data.table.schema, batches), info=datasets.DatasetInfo(features=first.features)
+    )
 
 
 def _rows_of(data: datasets.Dataset, rows: npt.NDArray[np.int64]) -> pa.Table:
@@ -217,7 +268,7 @@ def check_uncut(kept: Inputs, chosen: npt.NDArray[np.bool_], config: SelectConfi
         )
 
 
-def _features(texts_of: Mapping[str, list[Text]]) -> datasets.Features | None:
+def _features(texts_of: Mapping[str, Sequence[Text]]) -> datasets.Features | None:
     """The types of texts; None where they are plain."""
     import datasets
 
@@ -236,7 +287,7 @@ def _features(texts_of: Mapping[str, list[Text]]) -> datasets.Features | None:
     )
 
 
-def _has_structured_messages(columns: Iterable[list[Text]]) -> bool:
+def _has_structured_messages(columns: Iterable[Sequence[Text]]) -> bool:
     """Whether a message holds more than text, such as tool calls."""
     return any(
         not isinstance(value, (str, type(None)))

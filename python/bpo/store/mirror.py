@@ -30,7 +30,7 @@ from bpo.store.snapshot import (
     StoreFiles,
     latest,
 )
-from bpo.system.files import replacing, sync, write_whole
+from bpo.system.files import cache, replacing, sync, write_whole
 from bpo.system.locks import holding, locked
 from bpo.system.paths import is_url
 
@@ -41,19 +41,10 @@ _SECONDS_TO_WAIT = 1e6  # for another process that fetches the same, which may t
 _TRIES = 3
 _WORKERS = 8  # each has a segment in memory
 
-_CACHE = "BPO_CACHE"
 _STATE = "state.json"
 
 Lacking = tuple[Path, int, Segment]
 """A file, from which byte on, and what belongs there."""
-
-
-def cache() -> Path:
-    """The directory of local copies: ``$BPO_CACHE``, or ``bpo`` in the user's cache."""
-    given = os.environ.get(_CACHE)
-    if given:
-        return Path(given).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bpo"
 
 
 def local(path: str | os.PathLike[str]) -> Path:

@@ -7,12 +7,20 @@ import io
 import json
 import os
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
-    from pathlib import Path
     from typing import Any
+
+
+def cache() -> Path:
+    """The directory of local copies and of what does not fit into memory: ``$BPO_CACHE``, or ``bpo`` in the user's."""
+    given = os.environ.get("BPO_CACHE")
+    if given:
+        return Path(given).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bpo"
 
 
 def write_whole(path: Path, text: str) -> Path:

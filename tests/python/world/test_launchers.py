@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -119,3 +120,76 @@ def test_what_one_process_does_all_get(tmp_path):
     assert (tmp_path / "calls").read_text() == "bcc"
     assert "this is one of 2 that a launcher started" in first["compare"]
     assert "no/such/model" in first["doctor"]
+
+
+SRUN = """\
+#!/bin/bash
+# As srun on a machine of two GPUs: a task for each, or one where one a node is asked for.
+tasks=2; while [[ $1 == --* ]]; do [[ $1 == --ntasks-per-node=1 ]] && tasks=1; shift; done
+export SLURM_STEP_ID=$tasks SLURM_STEP_NUM_TASKS=$tasks SLURM_STEP_TASKS_PER_NODE=$tasks
+export SLURM_STEP_NODELIST=localhost SLURM_NODEID=0
+for ((task = 0; task < tasks; task++)); do SLURM_PROCID=$task SLURM_LOCALID=$task "$@" & done
+failed=0; for ((task = 0; task < tasks; task++)); do wait -n || failed=1; done; exit $failed
+"""
+ACCELERATE = """\
+#!{python}
+# As accelerate, which understands all that it is told, and starts one process on a CPU.
+import json, os, sys
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+given = launch_command_parser().parse_args(sys.argv[2:])
+asked, _, _ = _validate_launch_command(given)
+with open("asked.json", "w") as file:
+    json.dump({{key: str(value) for key, value in vars(asked).items()}}, file)
+rest = sys.argv[sys.argv.index("-m"):]
+more = ["--bf16", "False", "--max_steps", "1", "--report_to", "none", "--use_cpu", "True"]
+os.execv(sys.executable, [sys.executable, *rest, *more])
+"""
+
+
+@pytest.mark.skipif(not os.environ.get("BPO_TORTURE"), reason="two more starts of two processes, and TRL")
+def test_the_example_of_slurm_runs_as_far_as_one_machine_can(directory):
+    """All but the second machine and the GPUs: srun, scontrol and accelerate's processes are played."""
+    import trl  # noqa: F401
+
+    shims = directory / "bin"
+    shims.mkdir()
+    examples = Path(__file__).parents[3] / "examples"
+    (directory / "examples").symlink_to(examples)
+    played = {
+        "srun": SRUN,
+        "scontrol": "#!/bin/bash\necho localhost\n",
+        "accelerate": ACCELERATE.format(python=sys.executable),
+    }
+    played["python"] = (
+        f'#!/bin/bash\nexec {sys.executable} "$@" --set sketch_dim=64 --set tokens_per_batch=24 --set device=cpu\n'
+    )
+    for name, text in played.items():
+        (shims / name).write_text(text)
+        (shims / name).chmod(0o755)
+    environment = {
+        **os.environ,
+        "PATH": f"{shims}{os.pathsep}{os.environ['PATH']}",
+        "MODEL": "model",
+        "DATA": "rows.jsonl",
+        "SCRATCH": str(directory / "scratch"),
+        "SLURM_JOB_ID": str(job.free_port()),
+        "SLURM_JOB_NODELIST": "localhost",
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+    }
+    script = (examples / "slurm.sh").read_text().replace("--budget 5000", "--budget 30")
+    done = subprocess.run(
+        ["bash", "-c", script], cwd=directory, env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert contents(directory / "scratch" / "gradients") == contents(directory / "store")
+    assert (directory / "scratch" / "selection" / "trained" / "model.safetensors").exists()
+    asked = json.loads((directory / "asked.json").read_text())
+    wanted = {
+        "num_processes": "16",
+        "num_machines": "2",
+        "machine_rank": "0",
+        "main_process_ip": "localhost",
+        "mixed_precision": "bf16",
+    }
+    assert {name: asked[name] for name in wanted} == wanted and asked["multi_gpu"] == "True"

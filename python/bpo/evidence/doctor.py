@@ -17,6 +17,7 @@ from bpo.data.candidates import InvalidDataWarning
 from bpo.data.read import read_configured
 from bpo.data.tokenizers import load_tokenizer
 from bpo.data.tokens import tokenize_configured
+from bpo.evidence.cost import Load, Stage, measured, stages
 from bpo.gradients.choose import choose_features
 from bpo.gradients.plan import find_plan, kind_of
 from bpo.policy.batches import batch_tokens, batches_by_tokens
@@ -33,6 +34,8 @@ from bpo.world.world import by_main
 if TYPE_CHECKING:
     import numpy.typing as npt
 
+    from bpo.data.candidates import Candidates
+    from bpo.data.tokens import TokenizedResponses
     from bpo.gradients.capture import Plan
     from bpo.gradients.features import Features
     from bpo.sketching.batches import SketchBatch
@@ -73,6 +76,9 @@ class Diagnosis:
         peak_memory_bytes: Estimated largest memory: of the process on a CPU, of the device on a GPU.
         store_bytes: Size of the gradient store.
         elapsed_seconds: Time this took.
+        world_size: For how many processes ``stages`` are; None where that was not asked for.
+        stages: What each stage of :func:`bpo.select` takes on that many machines or devices like this one, a fifth of
+            the pairs chosen; empty where that was not asked for.
     """
 
     prompts: int
@@ -97,6 +103,8 @@ class Diagnosis:
     peak_memory_bytes: int
     store_bytes: int
     elapsed_seconds: float
+    world_size: int | None = None
+    stages: tuple[Stage, ...] = ()
 
     @property
     def _noun(self) -> str:
@@ -149,6 +157,20 @@ class Diagnosis:
             found.append(f"{self.truncated / self.responses:.0%} of the responses are cut; raise max_length.")
         return found + self.warnings
 
+    def _told(self) -> list[str]:
+        """A line for each stage, and one above them."""
+        if self.world_size is None:
+            return []
+        lines = [
+            f"processes  {self.world_size}, as fast as this one, on a disk that all see; memory of one, else of all",
+            f"           {'stage':8} {'by':6} {'time':>12} {'memory':>12} {'disk':>12} {'network':>12}",
+        ]
+        for stage in self.stages:
+            sizes = (f"{size / 2**30:,.2f} GiB" for size in (stage.memory_bytes, stage.disk_bytes, stage.network_bytes))
+            cells = " ".join(f"{cell:>12}" for cell in (duration(stage.seconds), *sizes))
+            lines.append(f"           {stage.name:8} {stage.by:6} {cells}")
+        return lines
+
     def __str__(self) -> str:
         """Returns a page of text."""
         parts = [f"{name} {count:,}" for name, count in self.parts.items()]
@@ -166,6 +188,7 @@ class Diagnosis:
             f"{self.batch_sensitivity:.1e}",
             f"estimate   {duration(self.seconds)} for all {self._noun}, {self.peak_memory_bytes / 2**30:.1f} GiB of "
             f"memory, {self.store_bytes / 2**20:,.1f} MiB of disk",
+            *self._told(),
             *(f"problem    {problem}" for problem in self.problems),
         ]
         if not self.problems:
@@ -183,6 +206,7 @@ def doctor(
     columns: Mapping[str, str] | None = None,
     config: SelectConfig | Mapping[str, Any] | None = None,
     seconds: float = 40.0,
+    world_size: int | None = None,
 ) -> Diagnosis:
     """Says what :func:`bpo.select` would differentiate, whether that is sound, and what it will cost.
 
@@ -197,6 +221,9 @@ def doctor(
         config: Settings, those of the run.
         seconds: Time after which no further batch is begun. The longest batch always runs, for the estimate of memory,
             and so does the shortest.
+        world_size: Says of each stage of :func:`bpo.select` what it would take with so many processes *(ours)*: counts
+            of the work times what this machine is measured to need for a unit of each (``docs/scaling.md``). None
+            leaves that out.
 
     Returns:
         The diagnosis.
@@ -212,6 +239,8 @@ def doctor(
     """
     begin = time.perf_counter()
     config = SelectConfig.of(config)
+    if world_size is not None and world_size < 1:
+        raise ValueError(f"world_size must be at least 1, got {world_size}.")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         candidates = read_configured(dataset, config, split=split, columns=columns)
@@ -233,6 +262,7 @@ def doctor(
         for entry in caught
         if issubclass(entry.category, UserWarning) and not issubclass(entry.category, InvalidDataWarning)
     ]
+    expected, peak = trial.estimated_seconds(), trial.peak_memory()
     return Diagnosis(
         prompts=len(kept.prompts),
         responses=len(tokenized.ids),
@@ -252,11 +282,36 @@ def doctor(
         unusable=trial.unusable,
         looked_at=trial.looked_at,
         batch_sensitivity=trial.sensitivity,
-        seconds=trial.estimated_seconds(),
-        peak_memory_bytes=trial.peak_memory(),
+        seconds=expected,
+        peak_memory_bytes=peak,
         store_bytes=len(tokenized.ids) * (row_bytes(config.sketch_dtype, config.sketch_dim) + RECORD.itemsize),
         elapsed_seconds=time.perf_counter() - begin,
+        world_size=world_size,
+        stages=() if world_size is None else _foretold(kept, tokenized, features, config, world_size, expected, peak),
     )
+
+
+def _foretold(
+    kept: Candidates,
+    tokenized: TokenizedResponses,
+    features: Features,
+    config: SelectConfig,
+    world_size: int,
+    seconds: float,
+    peak: int,
+) -> tuple[Stage, ...]:
+    """The stages for a number of processes, of which one alone extracts in so many seconds with so many bytes."""
+    load = Load(
+        prompts=len(kept.prompts),
+        responses=len(tokenized.ids),
+        pairs=len(kept.pairs),
+        tokens=int(tokenized.lengths.sum()),
+        text_bytes=int(kept.prompts.sizes().sum() + kept.responses.sizes().sum()),
+        coordinates=features.dim,
+        config=config,
+        budget=max(1, len(kept.pairs) // 5),
+    )
+    return tuple(stages(load, measured(config, seconds / load.tokens, peak), world_size))
 
 
 class _Trial:

@@ -1,0 +1,242 @@
+"""What a run takes, stage by stage, for any number of processes: counts of the work, times what each needs.
+
+All *(ours)*. A :class:`Load` says how much there is to do, :class:`Rates` what one unit takes on one machine, and
+:func:`stages` multiplies. Counts follow from the code: what a stage holds, writes and sends is the same to the byte
+wherever it runs, or a bound that was measured (:func:`bpo.pairs.clustering.memory_needed`). ``benches/python/cost.py``
+fits rates at four sizes and compares what they foretell for a fifth.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import tempfile
+import time
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from bpo.config import SelectConfig
+from bpo.data.read import read_candidates
+from bpo.pairs.clustering import cluster_pairs, default_n_clusters, memory_needed
+from bpo.pairs.pair_gradients import PairGradients, pair_norms
+from bpo.store.gradient_store import RECORD, row_bytes
+from bpo.system.memory import IN_MEMORY, scratch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+# Bytes of the numbers of the data that stay (Candidates): of a response its hash, prompt, place, score and where its
+# text is; of a pair its responses, prompt, row and scores; of a prompt its hash, row, settings and text.
+RESPONSE_BYTES, PAIR_BYTES, PROMPT_BYTES = 64, 48, 48
+# Of a sequence, beside its token ids: where they are, lengths, response and hash; and of a pair, which two it is.
+SEQUENCE_BYTES, SEQUENCES_OF_PAIR_BYTES = 56, 16
+# What reading holds of a response beside that: entries, and what is sorted to find those that are the same.
+_READING_BYTES = 100
+# Of a pair in the table that a selection keeps of all of them, in memory and as it is sent; as Parquet less.
+TABLE_BYTES = 140
+# Passes over the pairs, where data has clusters: at most SelectConfig.max_iter. Those after the first compare few pairs
+# with all centroids, so their number counts little.
+_PASSES = 30
+_TRIED = 2  # times that each rate is measured; the shorter one counts
+
+
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """How much there is to do.
+
+    Attributes:
+        prompts: Usable prompts.
+        responses: Their responses; a sequence each.
+        pairs: Candidate pairs.
+        tokens: Of all prompts and responses, each response with its prompt.
+        text_bytes: Of all prompts and responses, as UTF-8.
+        coordinates: Numbers of a gradient.
+        config: Uses ``sketch_dim``, ``sketch_dtype``, ``n_clusters``, ``max_iter`` and ``threads``.
+        budget: Pairs to choose.
+    """
+
+    prompts: int
+    responses: int
+    pairs: int
+    tokens: int
+    text_bytes: int
+    coordinates: int
+    config: SelectConfig
+    budget: int
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a response in the store: its sketch and its record."""
+        return row_bytes(self.config.sketch_dtype, self.config.sketch_dim) + RECORD.itemsize
+
+    @property
+    def n_clusters(self) -> int:
+        """Of k-means."""
+        return self.config.n_clusters or default_n_clusters(self.pairs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rates:
+    """Seconds that a unit of work takes on one process of one machine.
+
+    Attributes:
+        response: Reading one response, from a row to its pairs.
+        token: Extraction, of a token of prompt and response.
+        coordinate: Extraction, of a number of a gradient; 0 where ``token`` has it.
+        product: k-means, seeding and all passes: for each pair, cluster and number of a sketch.
+        number: For each pair and number of a sketch that is read.
+        pair: The choice and the tables: a pair.
+        byte: Writing to disk; the doctor takes that of the cache.
+        sent: Sending between two processes; 0 where that is not known.
+        memory: Bytes that a process has before there is data, the model included.
+    """
+
+    response: float
+    token: float
+    coordinate: float
+    product: float
+    number: float
+    pair: float
+    byte: float
+    sent: float
+    memory: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """What one stage takes.
+
+    Attributes:
+        name: What it is.
+        by: Who does it: ``"each"`` process the same, ``"all"`` together, or the ``"first"`` one.
+        seconds: Until it is done.
+        memory_bytes: The most that a process has.
+        disk_bytes: The most that it adds on the disk of a process (``by="each"``) or on the shared one.
+        network_bytes: What goes to and from the shared disk and between processes, together.
+    """
+
+    name: str
+    by: str
+    seconds: float
+    memory_bytes: int
+    disk_bytes: int
+    network_bytes: int
+
+
+def stages(load: Load, rates: Rates, processes: int = 1) -> list[Stage]:
+    """Foretells the stages of :func:`bpo.select` with gradients, for a number of equal processes with a shared disk.
+
+    Args:
+        load: What there is to do.
+        rates: What a unit takes.
+        processes: How many.
+
+    Example:
+        >>> load = Load(1000, 4000, 6000, 10**6, 3 * 10**6, 10**6, SelectConfig(), budget=1000)
+        >>> rates = Rates(1e-5, 1e-3, 0, 1e-11, 1e-10, 1e-5, 1e-9, 0, 10**9)
+        >>> [(stage.name, stage.by, round(stage.seconds, 2)) for stage in stages(load, rates, 4)][:2]
+        [('read', 'each', 0.04), ('extract', 'all', 250.0)]
+    """
+    dim, pairs, many = load.config.sketch_dim, load.pairs, processes > 1
+    store = load.responses * load.row_bytes
+    held = data_bytes(load)
+    reading = rates.memory + held + load.responses * _READING_BYTES
+    table = TABLE_BYTES * pairs
+    chosen = load.budget * (load.text_bytes // max(load.responses, 1) * 3 + TABLE_BYTES)
+    choosing = rates.memory + held + memory_needed(load.responses, pairs, dim, load.config)
+    extraction = load.tokens * rates.token + load.responses * load.coordinates * rates.coordinate
+    found = [
+        Stage("read", "each", load.responses * rates.response, reading, 2 * load.text_bytes + 4 * load.tokens, 0),
+        Stage("extract", "all", extraction / processes, rates.memory + held, store, store if many else 0),
+    ]
+    if many:  # blocks into the store: each is read, and written once more
+        found.append(Stage("gather", "first", 2 * store * rates.byte, rates.memory + held, store, 2 * store))
+    number = pairs * dim * rates.number
+    clustering = pairs * load.n_clusters * dim * rates.product + min(_PASSES, load.config.max_iter) * number
+    found += [
+        Stage("cluster", "first", clustering, choosing, 0, store if many else 0),
+        Stage("score", "first", 3 * number, choosing, 0, 0),  # norms before, and what scores read
+        Stage("choose", "first", pairs * rates.pair, choosing, max(table + chosen - IN_MEMORY, 0), 0),
+    ]
+    if many:
+        sent = (processes - 1) * (table + chosen)
+        found.append(Stage("tell", "first", sent * rates.sent, rates.memory + held + 2 * (table + chosen), 0, sent))
+    found.append(Stage("save", "first", (table + chosen) * rates.byte, rates.memory + held, table + chosen, 0))
+    return found
+
+
+def data_bytes(load: Load) -> int:
+    """Returns the bytes of memory that data and tokens take once read: numbers, and texts as far as they are short."""
+    texts = min(load.text_bytes, IN_MEMORY) * 2 + min(4 * load.tokens, IN_MEMORY)
+    return (
+        texts
+        + load.responses * (RESPONSE_BYTES + SEQUENCE_BYTES)
+        + load.pairs * (PAIR_BYTES + SEQUENCES_OF_PAIR_BYTES)
+        + load.prompts * PROMPT_BYTES
+    )
+
+
+def measured(config: SelectConfig, token: float, memory: int) -> Rates:
+    """Measures what does not need the model, within seconds; ``token`` and ``memory`` are what a trial of it found."""
+    from bpo.selection.select import select
+
+    rng = np.random.default_rng(0)
+    dim = config.sketch_dim
+    n = min(8192, max(512, (1 << 23) // dim))
+    # 64 directions and noise, so that k-means finds clusters; four responses a prompt.
+    sketches = rng.standard_normal((n, dim), dtype=np.float32)
+    sketches += rng.standard_normal((64, dim), dtype=np.float32)[rng.integers(64, size=n)]
+    pairs = np.stack([np.arange(n), np.arange(n) ^ rng.integers(1, 4, size=n)], axis=1)
+    weights = np.tile(np.array([1, -1], dtype=np.float32), (n, 1))
+    gradients = PairGradients(sketches, pairs, weights)
+    few, more = (dataclasses.replace(config, n_clusters=n_clusters, max_iter=10) for n_clusters in (32, 160))
+    rows = [
+        {
+            "prompt": f"{index}: {'a question ' * 20}",
+            "responses": [f"{i} " * 200 for i in range(4)],
+            "scores": [0, 1, 2, 3],
+        }
+        for index in range(500)
+    ]
+    read = _shortest(lambda: read_candidates(rows))
+    chosen = _shortest(lambda: select(None, rows, budget=0.1, strategy="margin", progress=False, evidence=False))
+    number = _shortest(lambda: pair_norms(gradients, config.threads, None))
+    clustered = [
+        _shortest(functools.partial(cluster_pairs, sketches, pairs, weights, config=each)) for each in (few, more)
+    ]
+    return Rates(
+        response=read / 2000,
+        token=token,
+        coordinate=0.0,
+        product=max(clustered[1] - clustered[0], 0.0) / (n * (160 - 32) * dim),
+        number=number / (n * dim),
+        pair=max(chosen - read, 0.0) / 3000,
+        byte=_disk(),
+        sent=0.0,
+        memory=memory,
+    )
+
+
+def _shortest(work: Callable[[], object]) -> float:
+    """Seconds that something takes, at best."""
+    found = []
+    for _ in range(_TRIED):
+        begin = time.perf_counter()
+        work()
+        found.append(time.perf_counter() - begin)
+    return min(found)
+
+
+def _disk(size: int = 32 << 20) -> float:
+    """Seconds that a byte takes to the disk of the cache."""
+    data = np.random.default_rng(0).bytes(size)
+
+    def write() -> None:
+        with tempfile.TemporaryFile(dir=scratch()) as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+
+    return _shortest(write) / size
