@@ -79,6 +79,8 @@ def check_resampling(args: BPOConfig, scorer: Any, dataset: Any, *, fixed_refere
         )
     if args.resample is None:
         return
+    if args.token_weights is not None:
+        raise ValueError("Responses that are sampled anew have no token weights: set resample or token_weights alone.")
     if {"chosen", "rejected", args.weight_column} <= set(load_rows(dataset).column_names):
         raise ValueError(
             "Pairs of responses that are sampled anew have no weights of the data's pairs: set weight_column=None, or "

@@ -420,6 +420,15 @@ def _all_pairs(dataset: Any, settings: SelectConfig, columns: dict[str, str]) ->
     if {"chosen", "rejected"} <= there and not there & set(columns.values()):
         return dataset
     # Without what belongs to training.
-    every = dataclasses.replace(settings, max_depth=None, length_control=None, reference_logps=False)
     rows = load_alike(dataset, columns)
+    names, tokens = set(rows.column_names), settings.token_weights
+    # What is evaluated may have no weights; those of records are found when they are read.
+    weighed = not {"scores", "chosen"} & names or bool({tokens, f"{tokens}_chosen"} & names)
+    every = dataclasses.replace(
+        settings,
+        max_depth=None,
+        length_control=None,
+        reference_logps=False,
+        token_weights=tokens if weighed else None,
+    )
     return select(None, rows, budget=1.0, strategy="random", config=every, progress=False, evidence=False).dataset
