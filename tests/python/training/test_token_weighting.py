@@ -101,17 +101,17 @@ def test_weights_are_cut_with_their_tokens(truncation_mode, pairs, tokenizer, tm
     whole = trainer_of(bpo.WeightedDPOTrainer, pairs, tokenizer, tmp_path, **settings)
     row = max(whole.train_dataset, key=lambda row: len(row["chosen_ids"]))
     length = len(row["prompt_ids"]) + len(row["chosen_ids"]) - 2
+    if truncation_mode == "keep_end":  # into the response, so that both are of one length
+        row = {**row, "rejected_ids": row["chosen_ids"], "w_rejected": [-w for w in row["w_chosen"]]}
+        length = len(row["chosen_ids"]) - 2
     trainer = trainer_of(bpo.WeightedDPOTrainer, pairs, tokenizer, tmp_path, max_length=length, **settings)
     cut = dict(row)
-    for side in ("chosen", "rejected"):
-        over = max(len(row["prompt_ids"]) + len(row[f"{side}_ids"]) - length, 0)
-        for column in (f"{side}_ids", f"w_{side}"):
-            cut[column] = row[column][: len(row[column]) - over] if truncation_mode == "keep_start" else row[column]
-        if truncation_mode == "keep_end":
-            cut["prompt_ids"] = row["prompt_ids"][2:]
-    if truncation_mode == "keep_end":  # so that both are cut alike
-        row = {**row, "rejected_ids": row["chosen_ids"], "w_rejected": [-w for w in row["w_chosen"]]}
-        cut = {**cut, "rejected_ids": row["chosen_ids"], "w_rejected": row["w_rejected"]}
+    for column in ("chosen_ids", "rejected_ids", "w_chosen", "w_rejected"):
+        if truncation_mode == "keep_start":
+            cut[column] = row[column][: length - len(row["prompt_ids"])]
+        else:  # nothing predicts the first that is left
+            cut[column] = row[column][3:]
+            cut["prompt_ids"] = row["chosen_ids"][2:3]
     value = trainer.compute_loss(trainer.model, trainer.data_collator([row])).item()
     assert value == pytest.approx(reference_losses(trainer, [cut], 0.3).item(), rel=1e-5)
 
@@ -142,9 +142,12 @@ def test_weights_of_one_train_as_trl_bit_for_bit(adapter, precompute, pairs, tok
 def test_a_reference_that_is_known_is_weighted_anew_for_other_weights(pairs, tokenizer, tmp_path):
     rows = pairs.add_column("ones_chosen", [[1.0] * len(w) for w in pairs["w_chosen"]])
     rows = rows.add_column("ones_rejected", [[1.0] * len(w) for w in pairs["w_rejected"]])
-    for name in ("ones", "w"):  # the same data, whose log π_ref TRL keeps
-        settings = {"token_weights": name, "precompute_ref_log_probs": True}
-        trainer = trainer_of(bpo.WeightedDPOTrainer, rows, tokenizer, tmp_path, **settings)
+    prepared = trainer_of(bpo.WeightedDPOTrainer, rows, tokenizer, tmp_path, token_weights="ones").train_dataset
+    prepared.save_to_disk(tmp_path / "rows")
+    prepared = datasets.load_from_disk(tmp_path / "rows")  # of files TRL keeps log π_ref
+    for name in ("ones", "w"):
+        settings = {"token_weights": name, "precompute_ref_log_probs": True, "max_length": None}
+        trainer = trainer_of(bpo.WeightedDPOTrainer, prepared, tokenizer, tmp_path, **settings)
         row = trainer.train_dataset[0]
         found = weighted_logp(trainer.ref_model, row["prompt_ids"], row["chosen_ids"], row[f"{name}_chosen"])
         assert row["ref_chosen_logps"] == pytest.approx(found.item(), rel=1e-5)
@@ -265,7 +268,7 @@ def test_tokens_beyond_the_window_count_as_if_nothing_were_known(truncation_mode
     rows = [{"prompt": "red cat?", "chosen": " blue dog star tea milk", "rejected": " one"}]
     arguments = rows, str(policies / "plus"), str(policies / "minus")
     settings = {"progress": False, "scale": 2.0, "bounds": (-30.0, 30.0)}
-    window = {"max_length": 6, "truncation_mode": truncation_mode}
+    window = {"max_length": 4 if truncation_mode == "keep_end" else 6, "truncation_mode": truncation_mode}
     cut = bpo.estimate_token_weights(*arguments, **settings, config=window)[0]["token_weights_chosen"]
     whole = bpo.estimate_token_weights(*arguments, **settings)[0]["token_weights_chosen"]
     assert len(cut) == len(whole)
@@ -275,7 +278,7 @@ def test_tokens_beyond_the_window_count_as_if_nothing_were_known(truncation_mode
     if truncation_mode == "keep_start":
         assert (same ^ unknown).all() and not unknown[0] and unknown[-1]
     else:
-        assert unknown[0] and not unknown[-1]
+        assert unknown[:3].all() and not unknown[3:].any()
 
 
 def test_an_adapter_against_its_base(policies, tokenizer):
