@@ -224,6 +224,7 @@ class SophiaG(torch.optim.Optimizer):
 
     def __init__(self, parameters, lr):
         super().__init__(parameters, {"lr": lr, "betas": (0.9, 0.95), "rho": 0.04})
+        self.moved = {}
 
     @torch.no_grad()
     def step(self, closure=None, bs=5120):
@@ -240,8 +241,6 @@ class SophiaG(torch.optim.Optimizer):
                 ratio = (state["exp_avg"].abs() / (group["rho"] * bs * state["hessian"] + 1e-15)).clamp(max=1)
                 self.moved[p] = state["exp_avg"].sign() * ratio
                 p.add_(self.moved[p], alpha=-group["lr"])
-
-    moved = {}
 
 
 def test_sophias_factors_make_its_step_of_the_momentum(model_path, tokenizer, tmp_path):

@@ -242,7 +242,7 @@ def test_coefficients_are_the_derivatives_written_by_hand(chosen, rejected, beta
 
 @given(RATIO, RATIO, st.floats(1e-3, 10))
 def test_mio_is_ncas_loss(chosen, rejected, beta):
-    """MIO (arXiv 2506.22578) by the Jensen–Shannon bound, the base model's responses being the pair's, half and half."""
+    """MIO (arXiv 2506.22578) by the Jensen–Shannon bound, half of what the base model says being preferred."""
 
     def bound(preferred):
         critic = beta * np.array([preferred, rejected])
