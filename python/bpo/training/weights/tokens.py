@@ -86,9 +86,10 @@ def estimate_token_weights(
         progress: Whether to show a progress bar.
 
     Returns:
-        A row for each candidate pair: ``prompt``, ``chosen``, ``rejected``, the other columns of the data, and
-        ``<name>_chosen`` and ``<name>_rejected``, lists of float32, one for each token of the response, the end token
-        included. For tokens that are cut, or that nothing predicts, d_t is 0.
+        A row for each candidate pair: ``prompt``, ``chosen``, ``rejected``, ``score_chosen`` and ``score_rejected``
+        where there are scores, the other columns of the data, and ``<name>_chosen`` and ``<name>_rejected``, lists of
+        float32, one for each token of the response, the end token included. For tokens that are cut, or that nothing
+        predicts, d_t is 0.
 
     Raises:
         ValueError: Unusable data, settings or models; a name that the data has already; or log-probabilities that are
@@ -102,15 +103,8 @@ def estimate_token_weights(
             bpo.WeightedDPOTrainer("my-sft-model", args=args, train_dataset=pairs).train()
     """
     scale, bounds = _checked(rule, scale, bounds)
-    reading = dataclasses.replace(
-        SelectConfig.of(config),
-        token_weights=None,
-        ref_model=None,
-        reference_logps=False,
-        length_control=None,
-        order="data",
-    )
-    pairs = _every_pair(load_rows(dataset, split=split, columns=columns), reading, weight_columns(name))
+    reading = plain(config)
+    pairs = every_pair(load_rows(dataset, split=split, columns=columns), reading, weight_columns(name))
     candidates = read_configured(pairs, reading)
     tokenizer = load_tokenizer(positive, processing_class, reading)
     whole = tokenize_responses(candidates, tokenizer, None)[0]
@@ -141,14 +135,33 @@ def _checked(
     return scale, (low, high)
 
 
-def _every_pair(rows: Any, config: SelectConfig, wanted: tuple[str, str]) -> datasets.Dataset:
-    """Returns every candidate pair as TRL takes it, with the other columns of the data."""
+def plain(config: SelectConfig | Mapping[str, Any] | None) -> SelectConfig:
+    """Returns the settings by which every pair of some data is read, without those of a selection or a reference."""
+    return dataclasses.replace(
+        SelectConfig.of(config),
+        token_weights=None,
+        ref_model=None,
+        reference_logps=False,
+        length_control=None,
+        trust=None,
+        order="data",
+        max_depth=None,
+    )
+
+
+def every_pair(rows: Any, config: SelectConfig, wanted: tuple[str, str]) -> datasets.Dataset:
+    """Returns every candidate pair as TRL takes it, with its scores and the other columns of the data.
+
+    Raises:
+        ValueError: Unusable data, or a column that is to be added is there already.
+    """
     taken = [column for column in wanted if column in rows.column_names]
     if taken:
         raise ValueError(f"The data has a column '{taken[0]}' already; call the weights something else (name).")
-    every = dataclasses.replace(config, max_depth=None)
-    chosen = select(None, rows, budget=1.0, strategy="random", config=every, progress=False, evidence=False).dataset
-    return chosen.remove_columns([column for column in chosen.column_names if column.startswith("bpo_")])
+    chosen = select(None, rows, budget=1.0, strategy="random", config=config, progress=False, evidence=False).dataset
+    scores = {f"bpo_score_{side}": f"score_{side}" for side in ("chosen", "rejected")}
+    pairs = chosen.rename_columns({ours: name for ours, name in scores.items() if ours in chosen.column_names})
+    return pairs.remove_columns([column for column in pairs.column_names if column.startswith("bpo_")])
 
 
 def _differences(
