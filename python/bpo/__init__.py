@@ -78,6 +78,8 @@ if TYPE_CHECKING:
     from bpo.training.warmup import warm_up as warm_up
     from bpo.training.weighting import WeightedDPOConfig as WeightedDPOConfig
     from bpo.training.weighting import WeightedDPOTrainer as WeightedDPOTrainer
+    from bpo.training.weights.steps import step_pairs as step_pairs
+    from bpo.training.weights.tokens import estimate_token_weights as estimate_token_weights
     from bpo.world.world import alone as alone
 # Imported when first used: torch, transformers and trl take seconds, `import bpo` takes milliseconds.
 _LAZY = {
@@ -136,6 +138,8 @@ _LAZY = {
     "warm_up": "bpo.training.warmup",
     "WeightedDPOConfig": "bpo.training.weighting",
     "WeightedDPOTrainer": "bpo.training.weighting",
+    "step_pairs": "bpo.training.weights.steps",
+    "estimate_token_weights": "bpo.training.weights.tokens",
 }
 __all__ = [
     "NoDirectionError",

@@ -68,7 +68,8 @@ class SelectConfig:
             which the data gives them (see :func:`bpo.read_candidates`), or a function of the token ids of a prompt and
             of a response, each a list. There is one weight for each token of a response, the end token included,
             counted before sequences are cut; any finite number will do. ``None`` weighs every token 1. Lengths count
-            tokens all the same. Training must weigh tokens likewise, which TRL's ``DPOTrainer`` does not.
+            tokens all the same. Training must weigh tokens likewise, as :class:`bpo.WeightedDPOTrainer` does with its
+            own ``token_weights`` and TRL's ``DPOTrainer`` does not; :func:`bpo.estimate_token_weights` makes weights.
         weight_column: Column of preference data that says by how much the loss of each pair counts, a finite number of
             at least 0 (see :func:`bpo.read_candidates`); it goes along to :class:`bpo.WeightedDPOTrainer`. The gradient
             of a pair of weight w is w·z: unit length takes w out of what is clustered, informativeness is w‖z‖, and a
@@ -108,6 +109,7 @@ class SelectConfig:
         preconditioner: Divides each coordinate of the gradients by Adam's √v̂ + ε, as LESS (arXiv 2402.04333) does but
             with v̂ as saved: the path of a Trainer checkpoint or of its ``optimizer.pt``, of a ``.safetensors`` file of
             {parameter name: v̂}, or ``"checkpoint"`` for the ``optimizer.pt`` beside a model or adapter given by path.
+            Of Sophia's state (arXiv 2305.14342), by max(ρBh, |m|), which its clipped step comes to *(ours)*.
             What is differentiated must have been trained: not a fresh adapter.
         checkpoints: Checkpoints of a training, {path: average learning rate of its epoch}, as :func:`bpo.warm_up`
             returns them. Gradients are then taken at each of them, and their cosines averaged with the learning rates

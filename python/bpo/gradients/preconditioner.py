@@ -1,10 +1,15 @@
-"""Adam's frozen diagonal: the gradient as the optimizer of a checkpoint would scale it.
+"""The frozen diagonal of Adam or Sophia: the gradient as the optimizer of a checkpoint would scale it.
 
 Adam divides each coordinate by √v̂ + ε, v̂ the bias-corrected mean of squared gradients (Kingma & Ba, arXiv 1412.6980).
 With v̂ frozen at what the checkpoint has, that is linear: the gradient of a pair still follows from those of its two
 responses. LESS (arXiv 2402.04333) goes one step further: its denominator contains the square of the sample's own
 gradient, and its numerator the momentum. Neither is offered. With a square in the denominator one row a response would
 no longer do, and the momentum is the same vector for every sample.
+
+Sophia (arXiv 2305.14342) moves by clip(m / (ρBh), 1), m the mean gradient, h that of the diagonal of the Hessian and B
+the tokens of a step. That is m / max(ρBh, |m|); with this denominator frozen at what the checkpoint has it is linear,
+too *(ours)*. Muon has no such factors: it moves by the whole momentum matrix with its singular values set to 1. SOAP's
+squares are of the coordinates of another basis.
 """
 
 from __future__ import annotations
@@ -29,23 +34,30 @@ if TYPE_CHECKING:
 
 _OPTIMIZER = "optimizer.pt"
 
+# Tokens of a step, which Sophia's step() takes for its Hessian and does not save; a Trainer leaves it at this default.
+_SOPHIA_TOKENS = 5120
+# What the authors' code adds to the denominator.
+_SOPHIA_EPSILON = 1e-15
+
 # How the states of other optimizers are recognised.
 _OTHER_OPTIMIZERS = {
+    "GG": "SOAP, whose second moments are those of another basis",
     "state1": "a bitsandbytes optimizer",
     "exp_avg_sq_row": "Adafactor",
     "row_var": "Adafactor",
     "momentum_buffer": "SGD",
     "exp_avg": "an optimizer that keeps no second moments, such as Lion",
 }
+_MUON = "Muon, which scales no coordinate: it sets the singular values of the momentum to 1"
 _WHAT_TO_DO = "Train the checkpoint with one of the 32-bit AdamW, such as optim='adamw_torch' (bpo.warm_up does)"
 
 
 class Preconditioner:
-    """The factors 1 / (√v̂ + ε) of the coordinates of some features.
+    """The factors 1 / (√v̂ + ε), or those of Sophia, of the coordinates of some features.
 
     Attributes:
-        scales: (dim,) float32. Zero where v̂ is zero: the parameter got no gradient in training (the embedding of a
-            token that did not occur), and dividing by ε alone would let it outweigh all others.
+        scales: (dim,) float32. Zero where the state is zero: the parameter got no gradient in training (the embedding
+            of a token that did not occur), and dividing by ε alone would let it outweigh all others.
     """
 
     def __init__(self, scales: torch.Tensor) -> None:
@@ -100,13 +112,15 @@ def preconditioner_path(model: Any, config: SelectConfig) -> str | None:
 
 
 def load_preconditioner(path: str, model: PreTrainedModel, features: Features) -> Preconditioner:
-    """Reads the second moments of Adam for the parameters that are differentiated.
+    """Reads the second moments of Adam, or the state of Sophia, for the parameters that are differentiated.
 
     Two kinds of files are read, and nothing in them is executed:
 
     - ``optimizer.pt`` of a Trainer's checkpoint, by torch's restricted loader (``weights_only``), memory-mapped. It
       numbers the parameters; their names are ``param_names`` where the optimizer was given them, else Trainer's order:
-      the parameters that require a gradient, those with weight decay first. β2 and ε are those of ``param_groups``.
+      the parameters that require a gradient, those with weight decay first. β2 and ε, or ρ, are those of
+      ``param_groups``. Sophia's is the state of the authors' ``SophiaG`` under a Trainer, which leaves the tokens of a
+      step at 5,120.
     - ``.safetensors``: {parameter name: v̂}, already corrected for bias, for optimizers that write no ``optimizer.pt``.
       ε is ``eps`` of its metadata, else 1e-8, Adam's default.
 
@@ -134,16 +148,14 @@ def load_preconditioner(path: str, model: PreTrainedModel, features: Features) -
             "out."
         )
     if path.endswith(".safetensors"):
-        moments = _from_safetensors(path, features)
+        found = _from_safetensors(path, features)
     else:
-        moments = _from_optimizer(path, model, features)
+        found = _from_optimizer(path, model, features)
     scales = torch.zeros(features.dim)
-    for name, second_moment, epsilon in moments:
-        if not (torch.isfinite(second_moment).all() and (second_moment >= 0).all()):
-            raise ValueError(f"{path}: the second moments of {name} are not all finite and at least 0.")
+    for name, denominators in found:
         slot = features.slots[name]
-        factors = 1 / (second_moment.sqrt() + epsilon)
-        scales[slot.offset : slot.offset + slot.size] = factors.masked_fill(second_moment == 0, 0).flatten()
+        factors = (1 / denominators).masked_fill(denominators == 0, 0)
+        scales[slot.offset : slot.offset + slot.size] = factors.flatten()
     untrained = int((scales == 0).sum())
     if untrained == features.dim:
         raise ValueError(f"{path}: every second moment is zero, so no gradient has reached the optimizer.")
@@ -155,11 +167,29 @@ def load_preconditioner(path: str, model: PreTrainedModel, features: Features) -
     return Preconditioner(scales)
 
 
-_Moments = Iterator[tuple[str, torch.Tensor, float]]
-"""Parameter name, float32 v̂ of the parameter's shape, and ε."""
+_Denominators = Iterator[tuple[str, torch.Tensor]]
+"""Parameter name, and float32 numbers of the parameter's shape that its gradient is divided by, 0 without a state."""
 
 
-def _from_safetensors(path: str, features: Features) -> _Moments:
+def _adams(path: str, name: str, second_moment: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """Returns √v̂ + ε."""
+    if not (torch.isfinite(second_moment).all() and (second_moment >= 0).all()):
+        raise ValueError(f"{path}: the second moments of {name} are not all finite and at least 0.")
+    return (second_moment.sqrt() + epsilon).masked_fill(second_moment == 0, 0)
+
+
+def _sophias(path: str, name: str, state: dict[str, Any], group: dict[str, Any]) -> torch.Tensor:
+    """Returns max(ρBh + ε, |m|)."""
+    hessian, momentum, rho = state["hessian"].float(), state["exp_avg"].float(), float(group["rho"])
+    if not (torch.isfinite(hessian).all() and torch.isfinite(momentum).all() and (hessian >= 0).all()):
+        raise ValueError(f"{path}: the state of {name} is not finite, or its Hessian below 0.")
+    if not 0 < rho < math.inf:
+        raise ValueError(f"{path}: ρ = {rho} is none that Sophia takes.")
+    denominators = torch.maximum(rho * _SOPHIA_TOKENS * hessian + _SOPHIA_EPSILON, momentum.abs())
+    return denominators.masked_fill((hessian == 0) & (momentum == 0), 0)
+
+
+def _from_safetensors(path: str, features: Features) -> _Denominators:
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -177,10 +207,10 @@ def _from_safetensors(path: str, features: Features) -> _Moments:
         for name, slot in features.slots.items():
             _check_shape(path, name, tuple(file.get_slice(name).get_shape()), slot.shape)
         for name in features.slots:
-            yield name, file.get_tensor(name).float(), epsilon
+            yield name, _adams(path, name, file.get_tensor(name).float(), epsilon)
 
 
-def _from_optimizer(path: str, model: PreTrainedModel, features: Features) -> _Moments:
+def _from_optimizer(path: str, model: PreTrainedModel, features: Features) -> _Denominators:
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
@@ -198,15 +228,18 @@ def _from_optimizer(path: str, model: PreTrainedModel, features: Features) -> _M
     group_of = {index: group for group in groups for index in group["params"]}
     for name, index in index_of.items():
         if states.get(index) and name in parameters:
-            _check_adam(path, name, states[index], group_of[index])
-            _check_shape(path, name, tuple(states[index]["exp_avg_sq"].shape), parameters[name].shape)
+            kept = _check_kind(path, name, states[index], group_of[index])
+            _check_shape(path, name, tuple(states[index][kept].shape), parameters[name].shape)
     for name in features.slots:
         state, group = states[index_of[name]], group_of[index_of[name]]
+        if "hessian" in state:
+            yield name, _sophias(path, name, state, group)
+            continue
         beta2, epsilon = float(group["betas"][1]), float(group["eps"])
         _check_hyperparameters(path, beta2, epsilon)
         # AMSGrad divides by the largest v so far.
         second_moment = state.get("max_exp_avg_sq", state["exp_avg_sq"]).float()
-        yield name, second_moment / (1 - beta2 ** float(state["step"])), epsilon
+        yield name, _adams(path, name, second_moment / (1 - beta2 ** float(state["step"])), epsilon)
 
 
 def _indices_by_name(path: str, groups: list[dict[str, Any]], model: PreTrainedModel) -> dict[str, int]:
@@ -257,13 +290,24 @@ def _check_complete(path: str, missing: list[str], features: Features) -> None:
         )
 
 
-def _check_adam(path: str, name: str, state: dict[str, Any], group: dict[str, Any]) -> None:
-    moment = state.get("exp_avg_sq")
-    step = float(state.get("step", math.nan))
-    is_moment = isinstance(moment, torch.Tensor) and moment.is_floating_point()
-    if is_moment and 1 <= step < math.inf and {"betas", "eps"} <= set(group):
-        return
+def _check_kind(path: str, name: str, state: dict[str, Any], group: dict[str, Any]) -> str:
+    """Checks that a state is one that gives factors, Adam's or Sophia's; returns what of it has the parameter's shape.
+
+    Raises:
+        ValueError: That of another optimizer, which is named.
+    """
+
+    def is_there(key: str) -> bool:
+        return isinstance(state.get(key), torch.Tensor) and state[key].is_floating_point()
+
+    known = 1 <= float(state.get("step", math.nan)) < math.inf
+    if known and is_there("exp_avg_sq") and "GG" not in state and {"betas", "eps"} <= set(group):
+        return "exp_avg_sq"
+    if known and is_there("hessian") and is_there("exp_avg") and "rho" in group:
+        return "hessian"
     kind = next((kind for key, kind in _OTHER_OPTIMIZERS.items() if key in state), "another optimizer")
+    if {"ns_steps", "ns_coefficients"} & set(group):
+        kind = _MUON
     raise ValueError(
         f"{path}: the state of {name} is that of {kind} ({', '.join(sorted(map(str, state)))}), not Adam's step and "
         f"exp_avg_sq. {_WHAT_TO_DO}."

@@ -248,7 +248,12 @@ def _exo_pair(pairs: _Pairs, config: SelectConfig) -> Tensor:
 
 
 def _nca_pair(pairs: _Pairs, config: SelectConfig) -> Tensor:
-    """NCA for two responses (arXiv 2402.05369)."""
+    """NCA for two responses (arXiv 2402.05369).
+
+    It is also MIO (arXiv 2506.22578) for a pair: the Jensen–Shannon bound of the mutual information, −E softplus(−T)
+    − E softplus(T) with T = β log π/π_ref, whose first mean is over preferred responses and whose second is over what
+    the base model says, one half preferred and one half not. So say others' notes of the paper, which was not at hand.
+    """
     rewards = config.beta * pairs.ratios
     return -F.logsigmoid(rewards[:, 0]) - 0.5 * F.logsigmoid(-rewards).sum(dim=1)
 

@@ -166,6 +166,22 @@ def completion_logps(
     Returns:
         The log-probabilities.
     """
+    positions, token_logps, agreements = _scored_tokens(model, tokenized, rows, pad_id)
+    if tokenized.weights is not None:
+        # The first token of a sequence has a weight, too, but nothing predicts it.
+        weights = [tokenized.weights[row][int(tokenized.prompt_lengths[row] == 0) :] for row in rows]
+        token_logps = token_logps * sent(torch.from_numpy(np.concatenate(weights)), token_logps.device)
+    tokens = torch.from_numpy(positions.counts).clamp(min=1)
+    return CompletionLogps(
+        logps=positions.sums(token_logps),
+        log_weights=positions.sums(agreements) / sent(tokens, agreements.device),
+    )
+
+
+def _scored_tokens(
+    model: PreTrainedModel, tokenized: TokenizedResponses, rows: npt.NDArray[np.int64], pad_id: int
+) -> tuple[Positions, torch.Tensor, torch.Tensor]:
+    """Returns the predicting positions of a batch, log π of the token at each, and log π − log Σ_v π_v²."""
     unmasked = _by_sdpa(model) and _UNMASKED.get(model, False)
     if unmasked and pad_id == getattr(base_of(model).config, "pad_token_id", None):
         pad_id = int(pad_id == 0)  # some models warn of pad tokens without a mask
@@ -181,15 +197,7 @@ def completion_logps(
         first = first_position(model)
         inputs["position_ids"] = torch.arange(first, first + input_ids.shape[1], device=device).expand(len(rows), -1)
     token_logps, agreements = score_positions(model, inputs, positions, targets)
-    if tokenized.weights is not None:
-        # The first token of a sequence has a weight, too, but nothing predicts it.
-        weights = [tokenized.weights[row][int(tokenized.prompt_lengths[row] == 0) :] for row in rows]
-        token_logps = token_logps * sent(torch.from_numpy(np.concatenate(weights)), token_logps.device)
-    tokens = torch.from_numpy(positions.counts).clamp(min=1)
-    return CompletionLogps(
-        logps=positions.sums(token_logps),
-        log_weights=positions.sums(agreements) / sent(tokens, agreements.device),
-    )
+    return positions, token_logps, agreements
 
 
 def look_anew(model: PreTrainedModel) -> None:
@@ -256,6 +264,43 @@ def check_vocabulary(model: PreTrainedModel, sequences: Sequence[Sequence[int]])
             f"The tokenizer gives token {largest}, but {type(model).__name__} has embeddings for {known} tokens only: "
             "pass the tokenizer of this model as processing_class."
         )
+
+
+def response_token_logps(
+    model: PreTrainedModel,
+    tokenized: TokenizedResponses,
+    pad_id: int,
+    *,
+    tokens_per_batch: int | None = None,
+    autocast: torch.dtype | None = None,
+    on_batch: Callable[[int], object] | None = None,
+) -> list[npt.NDArray[np.float32]]:
+    """Returns log π(y_t | x, y_<t) of every token of every response, without gradients.
+
+    Args and errors are those of :func:`response_logps`, which sums these up.
+
+    Returns:
+        S arrays of float32, a number for each predicted token of a response; of the tokens as they are, whatever
+        weights the data gives.
+    """
+    check_vocabulary(model, tokenized.ids)
+    look_anew(model)
+    forward = Forward(model, tokenized, pad_id, autocast)
+    found: list[npt.NDArray[np.float32]] = [np.zeros(0, dtype=np.float32)] * len(tokenized.ids)
+    lengths = tokenized.lengths
+
+    def run(rows: npt.NDArray[np.int64]) -> list[npt.NDArray[np.float32]]:
+        with forward.autocasting():
+            positions, logps, _ = _scored_tokens(model, tokenized, rows, pad_id)
+        return np.split(logps.float().cpu().numpy(), np.cumsum(positions.counts)[:-1])
+
+    with no_graph(model):
+        for rows, parts in in_batches(run, longest_first(lengths), lengths, batch_tokens(tokens_per_batch, model)):
+            for row, part in zip(rows, parts, strict=True):
+                found[row] = part
+            if on_batch is not None:
+                on_batch(int(lengths[rows].sum()))
+    return found
 
 
 def response_logps(

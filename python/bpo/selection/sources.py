@@ -139,8 +139,9 @@ class Unmeasured:
 
     @property
     def reading(self) -> SelectConfig:
-        """Without what only gradients depend on."""
-        return dataclasses.replace(self.config, token_weights=None, ref_model=None)
+        """Without what only gradients depend on; named token weights go along to the training."""
+        named = self.config.token_weights if isinstance(self.config.token_weights, str) else None
+        return dataclasses.replace(self.config, token_weights=named, ref_model=None)
 
     def find(self, candidates: Candidates) -> Inputs:
         """Tokenizes the pairs where there is a tokenizer."""

@@ -10,6 +10,7 @@ from bpo.policy.sharding import is_sharded
 
 if TYPE_CHECKING:
     from bpo.config import SelectConfig
+    from bpo.selection.selection import Selection
     from bpo.training.config import BPOConfig
 
 
@@ -79,6 +80,8 @@ def check_resampling(args: BPOConfig, scorer: Any, dataset: Any, *, fixed_refere
         )
     if args.resample is None:
         return
+    if args.token_weights is not None:
+        raise ValueError("Responses that are sampled anew have no token weights: set resample or token_weights alone.")
     if {"chosen", "rejected", args.weight_column} <= set(load_rows(dataset).column_names):
         raise ValueError(
             "Pairs of responses that are sampled anew have no weights of the data's pairs: set weight_column=None, or "
@@ -88,6 +91,19 @@ def check_resampling(args: BPOConfig, scorer: Any, dataset: Any, *, fixed_refere
         raise ValueError(
             "resample needs a reference that runs over new responses, but with precompute_ref_log_probs there is only "
             "the model before its training. Pass ref_model, or turn precompute_ref_log_probs off."
+        )
+
+
+def check_progress(args: BPOConfig, first: Selection) -> None:
+    """Checks that a selection tells how the policy ranks its pairs, where learning progress is asked for.
+
+    Raises:
+        ValueError: Its strategy computes no log-probabilities.
+    """
+    if args.learning_progress is not None and first.pairs["logp_chosen"].null_count == first.pairs.num_rows:
+        raise ValueError(
+            f"learning_progress needs log-probabilities of the candidates, which strategy={args.strategy!r} does not "
+            "compute; take one that reads gradients, such as 'bpo'."
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from typing import Any
 
@@ -32,6 +33,11 @@ class BPOConfig(WeightedDPOConfig):
         reselect_epochs: Epochs between two rounds.
         resample: Responses to each prompt that the policy gives anew in each round after the first, in place of those
             of the data; :class:`bpo.BPOTrainer` then needs a ``scorer``. None keeps those of the data.
+        learning_progress: κ of the weight σ(κΔ) + ½ that each pair of a later round counts by, as in LPPO (arXiv
+            2507.06573), with Δ by how much better the policy ranks the pairs of its prompt than in the rounds before;
+            8 in others' code. None weighs no pair so. It takes a strategy that reads gradients, and multiplies with
+            the weights of ``weight_column``.
+        learning_progress_decay: β of the moving average of how well a prompt is ranked, of which Δ is the change.
         resample_config: Further arguments of :func:`bpo.sample_responses`, such as ``temperature`` or
             ``max_new_tokens``; ``keep_existing`` keeps the responses of the data beside the new ones.
 
@@ -68,6 +74,12 @@ class BPOConfig(WeightedDPOConfig):
     resample: int | None = dataclasses.field(
         default=None, metadata={"help": "Responses to each prompt that the policy gives anew in each later round."}
     )
+    learning_progress: float | None = dataclasses.field(
+        default=None, metadata={"help": "Sharpness of weights by learning progress between rounds, such as 8."}
+    )
+    learning_progress_decay: float = dataclasses.field(
+        default=0.8, metadata={"help": "Decay of the moving average whose change is learning progress."}
+    )
     resample_config: dict[str, Any] | str | None = dataclasses.field(
         default=None, metadata={"help": "Further arguments of bpo.sample_responses."}
     )
@@ -103,6 +115,7 @@ class BPOConfig(WeightedDPOConfig):
             raise ValueError(
                 f"resample_config has {', '.join(sorted(unknown))}; it takes {', '.join(sorted(RESAMPLING))}."
             )
+        self._check_learning_progress()
         for name in ("embedder", "prompt_embeddings"):
             given = self.select_config
             value = given.get(name) if isinstance(given, dict) else getattr(given, name, None)
@@ -123,6 +136,21 @@ class BPOConfig(WeightedDPOConfig):
                 f"select_config has {', '.join(sorted(elsewhere))}, but the trainer decides how models are loaded: use "
                 "its ref_model, trust_remote_code or model_init_kwargs."
             )
+
+    def _check_learning_progress(self) -> None:
+        """Checks the weights by learning progress."""
+        sharpness, decay = self.learning_progress, self.learning_progress_decay
+        if sharpness is None:
+            return
+        if not 0 < sharpness < math.inf or not 0 <= decay < 1:
+            raise ValueError(
+                "learning_progress must be a finite number above 0 and learning_progress_decay from 0 to below 1, got "
+                f"{sharpness!r} and {decay!r}"
+            )
+        if self.reselect_strategy == "no":
+            raise ValueError("learning_progress needs rounds: set reselect_strategy, too.")
+        if self.weight_column is None:
+            raise ValueError("learning_progress weighs pairs, so weight_column must not be None.")
 
 
 def count_or_fraction(value: float) -> int | float:

@@ -10,7 +10,7 @@ from bpo.training.weighting import LOSS_FIELDS
 if TYPE_CHECKING:
     from bpo.training.config import BPOConfig
 
-SHARED = (*LOSS_FIELDS, "weight_column", "max_length", "truncation_mode")
+SHARED = (*LOSS_FIELDS, "weight_column", "token_weights", "max_length", "truncation_mode")
 """Fields of the trainer's configuration and of SelectConfig that must agree."""
 
 
@@ -22,10 +22,10 @@ def select_settings(args: BPOConfig, ref_model: Any, peft_config: Any) -> Select
             "length of the other one of its pair, so a response has no gradient of its own. Leave ld_alpha at None."
         )
     given: dict[str, Any] = dict(args.select_config or {})  # type: ignore[arg-type]
-    if given.get("token_weights") is not None:
+    if callable(given.get("token_weights")):
         raise ValueError(
-            "TRL's DPOTrainer does not weigh tokens, so BPOTrainer cannot train with select_config's token_weights. "
-            "Select with bpo.select and train with a trainer that does."
+            "select_config has a function for token_weights, which the training could not ask: give the weights in "
+            "columns of the data, and their name as BPOConfig.token_weights."
         )
     sampling = getattr(args, "train_sampling_strategy", "random")
     if given.get("order", "data") != "data" and sampling != "sequential":

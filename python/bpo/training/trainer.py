@@ -22,7 +22,7 @@ from bpo.store.gradient_store import StoreMismatchError
 from bpo.store.mirror import remove_store
 from bpo.system.paths import check_not_within
 from bpo.training.card import figures, tell_of_pairs
-from bpo.training.checks import check_origin, check_resampling, check_rounds, check_target
+from bpo.training.checks import check_origin, check_progress, check_resampling, check_rounds, check_target
 from bpo.training.config import BPOConfig, count_or_fraction
 from bpo.training.load import load_to_train
 from bpo.training.loop import RowNumbers, collate_rows, untouched_training
@@ -30,6 +30,7 @@ from bpo.training.resampling import kept_rows, resample
 from bpo.training.rounds import SavedRounds, file_of, last_whole_checkpoint, load_rounds, save_round, store_of
 from bpo.training.settings import select_settings
 from bpo.training.weighting import WeightedDPOTrainer
+from bpo.training.weights.progress import by_progress, learning_progress
 from bpo.world.world import world
 
 if TYPE_CHECKING:
@@ -74,7 +75,8 @@ class BPOTrainer(WeightedDPOTrainer):
     first is gone through more than once in what was an epoch, evenly; a round within an epoch takes over the rest of
     it. The selections are saved in ``output_dir/_rounds/round-001`` and so on, which checkpoints name with a checksum:
     resuming goes on with the very pairs. Gradients are in ``store/round-001``, a store for each round. What changed is
-    logged as ``selection/round`` and ``selection/kept``, the part of the pairs that the round before had, too.
+    logged as ``selection/round`` and ``selection/kept``, the part of the pairs that the round before had, too, and with
+    ``learning_progress`` as ``selection/learning_progress``, its mean.
 
     Args:
         scorer: What :func:`bpo.score_responses` takes: a function, a :class:`bpo.RewardModel` or a :class:`bpo.Judge`.
@@ -146,6 +148,7 @@ class BPOTrainer(WeightedDPOTrainer):
         first = self._select_first(model, args, kwargs.get("quantization_config"), processing_class)
         if not self._reselects:
             del self._candidates  # whose memory the training may need
+        check_progress(args, first)
         self._rounds = [(0, first)]
         super().__init__(
             model,
@@ -361,7 +364,7 @@ class BPOTrainer(WeightedDPOTrainer):
         """Trains on the last of some rounds."""
         if rounds[-1][1] is not self.selection:
             with untouched_training(self.model, self.args.device):
-                dataset = self._prepare_dataset(rounds[-1][1].dataset, self.processing_class, self.args, "train")
+                dataset = self._prepare_dataset(self._weighed(rounds), self.processing_class, self.args, "train")
                 if self.precompute_ref_logps:
                     self.train_dataset = dataset  # which tells it from other data
                     size = self.args.precompute_ref_batch_size or self.args.per_device_train_batch_size
@@ -369,6 +372,15 @@ class BPOTrainer(WeightedDPOTrainer):
             self.train_dataset = dataset
         self._round_rows = self._remove_unused_columns(self.train_dataset, description="training")
         self._rounds = rounds
+
+    def _weighed(self, rounds: list[tuple[int, Selection]]) -> Any:
+        """Returns the pairs of the last of some rounds, weighted by learning progress if asked for."""
+        dataset, args = rounds[-1][1].dataset, self.args
+        if args.learning_progress is None or len(rounds) == 1:
+            return dataset
+        progress = learning_progress([selection for _, selection in rounds], args.learning_progress_decay)
+        self._metrics["train"]["selection/learning_progress"] = [float(progress.mean())]
+        return by_progress(dataset, progress, args.learning_progress, args.weight_column)
 
     def _keep_round(self, number: int, selection: Selection) -> None:
         """Saves a round for whoever resumes."""
@@ -420,6 +432,15 @@ def _all_pairs(dataset: Any, settings: SelectConfig, columns: dict[str, str]) ->
     if {"chosen", "rejected"} <= there and not there & set(columns.values()):
         return dataset
     # Without what belongs to training.
-    every = dataclasses.replace(settings, max_depth=None, length_control=None, reference_logps=False)
     rows = load_alike(dataset, columns)
+    names, tokens = set(rows.column_names), settings.token_weights
+    # What is evaluated may have no weights; those of records are found when they are read.
+    weighed = not {"scores", "chosen"} & names or bool({tokens, f"{tokens}_chosen"} & names)
+    every = dataclasses.replace(
+        settings,
+        max_depth=None,
+        length_control=None,
+        reference_logps=False,
+        token_weights=tokens if weighed else None,
+    )
     return select(None, rows, budget=1.0, strategy="random", config=every, progress=False, evidence=False).dataset

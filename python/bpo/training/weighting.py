@@ -1,4 +1,4 @@
-"""DPO whose pairs count by a weight that the data gives: TRL's trainer, with the gradient of each pair scaled."""
+"""DPO whose pairs, or the tokens of their responses, count by weights that the data gives, with TRL's trainer."""
 
 from __future__ import annotations
 
@@ -16,6 +16,14 @@ from bpo.config import SelectConfig
 from bpo.data.columns import WEIGHT_COLUMN, pair_weight
 from bpo.pairs.losses import batch_losses
 from bpo.policy.softmax import score_tokens
+from bpo.training.weights.batches import (
+    TOKENS_KEY,
+    WithTokenWeights,
+    check_counts,
+    check_token_weights,
+    weighing_tokens,
+    weight_columns,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -39,13 +47,16 @@ _BATCH_KEY = "pair_weight"
 
 @dataclasses.dataclass
 class WeightedDPOConfig(DPOConfig):  # type: ignore[misc]
-    """TRL's ``DPOConfig`` with the name of the column of weights.
+    """TRL's ``DPOConfig`` with the names of the columns of weights.
 
     Where nothing computes in bfloat16, it trains in float32 unless ``bf16``, ``fp16`` or ``use_cpu`` says otherwise;
     TRL's own refuses to begin there until it is told.
 
     Attributes:
         weight_column: Column of the data with the weight of each pair; None trains as TRL does.
+        token_weights: Name of the weights of the tokens, which stand in the columns ``<name>_chosen`` and
+            ``<name>_rejected``, a number for each token of the response, the end token included; None weighs every
+            token 1, as TRL does. See :func:`bpo.estimate_token_weights`.
 
     Example:
         >>> import bpo
@@ -55,6 +66,9 @@ class WeightedDPOConfig(DPOConfig):  # type: ignore[misc]
 
     weight_column: str | None = dataclasses.field(
         default=WEIGHT_COLUMN, metadata={"help": "Column of the data with the weight of each pair."}
+    )
+    token_weights: str | None = dataclasses.field(
+        default=None, metadata={"help": "Name of the weights of the tokens: columns <name>_chosen, <name>_rejected."}
     )
 
     def __post_init__(self) -> None:
@@ -76,6 +90,10 @@ class WeightedDPOTrainer(DPOTrainer):  # type: ignore[misc]
     accuracies are those of the pairs, unweighted. The auxiliary loss of mixtures of experts belongs to no pair and is
     not weighted; TRL averages the ``sft`` loss over the tokens of a batch, and so it is here.
 
+    With ``token_weights`` the log-probability of a response, under policy and reference, is Σ_t w_t log π(y_t|x, y_<t),
+    as in TIS-DPO (arXiv 2410.04350), so the gradient of a pair is that of :func:`bpo.select` with the same setting.
+    Rewards, margins and log-probabilities that are logged are those of the weighted sums; weights of 1 change nothing.
+
     With ``precompute_ref_log_probs=True`` data that has the columns ``ref_chosen_logps`` and ``ref_rejected_logps``,
     such as a selection with ``SelectConfig.reference_logps``, is compared with these; no reference runs or is loaded.
 
@@ -84,7 +102,8 @@ class WeightedDPOTrainer(DPOTrainer):  # type: ignore[misc]
 
     Raises:
         ValueError: A weight that is not a finite number of at least 0 (the message names the row), weights that are all
-            0, a named column that is not there, or a loss that mixes the pairs of a batch.
+            0, a named column that is not there, or a loss that mixes the pairs of a batch; token weights that are not
+            finite, or of another number than the tokens, or of images.
 
     Example:
         .. code-block:: python
@@ -122,29 +141,86 @@ class WeightedDPOTrainer(DPOTrainer):  # type: ignore[misc]
             for loss in [losses] if isinstance(losses, str) else losses:
                 if any(weighs.values()) and loss in REFUSED_LOSSES:
                     raise ValueError(f"loss_type {loss!r} cannot be weighted: {REFUSED_LOSSES[loss]}.")
+        self._token_weights: str | None = getattr(args, "token_weights", None)
+        if self._token_weights is not None:
+            self._check_token_weights(train_dataset, eval_dataset)
         super().__init__(model, ref_model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
         if self._weight_column is not None:
             self.data_collator: Any = _WithWeights(self.data_collator, self._weight_column)
+        self._collate_token_weights()
+
+    def _check_token_weights(self, train_dataset: Any, eval_dataset: Any) -> None:
+        """Checks the token weights before TRL drops rows, so that the row named is the user's."""
+        assert self._token_weights is not None
+        splits = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
+        for name, dataset in splits.items():
+            check_token_weights(dataset, self._token_weights, name)
+        if not check_token_weights(train_dataset, self._token_weights, "train_dataset"):
+            raise ValueError(
+                f"token_weights={self._token_weights!r} needs the columns "
+                f"{' and '.join(weight_columns(self._token_weights))} in train_dataset, which has "
+                f"{getattr(train_dataset, 'column_names', None)}."
+            )
+
+    def _collate_token_weights(self) -> None:
+        """Has batches hold the weights of tokens; TRL computes log π_ref before the trainer is made."""
+        if self._token_weights is not None and not isinstance(self.data_collator, WithTokenWeights):
+            if getattr(self, "_is_vision_dataset", False):
+                raise ValueError("token_weights are of the tokens of a text; the data has images.")
+            self.data_collator = WithTokenWeights(
+                self.data_collator, self._token_weights, self.args.truncation_mode == "keep_end"
+            )
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
+        """As in TRL; each token needs a weight, where the data has any."""
+        prepared = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        if self._token_weights is not None:
+            check_counts(prepared, self._token_weights, dataset_name, processing_class)
+        return prepared
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        if self._weight_column is not None and self._weight_column not in self._signature_columns:
-            self._signature_columns.append(self._weight_column)
+        wanted = [] if self._token_weights is None else list(weight_columns(self._token_weights))
+        if self._weight_column is not None:
+            wanted.append(self._weight_column)
+        self._signature_columns += [column for column in wanted if column not in self._signature_columns]
 
     def _precompute_ref_logps(self, dataset: Any, *args: Any) -> Any:
         """Adds log π_ref, as TRL does; of data that brings it along it is there."""
         if {"ref_chosen_logps", "ref_rejected_logps"} <= set(dataset.column_names or []):
             return dataset
-        return super()._precompute_ref_logps(dataset, *args)
+        if self._token_weights is None:
+            return super()._precompute_ref_logps(dataset, *args)
+        self._collate_token_weights()
+        # TRL keeps what it computed by data and model, whatever the tokens weigh.
+        model = getattr(self, "_precompute_model_hash", None)
+        self._precompute_model_hash: Any = (model, self._token_weights)
+        try:
+            return super()._precompute_ref_logps(dataset, *args)
+        finally:
+            self._precompute_model_hash = model
 
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> Any:
-        """As in TRL; the reference takes no weights."""
-        return super().compute_ref_log_probs(model, {key: inputs[key] for key in inputs if key != _BATCH_KEY})
+        """As in TRL; the reference takes no weights of pairs, but those of tokens."""
+        given = {key: inputs[key] for key in inputs if key not in (_BATCH_KEY, TOKENS_KEY)}
+        with self._weighing_tokens(inputs):
+            return super().compute_ref_log_probs(model, given)
+
+    def _weighing_tokens(self, inputs: dict[str, Any]) -> contextlib.AbstractContextManager[None]:
+        """Has policy and reference weigh the tokens of a batch, where it says how."""
+        if TOKENS_KEY not in inputs:
+            return contextlib.nullcontext()
+        models = [model for model in (self.model, self.ref_model) if model is not None]
+        return weighing_tokens([self.accelerator.unwrap_model(model) for model in models], inputs[TOKENS_KEY])
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """TRL's loss, with the gradient that reaches the model from each pair times its weight."""
+        """TRL's loss of weighted tokens, with the gradient that reaches the model from each pair times its weight."""
+        if TOKENS_KEY in inputs:
+            given = {key: value for key, value in inputs.items() if key != TOKENS_KEY}
+            with self._weighing_tokens(inputs):
+                return self.compute_loss(model, given, return_outputs, num_items_in_batch)
         weights = inputs.get(_BATCH_KEY)
         if weights is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)

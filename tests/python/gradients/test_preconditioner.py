@@ -219,6 +219,74 @@ def test_other_optimizers_are_named(optim, expected, model_path, tokenizer, tmp_
         collect_gradients(checkpoint, ROWS, processing_class=tokenizer, config=config, progress=False)
 
 
+class SophiaG(torch.optim.Optimizer):
+    """The step of arXiv 2305.14342 as its authors' code has it, and its state; h from the gradients themselves."""
+
+    def __init__(self, parameters, lr):
+        super().__init__(parameters, {"lr": lr, "betas": (0.9, 0.95), "rho": 0.04})
+        self.moved = {}
+
+    @torch.no_grad()
+    def step(self, closure=None, bs=5120):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state.update(step=torch.tensor(0.0), exp_avg=torch.zeros_like(p), hessian=torch.zeros_like(p))
+                state["step"] += 1
+                state["exp_avg"].lerp_(p.grad, 0.1)
+                state["hessian"].lerp_(p.grad.square() * 3e-4, 0.05)
+                ratio = (state["exp_avg"].abs() / (group["rho"] * bs * state["hessian"] + 1e-15)).clamp(max=1)
+                self.moved[p] = state["exp_avg"].sign() * ratio
+                p.add_(self.moved[p], alpha=-group["lr"])
+
+
+def test_sophias_factors_make_its_step_of_the_momentum(model_path, tokenizer, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(model_path)
+    optimizer = SophiaG([{"params": list(model.named_parameters())}], 1e-3)
+    checkpoint, _ = train(model, tokenizer, tmp_path, optimizer=optimizer)
+    loaded = load_policy(checkpoint, SelectConfig())
+    features = choose_features(loaded, SelectConfig(features="full"))
+    with pytest.warns(UserWarning, match="had no gradient in training"):
+        preconditioner = load_preconditioner(f"{checkpoint}/optimizer.pt", loaded, features)
+    parameters = dict(model.named_parameters())
+    clipped = []
+    for name, slot in features.slots.items():
+        momentum = optimizer.state[parameters[name]]["exp_avg"].flatten()[None]
+        step = preconditioner(slot.offset, momentum)[0]
+        clipped += (step.abs() == 1).tolist()
+        torch.testing.assert_close(step, optimizer.moved[parameters[name]].flatten(), rtol=1e-5, atol=1e-7)
+        doubled = preconditioner(slot.offset, 2 * momentum)[0]
+        assert torch.equal(doubled, 2 * step)
+    assert 0.05 < np.mean(clipped) < 0.95
+
+
+def test_optimizers_that_scale_no_coordinate_are_named(lora, model_path, tokenizer, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(model_path)
+    named = [(name, p) for name, p in model.named_parameters() if p.ndim == 2]
+    checkpoint, _ = train(model, tokenizer, tmp_path / "muon", optimizer=torch.optim.Muon(named, lr=1e-3))
+    config = SelectConfig(features="full", parameters="*mlp*", preconditioner="checkpoint")
+    with pytest.raises(ValueError, match=r"is that of Muon, which scales no coordinate.*\(momentum_buffer\)"):
+        collect_gradients(checkpoint, ROWS, processing_class=tokenizer, config=config, progress=False)
+    saved = torch.load(f"{lora[0]}/optimizer.pt", weights_only=True)
+    for state in saved["state"].values():
+        state.update(GG=[torch.zeros(2, 2)], Q=[torch.eye(2)])  # as SOAP keeps them, beside exp_avg_sq
+    torch.save(saved, tmp_path / "optimizer.pt")
+    policy = load_policy(lora[0], SelectConfig())
+    with pytest.raises(ValueError, match="is that of SOAP, whose second moments are those of another basis"):
+        load_preconditioner(str(tmp_path / "optimizer.pt"), policy, choose_features(policy, SelectConfig()))
+    for state in saved["state"].values():
+        shape = state.pop("exp_avg_sq").shape
+        del state["GG"], state["Q"]
+        state["hessian"] = torch.full(shape, -1.0)
+    saved["param_groups"][0]["rho"] = saved["param_groups"][1]["rho"] = 0.04
+    torch.save(saved, tmp_path / "optimizer.pt")
+    with pytest.raises(ValueError, match="its Hessian below 0"):
+        load_preconditioner(str(tmp_path / "optimizer.pt"), policy, choose_features(policy, SelectConfig()))
+
+
 def test_eight_bit_states_are_named(lora, tmp_path):
     """bitsandbytes' own layout; the library needs a GPU to make one."""
     saved = torch.load(f"{lora[0]}/optimizer.pt", weights_only=True)

@@ -242,6 +242,21 @@ def test_coefficients_are_the_derivatives_written_by_hand(chosen, rejected, beta
         np.testing.assert_allclose(found[0], expected, rtol=1e-5, atol=1e-9, err_msg=name)
 
 
+@given(RATIO, RATIO, st.floats(1e-3, 10))
+def test_mio_is_ncas_loss(chosen, rejected, beta):
+    """MIO (arXiv 2506.22578) by the Jensen–Shannon bound, half of what the base model says being preferred."""
+
+    def bound(preferred):
+        critic = beta * np.array([preferred, rejected])
+        return -np.logaddexp(0, -critic[0]) - np.logaddexp(0, critic).mean()
+
+    step = 1e-3 / beta
+    slope = -(bound(chosen + step) - bound(chosen - step)) / (2 * step)
+    config = {"loss_type": "nca_pair", "beta": beta}
+    found = pair_coefficients(np.array([chosen, rejected]), np.zeros(2), np.array([[0, 1]]), config=config)[0, 0]
+    assert found == pytest.approx(slope, rel=1e-3, abs=1e-5 * beta)
+
+
 EXTREMES = (-1e4, -300.0, -1.0, 0.0, 300.0, 1e4)
 
 

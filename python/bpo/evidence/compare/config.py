@@ -46,7 +46,8 @@ _OF_GRADIENTS = (
     "dtype",
 )
 
-# A policy is trained against where it started, by TRL, which weighs no tokens; and every seed has one set of gradients.
+# A policy is trained against where it started, whose log π is of tokens that count once; and every seed
+# has one set of gradients.
 _NO_SELECT = ("ref_model", "reference_logps", "token_weights", "checkpoints")
 _NO_TRAINING = (
     "output_dir",
@@ -60,6 +61,7 @@ _NO_TRAINING = (
     "resume_from_checkpoint",
     "precompute_ref_log_probs",
     "sync_ref_model",
+    "token_weights",
 )
 _ALIASES = {
     "epochs": "num_train_epochs",
