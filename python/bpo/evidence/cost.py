@@ -39,6 +39,9 @@ TABLE_BYTES = 140
 # Passes over the pairs, where data has clusters: at most SelectConfig.max_iter. Those after the first compare few pairs
 # with all centroids, so their number counts little.
 _PASSES = 30
+# What processes that share the pairs tell each other of each: its nearest drawn pair in each round of the seeding, its
+# cluster and how far that is, its norm and scores.
+SHARED_BYTES = 5 * 12 + 12 + 16
 _TRIED = 2  # times that each rate is measured; the shorter one counts
 
 
@@ -145,7 +148,7 @@ def stages(load: Load, rates: Rates, processes: int = 1) -> list[Stage]:
     reading = rates.memory + held + load.responses * _READING_BYTES
     table = TABLE_BYTES * pairs
     chosen = load.budget * (load.text_bytes // max(load.responses, 1) * 3 + TABLE_BYTES)
-    choosing = rates.memory + held + memory_needed(load.responses, pairs, dim, load.config)
+    choosing = rates.memory + held + memory_needed(load.responses, pairs, dim, load.config, n_processes=processes)
     extraction = load.tokens * rates.token + load.responses * load.coordinates * rates.coordinate
     found = [
         Stage("read", "each", load.responses * rates.response, reading, 2 * load.text_bytes + 4 * load.tokens, 0),
@@ -154,10 +157,14 @@ def stages(load: Load, rates: Rates, processes: int = 1) -> list[Stage]:
     if many:  # blocks into the store: each is read, and written once more
         found.append(Stage("gather", "first", 2 * store * rates.byte, rates.memory + held, store, 2 * store))
     number = pairs * dim * rates.number
-    clustering = pairs * load.n_clusters * dim * rates.product + min(_PASSES, load.config.max_iter) * number
+    passes = min(_PASSES, load.config.max_iter)
+    clustering = pairs * load.n_clusters * dim * rates.product + passes * number
+    # Sums go from each process to the next, and from the last to all.
+    told = (processes - 1) * (SHARED_BYTES * pairs + passes * 2 * 8 * load.n_clusters * (dim + 1))
+    by = "all" if many else "first"
     found += [
-        Stage("cluster", "first", clustering, choosing, 0, store if many else 0),
-        Stage("score", "first", 3 * number, choosing, 0, 0),  # norms before, and what scores read
+        Stage("cluster", by, clustering / processes + told * rates.sent, choosing, 0, told + (store if many else 0)),
+        Stage("score", by, 3 * number / processes, choosing, 0, 0),  # norms before, and what scores read
         Stage("choose", "first", pairs * rates.pair, choosing, max(table + chosen - IN_MEMORY, 0), 0),
     ]
     if many:

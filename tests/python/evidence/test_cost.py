@@ -90,6 +90,10 @@ def test_seconds_follow_the_formulas():
     assert one["read"].seconds == four["read"].seconds == pytest.approx(4000 * 1e-5)
     assert one["extract"].seconds == 4 * four["extract"].seconds == pytest.approx(1000)
     assert one["cluster"].seconds == pytest.approx(6000 * 10 * 1024 * 1e-11 + 5 * 6000 * 1024 * 1e-10)
+    told = 3 * (88 * 6000 + 5 * 2 * 8 * 10 * 1025)
+    assert four["cluster"].network_bytes == told + 4000 * LOAD.row_bytes
+    assert four["cluster"].seconds == pytest.approx(one["cluster"].seconds / 4 + told * 1e-9)
+    assert one["score"].seconds == 4 * four["score"].seconds
     assert one["score"].seconds == pytest.approx(3 * 6000 * 1024 * 1e-10)
     assert four["tell"].seconds == pytest.approx(four["tell"].network_bytes * 1e-9)
     with_parts = by_name(LOAD, dataclasses.replace(UNIT, coordinate=1e-9))
