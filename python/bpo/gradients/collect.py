@@ -194,8 +194,7 @@ def _collect(
     def opened() -> tuple[GradientWriter, Parts]:
         check_shard(store, made_with.get("shard"))
         writer = GradientWriter.open(store, made_with, candidates.known_ids, tokenized.sequence_ids[order], check)
-        if tokenized.ref_logps is not None:
-            writer.check_ref_logps(tokenized.sequence_ids, tokenized.ref_logps)
+        writer.check_ref_logps(tokenized.sequence_ids, tokenized.ref_logps)
         return writer, Parts(writer, blocks, tokenized.sequence_ids)
 
     sharded = is_sharded(model)
@@ -224,12 +223,12 @@ def _collect(
                 return writer.reopen()
             work = parts.in_order()
             if shared.size > 1:
-                start = shared.rank * len(blocks) // shared.size
 
                 def found(rows: npt.NDArray[np.int64]) -> None:
                     bar.update(int(tokenized.lengths[rows].sum()))
 
-                work = parts.claimed(start, shared.name, config.process_timeout, found)
+                first = shared.rank * len(blocks) // shared.size
+                work = parts.claimed(first, shared.name, config.process_timeout, found)
             for target, rows in stack.enter_context(contextlib.closing(work)):
                 add_rows(target, extraction, rows, bar)
         elif shared.is_main:

@@ -143,13 +143,13 @@ class GradientWriter:
         present = GradientStore(path) if (path / "manifest.json").exists() else None
         return GradientWriter(path, self._fingerprint, present, False, self._check)
 
-    def check_ref_logps(self, response_ids: npt.NDArray[np.uint8], ref_logps: npt.NDArray[np.float64]) -> None:
-        """Checks that the rows which are there already have these reference log-probabilities ((n,) float64).
+    def check_ref_logps(self, response_ids: npt.NDArray[np.uint8], ref_logps: npt.NDArray[np.float64] | None) -> None:
+        """Checks that the rows which are there already have these reference log-probabilities ((n,) float64), if any.
 
         Raises:
             StoreMismatchError: One has another.
         """
-        if self._present is None:
+        if self._present is None or ref_logps is None:
             return
         rows = self._present.rows_of(response_ids)
         given = ref_logps[rows >= 0].astype(np.float32)

@@ -128,7 +128,9 @@ def differences(path, other):
     """What two stores hold otherwise: field → (row, one, other)."""
     one, two = GradientStore.open(path).records, GradientStore.open(other).records
     return {
-        name: [(row, one[name][row].tolist(), two[name][row].tolist()) for row in range(len(one)) if one[row] != two[row]]
+        name: [
+            (row, one[name][row].tolist(), two[name][row].tolist()) for row in range(len(one)) if one[row] != two[row]
+        ]
         for name in one.dtype.names
     }
 
