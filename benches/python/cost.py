@@ -180,8 +180,8 @@ def draw(found: dict[str, list[dict]], path: str) -> None:
 
 
 # 100 million responses to 25 million prompts, of 1,000 tokens with their prompts, 3,000 characters alone. An H100 as
-# docs/gpu.md found it with a model of 1B; rates of one core of the Xeon of docs/scaling.md, 16 of which
-# share what the core does in parallel; a shared disk of 2 GB/s, and 10 Gbit/s between machines.
+# docs/gpu.md found it with a model of 1B; rates of one core of the Xeon of docs/scaling.md, two of which
+# each process has; a shared disk of 2 GB/s, and 10 Gbit/s between machines.
 LARGE = cost.Load(
     prompts=25 * 10**6,
     responses=10**8,
@@ -189,10 +189,10 @@ LARGE = cost.Load(
     tokens=10**11,
     text_bytes=3 * 10**11,
     coordinates=10**6,
-    config=bpo.SelectConfig(threads=16),
+    config=bpo.SelectConfig(threads=2),
     budget=15 * 10**6,
 )
-H100 = cost.Rates(1.2e-5, 1 / 57_900, 0.0, 1.5e-10 / 16, 7e-10 / 16, 1e-5, 1 / 2e9, 1 / 1.25e9, 4 << 30)
+H100 = cost.Rates(1.2e-5, 1 / 57_900, 0.0, 1.5e-10 / 2, 7e-10 / 2, 1e-5, 1 / 2e9, 1 / 1.25e9, 4 << 30)
 
 
 def extrapolate(processes: int) -> None:
