@@ -219,8 +219,18 @@ class _Bytes:
             return bytes(self._end[start - self._in_file : end - self._in_file])
         data = b""
         while len(data) < min(end, self._in_file) - start:
-            data += os.pread(self._file.fileno(), min(end, self._in_file) - start - len(data), start + len(data))
+            data += _read_at(self._file, min(end, self._in_file) - start - len(data), start + len(data))
         return data if end <= self._in_file else data + self._end[: end - self._in_file]
+
+
+def _read_at(file: Any, count: int, place: int) -> bytes:
+    """Reads at most so many bytes at a place."""
+    if hasattr(os, "pread"):
+        return os.pread(file.fileno(), count, place)
+    file.seek(place)  # on Windows, where nothing is forked; whoever writes does so at the end
+    data: bytes = file.read(count)
+    file.seek(0, os.SEEK_END)
+    return data
 
 
 def scratch() -> Any:
@@ -244,7 +254,8 @@ def as_table(schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> pa.Table:
             break
     else:
         return pa.Table.from_batches(kept, schema).combine_chunks()
-    with tempfile.TemporaryDirectory(dir=scratch()) as directory:
+    # Windows takes no mapped file away.
+    with tempfile.TemporaryDirectory(dir=scratch(), ignore_cleanup_errors=True) as directory:
         file = ArrowFile(scratch() / directory / "table")
         try:
             with pa.ipc.new_stream(file, schema) as writer:
