@@ -176,7 +176,7 @@ class ListRows:
         """Columns from pieces, and those from all rows at once of which Arrow may find a type then, but for null."""
         fields = pa.schema([(name, schema[name]) for name in names if not pa.types.is_null(schema[name])])
         cast = (
-            pa.record_batch([piece[name].cast(fields.field(name).type) for name in fields.names], schema=fields)
+            pa.record_batch([_of_type(piece[name], fields.field(name).type) for name in fields.names], schema=fields)
             for piece in pieces
         )
         table = as_table(fields, cast)
@@ -188,6 +188,11 @@ class ListRows:
                 continue
             table = table.append_column(name, column)
         return table
+
+
+def _of_type(column: pa.Array, wanted: pa.DataType) -> pa.Array:
+    """A column that is of a type, or of null; pyarrow damages lists of nulls that it casts to what they are."""
+    return column if column.type == wanted else column.cast(wanted)
 
 
 def _pack_batch(batch: pa.RecordBatch) -> bytes:

@@ -128,6 +128,7 @@ def test_a_column_whose_type_only_all_rows_tell(on_disk, monkeypatch):
         "late": [None, None, None, 1, 2],
         "wider": [1, 2, 3, 0.5, None],
         "keys": [{"a": 1}, None, {"b": 2}, None, {"a": 3}],
+        "nulls": [[None] * 5, [None] * 5, [], None, [None]],
     }
     rows = [dict(zip(values, row, strict=True), never=None) for row in zip(*values.values(), strict=True)]
     for data in (rows, iter(rows)):
