@@ -2,7 +2,7 @@
 
 All *(ours)*. A :class:`Load` says how much there is to do, :class:`Rates` what one unit takes on one machine, and
 :func:`stages` multiplies. Counts follow from the code: what a stage holds, writes and sends is the same to the byte
-wherever it runs, or a bound that was measured (:func:`bpo.pairs.clustering.memory_needed`). ``benches/python/cost.py``
+wherever it runs, or a bound that was measured (:class:`bpo.pairs.size.ChoiceSize`). ``benches/python/cost.py``
 fits rates at four sizes and compares what they foretell for a fifth.
 """
 
@@ -19,8 +19,9 @@ import numpy as np
 
 from bpo.config import SelectConfig
 from bpo.data.read import read_candidates
-from bpo.pairs.clustering import cluster_pairs, default_n_clusters, memory_needed
+from bpo.pairs.clustering import cluster_pairs
 from bpo.pairs.pair_gradients import PairGradients, pair_norms
+from bpo.pairs.size import ChoiceSize, default_n_clusters
 from bpo.store.gradient_store import RECORD, row_bytes
 from bpo.system.memory import IN_MEMORY, scratch
 
@@ -148,7 +149,8 @@ def stages(load: Load, rates: Rates, processes: int = 1) -> list[Stage]:
     reading = rates.memory + held + load.responses * _READING_BYTES
     table = TABLE_BYTES * pairs
     chosen = load.budget * (load.text_bytes // max(load.responses, 1) * 3 + TABLE_BYTES)
-    choosing = rates.memory + held + memory_needed(load.responses, pairs, dim, load.config, n_processes=processes)
+    choice = ChoiceSize(load.responses, pairs, dim, load.config, n_processes=processes)
+    choosing = rates.memory + held + choice.needed_bytes
     extraction = load.tokens * rates.token + load.responses * load.coordinates * rates.coordinate
     found = [
         Stage("read", "each", load.responses * rates.response, reading, 2 * load.text_bytes + 4 * load.tokens, 0),

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-import os
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,6 +10,7 @@ import numpy as np
 from bpo import _core
 from bpo.config import SelectConfig
 from bpo.pairs.pair_gradients import PairGradients, pair_norms
+from bpo.pairs.size import ChoiceSize, n_clusters
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -43,112 +42,6 @@ class PairClusters:
     distance: npt.NDArray[np.float32]
     alignment: npt.NDArray[np.float32]
     inertia: npt.NDArray[np.float64]
-
-
-# What the stages after the gradients take at most, in bytes: measured as growth of the resident memory over selections
-# of 160,000 and 320,000 responses with 560,000 and 1,120,000 pairs, and over clusterings of up to 1,000,000 responses
-# mapped from 2 GB, with 125,000 to 3,500,000 pairs.
-_FIXED_BYTES = 160 << 20  # rows of the map that are in hand, and slack
-_BYTES_A_ROW = 250
-_BYTES_A_PAIR = 500
-# Beside these, stages that follow one another take so many for each number of a sketch.
-_BYTES_A_THREAD = 252 * 12  # clustering: rows that a thread works on
-_BYTES_A_CENTROID = 40
-# Where processes share the pairs: numbers on their way to others, and what waits for a turn; the sums, sent and heard.
-_BYTES_A_SHARED_PAIR = 100
-_BYTES_A_SHARED_CENTROID = 32
-_BYTES_A_PROMPT = 8  # whether prompts agree: the sum of each of 1,000 prompts
-# The core's default of what it keeps from pass to pass.
-_CACHE_BYTES = 1 << 30
-# Covariances of pairs with those that they are to tell about, in float32.
-INFORMATION_BYTES = 64 << 20
-# Candidates of a round of the D-optimal design, and copies of their vectors.
-_CANDIDATES, _COPIES = 1024, 4
-
-
-def memory_needed(
-    n_rows: int,
-    n_pairs: int,
-    dim: int,
-    config: SelectConfig,
-    *,
-    strategy: str = "bpo",
-    budget: int | None = None,
-    n_processes: int = 1,
-) -> int:
-    """Returns the bytes that choosing among pairs takes, beside the data and whatever is kept from pass to pass.
-
-    Args:
-        n_rows: Responses.
-        n_pairs: Their pairs.
-        dim: Numbers of a sketch.
-        config: Uses ``n_clusters`` and ``threads``.
-        strategy: What chooses; that of a strategy of the user's own is not known.
-        budget: Pairs to choose; all if None.
-        n_processes: How many share the pairs; the bytes are those of each.
-    """
-    threads = config.threads or os.cpu_count() or 1
-    n_clusters = _n_clusters(n_pairs, config)
-    shared = n_processes > 1
-    of_centroid = _BYTES_A_CENTROID + _BYTES_A_SHARED_CENTROID * shared
-    clustering = (of_centroid * n_clusters + _BYTES_A_THREAD * threads) * dim
-    agreement = _BYTES_A_PROMPT * min(n_pairs, 1000) * dim
-    choice = 0
-    if strategy == "coreset":
-        # float64 vectors of the pairs with weight, and their products; about twice as many as a sketch has numbers span
-        # all that a cluster's mean can be made of.
-        of_cluster = min(2 * dim, n_pairs if budget is None else budget)
-        vectors = min(of_cluster * min(threads, n_clusters), n_pairs if budget is None else budget)
-        choice = 8 * vectors * (dim + of_cluster)
-    elif strategy in ("d_optimal", "bald"):
-        choice = 16 * dim**2 + 8 * _COPIES * _CANDIDATES * (dim + _CANDIDATES)
-    elif strategy == "epig":
-        # Once as they are computed and once as they are kept; and a vector for each pair that is taken.
-        choice = 2 * INFORMATION_BYTES + 8 * dim * (n_pairs if budget is None else budget)
-    of_pair = _BYTES_A_PAIR + _BYTES_A_SHARED_PAIR * shared
-    return _FIXED_BYTES + _BYTES_A_ROW * n_rows + of_pair * n_pairs + max(clustering, agreement, choice)
-
-
-def cache_bytes(
-    n_rows: int,
-    n_pairs: int,
-    dim: int,
-    config: SelectConfig,
-    *,
-    strategy: str = "bpo",
-    budget: int | None = None,
-    n_processes: int = 1,
-) -> int:
-    """Returns the bytes that may be kept from pass to pass: what :func:`memory_needed` leaves of ``max_memory``."""
-    if config.memory_limit is None:
-        return _CACHE_BYTES
-    needed = memory_needed(n_rows, n_pairs, dim, config, strategy=strategy, budget=budget, n_processes=n_processes)
-    return max(0, config.memory_limit - needed)
-
-
-def check_memory(
-    n_rows: int,
-    n_pairs: int,
-    dim: int,
-    config: SelectConfig,
-    *,
-    strategy: str = "bpo",
-    budget: int | None = None,
-    n_processes: int = 1,
-) -> None:
-    """Checks that ``SelectConfig.max_memory`` suffices.
-
-    Raises:
-        ValueError: It does not; the message says what would.
-    """
-    needed = memory_needed(n_rows, n_pairs, dim, config, strategy=strategy, budget=budget, n_processes=n_processes)
-    if config.memory_limit is not None and needed > config.memory_limit:
-        raise ValueError(
-            f"SelectConfig.max_memory is {config.memory_limit / 2**20:,.0f} MiB, and choosing among {n_pairs} pairs of "
-            f"{n_rows} responses takes {math.ceil(needed / 2**20):,} MiB with strategy={strategy!r}. Allow as much, or "
-            "keep fewer prompts (breadth), pairs (max_pairs_per_prompt), clusters (n_clusters) or numbers of a sketch "
-            "(sketch_dim)."
-        )
 
 
 def cluster_pairs(
@@ -211,13 +104,11 @@ def clustered(
         rows,
         used,
         unit,
-        _n_clusters(len(index), config),
+        n_clusters(len(index), config),
         metric=config.metric,
         max_iter=config.max_iter,
         seed=seed,
-        cache_bytes=cache_bytes(
-            len(rows), len(pairs), rows.shape[1], config, n_processes=1 if shares is None else shares.size
-        ),
+        cache_bytes=ChoiceSize.of(gradients, config, shares).cache_bytes,
         threads=config.threads,
         progress=progress,
         processes=shares,
@@ -250,12 +141,3 @@ def clustered(
         alignment=spread(scores.alignment),
         inertia=result.inertia,
     )
-
-
-def _n_clusters(n_pairs: int, config: SelectConfig) -> int:
-    return default_n_clusters(n_pairs) if config.n_clusters is None else max(1, min(config.n_clusters, n_pairs))
-
-
-def default_n_clusters(n_pairs: int) -> int:
-    """Returns √(pairs), at most 256: about as many clusters as pairs in each *(ours)*."""
-    return max(1, min(256, math.isqrt(n_pairs)))

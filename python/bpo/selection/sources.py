@@ -16,8 +16,8 @@ from bpo.data.tokens import tokenize_configured
 from bpo.gradients.checkpoints import check_checkpoints, collect_checkpoints, collect_reference
 from bpo.gradients.collect import collect
 from bpo.gradients.preconditioner import preconditioner_path
-from bpo.pairs.clustering import check_memory
 from bpo.pairs.measured import MeasuredPairs, in_store, measured
+from bpo.pairs.size import ChoiceSize
 from bpo.policy.models import load_policy, window
 from bpo.policy.reference import Reference
 from bpo.selection.inputs import Inputs
@@ -368,15 +368,7 @@ def extract(kept: Inputs, goal: Goal | None, source: Source, request: Request, b
     dim = request.config.sketch_dim * len(request.config.checkpoints or [None])
     parts = _parts(kept, goal)
     n_rows, n_pairs = (sum(len(getattr(part.candidates, name)) for part in parts) for name in ("responses", "pairs"))
-    check_memory(
-        n_rows,
-        n_pairs,
-        dim,
-        request.clustering,
-        strategy=request.strategy,
-        budget=budget,
-        n_processes=world().size,
-    )
+    ChoiceSize(n_rows, n_pairs, dim, request.clustering, request.strategy, budget, world().size).check()
     return source.fill(parts, request.progress)
 
 

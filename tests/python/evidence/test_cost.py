@@ -11,7 +11,7 @@ from bpo.cli.main import main
 from bpo.data.tokens import tokenize_responses
 from bpo.evidence import cost
 from bpo.evidence.cost import Load, Rates, data_bytes, measured, stages
-from bpo.pairs.clustering import memory_needed
+from bpo.pairs.size import ChoiceSize
 from bpo.system import memory
 from tiny import scored_rows
 
@@ -98,7 +98,7 @@ def test_seconds_follow_the_formulas():
     assert four["tell"].seconds == pytest.approx(four["tell"].network_bytes * 1e-9)
     with_parts = by_name(LOAD, dataclasses.replace(UNIT, coordinate=1e-9))
     assert with_parts["extract"].seconds == pytest.approx(1000 + 4000 * 10**6 * 1e-9)
-    needed = memory_needed(4000, 6000, 1024, LOAD.config)
+    needed = ChoiceSize(4000, 6000, 1024, LOAD.config).needed_bytes
     assert one["cluster"].memory_bytes == 10**8 + data_bytes(LOAD) + needed
 
 

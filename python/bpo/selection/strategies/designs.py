@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bpo import _core
-from bpo.pairs.clustering import cache_bytes
+from bpo.pairs.size import ChoiceSize
 from bpo.selection.strategies.taking import picked
 
 if TYPE_CHECKING:
@@ -31,9 +31,9 @@ def coreset(candidacy: Candidacy) -> Choice:
         candidacy.budget,
         prompts=candidacy.prompt_of_pair[index],
         max_depth=candidacy.config.max_depth,
-        cache_bytes=cache_bytes(
-            len(rows), len(pairs), rows.shape[1], candidacy.config, strategy="coreset", budget=candidacy.budget
-        ),
+        cache_bytes=ChoiceSize.of(
+            candidacy.features, candidacy.config, strategy="coreset", budget=candidacy.budget
+        ).cache_bytes,
         threads=candidacy.config.threads,
     )
     return picked(candidacy, index[picks], weights)

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bpo import _core
-from bpo.pairs.clustering import INFORMATION_BYTES
 from bpo.pairs.linear import PairRegression, linear_margins, pulls
+from bpo.pairs.size import INFORMATION_BYTES
 from bpo.selection.strategies.taking import picked
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bpo import _core
-from bpo.pairs.clustering import cache_bytes
 from bpo.pairs.linear import training_direction
+from bpo.pairs.size import ChoiceSize
 from bpo.selection.strategies.taking import picked
 
 if TYPE_CHECKING:
@@ -37,14 +37,7 @@ def matching(candidacy: Candidacy) -> Choice:
         candidacy.budget,
         prompts=prompts,
         max_depth=config.max_depth,
-        cache_bytes=cache_bytes(
-            len(features.rows),
-            len(candidacy.eligible),
-            features.rows.shape[1],
-            config,
-            strategy="matching",
-            n_processes=1 if candidacy.shares is None else candidacy.shares.size,
-        ),
+        cache_bytes=ChoiceSize.of(candidacy.features, config, candidacy.shares, strategy="matching").cache_bytes,
         threads=config.threads,
         processes=candidacy.shares,
     )
