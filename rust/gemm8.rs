@@ -210,7 +210,9 @@ fn group<const ROWS: usize>(
             for (row, sums) in sums.iter().enumerate() {
                 let Scale { factor, sum } = scales[first + row];
                 let out = &mut out[(first + row) * packed.padded_columns() + panel * PANEL..][..PANEL];
-                simd::scale_sums(sums, if biased { 128 * sum } else { 0 }, factor, factors, out);
+                // A row that became NaN meanwhile has any sum; what is made of it is a label or an error all the same.
+                let offset = if biased { sum.wrapping_mul(128) } else { 0 };
+                simd::scale_sums(sums, offset, factor, factors, out);
             }
         }
     }

@@ -147,10 +147,10 @@ dispatch! {
 }
 
 dispatch! {
-    /// `out = (sums - offset) * factor * factors`.
+    /// `out = (sums - offset) * factor * factors`; a difference beyond 32 bits wraps.
     pub fn scale_sums(sums: &[i32], offset: i32, factor: f32, factors: &[f32], out: &mut [f32]) {
         for ((sum, column), out) in sums.iter().zip(factors).zip(out) {
-            *out = (sum - offset) as f32 * (factor * column);
+            *out = sum.wrapping_sub(offset) as f32 * (factor * column);
         }
     }
 }

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 from bpo.config import SelectConfig
 from bpo.data.read import read_candidates
@@ -19,6 +18,7 @@ from bpo.policy.autograd import check_causal
 from bpo.policy.logprobs import Forward, check_vocabulary, response_logps
 from bpo.policy.models import load_policy, window
 from bpo.policy.state import inference_state
+from bpo.system.progress import token_bar
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -210,7 +210,7 @@ def policy_logps(
     Raises:
         UnsupportedModelError: A model in which a token sees those after it.
     """
-    bar = tqdm(total=int(tokenized.lengths.sum()), desc=stage, unit="token", unit_scale=True, disable=not progress)
+    bar = token_bar(int(tokenized.lengths.sum()), stage, progress)
     with inference_state(policy), bar:
         check_vocabulary(policy, tokenized.ids)
         check_causal(

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from bpo.data.tokenizers import tokenizer_fingerprint
 from bpo.gradients.collect import collect
@@ -19,6 +18,7 @@ from bpo.policy.reference import Reference
 from bpo.store.gradient_store import GradientStore
 from bpo.store.mirror import holds_store
 from bpo.system.paths import check_path, joined
+from bpo.system.progress import token_bar
 
 if TYPE_CHECKING:
     import os
@@ -91,14 +91,7 @@ def collect_reference(
     if missing.any():
         index = np.flatnonzero(missing)
         forward = Forward.of(model, tokenized, processing_class, config)
-        bar = tqdm(
-            total=int(tokenized.lengths[index].sum()),
-            desc="Reference",
-            unit="token",
-            unit_scale=True,
-            disable=not progress,
-        )
-        with bar:
+        with token_bar(int(tokenized.lengths[index].sum()), "Reference", progress) as bar:
 
             def run(rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
                 found: npt.NDArray[np.float32] = source.logps(forward, rows).cpu().numpy()

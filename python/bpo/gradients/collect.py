@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tqdm.auto import tqdm
 
 import bpo
 from bpo.config import SelectConfig
@@ -30,6 +29,7 @@ from bpo.store.parts import Parts, check_shared
 from bpo.store.shards import Shard, check_shard
 from bpo.store.upload import writing
 from bpo.store.writer import GradientWriter
+from bpo.system.progress import token_bar
 from bpo.world.world import world
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import numpy.typing as npt
+    from tqdm.auto import tqdm
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from bpo.data.candidates import Candidates
@@ -295,13 +296,7 @@ def _progress_bar(
     noun: str,
     progress: bool,
 ) -> tqdm[Any]:
-    """A bar that starts at what is there. It counts tokens, since those of a response tell its time."""
+    """A bar that starts at what is there."""
     total, n_present = int(lengths[wanted].sum()), len(wanted) - len(missing)
-    return tqdm(
-        total=total,
-        initial=total - int(lengths[missing].sum()),
-        desc=noun.capitalize() + (f" ({n_present} of {len(wanted)} responses are there)" if n_present else ""),
-        unit="token",
-        unit_scale=True,
-        disable=not progress,
-    )
+    there = f" ({n_present} of {len(wanted)} responses are there)" if n_present else ""
+    return token_bar(total, noun.capitalize() + there, progress, total - int(lengths[missing].sum()))

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import inspect
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from bpo.config import SelectConfig
     from bpo.data.tokens import TokenizedResponses
 
+
+_Result = TypeVar("_Result")
 
 # Models that SDPA serves as well without an attention mask, or not; see :func:`try_without_mask`.
 _UNMASKED: weakref.WeakKeyDictionary[torch.nn.Module, bool] = weakref.WeakKeyDictionary()
@@ -283,23 +285,19 @@ def response_token_logps(
         S arrays of float32, a number for each predicted token of a response; of the tokens as they are, whatever
         weights the data gives.
     """
-    check_vocabulary(model, tokenized.ids)
-    look_anew(model)
     forward = Forward(model, tokenized, pad_id, autocast)
     found: list[npt.NDArray[np.float32]] = [np.zeros(0, dtype=np.float32)] * len(tokenized.ids)
-    lengths = tokenized.lengths
 
     def run(rows: npt.NDArray[np.int64]) -> list[npt.NDArray[np.float32]]:
         with forward.autocasting():
             positions, logps, _ = _scored_tokens(model, tokenized, rows, pad_id)
         return np.split(logps.float().cpu().numpy(), np.cumsum(positions.counts)[:-1])
 
-    with no_graph(model):
-        for rows, parts in in_batches(run, longest_first(lengths), lengths, batch_tokens(tokens_per_batch, model)):
-            for row, part in zip(rows, parts, strict=True):
-                found[row] = part
-            if on_batch is not None:
-                on_batch(int(lengths[rows].sum()))
+    def take(rows: npt.NDArray[np.int64], parts: list[npt.NDArray[np.float32]]) -> None:
+        for row, part in zip(rows, parts, strict=True):
+            found[row] = part
+
+    _run_all(forward, run, take, tokens_per_batch, on_batch)
     return found
 
 
@@ -328,23 +326,34 @@ def response_logps(
     Raises:
         ValueError: A token that the model does not know.
     """
-    check_vocabulary(model, tokenized.ids)
-    look_anew(model)
     forward = Forward(model, tokenized, pad_id, autocast)
     logps = np.zeros(len(tokenized.ids), dtype=np.float32)
-    trim = HeapTrimmer()
-    lengths = tokenized.lengths
-    if len(lengths):
-        try_without_mask(forward, np.argsort(lengths, kind="stable")[[0, len(lengths) // 2]])
 
     def run(rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         found: npt.NDArray[np.float32] = forward.logps(rows).logps.cpu().numpy()
         return found
 
+    _run_all(forward, run, logps.__setitem__, tokens_per_batch, on_batch)
+    return logps
+
+
+def _run_all(
+    forward: Forward,
+    run: Callable[[npt.NDArray[np.int64]], _Result],
+    take: Callable[[npt.NDArray[np.int64], _Result], object],
+    tokens_per_batch: int | None,
+    on_batch: Callable[[int], object] | None,
+) -> None:
+    """Runs all responses without gradients, the longest first, and hands over the rows of each batch and its result."""
+    model, lengths = forward.model, forward.tokenized.lengths
+    check_vocabulary(model, forward.tokenized.ids)
+    look_anew(model)
+    if len(lengths):
+        try_without_mask(forward, np.argsort(lengths, kind="stable")[[0, len(lengths) // 2]])
+    trim = HeapTrimmer()
     with no_graph(model):
-        for rows, found in in_batches(run, longest_first(lengths), lengths, batch_tokens(tokens_per_batch, model)):
-            logps[rows] = found
+        for rows, result in in_batches(run, longest_first(lengths), lengths, batch_tokens(tokens_per_batch, model)):
+            take(rows, result)
             if on_batch is not None:
                 on_batch(int(lengths[rows].sum()))
             trim()
-    return logps

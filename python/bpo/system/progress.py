@@ -1,10 +1,10 @@
-"""A progress bar for what runs in the Rust core."""
+"""Progress bars: of tokens that go through a model, and of what runs in the Rust core."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
@@ -13,6 +13,11 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int], None]
 """Called with (done, total) now and then."""
+
+
+def token_bar(total: int, description: str, enabled: bool, initial: int = 0) -> tqdm[Any]:
+    """A bar that counts tokens, since those of a response tell its time."""
+    return tqdm(total=total, initial=initial, desc=description, unit="token", unit_scale=True, disable=not enabled)
 
 
 @contextlib.contextmanager

@@ -89,7 +89,7 @@ def test_inner_products_are_cosines_averaged_with_the_learning_rates(model_path,
     reference = collect_reference(model, tokenized, tokenizer, **inputs)
     stores = collect_checkpoints(reference, candidates, tokenized, tokenizer, **inputs)
     gradients = [
-        _pair_gradients(store, store.rows_of(tokenized.sequence_ids)[tokenized.pairs], config, None, False)
+        _pair_gradients(store, store.rows_of(tokenized.sequence_ids)[tokenized.pairs], config, None, False, None)
         for store in stores
     ]
     features, informativeness = pair_features(gradients, list(rates.values()))

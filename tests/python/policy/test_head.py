@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bpo import SelectConfig, UnsupportedModelError, read_candidates
-from bpo.data.tokens import tokenize_responses
+from bpo.data.tokens import packed_ids, tokenize_responses
 from bpo.gradients.choose import choose_features
 from bpo.policy import head
 from bpo.policy.head import Positions
@@ -32,7 +32,7 @@ def tokenized(tokenizer):
     prompts = np.array([3, 4, 11, 0, 4, 2])
     return dataclasses.replace(
         found,
-        ids=ids,
+        ids=packed_ids(ids),
         prompt_lengths=prompts,
         weights=[
             generator.choice([0.0, 0.5, 1.0, 1.7], length - prompt).astype(np.float32)

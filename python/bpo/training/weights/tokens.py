@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from bpo.config import SelectConfig
 from bpo.data.read import read_configured
@@ -21,6 +20,7 @@ from bpo.policy.logprobs import response_token_logps
 from bpo.policy.models import load_policy, window
 from bpo.policy.state import inference_state
 from bpo.selection.select import select
+from bpo.system.progress import token_bar
 from bpo.training.weights.batches import weight_columns
 
 if TYPE_CHECKING:
@@ -205,13 +205,7 @@ def _logps(
             "'./base'."
         )
     label = Path(model).name if isinstance(model, (str, Path)) else type(policy).__name__
-    bar = tqdm(
-        total=int(tokenized.lengths.sum()),
-        desc=f"Tokens by {label}",
-        unit="token",
-        unit_scale=True,
-        disable=not progress,
-    )
+    bar = token_bar(int(tokenized.lengths.sum()), f"Tokens by {label}", progress)
     with contextlib.nullcontext() if adapted else policy.disable_adapter(), inference_state(policy), bar:
         return response_token_logps(
             policy,
