@@ -184,7 +184,7 @@ def _parameters(model: Path) -> int | None:
 
 
 def _costs(options: argparse.Namespace, costs: dict[str, Any]) -> str:
-    from bpo.report.wording import duration
+    from bpo.report.wording import byte_size, duration
 
     lines = [
         f"data     {costs['prompts']:,} prompts, {costs['responses']:,} responses, {costs['pairs']:,} candidate pairs",
@@ -194,10 +194,10 @@ def _costs(options: argparse.Namespace, costs: dict[str, Any]) -> str:
         lines.append(f"tokens   {costs['tokens']:,}; longest {costs['longest']:,}; {costs['truncated']} responses cut")
     if "weights_bytes" in costs:
         lines.append(
-            f"memory   {costs['weights_bytes'] / 2**30:.2f} GiB for the {costs['parameters']:,} parameters, and what a "
+            f"memory   {byte_size(costs['weights_bytes'])} for the {costs['parameters']:,} parameters, and what a "
             "batch takes"
         )
-    lines.append(f"disk     {costs['store_bytes'] / 2**20:,.1f} MiB for the gradients")
+    lines.append(f"disk     {byte_size(costs['store_bytes'])} for the gradients")
     if options.model is not None:
         measure = f"bpo doctor {shlex.quote(options.model)} {shlex.quote(options.dataset)}"
         least = "as the model runs, which this did not"

@@ -26,7 +26,7 @@ from bpo.policy.models import load_policy, window
 from bpo.policy.reference import Reference
 from bpo.policy.state import inference_state
 from bpo.report.notebook import facts_table
-from bpo.report.wording import duration
+from bpo.report.wording import byte_size, duration
 from bpo.sketching.batches import Sketching
 from bpo.store.gradient_store import EMBEDDED, RECORD, row_bytes
 from bpo.world.world import by_main
@@ -123,8 +123,8 @@ class Diagnosis:
                 ("data", f"{self.prompts:,} prompts, {self.responses:,} responses, {self.pairs:,} candidate pairs"),
                 ("features", f"{self.features['kind']}: {self.coordinates:,} coordinates a response"),
                 ("time", f"about {self.seconds:,.0f} s"),
-                ("memory", f"{self.peak_memory_bytes / 2**30:.1f} GiB"),
-                ("store", f"{self.store_bytes / 2**20:,.1f} MiB"),
+                ("memory", byte_size(self.peak_memory_bytes)),
+                ("store", byte_size(self.store_bytes)),
                 *(("look at", problem) for problem in self.problems),
             ],
         )
@@ -166,7 +166,7 @@ class Diagnosis:
             f"           {'stage':8} {'by':6} {'time':>12} {'memory':>12} {'disk':>12} {'network':>12}",
         ]
         for stage in self.stages:
-            sizes = (f"{size / 2**30:,.2f} GiB" for size in (stage.memory_bytes, stage.disk_bytes, stage.network_bytes))
+            sizes = map(byte_size, (stage.memory_bytes, stage.disk_bytes, stage.network_bytes))
             cells = " ".join(f"{cell:>12}" for cell in (duration(stage.seconds), *sizes))
             lines.append(f"           {stage.name:8} {stage.by:6} {cells}")
         return lines
@@ -186,8 +186,8 @@ class Diagnosis:
         lines += [
             f"checked    {self.looked_at} responses; in a batch and alone their sketches differ by "
             f"{self.batch_sensitivity:.1e}",
-            f"estimate   {duration(self.seconds)} for all {self._noun}, {self.peak_memory_bytes / 2**30:.1f} GiB of "
-            f"memory, {self.store_bytes / 2**20:,.1f} MiB of disk",
+            f"estimate   {duration(self.seconds)} for all {self._noun}, {byte_size(self.peak_memory_bytes)} of memory, "
+            f"{byte_size(self.store_bytes)} of disk",
             *self._told(),
             *(f"problem    {problem}" for problem in self.problems),
         ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -39,6 +40,19 @@ def duration(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def byte_size(count: float) -> str:
+    """Returns a number of bytes in the largest unit of which there is one, up to TiB.
+
+    Example:
+        >>> [byte_size(count) for count in (0, 1023, 3 << 20, 2.5 * 2**30, 5 << 50)]
+        ['0 B', '1,023 B', '3.0 MiB', '2.5 GiB', '5,120.0 TiB']
+    """
+    if count < 1024:
+        return f"{count:,.0f} B"
+    power = min(int(math.log2(count) // 10), 4)
+    return f"{count / 2 ** (10 * power):,.1f} {'KMGT'[power - 1]}iB"
 
 
 def p_value(value: float | None) -> str:
