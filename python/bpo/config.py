@@ -109,7 +109,7 @@ class SelectConfig:
         preconditioner: Divides each coordinate of the gradients by Adam's √v̂ + ε, as LESS (arXiv 2402.04333) does but
             with v̂ as saved: the path of a Trainer checkpoint or of its ``optimizer.pt``, of a ``.safetensors`` file of
             {parameter name: v̂}, or ``"checkpoint"`` for the ``optimizer.pt`` beside a model or adapter given by path.
-            Of Sophia's state (arXiv 2305.14342), by max(ρBh, |m|), which its clipped step comes to *(ours)*.
+            Of Sophia's state (arXiv 2305.14342), by max(ρBh, abs(m)), which its clipped step comes to *(ours)*.
             What is differentiated must have been trained: not a fresh adapter.
         checkpoints: Checkpoints of a training, {path: average learning rate of its epoch}, as :func:`bpo.warm_up`
             returns them. Gradients are then taken at each of them, and their cosines averaged with the learning rates
