@@ -157,6 +157,7 @@ STAGES = {"read": reading, "extract": extraction, "cluster": clustering, "score"
 def draw(found: dict[str, list[dict]], path: str) -> None:
     """What was measured against what was foretold, a panel for each stage."""
     import matplotlib.pyplot as plt
+    import matplotlib.ticker
 
     plt.rcParams.update({"svg.hashsalt": "bpo", "svg.fonttype": "none", "font.size": 9})
     figure, axes = plt.subplots(1, len(found), figsize=(2.4 * len(found), 2.6), constrained_layout=True)
@@ -173,6 +174,8 @@ def draw(found: dict[str, list[dict]], path: str) -> None:
             color="#1f5fa8",
         )
         axis.loglog(cases[-1]["foretold"], cases[-1]["seconds"], "o", ms=6, color="#c0392b")
+        for side in (axis.xaxis, axis.yaxis):
+            side.set_minor_formatter(matplotlib.ticker.NullFormatter())  # which would write one over the other
         axis.set_title(name)
         axis.set_xlabel("seconds foretold")
     axes[0].set_ylabel("seconds of the processor")
