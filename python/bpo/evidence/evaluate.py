@@ -6,16 +6,15 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from bpo.config import SelectConfig
 from bpo.data.read import read_candidates
-from bpo.data.tokenizers import load_tokenizer, padding_id
+from bpo.data.tokenizers import load_tokenizer
 from bpo.data.tokens import tokenize_candidates
 from bpo.evidence.length_controlled import length_controlled_accuracy
 from bpo.evidence.statistics import clustered_standard_error
-from bpo.policy.autograd import check_causal
-from bpo.policy.logprobs import Forward, check_vocabulary, response_logps
+from bpo.policy.autograd import check_policy
+from bpo.policy.logprobs import Forward, response_logps
 from bpo.policy.models import load_policy, window
 from bpo.policy.state import inference_state
 from bpo.system.progress import token_bar
@@ -208,22 +207,14 @@ def policy_logps(
         (S,) float32.
 
     Raises:
-        UnsupportedModelError: A model in which a token sees those after it.
+        ValueError: A token that the policy does not know.
+        UnsupportedModelError: A policy in which a token sees those after it.
     """
+    forward = Forward.of(policy, tokenized, tokenizer, config)
     bar = token_bar(int(tokenized.lengths.sum()), stage, progress)
     with inference_state(policy), bar:
-        check_vocabulary(policy, tokenized.ids)
-        check_causal(
-            Forward.of(policy, tokenized, tokenizer, config), np.argsort(tokenized.lengths)[len(tokenized.ids) // 2]
-        )
-        return response_logps(
-            policy,
-            tokenized,
-            padding_id(tokenizer),
-            tokens_per_batch=config.tokens_per_batch,
-            autocast=torch.bfloat16 if config.bf16 else None,
-            on_batch=bar.update,
-        )
+        check_policy(forward)
+        return response_logps(forward, tokens_per_batch=config.tokens_per_batch, on_batch=bar.update)
 
 
 def _wins(differences: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.float64]:

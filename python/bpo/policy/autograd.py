@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from bpo.policy.checks import UnsupportedModelError, base_of
+from bpo.policy.logprobs import check_vocabulary
 from bpo.policy.sharding import is_lost
 
 if TYPE_CHECKING:
@@ -118,6 +119,19 @@ def begin_graph(output: torch.Tensor, beginnings: list[torch.Tensor]) -> torch.T
         return output
     beginnings.append(output.detach().requires_grad_(True))
     return beginnings[-1].clone()
+
+
+def check_policy(forward: Forward) -> None:
+    """Checks that a model knows every token of some responses, and that it is causal, on one of middle length.
+
+    Raises:
+        ValueError: A token that the model does not know.
+        UnsupportedModelError: A model in which a token sees those after it.
+    """
+    check_vocabulary(forward.model, forward.tokenized.ids)
+    lengths = forward.tokenized.lengths
+    if len(lengths):
+        check_causal(forward, np.argsort(lengths)[len(lengths) // 2])
 
 
 def check_causal(forward: Forward, row: np.int64) -> None:

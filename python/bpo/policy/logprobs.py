@@ -269,28 +269,24 @@ def check_vocabulary(model: PreTrainedModel, sequences: Sequence[Sequence[int]])
 
 
 def response_token_logps(
-    model: PreTrainedModel,
-    tokenized: TokenizedResponses,
-    pad_id: int,
+    forward: Forward,
     *,
     tokens_per_batch: int | None = None,
-    autocast: torch.dtype | None = None,
     on_batch: Callable[[int], object] | None = None,
 ) -> list[npt.NDArray[np.float32]]:
     """Returns log π(y_t | x, y_<t) of every token of every response, without gradients.
 
-    Args and errors are those of :func:`response_logps`, which sums these up.
+    Args are those of :func:`response_logps`, which sums these up.
 
     Returns:
         S arrays of float32, a number for each predicted token of a response; of the tokens as they are, whatever
         weights the data gives.
     """
-    forward = Forward(model, tokenized, pad_id, autocast)
-    found: list[npt.NDArray[np.float32]] = [np.zeros(0, dtype=np.float32)] * len(tokenized.ids)
+    found: list[npt.NDArray[np.float32]] = [np.zeros(0, dtype=np.float32)] * len(forward.tokenized.ids)
 
     def run(rows: npt.NDArray[np.int64]) -> list[npt.NDArray[np.float32]]:
         with forward.autocasting():
-            positions, logps, _ = _scored_tokens(model, tokenized, rows, pad_id)
+            positions, logps, _ = _scored_tokens(forward.model, forward.tokenized, rows, forward.pad_id)
         return np.split(logps.float().cpu().numpy(), np.cumsum(positions.counts)[:-1])
 
     def take(rows: npt.NDArray[np.int64], parts: list[npt.NDArray[np.float32]]) -> None:
@@ -302,32 +298,22 @@ def response_token_logps(
 
 
 def response_logps(
-    model: PreTrainedModel,
-    tokenized: TokenizedResponses,
-    pad_id: int,
+    forward: Forward,
     *,
     tokens_per_batch: int | None = None,
-    autocast: torch.dtype | None = None,
     on_batch: Callable[[int], object] | None = None,
 ) -> npt.NDArray[np.float32]:
     """Returns log π(response | prompt) of every response, without gradients.
 
     Args:
-        model: A causal language model.
-        tokenized: Token ids of the responses.
-        pad_id: Padding token.
+        forward: A model that :func:`bpo.policy.autograd.check_policy` lets pass, and S responses.
         tokens_per_batch: Padded tokens of one forward; ``None`` for what suits the model where it is.
-        autocast: Type of the arithmetic under autocast; None for that of the weights.
         on_batch: Called after each batch with its tokens.
 
     Returns:
-        (R,) float32.
-
-    Raises:
-        ValueError: A token that the model does not know.
+        (S,) float32.
     """
-    forward = Forward(model, tokenized, pad_id, autocast)
-    logps = np.zeros(len(tokenized.ids), dtype=np.float32)
+    logps = np.zeros(len(forward.tokenized.ids), dtype=np.float32)
 
     def run(rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         found: npt.NDArray[np.float32] = forward.logps(rows).logps.cpu().numpy()
@@ -346,7 +332,6 @@ def _run_all(
 ) -> None:
     """Runs all responses without gradients, the longest first, and hands over the rows of each batch and its result."""
     model, lengths = forward.model, forward.tokenized.lengths
-    check_vocabulary(model, forward.tokenized.ids)
     look_anew(model)
     if len(lengths):
         try_without_mask(forward, np.argsort(lengths, kind="stable")[[0, len(lengths) // 2]])

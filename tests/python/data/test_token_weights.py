@@ -12,7 +12,7 @@ import bpo
 from bpo import SelectConfig, pair_coefficients, read_candidates
 from bpo.data.tokens import tokenize_responses
 from bpo.gradients.choose import choose_features
-from bpo.policy.logprobs import response_logps
+from bpo.policy.logprobs import Forward, response_logps
 from tiny import hooked, scored_rows, stored, tiny_llama
 
 
@@ -35,7 +35,7 @@ def test_pair_gradients_are_those_of_tis_dpo(tokenizer):
     tokenized = tokenize_responses(candidates, tokenizer, 256, token_weights=random_weights)[0]
     features = choose_features(policy, SelectConfig(features="full"))
     gradients, logps = hooked(policy, features, tokenized, np.arange(6))
-    ref_logps = response_logps(reference, tokenized, 0)
+    ref_logps = response_logps(Forward(reference, tokenized, 0))
     coefficients = pair_coefficients(logps.numpy(), ref_logps, tokenized.pairs, config={"beta": beta})
     for parameter in policy.parameters():
         parameter.requires_grad_(True)
@@ -90,7 +90,7 @@ def test_weights_are_cut_with_their_tokens(tokenizer, model, truncation_mode):
         start = max(int(tokenized.prompt_lengths[0]), 1)
         predicted = tokenized.weights[0][int(tokenized.prompt_lengths[0] == 0) :]
         expected = weighted_logp(model, tokenized.ids[0], start, predicted)
-        assert response_logps(model, tokenized, 0)[0] == pytest.approx(expected.item(), rel=1e-5)
+        assert response_logps(Forward(model, tokenized, 0))[0] == pytest.approx(expected.item(), rel=1e-5)
 
 
 def weighted_rows(tokenizer, seed=0):

@@ -15,7 +15,7 @@ from bpo.data.tokenizers import check_tokenizer
 from bpo.data.tokens import tokenize_candidates, tokenize_responses
 from bpo.gradients.parameters import FreshAdapter
 from bpo.policy.batches import batches_by_tokens, first_batch, storage_order
-from bpo.policy.logprobs import response_logps
+from bpo.policy.logprobs import Forward, response_logps
 from bpo.policy.models import window
 from tiny import CHAT_TEMPLATE, WORDS, hooked, scored_rows, tiny_llama
 
@@ -287,7 +287,7 @@ def test_the_first_token_of_a_sequence_is_not_predicted(tokenizer, model):
     assert tokenized.prompt_lengths.tolist() == [0, 1]
     assert tokenized.response_lengths.tolist() == [3, 2]
     assert tokenized.predicted_lengths.tolist() == [2, 2]
-    logps = response_logps(model, tokenized, 0)
+    logps = response_logps(Forward(model, tokenized, 0))
     whole = torch.log_softmax(model(torch.tensor([tokenized.ids[0]])).logits, dim=-1)[0]
     expected = whole[0, tokenized.ids[0][1]] + whole[1, tokenized.ids[0][2]]
     assert logps[0] == pytest.approx(expected.item(), rel=1e-5)

@@ -11,7 +11,7 @@ from bpo import SelectConfig, UnsupportedModelError, _core, collect_gradients, p
 from bpo.data.tokens import tokenize_responses
 from bpo.gradients.choose import choose_features
 from bpo.gradients.parameters import FreshAdapter, Parameters
-from bpo.policy.logprobs import completion_logps, response_logps
+from bpo.policy.logprobs import Forward, completion_logps, response_logps
 from tiny import TINY, hooked, scored_rows, tiny_gpt2, tiny_llama
 
 
@@ -63,7 +63,7 @@ def test_fresh_adapter_equals_the_b_gradients_of_pefts(tokenizer, tokenized, mak
     wrapped.eval()
     for row in rows:
         assert relative_error(gradients[row], autograd(wrapped, names, tokenized, row)) < 1e-5
-    np.testing.assert_allclose(logps, response_logps(wrapped, tokenized, 0), rtol=1e-5)
+    np.testing.assert_allclose(logps, response_logps(Forward(wrapped, tokenized, 0)), rtol=1e-5)
 
 
 def test_trained_adapter_gives_a_and_b_and_a_fresh_one_only_b(tokenizer, tokenized):
@@ -238,7 +238,7 @@ def test_reference_model_changes_the_log_ratios_only(tokenizer):
     np.testing.assert_array_equal(stores[0].records["logp"], stores[0].records["ref_logp"])
     candidates = read_candidates(scored_rows(2, 3))
     tokenized = tokenize_responses(candidates, tokenizer, 256)[0]
-    expected = response_logps(other, tokenized, 0)[_order(stores[1], candidates)]
+    expected = response_logps(Forward(other, tokenized, 0))[_order(stores[1], candidates)]
     np.testing.assert_allclose(stores[1].records["ref_logp"], expected, rtol=1e-5)
 
 

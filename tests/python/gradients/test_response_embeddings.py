@@ -10,7 +10,7 @@ from bpo import SelectConfig, UnsupportedModelError, _core, read_candidates
 from bpo.data.tokens import tokenize_responses
 from bpo.gradients.choose import choose_features
 from bpo.gradients.response_embeddings import ResponseEmbeddings
-from bpo.policy.logprobs import response_logps
+from bpo.policy.logprobs import Forward, response_logps
 from tiny import hooked, scored_rows, stored, tiny_gpt2, tiny_llama
 
 ROWS = scored_rows(4, 4)
@@ -50,7 +50,7 @@ def test_they_are_the_mean_of_the_last_hidden_states_of_the_response(tokenizer, 
     model.eval()
     for row in rows:
         np.testing.assert_allclose(embeddings[row], expected(model, tokenized, row), rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(logps, response_logps(model, tokenized, 0), rtol=1e-5)
+    np.testing.assert_allclose(logps, response_logps(Forward(model, tokenized, 0)), rtol=1e-5)
 
 
 @pytest.mark.parametrize("bf16", [False, True])

@@ -16,7 +16,7 @@ from bpo.data.tokens import packed_ids, tokenize_responses
 from bpo.gradients.choose import choose_features
 from bpo.policy import head
 from bpo.policy.head import Positions
-from bpo.policy.logprobs import completion_logps, response_logps
+from bpo.policy.logprobs import Forward, completion_logps, response_logps
 from tiny import TINY, hooked, scored_rows, tiny_gpt2, tiny_llama
 
 ROWS_OF_CHUNK = 5
@@ -154,7 +154,7 @@ def test_logits_of_a_chunk_are_all_there_is(name, tokenizer, tokenized, small_ch
     config = SelectConfig() if hasattr(model, "peft_config") else SelectConfig(features="full", factor_dim=8)
     features = choose_features(model, config)
     with LargestLogits(model, len(tokenizer)) as largest:
-        response_logps(model, tokenized, 0)
+        response_logps(Forward(model, tokenized, 0))
         completion_logps(model, tokenized, rows, 0).logps.sum().backward()
         hooked(model, features, tokenized, rows)
     assert largest.rows == ROWS_OF_CHUNK
@@ -335,11 +335,11 @@ def test_every_run_looks_at_the_model_anew(tokenizer, tokenized, small_chunks):
     rows = np.arange(len(tokenized.ids))
 
     def check():
-        found = response_logps(model, tokenized, 0)
+        found = response_logps(Forward(model, tokenized, 0))
         np.testing.assert_allclose(found, wanted(model, tokenized, rows).detach().float(), rtol=1e-5, atol=1e-4)
         return found
 
-    rounded = response_logps(model, tokenized, 0)
+    rounded = response_logps(Forward(model, tokenized, 0))
     model.float()
     full = check()
     assert not np.array_equal(rounded, full)
@@ -374,4 +374,4 @@ def test_logits_of_more_tokens_than_were_given_are_refused(tokenizer, tokenized)
 
 
 def test_no_responses_have_no_log_probabilities(tokenizer, tokenized):
-    assert response_logps(tiny_llama(tokenizer), tokenized.take(np.arange(0)), 0).shape == (0,)
+    assert response_logps(Forward(tiny_llama(tokenizer), tokenized.take(np.arange(0)), 0)).shape == (0,)

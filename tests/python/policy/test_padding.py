@@ -19,7 +19,7 @@ from transformers import (
 
 import bpo
 from bpo.data.tokens import tokenize_responses
-from bpo.policy.logprobs import response_logps
+from bpo.policy.logprobs import Forward, response_logps
 from tiny import TINY, scored_rows, stored, tiny_llama
 
 ROWS = scored_rows(3, 3)
@@ -156,7 +156,7 @@ def test_positions_begin_where_the_model_counts_from(tokenizer):
     model = RobertaForCausalLM(RobertaConfig(vocab_size=pad_id + 1, pad_token_id=pad_id, is_decoder=True, **sizes))
     model.eval().roberta.embeddings.position_embeddings.weight.data.normal_()
     tokenized = tokenize_responses(bpo.read_candidates(ROWS), tokenizer, 256)[0]
-    found = response_logps(model, tokenized, pad_id)
+    found = response_logps(Forward(model, tokenized, pad_id))
     for ids, prompt_length, logp in zip(tokenized.ids, tokenized.prompt_lengths, found, strict=True):
         tokens = torch.tensor([ids])
         with torch.no_grad():

@@ -9,7 +9,7 @@ from trl import DPOConfig, DPOTrainer
 import bpo
 from bpo import InvalidDataWarning, SelectConfig, StoreMismatchError, collect_gradients, read_candidates
 from bpo.data.tokens import tokenize_candidates, tokenize_responses
-from bpo.policy.logprobs import response_logps
+from bpo.policy.logprobs import Forward, response_logps
 from tiny import scored_rows, tiny_llama
 
 SETTINGS = {
@@ -95,7 +95,7 @@ def test_columns_of_trl_mean_the_same_as_its_reference(model, tokenizer, referen
 def test_scored_responses_bring_a_list(tokenizer, reference, collect):
     rows = scored_rows(3, 3)
     tokenized = tokenize_responses(read_candidates(rows), tokenizer, None)[0]
-    values = response_logps(reference, tokenized, 0).reshape(3, 3)
+    values = response_logps(Forward(reference, tokenized, 0)).reshape(3, 3)
     for row, logps in zip(rows, values.tolist(), strict=True):
         row["ref_logps"] = logps
     stores = [collect(rows, ref_model=reference), collect(rows, ref_model="columns")]

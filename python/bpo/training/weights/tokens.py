@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
-import torch
 
 from bpo.config import SelectConfig
 from bpo.data.read import read_configured
 from bpo.data.rows import load_rows
-from bpo.data.tokenizers import load_tokenizer, padding_id
+from bpo.data.tokenizers import load_tokenizer
 from bpo.data.tokens import tokenize_responses
-from bpo.policy.logprobs import response_token_logps
+from bpo.policy.autograd import check_policy
+from bpo.policy.logprobs import Forward, response_token_logps
 from bpo.policy.models import load_policy, window
 from bpo.policy.state import inference_state
 from bpo.selection.select import select
@@ -94,6 +94,7 @@ def estimate_token_weights(
     Raises:
         ValueError: Unusable data, settings or models; a name that the data has already; or log-probabilities that are
             not finite (the message names the row).
+        UnsupportedModelError: A policy in which a token sees those after it.
 
     Example:
         .. code-block:: python
@@ -205,16 +206,11 @@ def _logps(
             "'./base'."
         )
     label = Path(model).name if isinstance(model, (str, Path)) else type(policy).__name__
+    forward = Forward.of(policy, tokenized, tokenizer, config)
     bar = token_bar(int(tokenized.lengths.sum()), f"Tokens by {label}", progress)
     with contextlib.nullcontext() if adapted else policy.disable_adapter(), inference_state(policy), bar:
-        return response_token_logps(
-            policy,
-            tokenized,
-            padding_id(tokenizer),
-            tokens_per_batch=config.tokens_per_batch,
-            autocast=torch.bfloat16 if config.bf16 else None,
-            on_batch=bar.update,
-        )
+        check_policy(forward)
+        return response_token_logps(forward, tokens_per_batch=config.tokens_per_batch, on_batch=bar.update)
 
 
 def _weights(
