@@ -148,7 +148,7 @@ torture: $(VENV)/.installed ## Hundreds of kills, interrupts and losses of power
 	BPO_TORTURE=200 $(BIN)/python -m pytest tests/python/store/test_store_kill.py tests/python/responses/test_kill_rows.py \
 	  tests/python/responses/test_hostile.py tests/python/core/test_core_arguments.py tests/python/core/test_core_calm.py \
 	  tests/python/selection/test_saved.py \
-	  tests/python/system/test_signals.py tests/python/training/test_rounds.py tests/python/policy \
+	  tests/python/cli/test_signals.py tests/python/training/test_rounds.py tests/python/policy \
 	  tests/python/world -s
 	$(MAKE) fuzz
 

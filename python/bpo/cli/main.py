@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import bpo
+from bpo.cli.signals import Told, ending_when_told
 from bpo.system.optional import DISTRIBUTION, missing
-from bpo.system.signals import Told, ending_when_told
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from bpo.choices import OnInvalid
     from bpo.data.values import Text
-    from bpo.system.memory import Packed
+    from bpo.system.packed import Packed
 
 _NAMED_ROWS = 5
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from bpo.data.values import packed_rows
-from bpo.system.memory import as_table
+from bpo.system.packed import as_table
 
 if TYPE_CHECKING:
     import datasets

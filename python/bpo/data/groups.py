@@ -21,7 +21,7 @@ from bpo.data.values import (
     pack_text,
     unpack_text,
 )
-from bpo.system.memory import Packed
+from bpo.system.packed import Packed
 
 if TYPE_CHECKING:
     import hashlib

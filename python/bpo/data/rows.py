@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from bpo.data.files import read_path
 from bpo.data.values import as_list, packed_rows, shorten
-from bpo.system.memory import Packed, as_table
+from bpo.system.packed import Packed, as_table
 from bpo.system.warn import warn
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ import numpy as np
 from bpo.data.candidates import Skipped, report_skipped
 from bpo.data.tokenizers import check_tokenizer, joined, padding_id, token_ids
 from bpo.data.values import UnusableError, as_weights
-from bpo.system.memory import Packed
+from bpo.system.packed import Packed
 from bpo.system.warn import warn
 
 if TYPE_CHECKING:

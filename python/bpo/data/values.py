@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bpo.system.memory import Packed
+from bpo.system.packed import Packed
 
 if TYPE_CHECKING:
     import numpy.typing as npt

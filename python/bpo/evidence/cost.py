@@ -23,7 +23,7 @@ from bpo.pairs.clustering import cluster_pairs
 from bpo.pairs.pair_gradients import PairGradients, pair_norms
 from bpo.pairs.size import ChoiceSize, default_n_clusters
 from bpo.store.gradient_store import RECORD, row_bytes
-from bpo.system.memory import IN_MEMORY, scratch
+from bpo.system.packed import IN_MEMORY, scratch
 
 if TYPE_CHECKING:
     from collections.abc import Callable

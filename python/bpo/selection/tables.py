@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from bpo.system.memory import as_table
+from bpo.system.packed import as_table
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

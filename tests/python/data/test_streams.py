@@ -13,7 +13,7 @@ import pytest
 
 import bpo
 from bpo.data.rows import load_rows
-from bpo.system import memory
+from bpo.system import packed
 
 
 def row(index):
@@ -43,7 +43,7 @@ def on_disk(monkeypatch, tmp_path):
     """Everything beyond half a kilobyte is on disk; the directory is looked at in the end."""
     monkeypatch.setenv("BPO_CACHE", str(tmp_path / "cache"))
     for name, limit in (("IN_MEMORY", 512), ("_WRITTEN_AT_ONCE", 256), ("_READ_AT_ONCE", 7)):
-        monkeypatch.setattr(memory, name, limit)
+        monkeypatch.setattr(packed, name, limit)
     for room in ("data.rows", "selection.tables"):
         monkeypatch.setattr(f"bpo.{room}._PIECE", 11)
     yield tmp_path
@@ -106,9 +106,9 @@ def test_prompts_meet_wherever_their_rows_stand(on_disk):
 def test_rows_of_mixed_types_are_read_from_disk_as_they_are(on_disk):
     """Messages beside text, a number that becomes text: what no column of Arrow holds, and with other names."""
     odd = [*ROWS, 7, {**ROWS[0], "prompt": "other", "id": "text"}, {"prompt": "no pair"}]
-    plain, packed = load_rows(odd), load_rows(iter(odd))
-    assert packed.broken == plain.broken == {200: "int 7 is no mapping of columns to values"}
-    assert list(packed) == list(plain) and list(packed.take([3, 201], "id")) == [3, "text"]
+    plain, streamed = load_rows(odd), load_rows(iter(odd))
+    assert streamed.broken == plain.broken == {200: "int 7 is no mapping of columns to values"}
+    assert list(streamed) == list(plain) and list(streamed.take([3, 201], "id")) == [3, "text"]
     names = {"ask": "prompt", "number": "id"}
     columns = [load_rows(given, columns=names) for given in (odd, iter(odd))]
     assert [rows.column_names for rows in columns] == [
@@ -116,7 +116,7 @@ def test_rows_of_mixed_types_are_read_from_disk_as_they_are(on_disk):
     ] * 2
     assert list(columns[0]) == list(columns[1]) and list(columns[1].column("number"))[199:] == [199, None, "text", None]
     assert list(columns[1].column("id")) == [None] * 203  # which has another name now
-    for rows in (plain, packed):
+    for rows in (plain, streamed):
         with pytest.warns(UserWarning, match="column 'id' does not go along"):
             table = rows.table(["id", "tag", "score_chosen"])
         assert table.column_names == ["tag", "score_chosen"] and table["tag"][:3] == [[], [1], [2, 2]]
@@ -145,7 +145,7 @@ def test_reading_takes_as_much_memory_for_ten_times_the_rows(monkeypatch, tmp_pa
     """Rows: none at all. Pairs: numbers, and no text."""
     monkeypatch.setenv("BPO_CACHE", str(tmp_path))
     for name, limit in (("IN_MEMORY", 1 << 16), ("_WRITTEN_AT_ONCE", 1 << 14), ("_READ_AT_ONCE", 8)):
-        monkeypatch.setattr(memory, name, limit)
+        monkeypatch.setattr(packed, name, limit)
 
     def rows(count):
         return ({**row(5 * index), "prompt": f"{index}", "chosen": "long " * 400} for index in range(count))
@@ -180,7 +180,7 @@ def test_a_full_disk_is_told_with_the_directory(on_disk, monkeypatch):
         def write(self, data):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(memory.tempfile, "TemporaryFile", lambda **named: Full())
+    monkeypatch.setattr(packed.tempfile, "TemporaryFile", lambda **named: Full())
     with pytest.raises(OSError, match=r"No space left on device: '.*cache/scratch'"):
         load_rows(iter(ROWS))
 

@@ -12,7 +12,7 @@ from bpo.data.tokens import tokenize_responses
 from bpo.evidence.cost import Load, Rates, data_bytes, measured, stages
 from bpo.pairs.size import ChoiceSize
 from bpo.report.wording import byte_size, duration
-from bpo.system import memory
+from bpo.system.packed import Packed
 from tiny import scored_rows
 
 UNIT = Rates(1e-5, 1e-3, 0.0, 1e-11, 1e-10, 1e-5, 1e-9, 1e-9, 10**8)
@@ -30,7 +30,7 @@ def held(value):
     for each in vars(value).values():
         if isinstance(each, np.ndarray) and each.strides != (0, 0):
             arrays[each.__array_interface__["data"][0]] = each.nbytes
-        elif isinstance(each, memory.Packed):
+        elif isinstance(each, Packed):
             packed += 16 * len(each)
     return sum(arrays.values()) + packed + 8 * len(getattr(value, "template_kwargs", ()))
 

@@ -18,7 +18,7 @@ TORTURE = int(os.environ.get("BPO_TORTURE", "0"))
 
 LOST = '''
 import os, signal, sys, threading, time
-from bpo.system.signals import ending_when_told
+from bpo.cli.signals import ending_when_told
 
 signum = getattr(signal, sys.argv[1])
 
@@ -81,7 +81,7 @@ def test_what_is_lost_is_raised_again_but_not_while_it_is_under_way(signum, erro
 def test_what_is_ignored_stays_ignored():
     code = """
 import os, signal
-from bpo.system.signals import ending_when_told
+from bpo.cli.signals import ending_when_told
 signal.signal(signal.SIGHUP, signal.SIG_IGN)
 with ending_when_told():
     os.kill(os.getpid(), signal.SIGHUP)
