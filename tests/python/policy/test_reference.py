@@ -11,16 +11,9 @@ from bpo import InvalidDataWarning, SelectConfig, StoreMismatchError, collect_gr
 from bpo.data.tokens import tokenize_candidates, tokenize_responses
 from bpo.policy.logprobs import Forward, response_logps
 from tiny import scored_rows, tiny_llama
+from trainers import QUIET
 
-SETTINGS = {
-    "report_to": "none",
-    "bf16": False,
-    "use_cpu": True,
-    "max_steps": 1,
-    "per_device_train_batch_size": 4,
-    "save_strategy": "no",
-    "disable_tqdm": True,
-}
+SETTINGS = {**QUIET, "max_steps": 1, "per_device_train_batch_size": 4}
 MERGING = [
     {"prompt": "one re", "chosen": "d green", "rejected": " two"},
     {"prompt": "one re", "chosen": " blue", "rejected": " two"},

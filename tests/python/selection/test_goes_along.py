@@ -13,17 +13,9 @@ import bpo
 from bpo.selection.read import _command
 from bpo.selection.tables import _rows_of
 from tiny import scored_rows, tiny_llama
+from trainers import SHORT
 
-SETTINGS = {
-    "report_to": "none",
-    "bf16": False,
-    "use_cpu": True,
-    "max_steps": 2,
-    "per_device_train_batch_size": 4,
-    "save_strategy": "no",
-    "disable_tqdm": True,
-    "learning_rate": 1e-2,
-}
+SETTINGS = {**SHORT, "per_device_train_batch_size": 4, "learning_rate": 1e-2}
 CONFIG = {"sketch_dim": 64}
 
 

@@ -9,17 +9,14 @@ from peft import LoraConfig
 import bpo
 from bpo.training.weights.progress import by_progress, learning_progress
 from tiny import scored_rows, tiny_llama
+from trainers import QUIET
 
 SETTINGS = {
-    "report_to": "none",
-    "bf16": False,
-    "use_cpu": True,
+    **QUIET,
     "num_train_epochs": 3,
-    "per_device_train_batch_size": 2,
     "learning_rate": 3e-2,
     "logging_steps": 1,
     "save_strategy": "epoch",
-    "disable_tqdm": True,
     "budget": 8,
     "select_config": {"sketch_dim": 64, "n_clusters": 3},
     "reselect_strategy": "epoch",

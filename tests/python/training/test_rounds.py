@@ -19,21 +19,17 @@ import job
 from bpo.system.files import write_whole
 from bpo.training.rounds import last_whole_checkpoint, load_rounds
 from tiny import build_tokenizer, scored_rows, tiny_llama
+from trainers import QUIET, weights_of
 
 TORTURE = int(os.environ.get("BPO_TORTURE", "0"))
 ROWS = scored_rows(5, 3)
 SMALL = {"sketch_dim": 64, "n_clusters": 3}
 SETTINGS = {
-    "report_to": "none",
-    "bf16": False,
-    "use_cpu": True,
+    **QUIET,
     "num_train_epochs": 4,
-    "per_device_train_batch_size": 2,
     "gradient_accumulation_steps": 2,
     "learning_rate": 1e-2,
     "logging_steps": 1,
-    "save_strategy": "no",
-    "disable_tqdm": True,
     "budget": 8,  # of 15 pairs; 2 steps an epoch
     "select_config": SMALL,
 }
@@ -55,10 +51,6 @@ def trainer_of(
         scorer=scorer,
         target=target,
     )
-
-
-def weights_of(trainer):
-    return torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
 
 
 def pairs_of(selection):

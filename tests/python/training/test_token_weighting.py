@@ -6,24 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
-from trl import DPOConfig, DPOTrainer
+from trl import DPOTrainer
 
 import bpo
 from bpo.data.read import read_candidates
 from bpo.data.tokens import tokenize_responses
 from tiny import scored_rows, tiny_llama
-
-SETTINGS = {
-    "report_to": "none",
-    "bf16": False,
-    "use_cpu": True,
-    "max_steps": 2,
-    "per_device_train_batch_size": 2,
-    "save_strategy": "no",
-    "logging_steps": 1,
-    "disable_tqdm": True,
-    "learning_rate": 1e-3,
-}
+from trainers import SHORT, gradients, trainer_of
 
 
 @pytest.fixture(scope="module")
@@ -38,27 +27,6 @@ def pairs(tokenizer):
         weights = [np.where(np.arange(n) % 4, generator.normal(size=n), 0).tolist() for n in lengths]
         rows = rows.add_column(name, weights)
     return rows
-
-
-def trainer_of(kind, rows, tokenizer, tmp_path, *, reference=True, eval_dataset=None, peft_config=None, **settings):
-    config = DPOConfig if kind is DPOTrainer else bpo.WeightedDPOConfig
-    return kind(
-        tiny_llama(tokenizer),
-        tiny_llama(tokenizer, initializer_range=0.25) if reference and peft_config is None else None,
-        config(output_dir=str(tmp_path), **{**SETTINGS, **settings}),
-        train_dataset=rows,
-        eval_dataset=eval_dataset,
-        processing_class=tokenizer,
-        peft_config=peft_config,
-    )
-
-
-def gradients(trainer, examples):
-    """Loss and gradient of one batch."""
-    trainer.model.zero_grad()
-    loss = trainer.compute_loss(trainer.model, trainer.data_collator(examples))
-    loss.backward()
-    return loss.item(), torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
 
 
 def weighted_logp(model, prompt_ids, ids, weights):
@@ -175,7 +143,7 @@ def test_training_weighs_as_selection_does(pairs, tokenizer, tmp_path):
         token_weights="w",
         precompute_ref_log_probs=True,
         select_config={"sketch_dim": 64},
-        **SETTINGS,
+        **SHORT,
     )
     tiny_llama(tokenizer).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
@@ -211,7 +179,7 @@ def test_what_cannot_be_weighted_is_refused(pairs, tokenizer, tmp_path):
     rows[3]["w_rejected"].append(1.0)
     refused(datasets.Dataset.from_list(rows), r"row 3 of those .* token weights for \d+ tokens; .*'<\|im_end\|>'\.")
     refused(pairs.add_column("ref_chosen_logps", [0.0] * 6), "remove the columns ref_chosen_logps")
-    args = bpo.BPOConfig(str(tmp_path), budget=4, select_config={"token_weights": len}, **SETTINGS)
+    args = bpo.BPOConfig(str(tmp_path), budget=4, select_config={"token_weights": len}, **SHORT)
     with pytest.raises(ValueError, match="has a function for token_weights"):
         bpo.BPOTrainer("nowhere", args=args, train_dataset=pairs, ref_model=tiny_llama(tokenizer))
 

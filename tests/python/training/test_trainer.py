@@ -11,16 +11,7 @@ from trl.scripts import dpo
 import bpo
 import job
 from tiny import scored_rows, tiny_llama
-
-SETTINGS = {
-    "report_to": "none",
-    "bf16": False,
-    "use_cpu": True,
-    "max_steps": 2,
-    "per_device_train_batch_size": 2,
-    "save_strategy": "no",
-    "disable_tqdm": True,
-}
+from trainers import SHORT
 
 
 @pytest.fixture(params=[False, True], ids=["standard", "conversational"])
@@ -35,7 +26,7 @@ def test_bpo_trainer_selects_then_trains(model_path, rows, tmp_path):
         breadth=0.5,
         store=str(tmp_path / "store"),
         select_config=bpo.SelectConfig(sketch_dim=64),
-        **SETTINGS,
+        **SHORT,
     )
     trainer = bpo.BPOTrainer(model_path, args=args, train_dataset=rows)
     assert len(trainer.selection) == 12 == len(trainer.train_dataset)
@@ -52,7 +43,7 @@ def test_bpo_trainer_selects_then_trains(model_path, rows, tmp_path):
 def test_bpo_trainer_takes_a_peft_config_and_a_model_object(tokenizer, rows, tmp_path):
     from peft import LoraConfig
 
-    args = bpo.BPOConfig(output_dir=str(tmp_path), budget=8, strategy="uniform", **SETTINGS)
+    args = bpo.BPOConfig(output_dir=str(tmp_path), budget=8, strategy="uniform", **SHORT)
     trainer = bpo.BPOTrainer(
         tiny_llama(tokenizer),
         args=args,
@@ -66,8 +57,8 @@ def test_bpo_trainer_takes_a_peft_config_and_a_model_object(tokenizer, rows, tmp
 
 def test_bpo_trainer_says_what_is_missing(model_path, rows, tmp_path):
     with pytest.raises(ValueError, match="budget"):
-        bpo.BPOTrainer(model_path, args=bpo.BPOConfig(output_dir=str(tmp_path), **SETTINGS), train_dataset=rows)
-    args = bpo.BPOConfig(output_dir=str(tmp_path), budget=10, loss_type=["aot"], **SETTINGS)
+        bpo.BPOTrainer(model_path, args=bpo.BPOConfig(output_dir=str(tmp_path), **SHORT), train_dataset=rows)
+    args = bpo.BPOConfig(output_dir=str(tmp_path), budget=10, loss_type=["aot"], **SHORT)
     with pytest.raises(ValueError, match="'aot' cannot be selected for"):
         bpo.BPOTrainer(model_path, args=args, train_dataset=rows)
 
@@ -79,7 +70,7 @@ def test_settings_that_cannot_be_saved_are_refused(kind, tmp_path):
         ({"embedder": Encoder()}, "a path"),
     ):
         with pytest.raises(ValueError, match=f"{next(iter(given))} must be {expected}.*saved as JSON"):
-            bpo.BPOConfig(output_dir=str(tmp_path), budget=10, select_config=kind(**given), **SETTINGS)
+            bpo.BPOConfig(output_dir=str(tmp_path), budget=10, select_config=kind(**given), **SHORT)
 
 
 class Encoder:
@@ -103,7 +94,7 @@ class Encoder:
     ],
 )
 def test_bpo_trainer_refuses_losses_that_it_does_not_select_for(model_path, tmp_path, setting, expected):
-    args = bpo.BPOConfig(output_dir=str(tmp_path), budget=10, **setting, **SETTINGS)
+    args = bpo.BPOConfig(output_dir=str(tmp_path), budget=10, **setting, **SHORT)
     with pytest.raises(ValueError, match=expected):
         bpo.BPOTrainer(model_path, args=args, train_dataset=scored_rows(4, 3))
 
@@ -121,7 +112,7 @@ def test_bpo_trainer_selects_for_the_loss_that_it_trains(model_path, tmp_path):
         "ld_alpha": 1.0,  # weights of one: none
     }
     # TRL itself cannot weight the sft loss of more than one pair at a time.
-    settings = {**SETTINGS, "per_device_train_batch_size": 1}
+    settings = {**SHORT, "per_device_train_batch_size": 1}
     args = bpo.BPOConfig(output_dir=str(tmp_path), budget=8, select_config={"sketch_dim": 64}, **loss, **settings)
     trainer = bpo.BPOTrainer(model_path, args=args, train_dataset=scored_rows(4, 3))
     assert {**trainer.selection.config, "ld_alpha": 1.0}.items() >= loss.items()
@@ -134,7 +125,7 @@ def test_bpo_trainer_evaluates_scored_responses_and_loads_as_trl_does(model_path
         budget=8,
         store=str(tmp_path / "store"),
         model_init_kwargs={"dtype": "bfloat16"},
-        **SETTINGS,
+        **SHORT,
     )
     trainer = bpo.BPOTrainer(
         model_path, args=args, train_dataset=scored_rows(4, 3), eval_dataset=scored_rows(2, 3, seed=1)
@@ -163,7 +154,7 @@ def test_bpo_trainer_reads_a_split_and_logs_what_it_selected(model_path, tmp_pat
     """A generator as a target would be gone after the first round; figures go to whatever reports."""
     asked = {"split": "train_prefs", "columns": '{"prompt": "question"}', "report_to": "none"}
     settings = {
-        **SETTINGS,
+        **SHORT,
         **asked,
         "logging_steps": 1,
         "max_steps": 4,
@@ -197,7 +188,7 @@ def test_bpo_trainer_reads_a_split_and_logs_what_it_selected(model_path, tmp_pat
     with pytest.raises(ValueError, match="no split 'train'"):
         bpo.BPOTrainer(
             model_path,
-            args=bpo.BPOConfig(str(tmp_path), budget=8, **SETTINGS),
+            args=bpo.BPOConfig(str(tmp_path), budget=8, **SHORT),
             train_dataset=datasets.DatasetDict(test=datasets.Dataset.from_list(scored_rows(4, 3))),
         )
 
@@ -206,7 +197,7 @@ def test_bpo_trainer_reads_a_split_and_logs_what_it_selected(model_path, tmp_pat
 def test_bpo_trainer_evaluates_what_it_is_given_as_its_eval_dataset(model_path, tokenizer, tmp_path, known_reference):
     """Scored rows, preference rows, and a mapping of names to them."""
     heldout = datasets.Dataset.from_list(scored_rows(3, 3, seed=1))
-    settings = {**SETTINGS, "precompute_ref_log_probs": known_reference}
+    settings = {**SHORT, "precompute_ref_log_probs": known_reference}
     trainer = bpo.BPOTrainer(
         model_path,
         tiny_llama(tokenizer),
@@ -228,7 +219,7 @@ def test_bpo_trainer_evaluates_what_it_is_given_as_its_eval_dataset(model_path, 
 
 def test_bpo_trainer_refuses_an_output_within_its_store(model_path, tmp_path):
     for store in (tmp_path, tmp_path / "out"):
-        args = bpo.BPOConfig(str(tmp_path / "out"), budget=6, store=str(store), **SETTINGS)
+        args = bpo.BPOConfig(str(tmp_path / "out"), budget=6, store=str(store), **SHORT)
         with pytest.raises(ValueError, match=r"output_dir .* lies within store"):
             bpo.BPOTrainer(model_path, args=args, train_dataset=scored_rows(4, 3))
 
@@ -257,7 +248,7 @@ def test_selected_dataset_trains_through_the_trl_command(model_path, rows, tmp_p
 @pytest.mark.parametrize("truncation", [{"max_length": None}, {"max_length": 8, "truncation_mode": "keep_end"}])
 def test_bpo_trainer_cuts_where_it_selected(model_path, tmp_path, truncation):
     rows = scored_rows(4, 3)
-    args = bpo.BPOConfig(output_dir=str(tmp_path), budget=8, **truncation, **SETTINGS)
+    args = bpo.BPOConfig(output_dir=str(tmp_path), budget=8, **truncation, **SHORT)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         trainer = bpo.BPOTrainer(model_path, args=args, train_dataset=rows)
@@ -280,7 +271,7 @@ def test_evaluation_measures_what_trl_measures(tokenizer, tmp_path):
     ]
     stated = bpo.select(None, scored_rows(3, 3), budget=1.0, strategy="random", progress=False).dataset
     rows = datasets.Dataset.from_list(merging + stated.select_columns(["prompt", "chosen", "rejected"]).to_list())
-    args = DPOConfig(output_dir=str(tmp_path), per_device_eval_batch_size=1, **SETTINGS)
+    args = DPOConfig(output_dir=str(tmp_path), per_device_eval_batch_size=1, **SHORT)
     trainer = DPOTrainer(
         model, ref_model=reference, args=args, train_dataset=rows, eval_dataset=rows, processing_class=tokenizer
     )
@@ -300,7 +291,7 @@ def test_evaluation_rewards_what_training_taught(tokenizer, tmp_path):
     before = bpo.evaluate_preferences(model, rows, processing_class=tokenizer, progress=False)
     assert before.accuracy == 0.5 and before.margin == 0 and before.n_pairs == 36
     selection = bpo.select(None, rows, budget=1.0, strategy="random", progress=False)
-    args = DPOConfig(output_dir=str(tmp_path), learning_rate=3e-3, **{**SETTINGS, "max_steps": 40})
+    args = DPOConfig(output_dir=str(tmp_path), learning_rate=3e-3, **{**SHORT, "max_steps": 40})
     DPOTrainer(
         model,
         ref_model=tiny_llama(tokenizer),

@@ -8,25 +8,14 @@ import numpy as np
 import pytest
 import torch
 from transformers.utils import is_torch_bf16_gpu_available
-from trl import DPOConfig, DPOTrainer
+from trl import DPOTrainer
 
 import bpo
 from bpo.choices import LossType
 from bpo.config import SelectConfig
 from tiny import scored_rows, tiny_llama
+from trainers import SHORT, gradients, trainer_of, weights_of
 
-SETTINGS = {
-    "report_to": "none",
-    "bf16": False,
-    "use_cpu": True,
-    "max_steps": 2,
-    "per_device_train_batch_size": 2,
-    "gradient_accumulation_steps": 2,
-    "save_strategy": "no",
-    "logging_steps": 1,
-    "disable_tqdm": True,
-    "learning_rate": 1e-3,
-}
 LOSSES = {
     **{name: {"loss_type": [name]} for name in LossType.__args__},
     "robust": {"loss_type": ["robust"], "label_smoothing": 0.1},
@@ -47,30 +36,6 @@ def pairs():
 
 def weighted(pairs, weights):
     return pairs.add_column("weight", [float(weight) for weight in weights])
-
-
-def trainer_of(kind, rows, tokenizer, tmp_path, *, peft_config=None, eval_dataset=None, **settings):
-    return kind(
-        tiny_llama(tokenizer),
-        None if peft_config is not None else tiny_llama(tokenizer, initializer_range=0.25),
-        DPOConfig(output_dir=str(tmp_path), **{**SETTINGS, **settings}),
-        train_dataset=rows,
-        eval_dataset=eval_dataset,
-        processing_class=tokenizer,
-        peft_config=peft_config,
-    )
-
-
-def gradients(trainer, examples):
-    """Loss and gradient of one batch."""
-    trainer.model.zero_grad()
-    loss = trainer.compute_loss(trainer.model, trainer.data_collator(examples))
-    loss.backward()
-    return loss.item(), torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
-
-
-def weights_of(trainer):
-    return torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -214,7 +179,7 @@ def test_what_cannot_be_weighted_is_refused(pairs, tokenizer, tmp_path):
     text = pairs.add_column("weight", ["heavy"] * 8)
     with pytest.raises(ValueError, match=r"str 'heavy'\. If the column means something else, set weight_column"):
         trainer_of(bpo.WeightedDPOTrainer, text, tokenizer, tmp_path)
-    args = bpo.WeightedDPOConfig(output_dir=str(tmp_path), weight_column="confidence", **SETTINGS)
+    args = bpo.WeightedDPOConfig(output_dir=str(tmp_path), weight_column="confidence", **SHORT)
     with pytest.raises(ValueError, match="weight_column='confidence' is not a column of train_dataset"):
         bpo.WeightedDPOTrainer(tiny_llama(tokenizer), args=args, train_dataset=pairs, processing_class=tokenizer)
     with pytest.raises(ValueError, match="weight_column='confidence' needs the columns confidence"):
@@ -267,7 +232,7 @@ def test_pairs_of_weight_zero_and_scored_rows(tmp_path):
 
 def test_bpo_trainer_trains_with_weights(model_path, tmp_path):
     rows = [{**row, "weight": 1.0 + index} for index, row in enumerate(scored_rows(4, 3))]
-    args = bpo.BPOConfig(output_dir=str(tmp_path), budget=8, select_config={"sketch_dim": 64}, **SETTINGS)
+    args = bpo.BPOConfig(output_dir=str(tmp_path), budget=8, select_config={"sketch_dim": 64}, **SHORT)
     trainer = bpo.BPOTrainer(model_path, args=args, train_dataset=rows, eval_dataset=rows)
     assert set(trainer.train_dataset["weight"]) == set(trainer.eval_dataset["weight"]) == {1.0, 2.0, 3.0, 4.0}
     first = next(iter(trainer.get_train_dataloader()))
