@@ -179,7 +179,6 @@ def build_parser() -> Parser:
     )
     parser.add_argument(
         "--print_completion",
-        "--print-completion",
         action=_Completion,
         choices=["bash", "zsh", "tcsh"],
         help="print what has a shell complete commands and options (needs the extra completion)",

@@ -63,8 +63,7 @@ class Parser(argparse.ArgumentParser):
         """Reads arguments, once each option is known to be one."""
         given = list(sys.argv[1:] if args is None else args)
         if self._subparsers is not None:
-            self._check_command(given)
-            return super().parse_known_args(given, namespace)
+            return super().parse_known_args(self._spelt_before_command(given), namespace)
         given = self._spelt(given)
         given = [*self._from_file(given), *given]
         self._place_inputs(given)
@@ -152,20 +151,26 @@ class Parser(argparse.ArgumentParser):
         close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
         return f"; did you mean {known[close[0]]}?" if close else ""
 
-    def _check_command(self, given: Sequence[str]) -> None:
-        """Checks the first word that is no option."""
+    def _spelt_before_command(self, given: Sequence[str]) -> list[str]:
+        """Returns the arguments with each option before the command as it is known here; checks the command."""
         commands = next(a for a in self._actions if isinstance(a, argparse._SubParsersAction)).choices
-        words = iter(given)
-        for word in words:
-            if not word.startswith("-"):
-                if word not in commands:
-                    close = did_you_mean(word, commands) or f"; there are {', '.join(commands)}"
-                    self.error(f"{word}: there is no such command{close}")
-                return
-            if word.startswith("--") and not any(option.startswith(word) for option in self._option_string_actions):
-                self.error(f"{word}: there is no such option before a command")
-            if word in self._option_string_actions and self._option_string_actions[word].nargs is None:
-                next(words, None)  # its value
+        known, spelt = self._options(), list(given)
+        places = iter(range(len(given)))
+        for place in places:
+            name, equals, value = given[place].partition("=")
+            if not name.startswith("-"):
+                if given[place] not in commands:
+                    close = did_you_mean(given[place], commands) or f"; there are {', '.join(commands)}"
+                    self.error(f"{given[place]}: there is no such command{close}")
+                return spelt
+            canonical = name.replace("_", "-")
+            if canonical in known:
+                spelt[place] = known[canonical] + equals + value
+                if not equals and self._option_string_actions[known[canonical]].nargs is None:
+                    next(places, None)  # its value
+            elif name.startswith("--") and not any(option.startswith(canonical) for option in known):
+                self.error(f"{name}: there is no such option before a command")
+        return spelt
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:

@@ -49,11 +49,13 @@ class Origin:
         name: Path, id of the hub, or what they are.
         split: Which split of it; None where it has none.
         license: Of the data; None where it does not say.
+        readable: Whether ``name`` is a path or an id, by which they can be read again.
     """
 
     name: str
     split: str | None = None
     license: str | None = None
+    readable: bool = False
 
 
 class Rows(Protocol):
@@ -270,7 +272,7 @@ def load_rows(
         return _renamed(load_rows(dataset, split=split, name=name), columns)
     if isinstance(dataset, (str, Path)):
         found = read_path(str(dataset), split, name)
-        origin = dataclasses.replace(_origin(found), name=str(dataset), split=split)
+        origin = dataclasses.replace(_origin(found), name=str(dataset), split=split, readable=True)
         return ListRows(found[0], found[1], origin) if isinstance(found, tuple) else _as_shown(found, origin)
     if _has_splits(dataset):
         rows = load_rows(_one_of(dataset, split))
@@ -315,7 +317,8 @@ def _origin(dataset: Any) -> Origin:
     sources = (re.match(r"hf://datasets/([^@]+)@", source) for source in info.download_checksums or {})
     found = next((source[1] for source in sources if source), None)
     split = None if dataset.split is None else str(dataset.split)
-    return Origin(found or info.dataset_name or f"a datasets.{type(dataset).__name__}", split, info.license or None)
+    name = found or info.dataset_name or f"a datasets.{type(dataset).__name__}"
+    return Origin(name, split, info.license or None, readable=found is not None)
 
 
 def _has_splits(dataset: Any) -> bool:
@@ -386,10 +389,7 @@ def _of_pandas(frame: Any) -> ListRows:
     if len(frame) == 0:
         raise ValueError("The dataset is empty: it has no rows.")
     cells = [frame[name].astype(object).where(frame[name].notna(), None).tolist() for name in names]
-    return ListRows(
-        [dict(zip(names, values, strict=True)) for values in zip(*cells, strict=True)],
-        origin=Origin("a pandas DataFrame"),
-    )
+    return _zipped(names, cells, Origin("a pandas DataFrame"))
 
 
 def _of_arrow(table: pa.Table, origin: Origin) -> TableRows:
@@ -473,7 +473,9 @@ def _of_columns(columns: Mapping[str, Any]) -> ListRows:
     if len(set(lengths.values())) != 1 or None in lengths.values():
         raise ValueError(f"A mapping must be one of columns to lists of equal length; the lengths are {lengths}.")
     cells = [values for values in listed.values() if values is not None]
-    return ListRows(
-        [dict(zip(listed, values, strict=True)) for values in zip(*cells, strict=True)],
-        origin=Origin("a mapping of columns"),
-    )
+    return _zipped(list(listed), cells, Origin("a mapping of columns"))
+
+
+def _zipped(names: Sequence[str], cells: Iterable[Sequence[Any]], origin: Origin) -> ListRows:
+    """The rows of columns of equal length."""
+    return ListRows([dict(zip(names, values, strict=True)) for values in zip(*cells, strict=True)], origin=origin)

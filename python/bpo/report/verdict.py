@@ -176,10 +176,8 @@ def _untold(
     if strategy == "random":
         return "This is the random choice", "open", ["It is what others are compared with."]
     reason = (evidence.get("worth") or {}).get("reason", "nothing was measured beside this selection")
-    data = str(provenance.get("data") or "DATA")
-    # What has no name is "a list of rows", and the like.
-    named = "DATA" if data.startswith(("a ", "an ")) else shlex.quote(data)
-    ask = f"bpo preview GRADIENTS {named} --budget {budget} --arm {strategy}"
+    data = shlex.quote(provenance["data"]) if provenance.get("data_readable") else "DATA"
+    ask = f"bpo preview GRADIENTS {data} --budget {budget} --arm {strategy}"
     return (
         "Whether it is better than random was not measured",
         "open",

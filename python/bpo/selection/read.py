@@ -130,6 +130,7 @@ def provenance_of(model: str | None, revision: str | None, told: Told) -> dict[s
         "model": model,
         "model_revision": revision,
         "data": told.origin.name,
+        "data_readable": told.origin.readable,
         "data_fingerprint": told.fingerprint,
         "split": told.origin.split,
         "license": told.origin.license,

@@ -52,10 +52,10 @@ class Selection:
         skipped: What of the data could not be used: reason → places.
         noted: What was used but is worth a look, such as gradients far longer than the others: reason → places.
         provenance: Where the selection comes from, as far as that is known: ``model`` (path, hub id, or the fingerprint
-            that a store alone knows), ``model_revision``, ``data`` (path or kind), ``data_fingerprint`` (SHA-256 of its
-            responses and pairs), ``split``, ``license`` (of the data), ``breadth``, ``command`` (of bpo's commands),
-            ``versions`` (package → version) and ``created`` (ISO 8601, UTC; that of the environment variable
-            ``SOURCE_DATE_EPOCH`` where it is set).
+            that a store alone knows), ``model_revision``, ``data`` (path, hub id or kind), ``data_readable`` (whether
+            it is a path or id), ``data_fingerprint`` (SHA-256 of its responses and pairs), ``split``, ``license`` (of
+            the data), ``breadth``, ``command`` (of bpo's commands), ``versions`` (package → version) and ``created``
+            (ISO 8601, UTC; that of the environment variable ``SOURCE_DATE_EPOCH`` where it is set).
         evidence: What was measured beside the choice, as plain values, from which the report says whether it can be
             trusted; empty with ``evidence=False`` and for a selection of an earlier version.
     """

@@ -70,10 +70,14 @@ def test_a_selection_by_name_by_file_and_from_the_standard_input_is_that_by_posi
 
 def test_a_shell_completes_commands_and_options(place, capsys):
     pytest.importorskip("shtab")
-    with pytest.raises(SystemExit) as end:
-        main(["--print-completion", "bash"])
-    assert end.value.code == 0
-    (place / "completion").write_text(capsys.readouterr().out)
+    scripts = []
+    for words in (["--print-completion", "bash"], ["--print_completion", "bash"], ["--print-completion=bash"]):
+        with pytest.raises(SystemExit) as end:
+            main(words)
+        assert end.value.code == 0
+        scripts.append(capsys.readouterr().out)
+    assert len(set(scripts)) == 1
+    (place / "completion").write_text(scripts[0])
     for line, wanted in (("bpo sel", "select"), ("bpo select --bud", "--budget"), ("bpo store ver", "verify")):
         words = line.split()
         given = f"COMP_WORDS=({line}); COMP_CWORD={len(words) - 1}"

@@ -212,8 +212,10 @@ def test_a_verdict_claims_no_more_than_was_measured():
     assert "drawn from 400" in said and "not a training" in said and "did no worse" in said
     assert "did no worse" not in " ".join(told(worth(0.01, 0.05)).because)
     assert told().answer == "Whether it is better than random was not measured"
-    for data, shown in (("my rows.jsonl", "'my rows.jsonl'"), ("a list of rows", "DATA"), (None, "DATA")):
-        said = told(provenance={"data": data}).because
+    named = {"data": "a file.jsonl", "data_readable": True}
+    kind = {"data": "what a generator gave", "data_readable": False}
+    for provenance, shown in ((named, "'a file.jsonl'"), (kind, "DATA"), ({}, "DATA")):
+        said = told(provenance=provenance).because
         assert f"bpo preview GRADIENTS {shown} --budget 100 --arm bpo" in " ".join(said)
     assert told(strategy="random").answer == "This is the random choice"
     lost = told({**worth(0.01, 0.05), "agreement": 0.4})
