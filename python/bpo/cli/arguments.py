@@ -168,6 +168,16 @@ def add_saying(command: Parser) -> None:
     said.add_argument("--json", action="store_true", help="no progress bars, and one JSON object in place of a summary")
 
 
+def add_tokenizer(command: Parser) -> None:
+    """Adds ``--processing_class``, for what knows no model."""
+    command.add_argument(
+        "--processing_class",
+        metavar="PATH",
+        help="path or hub id of a model with the tokenizer that the store was made with; only asked for where "
+        "responses begin at different tokens in different pairs",
+    )
+
+
 def silent(options: argparse.Namespace) -> bool:
     """Whether no progress is shown."""
     return bool(options.quiet or options.json)

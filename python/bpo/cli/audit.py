@@ -11,6 +11,7 @@ from bpo.cli.arguments import (
     add_dataset,
     add_fields,
     add_saying,
+    add_tokenizer,
     check_dataset,
     check_stores,
     check_writable,
@@ -57,6 +58,7 @@ def add_audit(commands: Commands) -> None:
     command.add_argument("--worst", type=int, default=50, metavar="N", help="pairs to show in full")
     command.add_argument("--output", type=Path, help="file for a page, .html")
     command.add_argument("--save", type=Path, help="file for the whole audit, .json")
+    add_tokenizer(command)
     add_fields(command, "as for select")
     add_saying(command)
     command.set_defaults(run=_run)
@@ -79,6 +81,7 @@ def _run(options: argparse.Namespace) -> None:
         by=options.by,
         wrong_share=options.wrong_share,
         worst=options.worst,
+        processing_class=options.processing_class,
         config=fields(options),
     )
     say(options, audit.summary, audit.to_dict)

@@ -11,6 +11,7 @@ from bpo.cli.arguments import (
     add_dataset,
     add_fields,
     add_saying,
+    add_tokenizer,
     check_dataset,
     check_stores,
     check_writable,
@@ -59,6 +60,7 @@ def add_preview(commands: Commands) -> None:
     command.add_argument("--seeds", type=int, default=100, help="splits")
     command.add_argument("--output", type=Path, help="file for the results, .json, or for a page, .html")
     command.add_argument("--figure", type=Path, help="file for a figure, .svg, .png or .pdf")
+    add_tokenizer(command)
     add_fields(command, "as for select")
     add_saying(command)
     command.set_defaults(run=_run)
@@ -89,6 +91,7 @@ def _run(options: argparse.Namespace) -> None:
         baseline=options.baseline,
         heldout=heldout,
         seeds=options.seeds,
+        processing_class=options.processing_class,
         config=given,
         progress=not silent(options),
         **arms,

@@ -15,6 +15,7 @@ from bpo.cli.arguments import (
     add_fields,
     add_model,
     add_saying,
+    add_tokenizer,
     check_dataset,
     check_writable,
     count_or_fraction,
@@ -71,7 +72,7 @@ def add_select(commands: Commands) -> None:
         "OUTPUT-gradients)",
     )
     stored.add_argument("--no_store", action="store_true", help="keep no gradients")
-    command.set_defaults(run=_run)
+    command.set_defaults(run=_run, processing_class=None)
 
 
 def add_reselect(commands: Commands) -> None:
@@ -86,6 +87,7 @@ def add_reselect(commands: Commands) -> None:
     )
     command.add_argument("store", type=place, help="directory or address of the gradient store")
     _add_selection(command)
+    add_tokenizer(command)
     command.set_defaults(run=_run, model=None, no_store=False)
 
 
@@ -178,6 +180,7 @@ def _run(options: argparse.Namespace) -> None:
         strategy=options.strategy,
         target=options.target,
         store=options.store,
+        processing_class=options.processing_class,
         config=config,
         seed=options.seed,
         progress=not silent(options),

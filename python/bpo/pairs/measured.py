@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bpo.data.candidates import Skipped, report_skipped
+from bpo.data.tokens import tokenize_configured
 from bpo.pairs.losses import pair_coefficients
 from bpo.pairs.pair_gradients import PairGradients
 from bpo.store.gradient_store import NONFINITE, StoreMismatchError
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import numpy.typing as npt
+    from transformers import PreTrainedTokenizerBase
 
     from bpo.config import SelectConfig
     from bpo.data.candidates import Candidates
@@ -58,22 +60,30 @@ class MeasuredPairs:
 
 
 def in_store(
-    candidates: Candidates, present: GradientStore, config: SelectConfig
+    candidates: Candidates,
+    present: GradientStore,
+    config: SelectConfig,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> tuple[Candidates, npt.NDArray[np.int64]]:
-    """Returns the candidate pairs whose two responses a store holds, and the row of each response ((R,) int64).
+    """Returns the candidate pairs whose two responses a store holds, and their rows ((P, 2) int64).
+
+    Args:
+        candidates: The pairs.
+        present: The store.
+        config: Settings, with those of the store.
+        tokenizer: The tokenizer that the store was made with, which tells the rows of a response apart; None where each
+            has one.
 
     Raises:
-        ValueError: Responses that it holds more than once.
+        ValueError: Responses that it holds more than once, and no tokenizer.
         StoreMismatchError: It holds the responses of no pair.
     """
-    rows, several = present.rows_of_responses(candidates.response_ids)
-    if several.any():
-        place = candidates.prompt_rows[candidates.prompt_of_response[np.flatnonzero(several)[0]]]
-        raise ValueError(
-            f"{present.path} holds {int(several.sum())} responses more than once, such as one of row {place}: with "
-            "other token weights, or starting at another token. Pass the model, whose tokenizer tells them apart."
-        )
-    there: npt.NDArray[np.bool_] = rows[candidates.pairs].min(axis=1) >= 0
+    if tokenizer is None:
+        rows = _rows_without_tokens(candidates, present)
+    else:
+        candidates, tokenized = tokenize_configured(candidates, tokenizer, config.max_length, config)
+        rows = present.rows_of(tokenized.sequence_ids)[tokenized.pairs]
+    there: npt.NDArray[np.bool_] = rows.min(axis=1) >= 0
     skipped = Skipped()
     for pair in np.flatnonzero(~there):
         skipped.add("pair of a response that the store does not hold", f"row {candidates.pair_rows[pair]}")
@@ -84,8 +94,21 @@ def in_store(
         )
     report_skipped(skipped, config.on_invalid)
     candidates.skipped.merge(skipped)
-    kept, _, response_index = candidates.keep_pairs(there)
-    return kept, rows[response_index]
+    return candidates.keep_pairs(there)[0], rows[there]
+
+
+def _rows_without_tokens(candidates: Candidates, present: GradientStore) -> npt.NDArray[np.int64]:
+    """Returns the rows of each pair, −1 where there is none, of responses that begin at the same token in all pairs."""
+    rows, several = present.rows_of_responses(candidates.response_ids)
+    if several.any():
+        place = candidates.prompt_rows[candidates.prompt_of_response[np.flatnonzero(several)[0]]]
+        raise ValueError(
+            f"{present.path} holds {int(several.sum())} responses more than once, such as one of row {place}: starting "
+            "at another token, where the end of a prompt and another response merge, or with other token weights. Pass "
+            "the tokenizer that it was made with as processing_class, which tells them apart."
+        )
+    found: npt.NDArray[np.int64] = rows[candidates.pairs]
+    return found
 
 
 def measured(

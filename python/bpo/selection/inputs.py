@@ -25,7 +25,7 @@ class Inputs:
     Attributes:
         candidates: Prompts, responses and P pairs.
         tokenized: Their tokens, where there is a model.
-        stored: (R,) int64, the row of each response in a store whose gradients are used as they are.
+        stored: (P, 2) int64, the rows of the two responses in a store whose gradients are used as they are.
         lengths: (P, 2) int64, tokens of the two responses; None without tokens.
     """
 
@@ -57,7 +57,7 @@ class Inputs:
             Inputs(
                 candidates,
                 None if self.tokenized is None else self.tokenized.keep_pairs(pair_index, response_index),
-                None if self.stored is None else self.stored[response_index],
+                None if self.stored is None else self.stored[pair_index],
                 None if self.lengths is None else self.lengths[pair_index],
             ),
             pair_index,
@@ -66,11 +66,15 @@ class Inputs:
     def without_length(self, slope: float) -> tuple[Inputs, npt.NDArray[np.bool_]]:
         """Takes the length effect out of the scores; returns also which pairs turn round by that ((P,) bool)."""
         candidates, turned = take_out_length(self.candidates, self.pair_lengths, slope)
+        return self.turned(candidates, turned), turned
+
+    def turned(self, candidates: Candidates, turned: npt.NDArray[np.bool_]) -> Inputs:
+        """The same for candidates of which some pairs ((P,) bool) have turned round."""
         tokenized = self.tokenized
         if tokenized is not None:
             tokenized = dataclasses.replace(tokenized, pairs=turn(tokenized.pairs, turned))
-        lengths = None if self.lengths is None else turn(self.lengths, turned)
-        return dataclasses.replace(self, candidates=candidates, tokenized=tokenized, lengths=lengths), turned
+        stored, lengths = (None if each is None else turn(each, turned) for each in (self.stored, self.lengths))
+        return Inputs(candidates, tokenized, stored, lengths)
 
 
 @dataclasses.dataclass(frozen=True)

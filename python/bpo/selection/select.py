@@ -75,7 +75,8 @@ def select(
             :func:`bpo.read_candidates`). Its other columns, such as ``id`` or ``source``, go along into
             ``selection.dataset``.
         budget: Pairs to keep: a count, or a fraction (a float in (0, 1]) of the candidate pairs of the kept prompts.
-        processing_class: TRL's word for the tokenizer; by default the one saved with the model.
+        processing_class: TRL's word for the tokenizer; by default the one saved with the model. With a store alone,
+            that which the store was made with, asked for where responses begin at different tokens in different pairs.
         breadth: Prompts to keep: a count, a fraction, or None for all.
         strategy: ``"bpo"``; ``"matching"`` (pairs whose sum points where training on all of them leads); ``"random"``,
             ``"uniform"`` (the same depth for every prompt) or ``"best_worst"`` (one pair a prompt); a rule of another

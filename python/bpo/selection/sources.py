@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from bpo.data.tokenizers import load_tokenizer
+from bpo.data.tokenizers import load_tokenizer, tokenizer_fingerprint
 from bpo.data.tokens import tokenize_configured
 from bpo.gradients.checkpoints import check_checkpoints, collect_checkpoints, collect_reference
 from bpo.gradients.collect import collect
@@ -21,7 +21,7 @@ from bpo.pairs.size import ChoiceSize
 from bpo.policy.models import load_policy, window
 from bpo.policy.reference import Reference
 from bpo.selection.inputs import Inputs
-from bpo.store.gradient_store import GradientStore, with_settings_of
+from bpo.store.gradient_store import GradientStore, StoreMismatchError, with_settings_of
 from bpo.world.world import world
 
 if TYPE_CHECKING:
@@ -163,9 +163,15 @@ class StoreAlone:
 
     policy = None
 
-    def __init__(self, store: GradientStore, config: SelectConfig) -> None:
+    def __init__(self, store: GradientStore, config: SelectConfig, processing_class: Any = None) -> None:
         self.store = store
         self.config = with_settings_of(store, config)
+        self._tokenizer = None if processing_class is None else load_tokenizer(None, processing_class, config)
+        if self._tokenizer and tokenizer_fingerprint(self._tokenizer) != store.fingerprint.get("tokenizer"):
+            raise StoreMismatchError(
+                f"{store.path} was made with another tokenizer than processing_class. Pass the one that it was made "
+                "with, or none where each response has one row."
+            )
 
     @property
     def named(self) -> tuple[str | None, str | None]:
@@ -181,9 +187,8 @@ class StoreAlone:
 
     def find(self, candidates: Candidates) -> Inputs:
         """Finds the pairs whose responses the store holds."""
-        candidates, stored = in_store(candidates, self.store, self.config)
-        lengths = self.store.records["length"][stored].astype(np.int64)[candidates.pairs]
-        return Inputs(candidates, stored=stored, lengths=lengths)
+        candidates, stored = in_store(candidates, self.store, self.config, self._tokenizer)
+        return Inputs(candidates, stored=stored, lengths=self.store.records["length"][stored].astype(np.int64))
 
     def fill(self, parts: Sequence[Inputs], progress: bool) -> Filled:
         """Everything is there."""
@@ -196,8 +201,10 @@ class StoreAlone:
         found = []
         for stores, part in zip(filled, parts, strict=True):
             assert part.stored is not None
-            rows, weights = part.stored[part.candidates.pairs], part.candidates.weights
-            found.append(measured(stores, [rows], self.config, weights=weights, progress=progress, shares=shares))
+            weights = part.candidates.weights
+            found.append(
+                measured(stores, [part.stored], self.config, weights=weights, progress=progress, shares=shares)
+            )
         return found
 
     def of_tokens(self, tokenized: TokenizedResponses) -> MeasuredPairs | None:
@@ -340,7 +347,7 @@ def source_of(
     embeds_with_policy = breadth is not None and config.embedder is None and config.prompt_embeddings is None
     source: Source | None = None
     if model is None and needs_gradients and request.store is not None and config.checkpoints is None:
-        source = StoreAlone(GradientStore.open(request.store), config)
+        source = StoreAlone(GradientStore.open(request.store), config, processing_class)
     if model is None:
         _check_without_model(request, breadth, needs_gradients and source is None, embeds_with_policy)
         return source or Unmeasured(None, config)

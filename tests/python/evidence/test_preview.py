@@ -10,7 +10,7 @@ import bpo
 from bpo.cli.main import main
 from bpo.evidence.preview.results import ALL
 from bpo.selection.strategies.register import STRATEGIES
-from tiny import scored_rows
+from tiny import build_tokenizer, scored_rows
 
 ROWS = scored_rows(24, 4)
 CONFIG = {"sketch_dim": 64, "sketch_dtype": "float32"}
@@ -242,6 +242,37 @@ def test_stores_of_arms_that_cannot_be_used(preview, embeddings, tmp_path):
     ):
         with pytest.raises(error, match=message):
             preview(arms=[{"name": "bpo", **given}])
+
+
+def test_responses_that_begin_at_two_tokens_need_the_tokenizer(model, model_path, tokenizer, tmp_path):
+    """The end of a prompt merges with one response, so that the others begin earlier in their pairs with it."""
+    responses = ["d green cat", " two", " blue star", " tea milk bread"]
+    rows = [{"prompt": f"{row['prompt']} re", "responses": responses, "scores": row["scores"]} for row in ROWS[:8]]
+    path, saved = tmp_path / "store", model_path
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = {"store": path, "config": CONFIG, "progress": False, "budget": 12}
+    with pytest.warns(UserWarning, match="are not a prefix of prompt"):
+        expected = bpo.select(model, rows, processing_class=tokenizer, **given)
+    assert len(bpo.GradientStore.open(path)) == 8 * 7  # three of the four begin at two tokens
+    asked = {"budget": 6, "arms": ["bpo", "margin"], "seeds": 2, "progress": False}
+    for call in (bpo.audit, lambda *of: bpo.preview(*of, **asked), lambda _, of: bpo.select(None, of, **given)):
+        with pytest.raises(ValueError, match=r"holds 24 responses more than once.* Pass the tokenizer"):
+            call(path, rows)
+    found = bpo.select(None, rows, processing_class=tokenizer, **given)
+    assert found.pairs.equals(expected.pairs) and found.dataset[:] == expected.dataset[:]
+    assert bpo.audit(path, rows, processing_class=saved, progress=False).pairs.num_rows == 48
+    own = bpo.preview(path, rows, processing_class=saved, **asked)
+    residual = bpo.preview(path, rows, processing_class=saved, **asked, config={"length_control": "residual"})
+    assert np.isfinite(own.accuracy).all() and np.isfinite(residual.accuracy).all()
+    command = [str(path), str(tmp_path / "rows.jsonl"), "--processing_class", str(saved), "--quiet"]
+    assert main(["preview", *command, "--budget", "6", "--seeds", "1"]) == 0
+    assert main(["audit", *command]) == 0
+    assert main(["reselect", *command, "--budget", "12", "--output", str(tmp_path / "again")]) == 0
+    assert bpo.Selection.load(tmp_path / "again").pairs.equals(expected.pairs)
+    other = build_tokenizer()
+    other.chat_template = None
+    with pytest.raises(bpo.StoreMismatchError, match="made with another tokenizer than processing_class"):
+        bpo.preview(path, rows, processing_class=other, **asked)
 
 
 def test_all_strategies_or_the_reason_why_not(preview, store, tmp_path, capsys):

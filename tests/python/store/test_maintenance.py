@@ -228,7 +228,7 @@ def test_a_response_with_several_rows_needs_the_tokenizer(model, tokenizer, stor
     record["response_id"][0, 8:] ^= 1  # the same response from another token on
     with _core.StoreWriter.append_to(store) as writer:
         writer.append(opened.sketches([3]), record)
-    with pytest.raises(ValueError, match=r"holds 1 responses more than once, such as one of row \d.*Pass the model"):
+    with pytest.raises(ValueError, match=r"holds 1 responses more than once, such as one of row \d.*tokenizer"):
         bpo.select(None, ROWS, budget=8, store=store, progress=False)
 
 

@@ -44,6 +44,7 @@ def audit(
     by: str | Sequence[str] | None = None,
     wrong_share: float | None = None,
     worst: int = 50,
+    processing_class: Any = None,
     split: str | None = None,
     columns: Mapping[str, str] | None = None,
     config: SelectConfig | Mapping[str, Any] | None = None,
@@ -65,6 +66,7 @@ def audit(
         wrong_share: The share of wrong labels, above 0 and below ½, where it is known, as from labels that were given
             twice; None estimates it, which weak gradients allow only roughly.
         worst: How many pairs are kept with their texts, to be read.
+        processing_class: As of :func:`bpo.preview`.
         split: Which split of the data is read, such as ``"train_prefs"``; by default that for training.
         columns: What columns of the accepted formats are called in the data, such as ``{"prompt": "question"}``.
         config: Settings; of these, how data is read.
@@ -98,7 +100,7 @@ def audit(
     settings = SelectConfig.of(dict(config) if isinstance(config, Mapping) else config)
     rows = load_rows(dataset, split=split, columns=columns)
     sources = _columns(by, rows)
-    data = _read(paths, rows, settings, progress)
+    data = _read(paths, rows, settings, processing_class, progress)
 
     index = np.flatnonzero(data.usable)
     prompts = data.candidates.prompt_of_pair[index]
@@ -141,14 +143,17 @@ def _columns(by: str | Sequence[str] | None, rows: Rows) -> list[str]:
     return wanted
 
 
-def _read(paths: Sequence[str], rows: Rows, config: SelectConfig, progress: bool) -> PreviewData:
+def _read(paths: Sequence[str], rows: Rows, config: SelectConfig, processing_class: Any, progress: bool) -> PreviewData:
     """Reads the pairs that every store holds.
 
     Raises:
         ValueError: None of them has a usable gradient, or all of these are of one prompt.
     """
     names = [None, *paths[1:]]
-    sources = {name: StoreAlone(GradientStore.open(path), config) for name, path in zip(names, paths, strict=True)}
+    sources = {
+        name: StoreAlone(GradientStore.open(path), config, processing_class)
+        for name, path in zip(names, paths, strict=True)
+    }
     reading = dataclasses.replace(sources[None].config, token_weights=None, ref_model=None)
     data = PreviewData.of(read_configured(rows, reading), sources, progress)
     n_prompts = len(np.unique(data.candidates.prompt_of_pair[data.usable]))

@@ -72,12 +72,9 @@ class PreviewData:
         """The same pairs by scores whose length effect, as some prompts ((n,) bool) show it, is taken out."""
         part, index, _ = self.candidates.keep_prompts(train)
         slope = fit_length_effect(part, self.lengths[index], "tokens").slope
-        own = self.inputs[None].without_length(slope)[0]
-        turned = {
-            name: own if name is None else dataclasses.replace(inputs, candidates=own.candidates)
-            for name, inputs in self.inputs.items()
-        }
-        return self._measured(self.sources, turned)
+        own, turned = self.inputs[None].without_length(slope)
+        others = {name: inputs.turned(own.candidates, turned) for name, inputs in self.inputs.items()}
+        return self._measured(self.sources, others)
 
     @property
     def candidates(self) -> Candidates:

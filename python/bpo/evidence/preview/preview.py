@@ -40,6 +40,7 @@ def preview(
     baseline: str = "random",
     heldout: Any = 0.25,
     seeds: int = 100,
+    processing_class: Any = None,
     split: str | None = None,
     columns: Mapping[str, str] | None = None,
     config: SelectConfig | Mapping[str, Any] | None = None,
@@ -74,6 +75,9 @@ def preview(
         heldout: Share of the prompts that each seed holds out, or a data set of its own whose gradients are in the
             store.
         seeds: Splits.
+        processing_class: The tokenizer that the stores were made with, or the path of a model that has it; only asked
+            for where responses begin at different tokens in different pairs, as where the end of a prompt merges with
+            some of them.
         split: Which split of the data is read, such as ``"train_prefs"``; by default that for training.
         columns: What columns of the accepted formats are called in the data, such as ``{"prompt": "question"}``; where
             ``heldout`` is data that has them, too, they are called so there.
@@ -97,14 +101,14 @@ def preview(
             print(bpo.preview("gradients", "responses.jsonl", budget=[60, 150]).summary())
     """
     start = time.perf_counter()
-    present = GradientStore.open(store)
-    source = StoreAlone(present, SelectConfig.of(dict(config) if isinstance(config, Mapping) else config))
+    source = StoreAlone(GradientStore.open(store), SelectConfig.of(config), processing_class)
     _check_numbers(seeds, regularization)
     budgets = read_budgets(budget)
     names, left_out = every_strategy() if arms == EVERY else (arms, {})
     known = read_arms(names, baseline, source.config)
     heldout = heldout if isinstance(heldout, float) else load_alike(heldout, columns)
-    splits = _Splits.read(load_rows(dataset, split=split, columns=columns), heldout, source, known, progress)
+    rows = load_rows(dataset, split=split, columns=columns)
+    splits = _Splits.read(rows, heldout, source, known, processing_class, progress)
     if arms == EVERY:
         left_out |= _nothing_for(known, baseline, splits)
         known = [arm for arm in known if arm.name not in left_out]
@@ -174,7 +178,13 @@ class _Splits:
 
     @classmethod
     def read(
-        cls, dataset: Any, heldout: Any, source: StoreAlone, arms: Sequence[PreviewArm], progress: bool
+        cls,
+        dataset: Any,
+        heldout: Any,
+        source: StoreAlone,
+        arms: Sequence[PreviewArm],
+        processing_class: Any,
+        progress: bool,
     ) -> _Splits:
         """Reads the data.
 
@@ -186,7 +196,7 @@ class _Splits:
         for arm in arms:
             if arm.store is not None:
                 other = GradientStore.open(arm.store)
-                sources[arm.store] = StoreAlone(other, without_store_settings(source.config))
+                sources[arm.store] = StoreAlone(other, without_store_settings(source.config), processing_class)
         data = PreviewData.of(read_configured(dataset, reading), sources, progress)
         if not isinstance(heldout, float):
             test = PreviewData.of(read_configured(heldout, reading), {None: source}, progress)
