@@ -176,6 +176,9 @@ def test_an_arm_that_cannot_use_its_budget_is_left_out(preview):
         found = preview(arms=["bpo", "best_worst"])
     assert np.isnan(found.accuracy[1, 1]).all() and not np.isnan(found.accuracy[1, 0]).any()
     assert "random" in found.arms  # the baseline is added
+    few, many = found.summary().split("20 pairs")
+    assert "left out" not in few and "nan" not in many
+    assert "best_worst left out, since it cannot choose so many pairs" in " ".join(many.split())
     with pytest.raises(ValueError, match="'best_worst' cannot be compared at 20 pairs"):
         found.difference("best_worst", 20)
     with pytest.raises(ValueError, match="The preview has no arm 'less'; it has bpo, best_worst, random, all cand"):

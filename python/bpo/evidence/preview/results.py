@@ -152,6 +152,9 @@ class Preview:
             head = f"difference to {self.baseline}, points (95 %)"
             lines += ["", f"{budget} pairs", f"  {'arm':{width}}  accuracy  length-contr.  depth  {head}   p (Holm)"]
             for row in rows:
+                if math.isnan(row["accuracy"]):
+                    lines.append(f"  {row['arm']:{width}}  left out, since it cannot choose so many pairs")
+                    continue
                 difference = ""
                 if row["difference"] is not None:
                     difference = (
