@@ -24,6 +24,7 @@ from bpo.pairs.pair_gradients import PairGradients, pair_norms
 from bpo.pairs.size import ChoiceSize, default_n_clusters
 from bpo.store.gradient_store import RECORD, row_bytes
 from bpo.system.memory import IN_MEMORY, scratch
+from bpo.world.telling import PIECE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,7 +36,7 @@ RESPONSE_BYTES, PAIR_BYTES, PROMPT_BYTES = 64, 48, 48
 SEQUENCE_BYTES, SEQUENCES_OF_PAIR_BYTES = 56, 16
 # What reading holds of a response beside that: entries, and what is sorted to find those that are the same.
 _READING_BYTES = 100
-# Of a pair in the table that a selection keeps of all of them, in memory and as it is sent; as Parquet less.
+# Of a pair in the table that a selection keeps of all of them, mapped or in memory, and as it is sent; as Parquet less.
 TABLE_BYTES = 140
 # Passes over the pairs, where data has clusters: at most SelectConfig.max_iter. Those after the first compare few pairs
 # with all centroids, so their number counts little.
@@ -43,6 +44,11 @@ _PASSES = 30
 # What processes that share the pairs tell each other of each: its nearest drawn pair in each round of the seeding, its
 # cluster and how far that is, its norm and scores.
 SHARED_BYTES = 5 * 12 + 12 + 16
+# And of a pair that a strategy chose or not, which the first process tells: whether, and what it is worth.
+CHOICE_BYTES = 9
+# What a process has beside its tables while it sends or gets them: pieces, in the hands of several libraries (54 to 105
+# MiB were seen), and the first batches of a table.
+_PIECES = 12 * PIECE + IN_MEMORY
 _TRIED = 2  # times that each rate is measured; the shorter one counts
 
 
@@ -149,6 +155,8 @@ def stages(load: Load, rates: Rates, processes: int = 1) -> list[Stage]:
     reading = rates.memory + held + load.responses * _READING_BYTES
     table = TABLE_BYTES * pairs
     chosen = load.budget * (load.text_bytes // max(load.responses, 1) * 3 + TABLE_BYTES)
+    on_disk = sum(size for size in (table, chosen) if size > IN_MEMORY)
+    after = rates.memory + held + table + chosen - on_disk
     choice = ChoiceSize(load.responses, pairs, dim, load.config, n_processes=processes)
     choosing = rates.memory + held + choice.needed_bytes
     extraction = load.tokens * rates.token + load.responses * load.coordinates * rates.coordinate
@@ -167,12 +175,14 @@ def stages(load: Load, rates: Rates, processes: int = 1) -> list[Stage]:
     found += [
         Stage("cluster", by, clustering / processes + told * rates.sent, choosing, 0, told + (store if many else 0)),
         Stage("score", by, 3 * number / processes, choosing, 0, 0),  # norms before, and what scores read
-        Stage("choose", "first", pairs * rates.pair, choosing, max(table + chosen - IN_MEMORY, 0), 0),
+        Stage("choose", "first", pairs * rates.pair, choosing, on_disk, (processes - 1) * CHOICE_BYTES * pairs),
     ]
     if many:
+        # Each process hands on to the next what it gets, piece by piece, so all send at the same time.
+        telling = (table + chosen) * (rates.sent + rates.byte)
         sent = (processes - 1) * (table + chosen)
-        found.append(Stage("tell", "first", sent * rates.sent, rates.memory + held + 2 * (table + chosen), 0, sent))
-    found.append(Stage("save", "first", (table + chosen) * rates.byte, rates.memory + held, table + chosen, 0))
+        found.append(Stage("tell", "each", telling, after + _PIECES, on_disk, sent))
+    found.append(Stage("save", "first", (table + chosen) * rates.byte, after, table + chosen, 0))
     return found
 
 

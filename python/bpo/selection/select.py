@@ -172,12 +172,14 @@ def _select(
     tell = functools.partial(_tell, request, source, pool, kept, told, looks)
     if filled is None:
         return tell(choose_by(request))
-    if request.config.checkpoints is not None:
-        # Their features are a file of the process that makes them.
-        return processes.from_main(lambda: tell(choose_by(request)))
     with sharing(processes) as shares:
+        if shares is None:
+            return tell(choose_by(request))
+        if request.config.checkpoints is not None:
+            # Their features are a file of the process that makes them.
+            return shares.from_main(lambda: tell(choose_by(request)))
         choice = choose_by(_beside(request, processes), shares)
-    return processes.from_main(lambda: tell(choice))
+        return shares.from_main(lambda: tell(choice))
 
 
 def _beside(request: Request, processes: World) -> Request:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import pickle
 import warnings
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -108,13 +107,24 @@ class Shares:
         return found.reshape(-1, *own.shape[1:])
 
     def from_main(self, work: Callable[[], _Result]) -> _Result:
-        """Has the first process do something, and returns in each what came of it."""
-        sent = b""
+        """Has the first process do something, and returns in each what came of it.
+
+        Raises:
+            Exception: As :meth:`gather`.
+        """
+        done: list[_Result] = []
         if self.rank == 0:
             with alone():
-                sent = pickle.dumps(work())
-        result: _Result = pickle.loads(self.gather(sent)[0])
-        return result
+                done.append(work())
+        self._meet()
+        try:
+            with self._connected():
+                return self._processes.from_main(lambda: done[0])
+        except Exception:
+            raise
+        except BaseException:  # within what the others wait for, which no words can be put into
+            self._ended = True
+            raise
 
     def led(
         self,
