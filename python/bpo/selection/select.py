@@ -172,7 +172,7 @@ def _select(
     tell = functools.partial(_tell, request, source, pool, kept, told, looks)
     if filled is None:
         return tell(choose_by(request))
-    with sharing(processes) as shares:
+    with sharing(processes, request.config.process_timeout) as shares:
         if shares is None:
             return tell(choose_by(request))
         if request.config.checkpoints is not None:

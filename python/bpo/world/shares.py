@@ -55,6 +55,7 @@ class Shares:
         Raises:
             Exception: What another process failed with.
             ConnectionError: One of them died.
+            TimeoutError: One of them hangs.
         """
         found = self._meet(own)
         if max(size for size, _ in found) <= _WITH_A_WORD:
@@ -154,7 +155,7 @@ class Shares:
             self._meet()
             self._ended = True
             return
-        with contextlib.suppress(ConnectionError):
+        with contextlib.suppress(ConnectionError, TimeoutError):
             self._words(_FAILED, b"")
             self._failures(error)
 
@@ -218,11 +219,11 @@ class Shares:
 
     @contextlib.contextmanager
     def _connected(self) -> Iterator[None]:
-        """Says so where one of the others died; nothing can be told to anybody then."""
+        """Says so where one of the others died or hangs; nothing can be told to anybody then."""
         try:
             with self._processes.losing():
                 yield
-        except ConnectionError:
+        except (ConnectionError, TimeoutError):
             self._ended = True
             raise
 
@@ -241,16 +242,20 @@ def _bytes(tensor: torch.Tensor) -> bytes:
 
 
 @contextlib.contextmanager
-def sharing(processes: World) -> Iterator[Shares | None]:
+def sharing(processes: World, timeout: float) -> Iterator[Shares | None]:
     """Lets the processes of a job share work on pairs; None for one by itself.
 
     Where one of them fails, all leave with its error. The first one warns for all.
+
+    Args:
+        processes: Of the job.
+        timeout: Seconds after which the others name one that neither works nor waits for others.
     """
     if processes.size == 1:
         yield None
         return
-    shares = Shares(processes)
-    with warnings.catch_warnings():
+    with processes.watched(timeout) as watched, warnings.catch_warnings():
+        shares = Shares(watched)
         if not processes.is_main:
             warnings.simplefilter("ignore")
         try:

@@ -21,6 +21,7 @@ from bpo.world.launch import launched
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
+    from bpo.world.heartbeat import Heartbeats
     from bpo.world.telling import Parcel
 
 _Result = TypeVar("_Result")
@@ -44,12 +45,14 @@ class World:
         size: How many there are.
         local_size: How many of them share this machine.
         group: Of ``torch.distributed``, over which they talk; None for one by itself.
+        heartbeats: By which one that hangs is found, where that is asked for.
     """
 
     rank: int
     size: int
     local_size: int
     group: Any = None
+    heartbeats: Heartbeats | None = None
 
     @property
     def is_main(self) -> bool:
@@ -104,7 +107,7 @@ class World:
         sender, failed = Sender(Chain(self.rank, self.size, self.group, self.losing)), None
         try:
             parcel.write(sender)
-        except ConnectionError:
+        except (ConnectionError, TimeoutError):
             raise
         except Exception as error:
             failed = error
@@ -120,7 +123,7 @@ class World:
         failed: Exception | None = None
         try:
             result = unpacked(io.BufferedReader(receiver), n_tables)
-        except ConnectionError:
+        except (ConnectionError, TimeoutError):
             raise
         except Exception as error:
             failed = error
@@ -199,6 +202,25 @@ class World:
             torch.distributed.all_gather_object(errors, own and _sendable(own), group=self.group)
         return errors
 
+    @contextlib.contextmanager
+    def watched(self, timeout: float) -> Iterator[World]:
+        """Yields these processes so that one that hangs, while it should work with the others, is named by them.
+
+        Args:
+            timeout: Seconds in which a process must work or wait for others.
+
+        Raises:
+            TimeoutError: One did neither.
+        """
+        from bpo.world.heartbeat import Heartbeats
+
+        told = self.exchanged((self.name, uuid.uuid4().hex))
+        heartbeats = Heartbeats(self.rank, self.group, told[0][1], [name for name, _ in told], timeout)
+        try:
+            yield dataclasses.replace(self, heartbeats=heartbeats)
+        finally:
+            heartbeats.end()
+
     def numbers(self, count: int) -> Iterator[int]:
         """Yields numbers below ``count``, each to that process which is the next to ask for one."""
         if self.size == 1:
@@ -226,13 +248,15 @@ class World:
 
     @contextlib.contextmanager
     def losing(self) -> Iterator[None]:
-        """Says so where one of the others died.
+        """Says so where one of the others died, or hangs.
 
         Raises:
             ConnectionError: In place of what torch says.
+            TimeoutError: Likewise, where there are heartbeats.
         """
         try:
-            yield
+            with contextlib.nullcontext() if self.heartbeats is None else self.heartbeats.waiting():
+                yield
         except RuntimeError as error:
             raise ConnectionError(f"Process {self.name} of {self.size} lost a process of its job: {error}") from None
 
