@@ -26,6 +26,8 @@ _WITH_A_WORD = 1 << 12
 _WORD = 8
 # What a process says in place of a number of bytes.
 _FAILED = -1
+WORD_BYTES = _WORD + _WITH_A_WORD
+"""Bytes that a process sends to each other whenever they agree."""
 
 
 class Shares:
@@ -172,7 +174,7 @@ class Shares:
         if self._ended:
             raise RuntimeError("The processes of this job share no work any more.")
         word = count.to_bytes(_WORD, "little", signed=True) + own[:_WITH_A_WORD]
-        sent = _tensor(word.ljust(_WORD + _WITH_A_WORD, b"\0"))
+        sent = _tensor(word.ljust(WORD_BYTES, b"\0"))
         heard = [torch.empty_like(sent) for _ in range(self.size)]
         with self._connected():
             torch.distributed.all_gather(heard, sent, group=self._processes.group)

@@ -105,6 +105,23 @@ def test_seconds_follow_the_formulas():
     assert one["cluster"].memory_bytes == 10**8 + data_bytes(LOAD) + needed
 
 
+def test_settings_that_take_more_have_stages_of_their_own():
+    """Audits by the first process, matching by all; the bytes of a pick are those that Shares sends."""
+    assert not {"audit", "match"} & set(by_name(LOAD))
+    config = dataclasses.replace(LOAD.config, trust="audit")
+    load = dataclasses.replace(LOAD, config=config, strategy="matching")
+    rates = dataclasses.replace(UNIT, audit=(1e-10, 1e-9, 1e-3), regression=1e-8, pick=1e-11)
+    one, four = by_name(load, rates), by_name(load, rates, processes=4)
+    assert list(one)[1:5] == ["extract", "cluster", "score", "audit"] and list(one)[5] == "match"
+    audit = 4000 * 1024**2 * 1e-10 + 1024**3 * 1e-9 + 1000 * 1e-3
+    assert one["audit"].seconds == four["audit"].seconds == pytest.approx(audit)
+    assert four["audit"].network_bytes == 3 * 9 * 6000
+    read = (16 * 6000 + 6000) * 1024 * 1e-8 + 1000 * 4000 * 1024 * 1e-11
+    assert one["match"].seconds == pytest.approx(read)
+    assert four["match"].network_bytes == 1000 * 4 * 3 * (8 + 4096 + 8 * 1026)
+    assert four["match"].seconds == pytest.approx(read / 4 + four["match"].network_bytes / 4 * 1e-9)
+
+
 def test_this_machine_has_rates(monkeypatch, tmp_path):
     monkeypatch.setenv("BPO_CACHE", str(tmp_path))
     rates = measured(bpo.SelectConfig(sketch_dim=64), token=1.0, memory=5)
@@ -113,6 +130,9 @@ def test_this_machine_has_rates(monkeypatch, tmp_path):
         all(0 < rate < 1e-2 for rate in (rates.response, rates.number, rates.pair, rates.byte)) and rates.product >= 0
     )
     assert list((tmp_path / "scratch").iterdir()) == []
+    assert rates.audit == (0.0, 0.0, 0.0)
+    audited = measured(bpo.SelectConfig(sketch_dim=64, trust="audit"), token=1.0, memory=5).audit
+    assert 0 <= min(audited) < max(audited) < 1e-3
 
 
 def test_the_doctor_tells_each_stage(model_path, tmp_path, capsys, monkeypatch):
