@@ -10,6 +10,8 @@ import argparse
 import dataclasses
 import functools
 import json
+import multiprocessing
+import os
 import sys
 import tempfile
 import time
@@ -18,12 +20,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
 import bpo
+from bpo import _core
 from bpo.evidence import cost
 from bpo.pairs.clustering import cluster_pairs
-from bpo.pairs.pair_gradients import PairGradients, pair_norms
-from scaling import data, model_and_tokenizer
+from bpo.pairs.left_out import left_out_margins
+from bpo.pairs.linear import training_direction
+from bpo.pairs.pair_gradients import PairGradients, pair_norms, unit_features
+from scaling import context, data, environment, free_port, model_and_tokenizer
 
 
 @dataclasses.dataclass
@@ -34,11 +40,13 @@ class Case:
         size: What it depends on, to be shown.
         counts: How much of each unit of work there is; the first is how much there is of it all, for the figure.
         run: Does it.
+        clock: What measures it: that of the processor, or of the wall where others work or a disk does.
     """
 
     size: str
     counts: tuple[float, ...]
     run: Callable[[], object]
+    clock: Callable[[], float] = time.process_time
 
 
 def rows(n_prompts: int) -> list[dict]:
@@ -132,16 +140,6 @@ def choosing() -> list[Case]:
     ]
 
 
-def least(run: Callable[[], object], times: int) -> float:
-    """Seconds of the processor, at best."""
-    found = []
-    for _ in range(times):
-        begin = time.process_time()
-        run()
-        found.append(time.process_time() - begin)
-    return min(found)
-
-
 def fitted(counts: np.ndarray, seconds: np.ndarray) -> np.ndarray:
     """Seconds a unit, none below zero, by the least relative error; and a constant, the last."""
     from scipy.optimize import nnls
@@ -151,7 +149,121 @@ def fitted(counts: np.ndarray, seconds: np.ndarray) -> np.ndarray:
     return nnls(design / scale / seconds[:, None], np.ones(len(seconds)))[0] / scale
 
 
-STAGES = {"read": reading, "extract": extraction, "cluster": clustering, "score": scoring, "choose": choosing}
+def prompts_of(n: int) -> np.ndarray:
+    """The prompts of :func:`points`: four responses each."""
+    return np.arange(n) // 4
+
+
+def matching() -> list[Case]:
+    """The regressions that lead the choice, and its picks: numbers that are read."""
+    cases = []
+    for n, dim, budget in (
+        (4096, 256, 2000),
+        (8192, 256, 500),
+        (4096, 512, 4000),
+        (16384, 256, 1000),
+        (24576, 512, 3000),
+    ):
+        gradients = PairGradients(*points(n, dim))
+        features = unit_features(gradients, pair_norms(gradients, 1), np.ones(n, bool))
+        load = dataclasses.replace(LARGE, responses=n, pairs=n, budget=budget, config=bpo.SelectConfig(sketch_dim=dim))
+
+        def run(features: PairGradients = features, n: int = n, budget: int = budget) -> object:
+            target = training_direction(features, prompts_of(n), 0).astype(np.float32)
+            return _core.matching(*features, target, budget, prompts=prompts_of(n), threads=1)
+
+        cases.append(Case(f"{n:,} pairs, d = {dim}, {budget:,} picks", (load.regressed, load.picked), run))
+    return cases
+
+
+def auditing() -> list[Case]:
+    """Labels from which their prompt is left out: products of rows, of the matrix, and prompts."""
+    cases = []
+    for n, dim in ((2048, 256), (4096, 256), (2048, 768), (8192, 128), (1024, 1024), (4096, 512), (8192, 1024)):
+        gradients = PairGradients(*points(n, dim))
+        size = {"prompts": n // 4, "responses": n, "config": bpo.SelectConfig(sketch_dim=dim)}
+        counts = dataclasses.replace(LARGE, **size).audited
+        run = functools.partial(left_out_margins, [gradients], prompts_of(n))
+        cases.append(Case(f"{n:,} pairs, d = {dim}", counts, run))
+    return cases
+
+
+def writing() -> list[Case]:
+    """Bytes to the disk of the cache, until they are there."""
+    return [
+        Case(f"{size} MiB", (size << 20,), functools.partial(cost.write, size << 20), time.perf_counter)
+        for size in (16, 32, 64, 128, 256)
+    ]
+
+
+def member(rank: int, port: int, mebibytes: int, found: multiprocessing.SimpleQueue) -> None:
+    """One of two processes, the first of which tells the other a table that is on disk; seconds of both."""
+    os.environ.update(environment(rank, 2, port))
+    from bpo.system.packed import as_table
+    from bpo.world.world import world
+
+    batch = pa.record_batch({"number": np.arange(1 << 17)})  # a MiB
+    table = None if rank else as_table(batch.schema, (batch for _ in range(mebibytes)))
+    world().check_same({}, 600)
+    for _ in range(3):
+        begin = time.perf_counter()
+        world().from_main(lambda: table)
+        found.put(time.perf_counter() - begin)
+
+
+def telling() -> list[Case]:
+    """Bytes from one process to another on this machine, which writes them to its disk."""
+    cases = []
+    for size in (96, 128, 192, 256, 512):
+
+        def seconds(size: int = size) -> float:
+            server = context()
+            found = server.SimpleQueue()
+            members = [
+                server.Process(target=member, args=(rank, port, size, found))
+                for port in [free_port()]
+                for rank in (0, 1)
+            ]
+            for each in members:
+                each.start()
+            for each in members:
+                each.join()
+            return min(found.get() for _ in range(6))
+
+        clock = Measured(seconds)
+        cases.append(Case(f"{size} MiB", (size << 20,), clock.run, clock.read))
+    return cases
+
+
+class Measured:
+    """A clock of what measures itself: it goes on by the seconds that a run gives."""
+
+    def __init__(self, seconds: Callable[[], float]) -> None:
+        self._seconds, self._now = seconds, 0.0
+
+    def run(self) -> None:
+        """Runs."""
+        self._now += self._seconds()
+
+    def read(self) -> float:
+        """Seconds of all runs."""
+        return self._now
+
+
+STAGES = {
+    "read": reading,
+    "extract": extraction,
+    "cluster": clustering,
+    "score": scoring,
+    "match": matching,
+    "audit": auditing,
+    "choose": choosing,
+    "tell": telling,
+    "write": writing,
+}
+
+
+_ACROSS = 5  # panels of a figure side by side
 
 
 def draw(found: dict[str, list[dict]], path: str) -> None:
@@ -160,8 +272,14 @@ def draw(found: dict[str, list[dict]], path: str) -> None:
     import matplotlib.ticker
 
     plt.rcParams.update({"svg.hashsalt": "bpo", "svg.fonttype": "none", "font.size": 9})
-    figure, axes = plt.subplots(1, len(found), figsize=(2.4 * len(found), 2.6), constrained_layout=True)
-    for axis, (name, cases) in zip(axes, found.items(), strict=True):
+    rows = -(-len(found) // _ACROSS)
+    across = -(-len(found) // rows)
+    figure, axes = plt.subplots(
+        rows, across, figsize=(2.4 * across, 2.6 * rows), constrained_layout=True, squeeze=False
+    )
+    for axis in axes.flat[len(found) :]:
+        axis.set_axis_off()
+    for axis, (name, cases) in zip(axes.flat, found.items(), strict=False):
         ends = [min(c["foretold"] for c in cases) / 1.5, max(c["foretold"] for c in cases) * 1.5]
         axis.fill_between(ends, [0.8 * end for end in ends], [1.2 * end for end in ends], color="#dddddd", lw=0)
         axis.loglog(ends, ends, color="#888888", lw=1)
@@ -178,7 +296,8 @@ def draw(found: dict[str, list[dict]], path: str) -> None:
             side.set_minor_formatter(matplotlib.ticker.NullFormatter())  # which would write one over the other
         axis.set_title(name)
         axis.set_xlabel("seconds foretold")
-    axes[0].set_ylabel("seconds of the processor")
+    for first in axes[:, 0]:
+        first.set_ylabel("seconds")
     figure.savefig(path, metadata={"Date": None})
 
 
@@ -227,7 +346,7 @@ def main() -> None:
     for name in options.only:
         cases = STAGES[name]()
         cases[0].run()  # whatever is done once
-        seconds = np.array([least(case.run, options.rounds) for case in cases])
+        seconds = np.array([cost.least_seconds(case.run, options.rounds, case.clock) for case in cases])
         counts = np.array([case.counts for case in cases])
         rates = fitted(counts[:-1], seconds[:-1])
         foretold = np.column_stack([counts, np.ones(len(counts))]) @ rates

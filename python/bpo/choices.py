@@ -9,6 +9,9 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
+SEED = 42
+"""The default of every ``seed``, as of TRL's ``DPOConfig``."""
+
 Order = Literal["data", "easiest_first"]
 Ranking = Literal["nearest", "softmax", "farthest", "random"]
 Features = Literal["lora", "full", "embeddings"]

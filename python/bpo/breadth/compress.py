@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from bpo import _core
 from bpo.breadth.vectors import on_grid, unit_vectors
-from bpo.choices import BreadthMethod
+from bpo.choices import SEED, BreadthMethod
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -45,7 +45,7 @@ def compress_breadth(
     n_prompts: int,
     *,
     method: BreadthMethod = "quota",
-    seed: int = 0,
+    seed: int = SEED,
     threads: int | None = None,
     progress: bool = False,
 ) -> Breadth:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import bpo
+from bpo.choices import SEED
 from bpo.cli.arguments import (
     add_dataset,
     add_fields,
@@ -64,7 +65,7 @@ def add_sample(commands: Commands) -> None:
     )
     command.add_argument("--keep-existing", action="store_true", help="keep the responses of the data beside new ones")
     command.add_argument("--batch-size", type=int, default=32, help="responses generated at once")
-    command.add_argument("--seed", type=int, default=42, help="of every random choice")
+    command.add_argument("--seed", type=int, default=SEED, help="of every random choice")
     add_fields(command, "dtype, device, trust_remote_code or process_timeout")
     command.add_argument("--model", dest="model_name", metavar="NAME", help="with a server: the model's name there")
     add_server(command)

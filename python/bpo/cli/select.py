@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import bpo
+from bpo.choices import SEED
 from bpo.cli.arguments import (
     add_dataset,
     add_fields,
@@ -114,7 +115,7 @@ def _add_selection(command: Parser) -> None:
         "--output", "--output_dir", type=place, required=True, help="directory or address for the selection"
     )
     command.add_argument("--overwrite", action="store_true", help="replace the selection that is at --output")
-    command.add_argument("--seed", type=_seed, default=42, help="of every random choice but the sketch")
+    command.add_argument("--seed", type=_seed, default=SEED, help="of every random choice but the sketch")
     add_fields(command, "a field of bpo.SelectConfig; repeatable")
     add_dry_run(command)
     add_saying(command)

@@ -20,10 +20,14 @@ import numpy as np
 from bpo.config import SelectConfig
 from bpo.data.read import read_candidates
 from bpo.pairs.clustering import cluster_pairs
+from bpo.pairs.left_out import left_out_margins
+from bpo.pairs.linear import N_FITS, VALIDATED_PAIRS
 from bpo.pairs.pair_gradients import PairGradients, pair_norms
 from bpo.pairs.size import ChoiceSize, default_n_clusters
 from bpo.store.gradient_store import RECORD, row_bytes
 from bpo.system.packed import IN_MEMORY, scratch
+from bpo.world.shares import WORD_BYTES
+from bpo.world.telling import PIECE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,7 +39,7 @@ RESPONSE_BYTES, PAIR_BYTES, PROMPT_BYTES = 64, 48, 48
 SEQUENCE_BYTES, SEQUENCES_OF_PAIR_BYTES = 56, 16
 # What reading holds of a response beside that: entries, and what is sorted to find those that are the same.
 _READING_BYTES = 100
-# Of a pair in the table that a selection keeps of all of them, in memory and as it is sent; as Parquet less.
+# Of a pair in the table that a selection keeps of all of them, mapped or in memory, and as it is sent; as Parquet less.
 TABLE_BYTES = 140
 # Passes over the pairs, where data has clusters: at most SelectConfig.max_iter. Those after the first compare few pairs
 # with all centroids, so their number counts little.
@@ -43,6 +47,13 @@ _PASSES = 30
 # What processes that share the pairs tell each other of each: its nearest drawn pair in each round of the seeding, its
 # cluster and how far that is, its norm and scores.
 SHARED_BYTES = 5 * 12 + 12 + 16
+# And of a pair that a strategy chose or not, which the first process tells: whether, and what it is worth.
+CHOICE_BYTES = 9
+# What a process has beside its tables while it sends or gets them: pieces, in the hands of several libraries (54 to 105
+# MiB were seen), and the first batches of a table.
+_PIECES = 12 * PIECE + IN_MEMORY
+_WRITTEN = 32 << 20  # bytes by which the disk is measured
+_NOISE = bytes(range(256)) * 4096  # no zeros, which a disk may not write
 _TRIED = 2  # times that each rate is measured; the shorter one counts
 
 
@@ -57,8 +68,9 @@ class Load:
         tokens: Of all prompts and responses, each response with its prompt.
         text_bytes: Of all prompts and responses, as UTF-8.
         coordinates: Numbers of a gradient.
-        config: Uses ``sketch_dim``, ``sketch_dtype``, ``n_clusters``, ``max_iter`` and ``threads``.
+        config: Uses ``sketch_dim``, ``sketch_dtype``, ``n_clusters``, ``max_iter``, ``threads`` and ``trust``.
         budget: Pairs to choose.
+        strategy: What chooses: of ``"matching"`` the picks are a stage.
     """
 
     prompts: int
@@ -69,11 +81,28 @@ class Load:
     coordinates: int
     config: SelectConfig
     budget: int
+    strategy: str = "bpo"
 
     @property
     def row_bytes(self) -> int:
         """Bytes of a response in the store: its sketch and its record."""
         return row_bytes(self.config.sketch_dtype, self.config.sketch_dim) + RECORD.itemsize
+
+    @property
+    def regressed(self) -> int:
+        """Numbers that the regressions of ``matching`` read in a step of each: those that choose λ, and of all."""
+        return (N_FITS * min(self.pairs, VALIDATED_PAIRS) + self.pairs) * self.config.sketch_dim
+
+    @property
+    def picked(self) -> int:
+        """Numbers that the picks of ``matching`` read, a byte each."""
+        return self.budget * self.responses * self.config.sketch_dim
+
+    @property
+    def audited(self) -> tuple[int, int, int]:
+        """Products of the audit: of rows, of the matrix alone; and the prompts that are left out one by one."""
+        dim = self.config.sketch_dim
+        return self.responses * dim**2, dim**3, self.prompts
 
     @property
     def n_clusters(self) -> int:
@@ -95,6 +124,10 @@ class Rates:
         byte: Writing to disk; the doctor takes that of the cache.
         sent: Sending between two processes; 0 where that is not known.
         memory: Bytes that a process has before there is data, the model included.
+        audit: A product of rows, a product of the matrix, and a prompt that is left out (:attr:`Load.audited`).
+        regression: A number that the regressions of ``matching`` read, for all of their steps; 0, as is the next
+            one, for the doctor, which asks for no strategy.
+        pick: A number of a row that is read for a pick of ``matching``.
     """
 
     response: float
@@ -106,6 +139,9 @@ class Rates:
     byte: float
     sent: float
     memory: int
+    audit: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    regression: float = 0.0
+    pick: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,6 +185,8 @@ def stages(load: Load, rates: Rates, processes: int = 1) -> list[Stage]:
     reading = rates.memory + held + load.responses * _READING_BYTES
     table = TABLE_BYTES * pairs
     chosen = load.budget * (load.text_bytes // max(load.responses, 1) * 3 + TABLE_BYTES)
+    on_disk = sum(size for size in (table, chosen) if size > IN_MEMORY)
+    after = rates.memory + held + table + chosen - on_disk
     choice = ChoiceSize(load.responses, pairs, dim, load.config, n_processes=processes)
     choosing = rates.memory + held + choice.needed_bytes
     extraction = load.tokens * rates.token + load.responses * load.coordinates * rates.coordinate
@@ -167,12 +205,29 @@ def stages(load: Load, rates: Rates, processes: int = 1) -> list[Stage]:
     found += [
         Stage("cluster", by, clustering / processes + told * rates.sent, choosing, 0, told + (store if many else 0)),
         Stage("score", by, 3 * number / processes, choosing, 0, 0),  # norms before, and what scores read
-        Stage("choose", "first", pairs * rates.pair, choosing, max(table + chosen - IN_MEMORY, 0), 0),
+        *_of_some(load, rates, processes, choosing),
+        Stage("choose", "first", pairs * rates.pair, choosing, on_disk, (processes - 1) * CHOICE_BYTES * pairs),
     ]
     if many:
+        # Each process hands on to the next what it gets, piece by piece, so all send at the same time.
+        telling = (table + chosen) * (rates.sent + rates.byte)
         sent = (processes - 1) * (table + chosen)
-        found.append(Stage("tell", "first", sent * rates.sent, rates.memory + held + 2 * (table + chosen), 0, sent))
-    found.append(Stage("save", "first", (table + chosen) * rates.byte, rates.memory + held, table + chosen, 0))
+        found.append(Stage("tell", "each", telling, after + _PIECES, on_disk, sent))
+    found.append(Stage("save", "first", (table + chosen) * rates.byte, after, table + chosen, 0))
+    return found
+
+
+def _of_some(load: Load, rates: Rates, processes: int, choosing: int) -> list[Stage]:
+    """The stages that only some settings have, with what a process holds while it chooses."""
+    found, others = [], processes - 1
+    if load.config.trust == "audit":
+        seconds = sum(count * rate for count, rate in zip(load.audited, rates.audit, strict=True))
+        found.append(Stage("audit", "first", seconds, choosing, 0, others * CHOICE_BYTES * load.pairs))
+    if load.strategy == "matching":
+        seconds = (load.regressed * rates.regression + load.picked * rates.pick) / processes
+        # At each pick every process tells every other what its best pair is, and the sum of its rows.
+        told = load.budget * processes * others * (WORD_BYTES + 8 * (load.config.sketch_dim + 2))
+        found.append(Stage("match", "all", seconds + told / processes * rates.sent, choosing, 0, told))
     return found
 
 
@@ -209,11 +264,11 @@ def measured(config: SelectConfig, token: float, memory: int) -> Rates:
         }
         for index in range(500)
     ]
-    read = _shortest(lambda: read_candidates(rows))
-    chosen = _shortest(lambda: select(None, rows, budget=0.1, strategy="margin", progress=False, evidence=False))
-    number = _shortest(lambda: pair_norms(gradients, config.threads, None))
+    read = least_seconds(lambda: read_candidates(rows))
+    chosen = least_seconds(lambda: select(None, rows, budget=0.1, strategy="margin", progress=False, evidence=False))
+    number = least_seconds(lambda: pair_norms(gradients, config.threads, None))
     clustered = [
-        _shortest(functools.partial(cluster_pairs, sketches, pairs, weights, config=each)) for each in (few, more)
+        least_seconds(functools.partial(cluster_pairs, sketches, pairs, weights, config=each)) for each in (few, more)
     ]
     return Rates(
         response=read / 2000,
@@ -222,30 +277,40 @@ def measured(config: SelectConfig, token: float, memory: int) -> Rates:
         product=max(clustered[1] - clustered[0], 0.0) / (n * (160 - 32) * dim),
         number=number / (n * dim),
         pair=max(chosen - read, 0.0) / 3000,
-        byte=_disk(),
+        byte=least_seconds(lambda: write(_WRITTEN)) / _WRITTEN,
         sent=0.0,
         memory=memory,
+        audit=_audit_rates(gradients) if config.trust == "audit" else (0.0, 0.0, 0.0),
     )
 
 
-def _shortest(work: Callable[[], object]) -> float:
-    """Seconds that something takes, at best."""
+def _audit_rates(gradients: PairGradients) -> tuple[float, float, float]:
+    """Rates of the audit, those of prompts with those of rows."""
+    dim, counts = gradients.rows.shape[1], (64, 512)
+    few, more = (
+        least_seconds(functools.partial(left_out_margins, [gradients.take(np.arange(n))], np.arange(n) // 4))
+        for n in counts
+    )
+    of_row = max(more - few, 0.0) / (counts[1] - counts[0])
+    return of_row / dim**2, max(few - counts[0] * of_row, 0.0) / dim**3, 0.0
+
+
+def least_seconds(
+    work: Callable[[], object], times: int = _TRIED, clock: Callable[[], float] = time.perf_counter
+) -> float:
+    """Seconds that something takes by a clock, at best of some times."""
     found = []
-    for _ in range(_TRIED):
-        begin = time.perf_counter()
+    for _ in range(times):
+        begin = clock()
         work()
-        found.append(time.perf_counter() - begin)
+        found.append(clock() - begin)
     return min(found)
 
 
-def _disk(size: int = 32 << 20) -> float:
-    """Seconds that a byte takes to the disk of the cache."""
-    data = np.random.default_rng(0).bytes(size)
-
-    def write() -> None:
-        with tempfile.TemporaryFile(dir=scratch()) as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-
-    return _shortest(write) / size
+def write(size: int) -> None:
+    """Writes so many bytes to the disk of the cache, until they are there, and takes them away."""
+    with tempfile.TemporaryFile(dir=scratch()) as file:
+        for first in range(0, size, len(_NOISE)):
+            file.write(_NOISE[: size - first])
+        file.flush()
+        os.fsync(file.fileno())

@@ -42,9 +42,9 @@ def cluster_checkpoints(
     learning_rates: Sequence[float],
     *,
     config: SelectConfig,
-    store: str | os.PathLike[str] | None = None,
-    seed: int = 0,
-    progress: Progress | None = None,
+    store: str | os.PathLike[str] | None,
+    seed: int,
+    progress: Progress | None,
 ) -> tuple[PairClusters, PairGradients]:
     """Clusters pairs by their gradients at several checkpoints (see the top of this file).
 

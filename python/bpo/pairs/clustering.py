@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bpo import _core
+from bpo.choices import SEED
 from bpo.config import SelectConfig
 from bpo.pairs.pair_gradients import PairGradients, pair_norms
 from bpo.pairs.size import ChoiceSize, n_clusters
@@ -50,7 +51,7 @@ def cluster_pairs(
     coefficients: npt.NDArray[np.float32],
     *,
     config: SelectConfig | None = None,
-    seed: int = 0,
+    seed: int = SEED,
     progress: Progress | None = None,
 ) -> PairClusters:
     """Clusters the gradients z = a·h_w + b·h_l of pairs at unit length, and scores each pair, without forming any z.

@@ -21,8 +21,10 @@ _ROWS_AT_ONCE = 8192
 # Among which the penalty is chosen: the largest first, whose fit is where the next one starts.
 _PENALTIES = (1000.0, 100.0, 10.0, 1.0)
 _FOLDS = 5
-# Pairs that the penalty is chosen by; it is a property of the gradients, not of how many there are.
-_VALIDATED_PAIRS = 20_000
+N_FITS = (_FOLDS - 1) * len(_PENALTIES)
+"""Fits of all the pairs that the penalty is chosen by, together: each fold leaves one part out."""
+VALIDATED_PAIRS = 20_000
+"""Pairs that the penalty is chosen by; it is a property of the gradients, not of how many there are."""
 
 
 def pulls(gradients: PairGradients, scale: npt.NDArray[np.float32] | np.float32) -> npt.NDArray[np.float32]:
@@ -145,7 +147,7 @@ def _penalty(features: PairGradients, prompt_of_pair: npt.NDArray[np.int64], see
     n_folds = min(_FOLDS, int(order.max()) + 1)
     if n_folds == 1:
         return _PENALTIES[0]
-    n_drawn = max(_FOLDS, int(np.searchsorted(np.cumsum(np.bincount(order)), _VALIDATED_PAIRS, side="right")))
+    n_drawn = max(_FOLDS, int(np.searchsorted(np.cumsum(np.bincount(order)), VALIDATED_PAIRS, side="right")))
     drawn: npt.NDArray[np.bool_] = order < n_drawn
     regression = PairRegression(features.take(np.flatnonzero(drawn)), shares)
     fold = order[drawn] % n_folds

@@ -29,6 +29,9 @@ _BYTES_A_PROMPT = 8  # whether prompts agree: the sum of each of 1,000 prompts
 _CACHE_BYTES = 1 << 30
 # Covariances of pairs with those that they are to tell about, in float32.
 INFORMATION_BYTES = 64 << 20
+# The audit of labels: matrix, eigenvectors and what LAPACK works with, d × d float64 each; and copies of the rows
+# that it takes at once. Measured with up to 2,048 numbers.
+_BYTES_OF_AUDIT, _AUDITED_AT_ONCE, _BYTES_OF_AUDITED = 48, 8192, 32
 # Candidates of a round of the D-optimal design, and copies of their vectors.
 _CANDIDATES, _COPIES = 1024, 4
 
@@ -41,10 +44,11 @@ class ChoiceSize:
         n_rows: Responses.
         n_pairs: Their pairs.
         dim: Numbers of a sketch.
-        config: Uses ``max_memory``, ``n_clusters`` and ``threads``.
+        config: Uses ``max_memory``, ``n_clusters``, ``threads`` and ``trust``.
         strategy: What chooses; that of a strategy of the user's own is not known.
         budget: Pairs to choose; all if None.
         n_processes: How many share the pairs; the bytes are those of each.
+        audited: Whether their labels are audited, and nothing is chosen; ``config.trust`` says whether beside a choice.
     """
 
     n_rows: int
@@ -54,6 +58,7 @@ class ChoiceSize:
     strategy: str = "bpo"
     budget: int | None = None
     n_processes: int = 1
+    audited: bool = False
 
     @classmethod
     def of(
@@ -80,8 +85,14 @@ class ChoiceSize:
         clustering = (of_centroid * clusters + _BYTES_A_THREAD * threads) * self.dim
         agreement = _BYTES_A_PROMPT * min(self.n_pairs, 1000) * self.dim
         of_pair = _BYTES_A_PAIR + _BYTES_A_SHARED_PAIR * shared
-        most = max(clustering, agreement, self._strategy_bytes(threads, clusters))
+        most = max(clustering, agreement, self._strategy_bytes(threads, clusters), self._audit_bytes)
         return _FIXED_BYTES + _BYTES_A_ROW * self.n_rows + of_pair * self.n_pairs + most
+
+    @property
+    def _audit_bytes(self) -> int:
+        if not self.audited and self.config.trust != "audit":
+            return 0
+        return (_BYTES_OF_AUDIT * self.dim + _BYTES_OF_AUDITED * min(self.n_rows, _AUDITED_AT_ONCE)) * self.dim
 
     def _strategy_bytes(self, threads: int, clusters: int) -> int:
         dim, budget = self.dim, self.n_pairs if self.budget is None else self.budget
@@ -103,17 +114,31 @@ class ChoiceSize:
         limit = self.config.memory_limit
         return _CACHE_BYTES if limit is None else max(0, limit - self.needed_bytes)
 
+    @property
+    def fits(self) -> bool:
+        """Whether ``SelectConfig.max_memory`` suffices."""
+        limit = self.config.memory_limit
+        return limit is None or self.needed_bytes <= limit
+
     def check(self) -> None:
         """Checks that ``SelectConfig.max_memory`` suffices.
 
         Raises:
             ValueError: It does not; the message says what would.
         """
-        limit, needed = self.config.memory_limit, self.needed_bytes
-        if limit is not None and needed > limit:
+        limit = self.config.memory_limit
+        if limit is not None and not self.fits:
+            least = (
+                f"{self.n_pairs} pairs of {self.n_rows} responses takes {math.ceil(self.needed_bytes / 2**20):,} MiB"
+            )
+            trust = " and trust='audit'" if self.config.trust == "audit" else ""
+            what = (
+                f"auditing {least}"
+                if self.audited
+                else f"choosing among {least} with strategy={self.strategy!r}{trust}"
+            )
             raise ValueError(
-                f"SelectConfig.max_memory is {limit / 2**20:,.0f} MiB, and choosing among {self.n_pairs} pairs of "
-                f"{self.n_rows} responses takes {math.ceil(needed / 2**20):,} MiB with strategy={self.strategy!r}. "
+                f"SelectConfig.max_memory is {limit / 2**20:,.0f} MiB, and {what}. "
                 "Allow as much, or keep fewer prompts (breadth), pairs (max_pairs_per_prompt), clusters (n_clusters) "
                 "or numbers of a sketch (sketch_dim)."
             )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from tqdm.auto import tqdm
 
+from bpo.choices import SEED
 from bpo.config import SelectConfig
 from bpo.data.values import content_id
 from bpo.responses.client import ChatError, ChatServer
@@ -46,7 +47,7 @@ def sample_responses(
     output: str | os.PathLike[str] | None = None,
     processing_class: Any = None,
     batch_size: int = 32,
-    seed: int = 42,
+    seed: int = SEED,
     split: str | None = None,
     columns: Mapping[str, str] | None = None,
     config: SelectConfig | Mapping[str, Any] | None = None,

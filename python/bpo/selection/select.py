@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from bpo.choices import SEED
 from bpo.data.columns import other_columns
 from bpo.data.rows import load_alike, load_rows
 from bpo.selection.choice import choose, in_order, warn_of_fewer
@@ -55,7 +56,7 @@ def select(
     split: str | None = None,
     columns: Mapping[str, str] | None = None,
     config: SelectConfig | Mapping[str, Any] | None = None,
-    seed: int = 42,
+    seed: int = SEED,
     progress: bool = True,
     evidence: bool = True,
 ) -> Selection:
@@ -173,12 +174,14 @@ def _select(
     tell = functools.partial(_tell, request, source, pool, kept, told, looks)
     if filled is None:
         return tell(choose_by(request))
-    if request.config.checkpoints is not None:
-        # Their features are a file of the process that makes them.
-        return processes.from_main(lambda: tell(choose_by(request)))
-    with sharing(processes) as shares:
+    with sharing(processes, request.config.process_timeout) as shares:
+        if shares is None:
+            return tell(choose_by(request))
+        if request.config.checkpoints is not None:
+            # Their features are a file of the process that makes them.
+            return shares.from_main(lambda: tell(choose_by(request)))
         choice = choose_by(_beside(request, processes), shares)
-    return processes.from_main(lambda: tell(choice))
+        return shares.from_main(lambda: tell(choice))
 
 
 def _beside(request: Request, processes: World) -> Request:
@@ -280,7 +283,7 @@ def select_again(
     reference: Reference | None = None,
     store: str | os.PathLike[str] | None = None,
     config: SelectConfig | Mapping[str, Any] | None = None,
-    seed: int = 42,
+    seed: int = SEED,
     progress: bool = True,
 ) -> Selection:
     """Chooses again from the same data, once the policy was trained on an earlier choice.
@@ -324,7 +327,7 @@ def select_at_most(
     target: Any = None,
     store: str | os.PathLike[str] | None = None,
     config: SelectConfig | Mapping[str, Any] | None = None,
-    seed: int = 42,
+    seed: int = SEED,
     progress: bool = True,
 ) -> Selection:
     """Chooses from new responses once the policy was trained: as many pairs as before, or all where there are fewer.

@@ -12,6 +12,7 @@ import numpy as np
 from bpo.data.values import prompt_text
 from bpo.pairs.linear import fit_direction, linear_margins, pulls
 from bpo.pairs.pair_gradients import pair_norms
+from bpo.pairs.size import ChoiceSize
 from bpo.selection.choice import choose
 from bpo.selection.request import Request
 from bpo.selection.scored import score
@@ -81,7 +82,7 @@ def look(
         return {
             "worth": _worth(kept.inputs, scored, int(chosen.sum()), request),
             "agreement": agreement,
-            "labels": _labels(kept, scored, chosen),
+            "labels": _labels(kept, scored, chosen, request),
             "near": _near(kept, scored, chosen),
             "texts": _texts(candidates, index, request.seed),
             "sources": _sources(columns, candidates, index),
@@ -225,7 +226,7 @@ def _difference(values: npt.NDArray[np.float64], heldout_share: float) -> dict[s
     return {"difference": mean, "low": mean - half, "high": mean + half, "p": p}
 
 
-def _labels(kept: Kept, scored: ScoredPairs, chosen: npt.NDArray[np.bool_]) -> dict[str, Any]:
+def _labels(kept: Kept, scored: ScoredPairs, chosen: npt.NDArray[np.bool_], request: Request) -> dict[str, Any]:
     """Which of the chosen pairs have a label that the rest of the data contradicts."""
     if scored.measured is None or scored.features is None:
         return {"reason": "no gradients were computed"}
@@ -236,6 +237,10 @@ def _labels(kept: Kept, scored: ScoredPairs, chosen: npt.NDArray[np.bool_]) -> d
             return {"reason": "there are too few prompts"}
         if float(len(rows)) * dim * dim * len(scored.measured.gradients) > _MOST_LABEL_WORK:
             return {"reason": "it would take too long here"}
+        wide = sum(each.rows.shape[1] for each in scored.measured.gradients)
+        size = ChoiceSize(len(rows), len(scored.eligible), wide, request.clustering, audited=True)
+        if not size.fits:
+            return {"reason": "it would take more than max_memory"}
         audit = scored.labels
     known = np.flatnonzero(chosen & np.isfinite(audit.trust))
     record = labels_record(audit.tells, kept.pair_index[known], 1 - audit.trust[known])

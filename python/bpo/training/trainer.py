@@ -328,21 +328,18 @@ class BPOTrainer(WeightedDPOTrainer):
             self._metrics["train"][name] = [value]
 
     def _resampled(self, number: int, seed: int, progress: bool) -> list[dict[str, Any]]:
-        """Returns new responses to the prompts of the first round, with their scores; the first process makes them."""
-        scored: list[dict[str, Any]] = world().from_main(
-            lambda: resample(
-                self.model,
-                kept_rows(self._candidates, self._rounds[0][1]),
-                self._scorer,
-                n_responses=self.args.resample,
-                file=file_of(number, self.args.output_dir),
-                processing_class=self.processing_class,
-                seed=seed,
-                progress=progress,
-                **(self.args.resample_config or {}),
-            )
+        """Returns new responses to the prompts of the first round, with their scores; all processes make them."""
+        return resample(
+            self.model,
+            kept_rows(self._candidates, self._rounds[0][1]),
+            self._scorer,
+            n_responses=self.args.resample,
+            file=file_of(number, self.args.output_dir),
+            processing_class=self.processing_class,
+            seed=seed,
+            progress=progress,
+            **(self.args.resample_config or {}),
         )
-        return scored
 
     def _reference(self) -> Reference:
         """Returns what TRL compares the policy with, as it is to run over new responses."""

@@ -16,6 +16,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 from trl import DPOConfig, DPOTrainer
 
 import bpo
+from bpo.choices import SEED
 from bpo.config import SelectConfig
 from bpo.data.tokenizers import load_tokenizer
 from bpo.policy.models import plain
@@ -39,7 +40,7 @@ def warm_up(
     processing_class: Any = None,
     args: DPOConfig | None = None,
     peft_config: Any = None,
-    seed: int = 0,
+    seed: int = SEED,
 ) -> dict[str, float]:
     """Trains an adapter on a few random pairs: checkpoints and optimizer states for the gradients of a selection.
 

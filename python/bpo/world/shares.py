@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import pickle
 import warnings
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -27,6 +26,8 @@ _WITH_A_WORD = 1 << 12
 _WORD = 8
 # What a process says in place of a number of bytes.
 _FAILED = -1
+WORD_BYTES = _WORD + _WITH_A_WORD
+"""Bytes that a process sends to each other whenever they agree."""
 
 
 class Shares:
@@ -56,6 +57,7 @@ class Shares:
         Raises:
             Exception: What another process failed with.
             ConnectionError: One of them died.
+            TimeoutError: One of them hangs.
         """
         found = self._meet(own)
         if max(size for size, _ in found) <= _WITH_A_WORD:
@@ -108,13 +110,24 @@ class Shares:
         return found.reshape(-1, *own.shape[1:])
 
     def from_main(self, work: Callable[[], _Result]) -> _Result:
-        """Has the first process do something, and returns in each what came of it."""
-        sent = b""
+        """Has the first process do something, and returns in each what came of it.
+
+        Raises:
+            Exception: As :meth:`gather`.
+        """
+        done: list[_Result] = []
         if self.rank == 0:
             with alone():
-                sent = pickle.dumps(work())
-        result: _Result = pickle.loads(self.gather(sent)[0])
-        return result
+                done.append(work())
+        self._meet()
+        try:
+            with self._connected():
+                return self._processes.from_main(lambda: done[0])
+        except Exception:
+            raise
+        except BaseException:  # within what the others wait for, which no words can be put into
+            self._ended = True
+            raise
 
     def led(
         self,
@@ -144,7 +157,7 @@ class Shares:
             self._meet()
             self._ended = True
             return
-        with contextlib.suppress(ConnectionError):
+        with contextlib.suppress(ConnectionError, TimeoutError):
             self._words(_FAILED, b"")
             self._failures(error)
 
@@ -161,7 +174,7 @@ class Shares:
         if self._ended:
             raise RuntimeError("The processes of this job share no work any more.")
         word = count.to_bytes(_WORD, "little", signed=True) + own[:_WITH_A_WORD]
-        sent = _tensor(word.ljust(_WORD + _WITH_A_WORD, b"\0"))
+        sent = _tensor(word.ljust(WORD_BYTES, b"\0"))
         heard = [torch.empty_like(sent) for _ in range(self.size)]
         with self._connected():
             torch.distributed.all_gather(heard, sent, group=self._processes.group)
@@ -208,11 +221,11 @@ class Shares:
 
     @contextlib.contextmanager
     def _connected(self) -> Iterator[None]:
-        """Says so where one of the others died; nothing can be told to anybody then."""
+        """Says so where one of the others died or hangs; nothing can be told to anybody then."""
         try:
             with self._processes.losing():
                 yield
-        except ConnectionError:
+        except (ConnectionError, TimeoutError):
             self._ended = True
             raise
 
@@ -231,16 +244,20 @@ def _bytes(tensor: torch.Tensor) -> bytes:
 
 
 @contextlib.contextmanager
-def sharing(processes: World) -> Iterator[Shares | None]:
+def sharing(processes: World, timeout: float) -> Iterator[Shares | None]:
     """Lets the processes of a job share work on pairs; None for one by itself.
 
     Where one of them fails, all leave with its error. The first one warns for all.
+
+    Args:
+        processes: Of the job.
+        timeout: Seconds after which the others name one that neither works nor waits for others.
     """
     if processes.size == 1:
         yield None
         return
-    shares = Shares(processes)
-    with warnings.catch_warnings():
+    with processes.watched(timeout) as watched, warnings.catch_warnings():
+        shares = Shares(watched)
         if not processes.is_main:
             warnings.simplefilter("ignore")
         try:

@@ -8,6 +8,7 @@ import contextvars
 import dataclasses
 import datetime
 import functools
+import io
 import os
 import pickle
 import platform
@@ -19,6 +20,9 @@ from bpo.world.launch import launched
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
+
+    from bpo.world.heartbeat import Heartbeats
+    from bpo.world.telling import Parcel
 
 _Result = TypeVar("_Result")
 _Given = ParamSpec("_Given")
@@ -41,12 +45,14 @@ class World:
         size: How many there are.
         local_size: How many of them share this machine.
         group: Of ``torch.distributed``, over which they talk; None for one by itself.
+        heartbeats: By which one that hangs is found, where that is asked for.
     """
 
     rank: int
     size: int
     local_size: int
     group: Any = None
+    heartbeats: Heartbeats | None = None
 
     @property
     def is_main(self) -> bool:
@@ -61,25 +67,68 @@ class World:
     def from_main(self, work: Callable[[], _Result]) -> _Result:
         """Has the first process do something, and returns in each what came of it.
 
+        What is large goes in pieces (:mod:`bpo.world.telling`). Tables of Arrow and those of data sets are then on disk
+        in the others, in a file of the cache, where they are large.
+
         Raises:
-            Exception: What it raised there, in each.
+            Exception: What it raised there, in each; or what one of the others met with while it took that in.
+            ConnectionError: A process died.
         """
         if self.size == 1:
             return work()
-        sent: list[Any] = [None, None]
+        from bpo.world.telling import Parcel
+
+        result: Any = None
+        parcel: Parcel | None = None
         failed: Exception | None = None
         if self.is_main:
             try:
                 with alone():
-                    sent[0] = work()
+                    result = work()
+                parcel = Parcel(result)
             except Exception as error:
-                failed, sent[1] = error, _sendable(error)
+                failed = error
+        sent: list[Any] = [failed and _sendable(failed), parcel and parcel.small, parcel and len(parcel.tables)]
         self._broadcast(sent)
-        if failed is not None:
-            raise failed
-        if sent[1] is not None:
-            raise sent[1]
-        result: _Result = sent[0]
+        raised, small, n_tables = sent
+        if raised is not None:
+            raise failed or raised
+        if not self.is_main:
+            result = self._hear(n_tables) if small is None else pickle.loads(small)
+        elif parcel is not None and small is None:
+            self._tell(parcel)
+        found: _Result = result
+        return found
+
+    def _tell(self, parcel: Parcel) -> None:
+        """Sends what is large to the others, and waits until all have it."""
+        from bpo.world.telling import Chain, Sender
+
+        sender, failed = Sender(Chain(self.rank, self.size, self.group, self.losing)), None
+        try:
+            parcel.write(sender)
+        except (ConnectionError, TimeoutError):
+            raise
+        except Exception as error:
+            failed = error
+        sender.end(failed=failed is not None)
+        self.exchanged(failed or True)
+
+    def _hear(self, n_tables: int) -> Any:
+        """Takes in what the first process sends, and hands it on; waits until all have it."""
+        from bpo.world.telling import Chain, Receiver, unpacked
+
+        receiver = Receiver(Chain(self.rank, self.size, self.group, self.losing))
+        result: Any = None
+        failed: Exception | None = None
+        try:
+            result = unpacked(io.BufferedReader(receiver), n_tables)
+        except (ConnectionError, TimeoutError):
+            raise
+        except Exception as error:
+            failed = error
+        receiver.drain()  # so that those behind this one get it all, whatever went wrong here
+        self.exchanged(True if failed is None or receiver.failed else failed)
         return result
 
     def to_main(self, value: _Result) -> list[_Result] | None:
@@ -153,6 +202,25 @@ class World:
             torch.distributed.all_gather_object(errors, own and _sendable(own), group=self.group)
         return errors
 
+    @contextlib.contextmanager
+    def watched(self, timeout: float) -> Iterator[World]:
+        """Yields these processes so that one that hangs, while it should work with the others, is named by them.
+
+        Args:
+            timeout: Seconds in which a process must work or wait for others.
+
+        Raises:
+            TimeoutError: One did neither.
+        """
+        from bpo.world.heartbeat import Heartbeats
+
+        told = self.exchanged((self.name, uuid.uuid4().hex))
+        heartbeats = Heartbeats(self.rank, self.group, told[0][1], [name for name, _ in told], timeout)
+        try:
+            yield dataclasses.replace(self, heartbeats=heartbeats)
+        finally:
+            heartbeats.end()
+
     def numbers(self, count: int) -> Iterator[int]:
         """Yields numbers below ``count``, each to that process which is the next to ask for one."""
         if self.size == 1:
@@ -180,13 +248,15 @@ class World:
 
     @contextlib.contextmanager
     def losing(self) -> Iterator[None]:
-        """Says so where one of the others died.
+        """Says so where one of the others died, or hangs.
 
         Raises:
             ConnectionError: In place of what torch says.
+            TimeoutError: Likewise, where there are heartbeats.
         """
         try:
-            yield
+            with contextlib.nullcontext() if self.heartbeats is None else self.heartbeats.waiting():
+                yield
         except RuntimeError as error:
             raise ConnectionError(f"Process {self.name} of {self.size} lost a process of its job: {error}") from None
 

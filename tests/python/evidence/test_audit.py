@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pyarrow as pa
@@ -171,6 +173,38 @@ def test_the_order_of_pairs_does_not_matter():
     np.testing.assert_allclose(again.probability, labels.probability[order], rtol=1e-6)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="counts resident memory as Linux does")
+def test_an_audit_takes_no_more_memory_than_is_counted():
+    """Its matrix has d × d numbers, and so has what finds its eigenvectors."""
+    code = """
+import numpy as np
+from bpo.config import SelectConfig
+from bpo.pairs.left_out import left_out_margins
+from bpo.pairs.pair_gradients import PairGradients
+from bpo.pairs.size import ChoiceSize
+
+def peak():
+    return 1024 * int(open("/proc/self/status").read().partition("VmHWM:")[2].split()[0])
+
+def audited(dim, prompts):
+    generator = np.random.default_rng(0)
+    rows = generator.standard_normal((2 * prompts, dim)).astype(np.float16)
+    pairs = np.arange(2 * prompts).reshape(-1, 2)
+    open("/proc/self/clear_refs", "w").write("5")
+    begin = peak()
+    left_out_margins([PairGradients(rows, pairs, np.ones((prompts, 2), np.float32))], np.arange(prompts))
+    sizes = [ChoiceSize(len(rows), prompts, dim, SelectConfig(n_clusters=1), audited=it) for it in (False, True)]
+    return peak() - begin, sizes[1].needed_bytes - sizes[0].needed_bytes
+
+audited(16, 4)  # whatever is done once
+print(*audited(1536, 40), *audited(64, 6000))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    wide, counted, many, counted_of_many = map(int, done.stdout.split())
+    assert counted / 2 < wide < counted, (wide, counted)
+    assert many < counted_of_many + 6000 * 500, (many, counted_of_many)
+
+
 @pytest.fixture(scope="module")
 def store(tmp_path_factory, model, tokenizer):
     path = tmp_path_factory.mktemp("audit") / "store"
@@ -279,6 +313,13 @@ def test_trust_of_rows_is_a_column_that_select_takes(audit):
 def test_bad_input_is_refused_by_name(audit, rows, arguments, message):
     with pytest.raises(ValueError, match=message):
         audit(rows, **arguments)
+
+
+def test_memory_beyond_a_limit_is_refused(store):
+    with pytest.raises(
+        ValueError, match=r"max_memory is 1 MiB, and auditing 1\d\d pairs of 96 responses takes 1\d\d MiB"
+    ):
+        bpo.audit(store, ROWS, config={**CONFIG, "max_memory": "1MiB"}, progress=False)
 
 
 def test_a_store_of_other_data_is_refused(audit, store):

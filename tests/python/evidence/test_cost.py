@@ -1,7 +1,7 @@
 """The counts of the model of costs, against what really is held, written and sent."""
 
 import dataclasses
-import pickle
+import io
 
 import numpy as np
 import pytest
@@ -13,6 +13,7 @@ from bpo.evidence.cost import Load, Rates, data_bytes, measured, stages
 from bpo.pairs.size import ChoiceSize
 from bpo.report.wording import byte_size, duration
 from bpo.system.packed import Packed
+from bpo.world.telling import Parcel
 from tiny import scored_rows
 
 UNIT = Rates(1e-5, 1e-3, 0.0, 1e-11, 1e-10, 1e-5, 1e-9, 1e-9, 10**8)
@@ -64,7 +65,7 @@ def test_the_store_has_the_bytes_that_are_counted(model, tokenizer, tmp_path):
 
 
 def test_what_is_sent_of_a_selection_is_what_is_counted(model, tokenizer, tmp_path):
-    """A selection goes from the first process to each other as pickled bytes."""
+    """A selection goes from the first process to each other as tables of Arrow and a pickle of the rest."""
     rows, store, config = scored_rows(60, 4), tmp_path / "store", {"sketch_dim": 16}
     bpo.collect_gradients(model, rows, processing_class=tokenizer, store=store, config=config, progress=False)
     sizes = []
@@ -80,7 +81,9 @@ def test_what_is_sent_of_a_selection_is_what_is_counted(model, tokenizer, tmp_pa
             budget=n_pairs,
             text_bytes=texts,
         )
-        sizes.append((len(pickle.dumps(selection)), by_name(load, processes=2)["tell"].network_bytes))
+        sent = io.BytesIO()
+        Parcel(selection).write(sent)
+        sizes.append((len(sent.getvalue()), by_name(load, processes=2)["tell"].network_bytes))
     (few, foretold_few), (many, foretold) = sizes
     assert 0.8 < (foretold - foretold_few) / (many - few) < 1.6, sizes  # texts are counted with what is around them
 
@@ -95,11 +98,28 @@ def test_seconds_follow_the_formulas():
     assert four["cluster"].seconds == pytest.approx(one["cluster"].seconds / 4 + told * 1e-9)
     assert one["score"].seconds == 4 * four["score"].seconds
     assert one["score"].seconds == pytest.approx(3 * 6000 * 1024 * 1e-10)
-    assert four["tell"].seconds == pytest.approx(four["tell"].network_bytes * 1e-9)
+    assert four["tell"].seconds == pytest.approx(four["tell"].network_bytes / 3 * 2e-9)  # handed on, and written
     with_parts = by_name(LOAD, dataclasses.replace(UNIT, coordinate=1e-9))
     assert with_parts["extract"].seconds == pytest.approx(1000 + 4000 * 10**6 * 1e-9)
     needed = ChoiceSize(4000, 6000, 1024, LOAD.config).needed_bytes
     assert one["cluster"].memory_bytes == 10**8 + data_bytes(LOAD) + needed
+
+
+def test_settings_that_take_more_have_stages_of_their_own():
+    """Audits by the first process, matching by all; the bytes of a pick are those that Shares sends."""
+    assert not {"audit", "match"} & set(by_name(LOAD))
+    config = dataclasses.replace(LOAD.config, trust="audit")
+    load = dataclasses.replace(LOAD, config=config, strategy="matching")
+    rates = dataclasses.replace(UNIT, audit=(1e-10, 1e-9, 1e-3), regression=1e-8, pick=1e-11)
+    one, four = by_name(load, rates), by_name(load, rates, processes=4)
+    assert list(one)[1:5] == ["extract", "cluster", "score", "audit"] and list(one)[5] == "match"
+    audit = 4000 * 1024**2 * 1e-10 + 1024**3 * 1e-9 + 1000 * 1e-3
+    assert one["audit"].seconds == four["audit"].seconds == pytest.approx(audit)
+    assert four["audit"].network_bytes == 3 * 9 * 6000
+    read = (16 * 6000 + 6000) * 1024 * 1e-8 + 1000 * 4000 * 1024 * 1e-11
+    assert one["match"].seconds == pytest.approx(read)
+    assert four["match"].network_bytes == 1000 * 4 * 3 * (8 + 4096 + 8 * 1026)
+    assert four["match"].seconds == pytest.approx(read / 4 + four["match"].network_bytes / 4 * 1e-9)
 
 
 def test_this_machine_has_rates(monkeypatch, tmp_path):
@@ -110,6 +130,9 @@ def test_this_machine_has_rates(monkeypatch, tmp_path):
         all(0 < rate < 1e-2 for rate in (rates.response, rates.number, rates.pair, rates.byte)) and rates.product >= 0
     )
     assert list((tmp_path / "scratch").iterdir()) == []
+    assert rates.audit == (0.0, 0.0, 0.0)
+    audited = measured(bpo.SelectConfig(sketch_dim=64, trust="audit"), token=1.0, memory=5).audit
+    assert 0 <= min(audited) < max(audited) < 1e-3
 
 
 def test_the_doctor_tells_each_stage(model_path, tmp_path, capsys, monkeypatch):

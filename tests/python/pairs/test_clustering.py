@@ -118,20 +118,21 @@ def test_memory_beyond_a_limit_is_refused_before_the_model_runs(tokenizer, monke
         bpo.select(model, rows, budget=8, processing_class=tokenizer, config=config, progress=False)
 
 
-@pytest.mark.parametrize("strategy", ["bpo", "coreset", "d_optimal"])
+@pytest.mark.parametrize("strategy", ["bpo", "coreset", "d_optimal", "random"])
 def test_the_least_memory_that_is_named_suffices(strategy, tokenizer):
     """The message counts what the strategy takes: one of d² numbers takes more than the others."""
     model, rows = tiny_llama(tokenizer), scored_rows(4, 4)
 
     def choose(max_memory):
         config = {"sketch_dim": 2048, "threads": 1, "max_memory": max_memory}
+        config |= {"trust": "audit"} if strategy == "random" else {}  # which then needs gradients
         keywords = {"budget": 8, "strategy": strategy, "processing_class": tokenizer, "progress": False}
         return bpo.select(model, rows, config=config, **keywords).pairs["fate"].to_pylist()
 
     with pytest.raises(ValueError, match=f"with strategy='{strategy}'") as refused:
         choose("100MiB")
     least = int(re.search(r"takes (\d+) MiB", str(refused.value)).group(1))
-    assert least > 300 if strategy == "d_optimal" else least < 250
+    assert least > 300 if strategy in ("d_optimal", "random") else least < 250
     with pytest.raises(ValueError, match=rf"takes {least} MiB"):
         choose(f"{least - 1}MiB")
     assert choose(f"{least}MiB") == choose(None)

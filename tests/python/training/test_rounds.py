@@ -15,6 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import TrainerCallback
 
 import bpo
+import bpo.responses.rowblocks
 import job
 from bpo.system.files import write_whole
 from bpo.training.rounds import last_whole_checkpoint, load_rounds
@@ -215,6 +216,9 @@ RESAMPLING = {
     "resample": 3,
     "resample_config": {"max_new_tokens": 6, "keep": ["truncated"]},
 }
+
+# With a block of work for each prompt.
+RESAMPLING_BLOCKS = RESAMPLING | {"resample_config": RESAMPLING["resample_config"] | {"batch_size": 3}}
 
 
 def by_length(prompt, response):
@@ -443,10 +447,29 @@ WEIGHTED = [{**row, "weight": 1.0 + index} for index, row in enumerate(ROWS)]
 EVERY_STEP = {"reselect_strategy": "steps", "reselect_steps": 1, "num_train_epochs": 1}
 
 
-def train_together(rank, output):
+def train_together(rank, output, resampled=False):
     """One process of a training by several, which notes its weights and pairs."""
     settings = {"store": str(output / "store"), "per_device_train_batch_size": 1, **EVERY_STEP}
-    trainer = trained(trainer_of(build_tokenizer(), output, rows=WEIGHTED, **settings))
+    scorer = None
+    if resampled:
+        settings |= RESAMPLING_BLOCKS
+        make, calls = bpo.responses.rowblocks._make, output / f"made-{rank}"
+
+        def make_once_all_are_at_work(*arguments):
+            calls.touch()
+            deadline = time.monotonic() + 300
+            while not (output / f"made-{1 - rank}").exists():
+                assert time.monotonic() < deadline, "the other process makes nothing"
+                time.sleep(0.01)
+            make(*arguments)
+
+        def scorer(prompt, response):
+            with (output / "scored").open("a") as file:
+                file.write(f"{prompt} {response}\n")
+            return by_length(prompt, response)
+
+        bpo.responses.rowblocks._make = make_once_all_are_at_work
+    trainer = trained(trainer_of(build_tokenizer(), output, rows=WEIGHTED, scorer=scorer, **settings))
     found = {"rounds": [pairs_of(one) for one in trainer.selections], "weights": weights_of(trainer).tolist()}
     (output / f"{rank}.json").write_text(json.dumps(found))
 
@@ -458,6 +481,17 @@ def test_several_processes_train_the_same_rounds_as_one(tokenizer, tmp_path):
     assert first == second
     assert first["rounds"] == [pairs_of(one) for one in alone.selections]
     assert np.allclose(first["weights"], weights_of(alone), atol=1e-5)
+
+
+def test_several_processes_sample_a_round_together(tokenizer, tmp_path):
+    alone = trained(trainer_of(tokenizer, tmp_path / "alone", rows=WEIGHTED, scorer=by_length, **RESAMPLING_BLOCKS))
+    job.finish(job.start(2, tmp_path, train_together, tmp_path, True), tmp_path)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert first == second
+    assert first["rounds"] == [pairs_of(one) for one in alone.selections]
+    assert np.allclose(first["weights"], weights_of(alone), atol=1e-5)
+    scored = (tmp_path / "scored").read_text().splitlines()
+    assert len(scored) == len(set(scored)) > 0
 
 
 def test_a_round_of_fewer_pairs_is_spread_over_the_epoch(tokenizer, tmp_path):

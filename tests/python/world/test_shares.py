@@ -126,7 +126,7 @@ def selections(store, output, names):
 
 def everything(rank, store, output, names):
     few_fits()
-    with sharing(world()) as shares:
+    with sharing(world(), 600.0) as shares:
         found = stages(shares)
     (output / f"stages-{rank}").write_bytes(found)
     selections(store, output / f"selections-{rank}", names)
@@ -167,11 +167,12 @@ def test_any_number_of_processes_finds_and_chooses_what_one_does(tmp_path, one, 
         assert_same(tmp_path / f"selections-{rank}", one / "selections", names)
 
 
-def choosing(rank, store):
-    bpo.select(None, ROWS, budget=60, strategy="matching", store=store, config={"threads": 1}, progress=False)
+def choosing(rank, store, timeout=600.0):
+    config = {"threads": 1, "process_timeout": timeout}
+    bpo.select(None, ROWS, budget=60, strategy="matching", store=store, config=config, progress=False)
 
 
-def at_the_third_turn(rank, store, what):
+def at_the_third_turn(rank, store, what, hit=1, timeout=600.0):
     """One process is hit in the middle of k-means, while it has the sums."""
     received, turns = bpo.world.shares.Shares.receive, []
 
@@ -182,9 +183,9 @@ def at_the_third_turn(rank, store, what):
             time.sleep(0.3)  # until the main thread has seen it
         return turns[-1]
 
-    if rank == 1:
+    if rank == hit:
         bpo.world.shares.Shares.receive = receive
-    choosing(rank, store)
+    choosing(rank, store, timeout)
 
 
 def test_where_one_is_killed_or_interrupted_the_others_end_and_say_so(tmp_path, one):
@@ -206,3 +207,41 @@ def test_a_row_that_one_finds_damaged_ends_all(tmp_path, one):
     flip(tmp_path / "store" / "rows.f16", (tmp_path / "store" / "rows.f16").stat().st_size - 300)
     members = job.start(2, tmp_path, choosing, tmp_path / "store")
     job.refused(members, tmp_path, "StoreDamagedError")
+
+
+@pytest.mark.parametrize("hit", [0, 1, 2])
+def test_one_that_is_stopped_in_its_turn_is_named_by_all_others(tmp_path, one, hit):
+    """The first one also keeps the numbers by which the others would hear of it."""
+    members = job.start(3, tmp_path, at_the_third_turn, one / "store", signal.SIGSTOP, hit, 5.0)
+    others = [rank for rank in range(3) if rank != hit]
+    for rank in others:
+        members[rank].join(600)
+    members[hit].kill()
+    for rank in others:
+        expected = (
+            rf"TimeoutError: Process {hit} \({members[hit].pid} on .*\).* of 3 hangs: for 5 s \(process_timeout\)"
+        )
+        assert members[rank].exitcode == 1 and re.search(expected, job.said(tmp_path, rank)), job.said(tmp_path, rank)
+
+
+def slow(rank, store, how):
+    """The first process alone takes longer than one may hang: at work, or asleep."""
+
+    def strategy(candidacy):
+        began = time.monotonic()
+        while time.monotonic() - began < 8:
+            time.sleep(0.0 if how == "at work" else 1.0)
+        return np.arange(len(candidacy.eligible)) < candidacy.budget, np.zeros(len(candidacy.eligible))
+
+    bpo.register_strategy("slow", strategy, needs={"gradients"})
+    config = {"threads": 1, "process_timeout": 5.0}
+    selection = bpo.select(None, ROWS, budget=60, strategy="slow", store=store, config=config, progress=False)
+    assert len(selection) == 60
+
+
+def test_one_that_works_for_longer_than_one_may_hang_is_waited_for(tmp_path, one):
+    job.finish(job.start(2, tmp_path / "at work", slow, one / "store", "at work"), tmp_path / "at work")
+    members = job.start(2, tmp_path / "asleep", slow, one / "store", "asleep")
+    members[1].join(600)
+    assert "TimeoutError: Process 0 (" in job.said(tmp_path / "asleep", 1)
+    job.kill(members)

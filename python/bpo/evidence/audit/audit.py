@@ -20,6 +20,7 @@ from bpo.evidence.audit.results import Audit
 from bpo.evidence.preview.data import PreviewData
 from bpo.evidence.statistics import clustered_standard_error
 from bpo.pairs.left_out import left_out_margins
+from bpo.pairs.size import ChoiceSize
 from bpo.pairs.wrong_labels import wrong_labels
 from bpo.selection.sources import StoreAlone
 from bpo.store.gradient_store import GradientStore
@@ -69,15 +70,15 @@ def audit(
         processing_class: As of :func:`bpo.preview`.
         split: Which split of the data is read, such as ``"train_prefs"``; by default that for training.
         columns: What columns of the accepted formats are called in the data, such as ``{"prompt": "question"}``.
-        config: Settings; of these, how data is read.
+        config: Settings; of these, how data is read, and ``max_memory``.
         progress: Whether to show a progress bar.
 
     Returns:
         The audit: ``summary()``, ``report(path)``, ``pairs``.
 
     Raises:
-        ValueError: Pairs of one prompt only, no usable gradient, a column that is not there, or an argument out of
-            range.
+        ValueError: Pairs of one prompt only, no usable gradient, a column that is not there, an argument out of range,
+            or a ``max_memory`` below what d numbers of all stores take (48 bytes for each of d × d).
         FileNotFoundError: No store there.
         bpo.StoreError: As :func:`bpo.select`.
 
@@ -104,7 +105,11 @@ def audit(
 
     index = np.flatnonzero(data.usable)
     prompts = data.candidates.prompt_of_pair[index]
-    left_out = left_out_margins([data.pairs[name].gradients[0].take(index) for name in data.sources], prompts)
+    gradients = [data.pairs[name].gradients[0].take(index) for name in data.sources]
+    dim = sum(each.rows.shape[1] for each in gradients)
+    alone = dataclasses.replace(settings, n_clusters=1)
+    ChoiceSize(len(data.candidates.responses), len(index), dim, alone, audited=True).check()
+    left_out = left_out_margins(gradients, prompts)
     found = wrong_labels(left_out, prompts, wrong_share)
     pairs = _pair_table(data, index, left_out.margins, found.probability)
     return Audit(
