@@ -277,7 +277,10 @@ def draw_d_optimal(draw):
 def draw_matching(draw):
     rows, pairs, coefficients = draw.pairs()
     target = draw.generator.standard_normal(rows.shape[1]).astype(np.float32)
-    budget, limited, pairs = draw.number(1, 20, 2**63), limits(draw, len(pairs)), draw.array(pairs)
+    budget, limited = draw.number(1, 20, 2**63), limits(draw, len(pairs))
+    clusters = draw.array(draw.generator.integers(0, 4, len(pairs)).astype(np.int32), optional=True)
+    weights = draw.array(draw.generator.random(4), optional=True) if clusters is not None else None
+    pairs = draw.array(pairs)
     picks, cosines = _core.matching(
         draw.array(rows),
         pairs,
@@ -285,6 +288,9 @@ def draw_matching(draw):
         draw.array(target),
         budget,
         **limited,
+        min_depth=draw.number(0, 1),
+        clusters=clusters,
+        cluster_weights=weights,
         cache_bytes=draw.number(0, 1000, 2**30),
         threads=draw.threads(),
     )
