@@ -298,6 +298,26 @@ def draw_matching(draw):
     assert (abs(cosines) <= 1 + 1e-9).all()
 
 
+def draw_row_products(draw):
+    rows, vector = draw_pass(draw)
+    index = draw.array(draw.generator.integers(0, len(rows), draw.one_of(0, 1, 500)))
+    products = _core.row_products(draw.array(rows), index, draw.array(vector), threads=draw.threads())
+    assert products.shape == index.shape and products.dtype == np.float64
+
+
+def draw_row_sum(draw):
+    rows, vector = draw_pass(draw)
+    index = draw.generator.integers(0, len(rows), draw.one_of(0, 1, 500))
+    weights = draw.array(draw.generator.random(len(index)))
+    total = _core.row_sum(draw.array(rows), draw.array(index), weights, threads=draw.threads())
+    assert total.ndim == 1 and len(total) in (0, len(vector)) and total.dtype == np.float64
+
+
+def draw_pass(draw):
+    rows = draw.pairs()[0]
+    return rows, draw.generator.random(rows.shape[1])
+
+
 def draw_allocate_depth(draw):
     n = draw.one_of(1, 30, 500)
     prompts = draw.array(draw.generator.integers(-3, 9, n) * draw.one_of(1, 2**59))
@@ -346,6 +366,8 @@ FUNCTIONS = [
     draw_coreset,
     draw_d_optimal,
     draw_matching,
+    draw_row_products,
+    draw_row_sum,
     draw_allocate_depth,
     draw_ranking_keys,
     draw_sketch,

@@ -51,10 +51,10 @@ def matched(
     config = candidacy.config
     features, prompts = candidacy.features.take(index), candidacy.prompt_of_pair[index]
     if candidacy.target is None:
-        direction = training_direction(features, prompts, candidacy.seed, candidacy.shares)
+        direction = training_direction(features, prompts, candidacy.seed, candidacy.shares, config.threads)
     else:
         wanted = candidacy.target
-        direction = training_direction(wanted, np.arange(len(wanted.pairs)), candidacy.seed)
+        direction = training_direction(wanted, np.arange(len(wanted.pairs)), candidacy.seed, None, config.threads)
     picks, _ = _core.matching(
         *features,
         (-direction).astype(np.float32),
@@ -68,7 +68,7 @@ def matched(
         threads=config.threads,
         processes=candidacy.shares,
     )
-    agreement = PairRegression(features, candidacy.shares).margins(direction)
+    agreement = PairRegression(features, candidacy.shares, config.threads).margins(direction)
     agreement[picks] = np.inf
     keys = np.empty(len(index))
     keys[np.argsort(-agreement, kind="stable")] = -np.arange(len(index), dtype=np.float64)
