@@ -5,7 +5,7 @@ use crate::memory::{self, PIECE, RESULTS, build, chosen, each, filled};
 use crate::order::{descending, sort};
 use crate::progress::Progress;
 use crate::prompts::Prompts;
-use crate::shares::largest_remainder;
+use crate::shares::{check_clusters, largest_remainder, weighted};
 
 /// Bits of a pair's index in a sorting key, beside 31 of the cluster and 64 of the usefulness.
 const PAIR_BITS: u32 = 33;
@@ -115,17 +115,7 @@ fn check(
     if max_depth == Some(0) {
         return Err(Error::argument("max_depth", "at least 1", 0));
     }
-    let limit = cluster_weights.map_or(i32::MAX as usize, <[f64]>::len);
-    let known = |cluster: i32| usize::try_from(cluster).is_ok_and(|cluster| cluster < limit);
-    if let Some(index) = memory::first(clusters.len(), progress, |pair| !known(clusters[pair]))? {
-        let label = i64::from(clusters[index]);
-        return Err(Error::ClusterOutOfRange { array: "clusters", index, label, clusters: limit });
-    }
-    let weights = cluster_weights.unwrap_or_default();
-    match weights.iter().position(|weight| !(weight.is_finite() && *weight >= 0.0)) {
-        Some(index) => Err(Error::Weight { array: "cluster_weights", index, value: weights[index] }),
-        None => Ok(()),
-    }
+    check_clusters(clusters, cluster_weights, progress)
 }
 
 /// Every prompt has a pair.
@@ -204,10 +194,6 @@ fn queues<'k>(mut keys: &'k [u128], cluster_weights: Option<&[f64]>, progress: &
 
 /// What the clusters' shares are in proportion to.
 fn masses(queues: &[Queue], progress: &Progress) -> Result<Vec<f64>> {
-    let size = |queue: usize| queues[queue].size() as f64;
-    let weighted = build(queues.len(), RESULTS, progress, |queue| size(queue) * queues[queue].weight)?;
-    if memory::first(queues.len(), progress, |queue| weighted[queue] > 0.0)?.is_some() {
-        return Ok(weighted);
-    }
-    build(queues.len(), RESULTS, progress, size)
+    let sizes = build(queues.len(), RESULTS, progress, |queue| queues[queue].size() as f64)?;
+    weighted(sizes, |queue| queues[queue].weight, progress)
 }

@@ -18,6 +18,7 @@ pub mod exchange;
 pub mod gemm;
 pub mod gemm8;
 pub mod kmeans;
+pub mod linear;
 pub mod matching;
 pub mod matrix;
 pub mod memory;

@@ -116,7 +116,25 @@ impl Depths {
     }
 
     pub fn full(&self, pair: usize) -> bool {
-        self.depths[self.prompts.numbers[pair] as usize] >= self.max_depth
+        self.depth(pair) >= self.max_depth
+    }
+
+    /// The pairs that were picked of the prompt of a pair.
+    pub fn depth(&self, pair: usize) -> usize {
+        self.depths[self.prompts.numbers[pair] as usize]
+    }
+
+    /// How many prompts have a pair that may be picked.
+    ///
+    /// # Errors
+    /// If the memory cannot be had, or the computation was cancelled.
+    pub fn with_pair(&self, eligible: Option<&[bool]>, progress: &Progress) -> Result<usize> {
+        let numbers = &self.prompts.numbers;
+        let mut found = filled(self.prompts.count(), eligible.is_none(), RESULTS)?;
+        if let Some(eligible) = eligible {
+            each(numbers.len(), progress, |pair| found[numbers[pair] as usize] |= eligible[pair])?;
+        }
+        Ok(found.into_iter().filter(|&found| found).count())
     }
 
     pub fn count(&mut self, pair: usize) {

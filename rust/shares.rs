@@ -1,7 +1,7 @@
-//! Shares of a total, by the method of the largest remainder.
+//! Shares of a total among clusters, by the method of the largest remainder.
 
-use crate::error::Result;
-use crate::memory::{RESULTS, build, chosen, each};
+use crate::error::{Error, Result};
+use crate::memory::{RESULTS, build, chosen, each, first};
 use crate::order::{descending, sort};
 use crate::progress::Progress;
 
@@ -30,4 +30,30 @@ pub fn largest_remainder(masses: &[f64], total: usize, progress: &Progress) -> R
     each(masses.len(), progress, |index| given += quotas[index])?;
     each(total.saturating_sub(given), progress, |turn| quotas[order[turn % order.len()].1] += 1)?;
     Ok(quotas)
+}
+
+/// Sizes times weights, which are what shares are in proportion to; if only clusters of weight zero are left, weights no longer
+/// count.
+///
+/// # Errors
+/// If the memory cannot be had, or the computation was cancelled.
+pub fn weighted(sizes: Vec<f64>, weight: impl Fn(usize) -> f64 + Sync, progress: &Progress) -> Result<Vec<f64>> {
+    let masses = build(sizes.len(), RESULTS, progress, |index| sizes[index] * weight(index))?;
+    Ok(if first(masses.len(), progress, |index| masses[index] > 0.0)?.is_some() { masses } else { sizes })
+}
+
+/// # Errors
+/// If a cluster is negative or without weight, a weight is negative or not finite, or the computation was cancelled.
+pub fn check_clusters(clusters: &[i32], weights: Option<&[f64]>, progress: &Progress) -> Result<()> {
+    let limit = weights.map_or(i32::MAX as usize, <[f64]>::len);
+    let known = |cluster: i32| usize::try_from(cluster).is_ok_and(|cluster| cluster < limit);
+    if let Some(index) = first(clusters.len(), progress, |pair| !known(clusters[pair]))? {
+        let label = i64::from(clusters[index]);
+        return Err(Error::ClusterOutOfRange { array: "clusters", index, label, clusters: limit });
+    }
+    let weights = weights.unwrap_or_default();
+    match weights.iter().position(|weight| !(weight.is_finite() && *weight >= 0.0)) {
+        Some(index) => Err(Error::Weight { array: "cluster_weights", index, value: weights[index] }),
+        None => Ok(()),
+    }
 }

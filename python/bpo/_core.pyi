@@ -33,6 +33,8 @@ __all__ = [
     "pair_norms",
     "ranking_keys",
     "repair_store",
+    "row_products",
+    "row_sum",
     "score_pairs",
     "simd",
 ]
@@ -242,6 +244,20 @@ def d_optimal(
     threads: int | None = None,
     progress: _Progress | None = None,
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]: ...
+def row_products(
+    rows: _ScaledRows,
+    index: NDArray[np.int64],
+    vector: NDArray[np.float64],
+    *,
+    threads: int | None = None,
+) -> NDArray[np.float64]: ...
+def row_sum(
+    rows: _ScaledRows,
+    index: NDArray[np.int64],
+    weights: NDArray[np.float64],
+    *,
+    threads: int | None = None,
+) -> NDArray[np.float64]: ...
 def matching(
     rows: _ScaledRows,
     pairs: NDArray[np.int64],
@@ -251,7 +267,10 @@ def matching(
     *,
     eligible: NDArray[np.bool_] | None = None,
     prompts: NDArray[np.int64] | None = None,
+    min_depth: int = 0,
     max_depth: int | None = None,
+    clusters: NDArray[np.int32] | None = None,
+    cluster_weights: NDArray[np.float64] | None = None,
     cache_bytes: int = 1073741824,
     threads: int | None = None,
     progress: _Progress | None = None,

@@ -44,6 +44,9 @@ TruncationMode = Literal["keep_start", "keep_end"]
 USEFULNESS_TERMS = ("centrality", "alignment", "informativeness", "score_gap")
 """What ``SelectConfig.usefulness`` can weigh."""
 
+Usefulness = Mapping[str, float] | Literal["matching"]
+"""Weights of such terms, or what a pair adds to those that are taken."""
+
 NO_MODELS = ("base", "columns")
 """What ``ref_model`` can be besides a model and a path."""
 
@@ -78,10 +81,14 @@ def number_of_bytes(name: str, value: Any) -> int | None:
     return int(size)
 
 
-def usefulness_weights(weights: Any) -> dict[str, float]:
+def checked_usefulness(weights: Any) -> Usefulness | None:
     """Checks ``SelectConfig.usefulness``."""
+    if weights is None:
+        return None
+    if isinstance(weights, str) and weights == "matching":
+        return "matching"
     if not isinstance(weights, Mapping) or not weights:
-        raise ValueError(f"SelectConfig.usefulness must map terms to weights, got {weights!r}")
+        raise ValueError(f"SelectConfig.usefulness must be 'matching', or map terms to weights, got {weights!r}")
     for name, weight in weights.items():
         if name not in USEFULNESS_TERMS:
             raise ValueError(f"SelectConfig.usefulness has no term {name!r}; it has {', '.join(USEFULNESS_TERMS)}")

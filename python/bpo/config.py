@@ -29,10 +29,11 @@ from bpo.choices import (
     SketchKind,
     TokenWeights,
     TruncationMode,
+    Usefulness,
+    checked_usefulness,
     is_finite,
     learning_rates,
     number_of_bytes,
-    usefulness_weights,
 )
 
 
@@ -134,12 +135,14 @@ class SelectConfig:
         metric: ``"euclidean"`` or ``"cosine"`` k-means over the unit-length pair features.
         max_iter: Most k-means iterations.
         ranking: Who is taken first within a cluster: ``"nearest"``, the most useful; ``"softmax"``, drawn in proportion
-            to exp(usefulness / temperature); or the controls ``"farthest"``, the least useful, and ``"random"``.
+            to exp(usefulness / temperature), of terms; or the controls ``"farthest"``, the least useful, and
+            ``"random"``.
         temperature: Temperature of ``"softmax"``; usefulness is in standard deviations of its terms.
-        usefulness: What makes a pair useful: {term: weight} of ``"centrality"`` (cosine with its cluster's centre),
-            ``"alignment"`` (cosine with the mean gradient, or with those of the target), ``"informativeness"`` (length
-            of the gradient) and ``"score_gap"``, each standardised over the candidates, then added up *(ours)*. The
-            default is the best of those measured in docs/results.md that need no scores.
+        usefulness: What makes a pair useful: ``"matching"``, what it adds to those that are taken, as the strategy of
+            that name has it; or {term: weight} of ``"centrality"`` (cosine with its cluster's centre), ``"alignment"``
+            (cosine with the mean gradient, or with those of the target), ``"informativeness"`` (length of the gradient)
+            and ``"score_gap"``, each standardised over the candidates, then added up *(ours)*. ``None`` is
+            ``"matching"``, the best measured in docs/results.md; under another ``ranking`` centrality + alignment.
         min_depth: Pairs that strategies which keep every prompt give each of them first: 1, or 0 to let whole prompts
             go *(ours)*. ``None`` is 1 where the budget has a pair for each prompt, else 0; with 1 it is refused then.
         max_depth: Most pairs of one prompt; ``None`` for no cap.
@@ -224,7 +227,7 @@ class SelectConfig:
     max_iter: int = 100
     ranking: Ranking = "nearest"
     temperature: float = 0.5
-    usefulness: Mapping[str, float] = dataclasses.field(default_factory=lambda: {"centrality": 1.0, "alignment": 1.0})
+    usefulness: Usefulness | None = None
     min_depth: int | None = None
     max_depth: int | None = None
     order: Order = "data"
@@ -300,7 +303,12 @@ class SelectConfig:
             object.__setattr__(self, name, int(value))
         if isinstance(self.min_depth, bool) or self.min_depth not in (0, 1, None):
             raise ValueError(f"SelectConfig.min_depth must be 0, 1 or None, got {self.min_depth!r}")
-        object.__setattr__(self, "usefulness", usefulness_weights(self.usefulness))
+        object.__setattr__(self, "usefulness", checked_usefulness(self.usefulness))
+        if self.usefulness == "matching" and self.ranking != "nearest":
+            raise ValueError(
+                "SelectConfig.usefulness='matching' is what a pair adds to those that are taken, which no pair has by "
+                f"itself; ranking={self.ranking!r} needs terms: usefulness={{'centrality': 1, 'alignment': 1}}."
+            )
         object.__setattr__(self, "max_memory", number_of_bytes("SelectConfig.max_memory", self.max_memory))
         seed = self.sketch_seed
         if isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or not 0 <= seed < 2**64:
@@ -462,6 +470,13 @@ class SelectConfig:
     def trust_column(self) -> str | None:
         """The column that says which labels to trust."""
         return None if self.trust == "audit" else self.trust
+
+    @property
+    def usefulness_terms(self) -> Mapping[str, float] | None:
+        """What ``usefulness`` weighs; None where it is what a pair adds to those that are taken."""
+        if self.usefulness is None:
+            return None if self.ranking == "nearest" else {"centrality": 1.0, "alignment": 1.0}
+        return None if isinstance(self.usefulness, str) else self.usefulness
 
     @property
     def memory_limit(self) -> int | None:

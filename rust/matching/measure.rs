@@ -119,31 +119,33 @@ impl<'a> Pairs<'a> {
         }
     }
 
-    /// Takes out the pair with the largest cosine of S + z and the target, of those that are open and not `full`, and writes
-    /// it.
+    /// Returns the pairs with the largest cosines of S + z and the target, `most` at most, of those that are open and not shut out,
+    /// in order, and their vectors.
     pub fn best(
         &mut self,
         sum: &[f64],
-        full: impl Fn(usize) -> bool + Sync,
-        out: &mut [f64],
+        most: usize,
+        shut_out: impl Fn(usize) -> bool + Sync,
         progress: &Progress,
-    ) -> Result<Option<usize>> {
+    ) -> Result<Vec<(usize, Vec<f64>)>> {
         let state = State::new(sum, self.target);
         let rest: Vec<f64> = sum.iter().zip(self.target).map(|(sum, target)| sum - state.product * target).collect();
         self.rows.multiply(&rest, &mut self.products, progress)?;
-        let possible: Vec<Possible> = (0..self.open.len().div_ceil(PIECE))
+        let pieces: Vec<Possible> = (0..self.open.len().div_ceil(PIECE))
             .into_par_iter()
             .map(|piece| {
                 let places = piece * PIECE..self.open.len().min((piece + 1) * PIECE);
-                let places = places.filter(|&place| self.open[place] && !full(self.own.start + place));
-                let possible = self.possible(state, places);
+                let places = places.filter(|&place| self.open[place] && !shut_out(self.own.start + place));
+                let possible = self.possible(state, most, places);
                 progress.check().map(|()| possible)
             })
             .collect::<Result<_>>()?;
-        let lowest = possible.iter().map(|piece| piece.lowest).fold(f64::NEG_INFINITY, f64::max);
-        let candidates = possible.iter().flat_map(|piece| &piece.uppers).filter(|(_, upper)| *upper >= lowest);
+        let mut lowest = Lowest::new(most);
+        pieces.iter().flat_map(|piece| &piece.lowest.values).for_each(|&value| lowest.add(value));
+        lowest.settle();
+        let candidates = pieces.iter().flat_map(|piece| &piece.uppers).filter(|(_, upper)| *upper >= lowest.limit);
         let candidates: Vec<usize> = candidates.map(|&(place, _)| self.own.start + place).collect();
-        let cosines: Vec<f64> = candidates
+        let mut cosines: Vec<(usize, f64)> = candidates
             .par_iter()
             .with_min_len(8)
             .map_init(
@@ -151,49 +153,47 @@ impl<'a> Pairs<'a> {
                 |both, &pair| {
                     self.write(pair, both);
                     both.iter_mut().zip(sum).for_each(|(value, sum)| *value += sum);
-                    progress.check().map(|()| State::new(both, self.target).cosine().unwrap_or(f64::NEG_INFINITY))
+                    let cosine = State::new(both, self.target).cosine().unwrap_or(f64::NEG_INFINITY);
+                    progress.check().map(|()| (pair, cosine))
                 },
             )
             .collect::<Result<_>>()?;
+        // Ties: the lower pair, as the order of equals stays.
+        cosines.sort_by(|left, right| right.1.total_cmp(&left.1));
+        cosines.truncate(most);
+        let best = self.of_all(&cosines, most)?;
         self.points.forget(self.points.own().tiles.clone());
-        let mut best: Option<(usize, f64)> = None;
-        for (&pair, &cosine) in candidates.iter().zip(&cosines) {
-            if best.is_none_or(|(_, best)| cosine > best) {
-                best = Some((pair, cosine));
-            }
-        }
-        let best = self.of_all(best, out)?;
-        if let Some(pair) = best.filter(|pair| self.own.contains(pair)) {
-            self.open[pair - self.own.start] = false;
-        }
         Ok(best)
     }
 
-    /// The best pair of all processes, which is written, given that of this one and its cosine. Ties: the lower pair, which
-    /// is that of the lower process.
-    fn of_all(&self, own: Option<(usize, f64)>, out: &mut [f64]) -> Result<Option<usize>> {
-        let mut said = Vec::new();
-        if let Some((pair, cosine)) = own {
-            self.write(pair, out);
-            said.extend([pair as f64, cosine]);
-            said.extend_from_slice(out);
+    /// Keeps a pair, which may be another process's, from being picked again.
+    pub fn close(&mut self, pair: usize) {
+        if self.own.contains(&pair) {
+            self.open[pair - self.own.start] = false;
         }
-        let mut best: Option<(usize, f64)> = None;
-        for said in self.points.processes().gathered(&said)? {
-            if let [pair, cosine, vector @ ..] = said.as_slice()
-                && best.is_none_or(|(_, best)| *cosine > best)
-            {
-                best = Some((*pair as usize, *cosine));
-                out.copy_from_slice(vector);
-            }
-        }
-        Ok(best.map(|(pair, _)| pair))
     }
 
-    /// The pairs, given by their places among those of this process, that may be the best as far as the others among them
+    /// The best pairs of all processes and their vectors, given those of this one and their cosines. Ties: the lower pair, which is
+    /// that of the lower process.
+    fn of_all(&self, own: &[(usize, f64)], most: usize) -> Result<Vec<(usize, Vec<f64>)>> {
+        let dim = self.target.len();
+        let mut said = Vec::with_capacity(own.len() * (dim + 2));
+        let mut vector = vec![0.0; dim];
+        for &(pair, cosine) in own {
+            self.write(pair, &mut vector);
+            said.extend([pair as f64, cosine]);
+            said.extend_from_slice(&vector);
+        }
+        let said = self.points.processes().gathered(&said)?;
+        let mut best: Vec<&[f64]> = said.iter().flat_map(|said| said.chunks_exact(dim + 2)).collect();
+        best.sort_by(|left, right| right[1].total_cmp(&left[1]));
+        Ok(best.into_iter().take(most).map(|said| (said[0] as usize, said[2..].to_vec())).collect())
+    }
+
+    /// The pairs, given by their places among those of this process, that may be among the best as far as the others among them
     /// tell.
-    fn possible(&self, state: State, places: impl Iterator<Item = usize>) -> Possible {
-        let mut possible = Possible { lowest: f64::NEG_INFINITY, uppers: Vec::new() };
+    fn possible(&self, state: State, most: usize, places: impl Iterator<Item = usize>) -> Possible {
+        let mut possible = Possible { lowest: Lowest::new(most), uppers: Vec::new() };
         let length = state.square.sqrt();
         for place in places {
             let [a, b] = self.points.coefficients_float64(self.own.start + place);
@@ -203,9 +203,9 @@ impl<'a> Pairs<'a> {
                 value: state.product * fixed.product + a * chosen.value + b * rejected.value,
                 error: a.abs() * chosen.error + b.abs() * rejected.error + ROUNDING * length * fixed.square.sqrt(),
             };
-            let [lower, upper] = state.bounds(fixed, product, possible.lowest);
-            possible.lowest = possible.lowest.max(lower);
-            if upper >= possible.lowest {
+            let [lower, upper] = state.bounds(fixed, product, possible.lowest.limit);
+            possible.lowest.add(lower);
+            if upper >= possible.lowest.limit {
                 possible.uppers.push((place, upper));
             }
         }
@@ -213,12 +213,43 @@ impl<'a> Pairs<'a> {
     }
 }
 
-/// Pairs that may be the best.
+/// Pairs that may be among the best.
 struct Possible {
-    /// What the largest cosine is at least.
-    lowest: f64,
+    lowest: Lowest,
     /// Their places, ascending, and what their cosines are at most.
     uppers: Vec<(usize, f64)>,
+}
+
+/// What the largest cosines are at least.
+struct Lowest {
+    most: usize,
+    values: Vec<f64>,
+    /// What the smallest of them is at least.
+    limit: f64,
+}
+
+impl Lowest {
+    fn new(most: usize) -> Self {
+        Self { most, values: Vec::new(), limit: f64::NEG_INFINITY }
+    }
+
+    fn add(&mut self, value: f64) {
+        if value > self.limit {
+            self.values.push(value);
+            if self.values.len() >= self.most + self.most / 2 {
+                self.settle();
+            }
+        }
+    }
+
+    /// Keeps the largest ones, and tells the limit from them.
+    fn settle(&mut self) {
+        if self.values.len() >= self.most {
+            let (_, limit, _) = self.values.select_nth_unstable_by(self.most - 1, |left, right| right.total_cmp(left));
+            self.limit = *limit;
+            self.values.truncate(self.most);
+        }
+    }
 }
 
 /// ⟨z, u⟩ and ‖z‖² of each pair of this process, without any cancellation.

@@ -70,7 +70,7 @@ pub fn coreset<'py>(
     let pairs = PairArrays::new(RowsArray::of_pairs(rows, None)?, pairs, coefficients)?;
     let clusters = Vector::<i32>::new("clusters", clusters)?;
     let clusters = clusters.slice();
-    let limits = LimitArguments { eligible, prompts, max_depth };
+    let limits = LimitArguments { eligible, prompts, min_depth: 0, max_depth };
     pick(py, &pairs, &limits, threads, progress.as_ref(), None, |points, limits, progress| {
         let clusters = indices(clusters, progress)?;
         let coreset = crate::coreset::coreset(points, &clusters, budget, limits, cache_bytes, progress)?;

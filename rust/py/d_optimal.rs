@@ -59,7 +59,7 @@ pub fn d_optimal<'py>(
     progress: Option<Py<PyAny>>,
 ) -> PyResult<Picks<'py>> {
     let pairs = PairArrays::new(RowsArray::of_pairs(rows, None)?, pairs, coefficients)?;
-    let limits = LimitArguments { eligible, prompts, max_depth };
+    let limits = LimitArguments { eligible, prompts, min_depth: 0, max_depth };
     pick(py, &pairs, &limits, threads, progress.as_ref(), None, |points, limits, progress| {
         let design = crate::d_optimal::d_optimal(points, budget, regularization, limits, progress)?;
         Ok((design.picks, design.gains))

@@ -7,7 +7,7 @@ use pyo3::prelude::*;
 
 use super::convert::{Mask, PairArrays, Vector, bools, indices, numbers};
 use super::processes::run_shared;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::exchange::Processes;
 use crate::points::Points;
 use crate::progress::Progress;
@@ -17,6 +17,7 @@ use crate::prompts::Limits;
 pub struct LimitArguments<'a, 'py> {
     pub eligible: Option<&'a Bound<'py, PyAny>>,
     pub prompts: Option<&'a Bound<'py, PyAny>>,
+    pub min_depth: usize,
     pub max_depth: Option<usize>,
 }
 
@@ -37,18 +38,23 @@ pub fn pick<'py>(
     choose: impl FnOnce(&Points<2>, Limits, &Progress) -> Result<(Vec<usize>, Vec<f64>)> + Send,
 ) -> PyResult<Picks<'py>> {
     let pairs = pairs.pairs()?;
-    let LimitArguments { eligible, prompts, max_depth } = *limits;
+    let LimitArguments { eligible, prompts, min_depth, max_depth } = *limits;
+    if min_depth > 1 {
+        return Err(Error::argument("min_depth", "0 or 1", min_depth).into());
+    }
+    let deepest = max_depth.or((min_depth == 1).then_some(usize::MAX));
     let eligible = eligible.map(|eligible| Mask::new("eligible", eligible)).transpose()?;
     let prompts = prompts.map(|prompts| Vector::<i64>::new("prompts", prompts)).transpose()?;
-    if max_depth.is_some() && prompts.is_none() {
-        return Err(PyTypeError::new_err("`max_depth` needs `prompts`, the prompt of each pair"));
+    if deepest.is_some() && prompts.is_none() {
+        let asked = if max_depth.is_some() { "max_depth" } else { "min_depth" };
+        return Err(PyTypeError::new_err(format!("`{asked}` needs `prompts`, the prompt of each pair")));
     }
     let eligible = eligible.as_ref().map(Mask::bytes);
-    let prompts = prompts.as_ref().map(Vector::slice).filter(|_| max_depth.is_some());
+    let prompts = prompts.as_ref().map(Vector::slice).filter(|_| deepest.is_some());
     let work = |processes: Processes, progress: &Progress| {
         let eligible = eligible.map(|bytes| bools(bytes, progress)).transpose()?;
         let prompts = prompts.map(|prompts| indices(prompts, progress)).transpose()?;
-        let limits = Limits { eligible: eligible.as_deref(), depth: prompts.as_deref().zip(max_depth) };
+        let limits = Limits { eligible: eligible.as_deref(), depth: prompts.as_deref().zip(deepest) };
         let (picks, values) = choose(&pairs.points(progress)?.shared(processes), limits, progress)?;
         Ok((numbers(&picks, progress)?, values))
     };

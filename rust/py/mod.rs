@@ -8,6 +8,7 @@ mod depth;
 mod errors;
 mod kmeans;
 mod limits;
+mod linear;
 mod matching;
 mod pickle;
 mod processes;
@@ -36,6 +37,8 @@ mod _core {
     };
     #[pymodule_export]
     use super::kmeans::{KMeansResult, assign, kmeans, pair_kmeans};
+    #[pymodule_export]
+    use super::linear::{row_products, row_sum};
     #[pymodule_export]
     use super::matching::matching;
     #[pymodule_export]

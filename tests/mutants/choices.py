@@ -155,8 +155,29 @@ CHOICES = [
     Fault(
         "matching-ties-to-the-higher",
         "matching/measure.rs",
-        "|(_, best)| cosine > best",
-        "|(_, best)| cosine >= best",
+        "cosines.sort_by(|left, right| right.1.total_cmp(&left.1));",
+        "cosines.sort_by(|left, right| right.1.total_cmp(&left.1).then(right.0.cmp(&left.0)));",
+        python="test_core_matching.py",
+    ),
+    Fault(
+        "matching-limit-of-the-first",
+        "matching/measure.rs",
+        "select_nth_unstable_by(self.most - 1,",
+        "select_nth_unstable_by(0,",
+        python="test_core_matching.py",
+    ),
+    Fault(
+        "matching-passes-over-nothing",
+        "matching/mod.rs",
+        "            if allowance.shuts_out(pick) {\n                continue;",
+        "            if false {\n                continue;",
+        python="test_core_matching.py",
+    ),
+    Fault(
+        "matching-shares-with-the-picked",
+        "matching/allowance.rs",
+        "let open = !clusters.picked[pair] &&",
+        "let open =",
         python="test_core_matching.py",
     ),
     Fault(

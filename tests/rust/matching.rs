@@ -1,7 +1,7 @@
 //! Picks by copies of the rows against the plain greedy algorithm, which forms every sum.
 
 use bpo::Error;
-use bpo::matching::matching;
+use bpo::matching::{Sharing, matching};
 use bpo::matrix::{Rows, Values};
 use bpo::points::Points;
 use bpo::progress::Progress;
@@ -55,7 +55,7 @@ proptest! {
     fn picks_are_those_of_the_plain_greedy_algorithm(
         count in 1usize..900,
         dim in prop::sample::select(vec![1, 2, 7, 33]),
-        budget in 0usize..150,
+        budget in 0usize..129, // then several are picked at once
         seed in 0u64..1000,
         max_depth in prop::option::of(1usize..4),
         masked in any::<bool>(),
@@ -86,7 +86,7 @@ proptest! {
             eligible: masked.then_some(eligible.as_slice()),
             depth: max_depth.map(|depth| (prompts.as_slice(), depth)),
         };
-        let found = matching(&points, &target, budget, limits, cached * dim, &Progress::default()).unwrap();
+        let found = matching(&points, &target, budget, limits, Sharing::default(), cached * dim, &Progress::default()).unwrap();
 
         let vectors: Vec<Vec<f64>> = pairs
             .iter()
@@ -118,11 +118,35 @@ fn what_has_no_direction_is_refused() {
     let rows = [1.0, f32::NAN];
     let view = Rows::new(Values::F32(&rows), 2, 1).unwrap();
     let points = Points::from_pairs(view, &[[0, 0], [0, 1]], &[[1.0, -1.0]; 2], &Progress::default()).unwrap();
-    let choose = |target: &[f32], limits: Limits| matching(&points, target, 1, limits, 1 << 20, &Progress::default());
+    let choose = |target: &[f32], limits: Limits| {
+        matching(&points, target, 1, limits, Sharing::default(), 1 << 20, &Progress::default())
+    };
     assert!(matches!(choose(&[0.0], Limits::default()), Err(Error::ZeroVector { array: "target" })));
     assert!(matches!(choose(&[], Limits::default()), Err(Error::Shape { array: "target", .. })));
     assert!(matches!(choose(&[f32::INFINITY], Limits::default()), Err(Error::NotFinite { array: "target", .. })));
     assert!(matches!(choose(&[1.0], Limits::default()), Err(Error::NonFiniteRow { array: "rows", row: 1, .. })));
     let limits = Limits { depth: Some((&[0, 0], 0)), ..Limits::default() };
     assert!(matches!(choose(&[1.0], limits), Err(Error::Argument { argument: "max_depth", .. })));
+}
+
+#[test]
+fn what_cannot_be_shared_out_is_refused() {
+    let rows = [1.0, 2.0];
+    let view = Rows::new(Values::F32(&rows), 2, 1).unwrap();
+    let points = Points::from_pairs(view, &[[0, 0], [1, 1]], &[[1.0, 0.0]; 2], &Progress::default()).unwrap();
+    let choose = |limits: Limits, sharing: Sharing| {
+        matching(&points, &[1.0], 1, limits, sharing, 1 << 20, &Progress::default()).map(|found| found.picks)
+    };
+    let of_clusters = |clusters| Sharing { clusters: Some(clusters), ..Sharing::default() };
+    assert_eq!(choose(Limits::default(), of_clusters((&[4, 2], None))).unwrap(), [1]); // ties: the lower cluster
+    let refused = choose(Limits::default(), of_clusters((&[0], None)));
+    assert!(matches!(refused, Err(Error::Shape { array: "clusters", .. })));
+    let refused = choose(Limits::default(), of_clusters((&[0, 2], Some(&[1.0, 1.0]))));
+    assert!(matches!(refused, Err(Error::ClusterOutOfRange { index: 1, label: 2, clusters: 2, .. })));
+    let refused = choose(Limits::default(), of_clusters((&[0, 0], Some(&[f64::NAN]))));
+    assert!(matches!(refused, Err(Error::Weight { array: "cluster_weights", index: 0, .. })));
+    let each = Sharing { every_prompt: true, ..Sharing::default() };
+    assert!(matches!(choose(Limits::default(), each), Err(Error::Argument { argument: "every_prompt", .. })));
+    let limits = Limits { depth: Some((&[0, 1], usize::MAX)), ..Limits::default() };
+    assert!(matches!(choose(limits, each), Err(Error::BudgetBelowPrompts { budget: 1, prompts: 2 })));
 }

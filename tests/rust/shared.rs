@@ -6,7 +6,7 @@ use std::sync::{Barrier, Mutex};
 use bpo::Result;
 use bpo::exchange::{Exchange, Processes};
 use bpo::kmeans::{Clustering, Metric, Params, fit};
-use bpo::matching::matching;
+use bpo::matching::{Sharing, matching};
 use bpo::matrix::{Rows, Values};
 use bpo::points::Points;
 use bpo::progress::Progress;
@@ -170,9 +170,22 @@ fn stages(data: &Data, processes: Processes, metric: Metric, clusters: usize) ->
     let target: Vec<f32> = (0..DIM).map(|index| 1.0 - index as f32 / 40.0).collect();
     let prompts: Vec<i64> = data.pairs.iter().map(|pair| pair[0] / 4).collect();
     let limits = Limits { eligible: None, depth: Some((&prompts, 2)) };
-    let picked = matching(&points(), &target, 8, limits, 1 << 20, &progress).unwrap();
+    let sharing = Sharing { every_prompt: true, clusters: Some((&found.labels, None)) };
+    let [picked, spread] = [(8, Sharing::default()), (prompts.len() / 2, sharing)]
+        .map(|(budget, sharing)| matching(&points(), &target, budget, limits, sharing, 1 << 20, &progress).unwrap());
     let scores = [scores.centrality, scores.distance, scores.alignment, scores.direction].map(|scores| bits(&scores));
-    format!("{:?}", (bits(&norms), told(&found), scores, picked.picks, doubles(&picked.cosines)))
+    format!(
+        "{:?}",
+        (
+            bits(&norms),
+            told(&found),
+            scores,
+            picked.picks,
+            doubles(&picked.cosines),
+            spread.picks,
+            doubles(&spread.cosines)
+        )
+    )
 }
 
 fn assert_same(data: &Data, metric: Metric, clusters: usize) {

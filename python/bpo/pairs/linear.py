@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from bpo import _core
 from bpo.pairs.pair_gradients import pair_norms
 from bpo.store.gradient_store import widened
 
@@ -74,7 +75,11 @@ def linearised_correct(
 
 
 def training_direction(
-    features: PairGradients, prompt_of_pair: npt.NDArray[np.int64], seed: int, shares: Shares | None = None
+    features: PairGradients,
+    prompt_of_pair: npt.NDArray[np.int64],
+    seed: int,
+    shares: Shares | None = None,
+    threads: int | None = None,
 ) -> npt.NDArray[np.float64]:
     """Returns where training on all of some pairs leads in the linear regime *(ours)*.
 
@@ -89,15 +94,21 @@ def training_direction(
             drawn.
         seed: Of the folds.
         shares: The processes that share the rows.
+        threads: Of the core; None is all cores.
 
     Returns:
         (d,) float64.
     """
-    return PairRegression(features, shares).fit(_penalty(features, prompt_of_pair, seed, shares))
+    penalty = _penalty(features, prompt_of_pair, seed, shares, threads)
+    return PairRegression(features, shares, threads).fit(penalty)
 
 
 def cross_fitted_margins(
-    features: PairGradients, prompt_of_pair: npt.NDArray[np.int64], seed: int, shares: Shares | None = None
+    features: PairGradients,
+    prompt_of_pair: npt.NDArray[np.int64],
+    seed: int,
+    shares: Shares | None = None,
+    threads: int | None = None,
 ) -> npt.NDArray[np.float64]:
     """Returns ⟨w, −ẑ⟩ of each pair, w being fitted to the pairs of the other prompts of five folds *(ours)*.
 
@@ -109,6 +120,7 @@ def cross_fitted_margins(
         prompt_of_pair: (n,) int64, of two prompts or more.
         seed: Of the folds.
         shares: The processes that share the rows.
+        threads: Of the core; None is all cores.
 
     Returns:
         (n,) float64.
@@ -119,8 +131,8 @@ def cross_fitted_margins(
     folds = _folds(prompt_of_pair, seed)
     if folds.max(initial=0) == 0:
         raise ValueError("Margins of left-out prompts need pairs of two prompts at least, and these are all of one.")
-    penalty = _penalty(features, prompt_of_pair, seed, shares)
-    regression, margins = PairRegression(features, shares), np.empty(len(folds))
+    penalty = _penalty(features, prompt_of_pair, seed, shares, threads)
+    regression, margins = PairRegression(features, shares, threads), np.empty(len(folds))
     weights: npt.NDArray[np.float64] | None = None
     for left_out in range(int(folds.max()) + 1):
         weights = regression.fit(penalty, start=weights, among=folds != left_out)
@@ -141,7 +153,13 @@ def _order(prompt_of_pair: npt.NDArray[np.int64], seed: int) -> npt.NDArray[np.i
     return order
 
 
-def _penalty(features: PairGradients, prompt_of_pair: npt.NDArray[np.int64], seed: int, shares: Shares | None) -> float:
+def _penalty(
+    features: PairGradients,
+    prompt_of_pair: npt.NDArray[np.int64],
+    seed: int,
+    shares: Shares | None,
+    threads: int | None,
+) -> float:
     """The penalty that ranks most pairs of left-out prompts rightly; the largest where one prompt is all there is."""
     order = _order(prompt_of_pair, seed)
     n_folds = min(_FOLDS, int(order.max()) + 1)
@@ -149,7 +167,7 @@ def _penalty(features: PairGradients, prompt_of_pair: npt.NDArray[np.int64], see
         return _PENALTIES[0]
     n_drawn = max(_FOLDS, int(np.searchsorted(np.cumsum(np.bincount(order)), VALIDATED_PAIRS, side="right")))
     drawn: npt.NDArray[np.bool_] = order < n_drawn
-    regression = PairRegression(features.take(np.flatnonzero(drawn)), shares)
+    regression = PairRegression(features.take(np.flatnonzero(drawn)), shares, threads)
     fold = order[drawn] % n_folds
     right = []
     fitted: list[npt.NDArray[np.float64] | None] = [None] * n_folds
@@ -185,11 +203,13 @@ class PairRegression:
         features: The unit gradients z of n pairs, all finite; what is fitted is x = −z.
         shares: The processes that share the rows, a range of the used ones each; what is added up over all of them is
             so part by part, and in the order of the parts.
+        threads: Of the core; None is all cores. Results do not depend on it.
     """
 
-    def __init__(self, features: PairGradients, shares: Shares | None = None) -> None:
+    def __init__(self, features: PairGradients, shares: Shares | None = None, threads: int | None = None) -> None:
         self._rows = features.rows
         self._shares = shares
+        self._threads = threads
         self._used, places = np.unique(features.pairs, return_inverse=True)
         self._places = places.reshape(features.pairs.shape)
         self._coefficients = -features.coefficients.astype(np.float64)
@@ -208,33 +228,36 @@ class PairRegression:
 
     def margins(self, weights: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         """⟨w, x⟩ of each pair, (n,)."""
-        narrow = weights.astype(np.float32)
-        products = self._of_all([self._part(at) @ narrow for at in self._parts], ())
-        margins: npt.NDArray[np.float64] = (self._coefficients * products[self._places]).sum(axis=1)
+        products = [
+            _core.row_products(self._rows, self._used[part], weights, threads=self._threads) for part in self._parts
+        ]
+        margins: npt.NDArray[np.float64] = (self._coefficients * self._of_all(products, ())[self._places]).sum(axis=1)
         return margins
 
     def _transposed(self, pull: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         """Σ p·x over the pairs, (d,)."""
-        of_row = np.bincount(self._places.ravel(), (self._coefficients * pull[:, None]).ravel(), len(self._used))
+        weights = (self._coefficients * pull[:, None]).ravel()
+        of_row = np.bincount(self._places.ravel(), weights, len(self._used)).astype(np.float64, copy=False)
+        sums = [
+            _core.row_sum(self._rows, self._used[part], of_row[part], threads=self._threads)[None]
+            for part in self._parts
+        ]
         total = np.zeros(self._rows.shape[1])
-        sums = (of_row[at : at + _ROWS_AT_ONCE].astype(np.float32) @ self._part(at) for at in self._parts)
-        for own in sums if self._shares is None else self._of_all([each[None] for each in sums], total.shape):
+        for own in self._of_all(sums, total.shape):
             total += own
         return total
 
     @property
-    def _parts(self) -> range:
-        """Where the parts of this process begin."""
+    def _parts(self) -> list[slice]:
+        """The parts of this process."""
         every = range(0, len(self._used), _ROWS_AT_ONCE)
-        return every if self._shares is None else every[self._shares.part(len(every))]
+        own = every if self._shares is None else every[self._shares.part(len(every))]
+        return [slice(at, at + _ROWS_AT_ONCE) for at in own]
 
-    def _of_all(self, parts: list[npt.NDArray[np.float32]], shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
+    def _of_all(self, parts: list[npt.NDArray[np.float64]], shape: tuple[int, ...]) -> npt.NDArray[np.float64]:
         """Puts parts of this process and of the others, (n, *shape) each, one after the other."""
-        own = np.concatenate([np.empty((0, *shape), dtype=np.float32), *parts])
+        own = np.concatenate([np.empty((0, *shape)), *parts])
         return own if self._shares is None else self._shares.concatenated(own)
-
-    def _part(self, at: int) -> npt.NDArray[np.float32]:
-        return widened(self._rows[self._used[at : at + _ROWS_AT_ONCE]])
 
 
 def _fit(

@@ -55,6 +55,7 @@ class ScoredPairs:
         audit: What was found of the labels; pairs whose label looks wrong are then not eligible. None where all are
             trusted.
         shares: The processes of a job that share the rows; they ask for what is not known yet all together.
+        threads: Of the core.
     """
 
     prompt_of_pair: npt.NDArray[np.int64]
@@ -71,6 +72,7 @@ class ScoredPairs:
     target: PairGradients | None = None
     audit: LabelAudit | None = None
     shares: Shares | None = None
+    threads: int | None = None
 
     @functools.cached_property
     def heldout_margins(self) -> npt.NDArray[np.float64]:
@@ -79,7 +81,7 @@ class ScoredPairs:
         index = np.flatnonzero(self.eligible)
         margins = np.full(len(self.eligible), np.nan)
         features, prompts = self.features.take(index), self.prompt_of_pair[index]
-        margins[index] = cross_fitted_margins(features, prompts, self.seed, self.shares)
+        margins[index] = cross_fitted_margins(features, prompts, self.seed, self.shares, self.threads)
         return margins
 
     @functools.cached_property
@@ -176,6 +178,7 @@ def score(
         "prompt_of_response": candidates.prompt_of_response,
         "lengths": lengths,
         "seed": request.seed,
+        "threads": request.config.threads,
     }
     if measured is None:
         return ScoredPairs(**given, eligible=np.ones(len(lengths), dtype=bool))

@@ -37,9 +37,9 @@ _HELDOUT = 0.25
 _RANDOM_DRAWS = 4  # a split, so that the control is not one lucky choice
 _FEWEST_PROMPTS = 40
 # Multiplications of all splits together, a few seconds; more prompts than that allows are drawn from at random.
-_MOST_WORK = 6e9
+_MOST_WORK = 1e10
 # Passes over the gradients of strategies that fit: a penalty is chosen in folds, where others only cluster.
-_PASSES_OF_A_FIT = 1500
+_PASSES_OF_A_FIT = 200
 _MOST_LABEL_WORK = 3e9
 _MOST_COSINE_WORK = 1e10
 _NEAR = 0.95
@@ -161,6 +161,14 @@ def _not_comparable(scored: ScoredPairs, request: Request) -> str | None:
     return None
 
 
+def _fits(request: Request) -> bool:
+    """Whether a choice fits regressions, or is as much work."""
+    matches = request.strategy == "matching" or (
+        request.rule.weighs_usefulness and request.config.usefulness_terms is None
+    )
+    return matches or "heldout" in request.needs or request.strategy in ("coreset", "d_optimal")
+
+
 def _affordable(prompts: npt.NDArray[np.int64], scored: ScoredPairs, request: Request) -> npt.NDArray[np.int64]:
     """All prompts, or as many of them, drawn at random, as the work of all splits allows."""
     assert scored.features is not None
@@ -170,8 +178,7 @@ def _affordable(prompts: npt.NDArray[np.int64], scored: ScoredPairs, request: Re
         passes = 40.0  # of the fits on what was chosen
         if "clusters" in request.needs:
             passes += request.config.n_clusters or math.isqrt(pairs)
-        if "heldout" in request.needs or request.strategy in ("matching", "coreset", "d_optimal"):
-            passes += _PASSES_OF_A_FIT
+        passes += _PASSES_OF_A_FIT * _fits(request)
         if _SPLITS * passes * pairs * dim <= _MOST_WORK:
             drawn = np.random.default_rng([request.seed, _SPLITS]).permutation(prompts)[:n_prompts]
             return np.sort(drawn)

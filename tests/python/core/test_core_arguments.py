@@ -277,7 +277,10 @@ def draw_d_optimal(draw):
 def draw_matching(draw):
     rows, pairs, coefficients = draw.pairs()
     target = draw.generator.standard_normal(rows.shape[1]).astype(np.float32)
-    budget, limited, pairs = draw.number(1, 20, 2**63), limits(draw, len(pairs)), draw.array(pairs)
+    budget, limited = draw.number(1, 20, 2**63), limits(draw, len(pairs))
+    clusters = draw.array(draw.generator.integers(0, 4, len(pairs)).astype(np.int32), optional=True)
+    weights = draw.array(draw.generator.random(4), optional=True) if clusters is not None else None
+    pairs = draw.array(pairs)
     picks, cosines = _core.matching(
         draw.array(rows),
         pairs,
@@ -285,11 +288,34 @@ def draw_matching(draw):
         draw.array(target),
         budget,
         **limited,
+        min_depth=draw.number(0, 1),
+        clusters=clusters,
+        cluster_weights=weights,
         cache_bytes=draw.number(0, 1000, 2**30),
         threads=draw.threads(),
     )
     assert_picks(picks, cosines, budget, len(pairs), limited)
     assert (abs(cosines) <= 1 + 1e-9).all()
+
+
+def draw_row_products(draw):
+    rows, vector = draw_pass(draw)
+    index = draw.array(draw.generator.integers(0, len(rows), draw.one_of(0, 1, 500)))
+    products = _core.row_products(draw.array(rows), index, draw.array(vector), threads=draw.threads())
+    assert products.shape == index.shape and products.dtype == np.float64
+
+
+def draw_row_sum(draw):
+    rows, vector = draw_pass(draw)
+    index = draw.generator.integers(0, len(rows), draw.one_of(0, 1, 500))
+    weights = draw.array(draw.generator.random(len(index)))
+    total = _core.row_sum(draw.array(rows), draw.array(index), weights, threads=draw.threads())
+    assert total.ndim == 1 and len(total) in (0, len(vector)) and total.dtype == np.float64
+
+
+def draw_pass(draw):
+    rows = draw.pairs()[0]
+    return rows, draw.generator.random(rows.shape[1])
 
 
 def draw_allocate_depth(draw):
@@ -340,6 +366,8 @@ FUNCTIONS = [
     draw_coreset,
     draw_d_optimal,
     draw_matching,
+    draw_row_products,
+    draw_row_sum,
     draw_allocate_depth,
     draw_ranking_keys,
     draw_sketch,

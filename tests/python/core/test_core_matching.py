@@ -45,6 +45,51 @@ def test_picks_are_those_of_the_plain_algorithm(seed, max_depth):
     assert_greedy(*arguments, 300, eligible=eligible, **limits)
 
 
+@pytest.mark.parametrize("budget", [120, 300, 10_000])
+@pytest.mark.parametrize("max_depth", [None, 3])
+@pytest.mark.parametrize("min_depth", [0, 1])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_budget_is_shared_among_prompts_and_clusters(budget, max_depth, min_depth, weighted):
+    *arguments, prompts = problem(seed=budget)
+    generator = np.random.default_rng(budget)
+    # Clusters of unequal size, of which one is one prompt's and one gives nothing but what the caps of others leave.
+    clusters = generator.choice(np.int32([0, 1, 2, 5, 7]), len(prompts), p=[0.5, 0.2, 0.1, 0.15, 0.05])
+    clusters[prompts == 3] = 9
+    weights = np.array([1, 2.5, 0, 0, 0, 0.3, 0, 4, 0, 1]) if weighted else None
+    eligible = generator.random(len(prompts)) < 0.9
+    eligible[prompts == 5] = False
+    picks, _ = assert_greedy(
+        *arguments,
+        budget,
+        eligible=eligible,
+        prompts=prompts,
+        min_depth=min_depth,
+        max_depth=max_depth,
+        clusters=clusters,
+        cluster_weights=weights,
+    )
+    depths = np.bincount(prompts[picks], minlength=120)
+    most = np.minimum(np.bincount(prompts[eligible], minlength=120), max_depth or 6)
+    assert len(picks) == min(budget, most.sum())
+    assert (depths <= most).all() and (not min_depth or (depths >= np.minimum(most, 1)).all())
+    if min_depth:
+        assert len(set(prompts[picks[:119]])) == 119
+
+
+def test_the_share_of_a_cluster_is_that_of_its_pairs():
+    *arguments, prompts = problem()
+    clusters = (np.arange(len(prompts)) % 4 // 3).astype(np.int32)
+    for budget in (40, 400):
+        picks, _ = matching(*arguments, budget, clusters=clusters)
+        assert np.bincount(clusters[picks]).tolist() == [budget * 3 // 4, budget // 4]
+    heavy = np.array([1.0, 9.0])
+    picks, _ = matching(*arguments, 40, clusters=clusters, cluster_weights=heavy)
+    assert np.bincount(clusters[picks]).tolist() == [10, 30]
+    # Any names, of which none is room for others.
+    picks, _ = matching(*arguments, 40, clusters=clusters * np.int32(2**31 - 2))
+    assert np.bincount(clusters[picks]).tolist() == [30, 10]
+
+
 @pytest.mark.parametrize("prompts, dim", [(1500, 64), (1500, 3), (400, 300)])
 def test_many_picks(prompts, dim):
     *arguments, _ = problem(prompts, 4, dim)
@@ -176,6 +221,23 @@ def test_errors_name_the_culprit():
         matching(rows, pairs, coefficients, target, 5, max_depth=2)
     with pytest.raises(ValueError, match=r"`prompts` must have shape \(720,\), one for each pair"):
         matching(rows, pairs, coefficients, target, 5, prompts=prompts[:4], max_depth=2)
+    with pytest.raises(TypeError, match="`min_depth` needs `prompts`"):
+        matching(rows, pairs, coefficients, target, 5, min_depth=1)
+    with pytest.raises(ValueError, match="`min_depth` must be 0 or 1, but is 2"):
+        matching(rows, pairs, coefficients, target, 5, prompts=prompts, min_depth=2)
+    with pytest.raises(ValueError, match="119"):
+        matching(rows, pairs, coefficients, target, 119, prompts=prompts, min_depth=1)
+    clusters, weights = np.zeros(len(pairs), dtype=np.int32), np.ones(1)
+    with pytest.raises(ValueError, match=r"`clusters` must have shape \(720,\), one for each pair"):
+        matching(rows, pairs, coefficients, target, 5, clusters=clusters[1:])
+    with pytest.raises(TypeError, match="`cluster_weights` needs `clusters`"):
+        matching(rows, pairs, coefficients, target, 5, cluster_weights=weights)
+    with pytest.raises(ValueError, match="`clusters`"):
+        matching(rows, pairs, coefficients, target, 5, clusters=clusters - 1)
+    with pytest.raises(ValueError, match="`clusters`"):
+        matching(rows, pairs, coefficients, target, 5, clusters=clusters + 1, cluster_weights=weights)
+    with pytest.raises(ValueError, match="`cluster_weights`"):
+        matching(rows, pairs, coefficients, target, 5, clusters=clusters, cluster_weights=-weights)
     rows[pairs[3, 0]] = np.inf
     with pytest.raises(ValueError, match="`rows` row 1 holds a NaN or infinite value"):
         matching(rows, pairs, coefficients, target, 5)

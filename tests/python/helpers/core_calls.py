@@ -164,6 +164,26 @@ def matching(n, folder):
     return lambda: _core.matching(*arrays, target, n // 1000, prompts=prompts, max_depth=3)
 
 
+@call
+def matching_of_clusters(n, folder):
+    arrays, prompts = _pairs(n), np.arange(n) // 28
+    target = np.ones(arrays[0].shape[1], dtype=np.float32)
+    each = {"prompts": prompts, "min_depth": 1, "clusters": _clusters(n), "cluster_weights": np.ones(50)}
+    return lambda: _core.matching(*arrays, target, n // 20, **each)
+
+
+@call
+def row_products(n, folder):
+    rows, index = _rows(n // 4), np.arange(n) % (n // 4)
+    return lambda: _core.row_products(rows, index, np.ones(rows.shape[1]))
+
+
+@call
+def row_sum(n, folder):
+    rows, index = _rows(n // 4), np.arange(n) % (n // 4)
+    return lambda: _core.row_sum(rows, index, np.ones(n))
+
+
 def _allocate_depth(n, prompts, clusters):
     usefulness = np.random.default_rng(2).standard_normal(n)
     return lambda: _core.allocate_depth(prompts, clusters, usefulness, n // 2)

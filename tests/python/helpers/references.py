@@ -39,24 +39,67 @@ def greedy_design(vectors, budget, regularization, prompts, max_depth, eligible)
     return picks, gains
 
 
-def greedy_matching(vectors, target, budget, eligible=None, prompts=None, max_depth=None):
+def greedy_matching(
+    vectors,
+    target,
+    budget,
+    eligible=None,
+    prompts=None,
+    min_depth=0,
+    max_depth=None,
+    clusters=None,
+    cluster_weights=None,
+):
     """The cosine of every sum of every step, from the vectors."""
     vectors, target = vectors.astype(np.float64), target / np.linalg.norm(target.astype(np.float64))
     open_ = np.ones(len(vectors), dtype=bool) if eligible is None else eligible.copy()
-    total = np.zeros(vectors.shape[1])
-    picks, cosines = [], []
-    while len(picks) < budget and open_.any():
+    prompts = np.arange(len(vectors)) if prompts is None else np.unique(prompts, return_inverse=True)[1]
+    clusters = np.zeros(len(vectors), dtype=int) if clusters is None else clusters
+    depth, total = np.zeros(len(vectors), dtype=int), np.zeros(vectors.shape[1])
+    quotas, picks, cosines = np.zeros(clusters.max(initial=0) + 1, dtype=int), [], []
+    without = len(set(prompts[open_])) if min_depth else 0
+    budget = min(budget, len(vectors))
+
+    def allowed():
+        if len(picks) < without:
+            return open_ & (depth[prompts] == 0)
+        return open_ & (depth[prompts] < (max_depth or len(vectors))) & (quotas[clusters] > 0)
+
+    while len(picks) < budget:
+        left = budget - len(picks)
+        if not allowed().any():
+            usable = open_ & (depth[prompts] < (max_depth or len(vectors)))
+            if not usable.any():
+                break
+            quotas = shares(np.bincount(clusters[usable], minlength=len(quotas)), cluster_weights, left)
+            continue
         sums = total + vectors
         norms = np.linalg.norm(sums, axis=1)
         values = np.where(norms > 0, sums @ target / np.where(norms > 0, norms, 1), -np.inf)
-        best = int(np.where(open_, values, -np.inf).argmax()) if (values[open_] > -np.inf).any() else open_.argmax()
-        picks.append(best)
-        cosines.append(values[best] if norms[best] > 0 else 0.0)
-        total = sums[best]
-        open_[best] = False
-        if max_depth is not None and sum(prompts[pick] == prompts[best] for pick in picks) == max_depth:
-            open_ &= prompts != prompts[best]
+        order = np.argsort(-values, kind="stable")
+        for pair in order[allowed()[order]][: min(max(1, len(picks) // 64), 256, left)]:
+            if not allowed()[pair]:
+                continue
+            if len(picks) >= without:
+                quotas[clusters[pair]] -= 1
+            picks.append(pair)
+            depth[prompts[pair]] += 1
+            open_[pair] = False
+            total = total + vectors[pair]
+            norm = np.linalg.norm(total)
+            cosines.append(total @ target / norm if norm > 0 else 0.0)
     return picks, cosines
+
+
+def shares(sizes, weights, total):
+    """Shares of a total in proportion to sizes times weights, by the method of the largest remainder."""
+    masses = sizes if weights is None else sizes * weights[: len(sizes)]
+    masses = masses if masses.any() else sizes
+    exact = total * (masses / masses.sum())
+    quotas = np.floor(exact).astype(int)
+    order = [index for index in np.argsort(-(exact - quotas), kind="stable") if masses[index] > 0]
+    quotas[order[: total - quotas.sum()]] += 1
+    return quotas
 
 
 def most_informative(vectors, slopes, targets, prior, budget, prompts, most):

@@ -161,6 +161,31 @@ def test_matching_adds_up_to_the_direction_of_training(select, store, rows):
     assert picked(select(24, "matching", changes={"max_depth": 3, "n_clusters": 2}, seed=0)) == picked(selection)
 
 
+@pytest.mark.parametrize("weighting", ["size", "informativeness"])
+@pytest.mark.parametrize("min_depth", [0, 1])
+def test_bpo_matches_within_the_shares_of_clusters(select, store, rows, weighting, min_depth):
+    changes = {"max_depth": 3, "min_depth": min_depth, "cluster_weighting": weighting}
+    selection = select(24, changes=changes, seed=0)
+    x = unit(np.subtract(*sketches(store, rows).transpose(1, 0, 2)))
+    table = selection.pairs.to_pandas()
+    prompts, clusters = table["prompt"].to_numpy(), table["cluster"].to_numpy().astype(int)
+    weights = None
+    if weighting != "size":
+        weights = table.groupby("cluster")[weighting].mean().reindex(range(clusters.max() + 1), fill_value=0).to_numpy()
+    limits = {"prompts": prompts, "min_depth": min_depth, "max_depth": 3}
+    direction = direction_of(x, penalty_of(x, prompts))
+    picks, _ = greedy_matching(x, direction, 24, **limits, clusters=clusters, cluster_weights=weights)
+    assert picked(selection) == sorted(picks) != picked(select(24, "matching", changes={"max_depth": 3}, seed=0))
+    # Behind those that are taken come the others, by how far they agree with the direction.
+    ranks = table["usefulness"].to_numpy()
+    assert ranks[picks].tolist() == [-turn for turn in range(24)]
+    others = np.setdiff1d(np.arange(len(x)), picks)
+    assert others[np.argsort(-(x @ direction)[others])].tolist() == others[np.argsort(-ranks[others])].tolist()
+    assert sorted(ranks) == [-rank for rank in reversed(range(len(x)))]
+    named = select(24, changes={**changes, "usefulness": "matching"}, seed=0)
+    assert picked(named) == picked(selection)
+
+
 def test_matching_goes_where_a_target_does(select, store, rows):
     """Of a target's pairs each is left out by itself."""
     selection = select(15, "matching", target=target_rows())
@@ -236,7 +261,10 @@ def test_usefulness_is_a_weighted_sum_of_standardised_terms(select):
         weight * (terms[name] - terms[name].mean()) / terms[name].std(ddof=0) for name, weight in weights.items()
     )
     np.testing.assert_allclose(table["usefulness"], expected, atol=1e-4)
-    assert picked(select(20)) == picked(select(20, changes={"usefulness": {"centrality": 1.0, "alignment": 1.0}}))
+    # What each pair has by itself, for the rankings that ask for it.
+    both = {"centrality": 1.0, "alignment": 1.0}
+    ranked = [select(20, changes={"ranking": "farthest", "usefulness": terms}) for terms in (None, both)]
+    assert picked(ranked[0]) == picked(ranked[1]) != picked(select(20, changes={"usefulness": both}))
     rows = [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in target_rows()]
     with pytest.raises(ValueError, match="strategy='bpo' needs scores, but 6 of 6 pairs have none"):
         select(6, changes={"usefulness": weights}, rows=rows)
@@ -312,9 +340,13 @@ def test_errors_name_the_culprit(select, register):
         select(5, "less")
     with pytest.raises(ValueError, match=r"usefulness has no term 'length'; it has centrality, alignment, inf"):
         SelectConfig(usefulness={"length": 1})
+    with pytest.raises(ValueError, match=r"usefulness='matching' is what a pair adds .* ranking='softmax' needs terms"):
+        SelectConfig(usefulness="matching", ranking="softmax")
+    with pytest.raises(ValueError, match="usefulness must be 'matching', or map terms to weights, got 'margin'"):
+        SelectConfig(usefulness="margin")
     with pytest.raises(ValueError, match="usefulness must have finite weights, got nan for 'centrality'"):
         SelectConfig(usefulness={"centrality": float("nan")})
-    with pytest.raises(ValueError, match=r"usefulness must map terms to weights, got \{\}"):
+    with pytest.raises(ValueError, match=r"usefulness must be 'matching', or map terms to weights, got \{\}"):
         SelectConfig(usefulness={})
     with pytest.raises(ValueError, match="min_depth must be 0, 1 or None, got 2"):
         SelectConfig(min_depth=2)

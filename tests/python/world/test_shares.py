@@ -90,6 +90,9 @@ def stages(shares):
     features = unit_features(whole, clusters_found.informativeness, usable).take(good)
     limits = {"prompts": prompts[usable], "max_depth": 2, "processes": shares, "threads": 1}
     found["matching"] = _core.matching(*only(features, own), features.rows[5], 25, **limits)
+    # Several at once, too.
+    limits |= {"min_depth": 1, "clusters": clusters_found.labels[good]}
+    found["within clusters"] = _core.matching(*only(features, own), features.rows[5], 200, **limits)
     found["agree"] = prompts_agree(features, np.ones(len(good), dtype=bool), prompts[good], 1, shares)
     # These go by parts of the rows in their order.
     used = np.unique(features.pairs)

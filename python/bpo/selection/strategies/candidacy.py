@@ -101,7 +101,7 @@ class Strategy:
     def needs_of(self, config: SelectConfig) -> frozenset[Need]:
         """What it reads under some settings: usefulness may weigh score gaps, and an order be by held-out margins."""
         needs = set(self.needs)
-        if self.weighs_usefulness and "score_gap" in config.usefulness:
+        if self.weighs_usefulness and "score_gap" in (config.usefulness_terms or {}):
             needs.add("scores")
         if config.order == "easiest_first":
             needs |= {"gradients", "heldout"}

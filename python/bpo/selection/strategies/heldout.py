@@ -90,8 +90,10 @@ def _loss_differences(candidacy: Candidacy, index: npt.NDArray[np.int64]) -> npt
     before, trained = candidacy.margins[index], candidacy.heldout_margins[index]
     wanted = candidacy.target
     if wanted is not None:
-        direction = training_direction(wanted, np.arange(len(wanted.pairs)), candidacy.seed)
-        trained = PairRegression(candidacy.features.take(index)).margins(direction)
+        direction = training_direction(
+            wanted, np.arange(len(wanted.pairs)), candidacy.seed, None, candidacy.config.threads
+        )
+        trained = PairRegression(candidacy.features.take(index), None, candidacy.config.threads).margins(direction)
     difference: npt.NDArray[np.float64] = np.logaddexp(0, -before) - np.logaddexp(0, -before - trained)
     return difference
 

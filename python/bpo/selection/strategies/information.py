@@ -64,7 +64,7 @@ def epig(candidacy: Candidacy) -> Choice:
     features, slopes = candidacy.features.take(index), _slopes(candidacy, index)
     prompts, most = candidacy.prompt_of_pair[index], candidacy.config.max_depth
     targets, prior = _targets(candidacy, features), _prior(candidacy, slopes)
-    posterior = _Posterior(features, slopes, targets, prior, candidacy.budget)
+    posterior = _Posterior(features, slopes, targets, prior, candidacy.budget, candidacy.config.threads)
     waiting, taken = np.ones(len(index), dtype=bool), np.zeros(int(prompts.max()) + 1, dtype=np.int64)
     picks: list[int] = []
     gains: list[float] = []
@@ -90,6 +90,7 @@ class _Posterior:
         targets: (T, d) float32, x of the targets.
         prior: λ.
         most: Pairs that are taken at most.
+        threads: Of the core.
     """
 
     def __init__(
@@ -99,9 +100,10 @@ class _Posterior:
         targets: npt.NDArray[np.float32],
         prior: float,
         most: int,
+        threads: int | None,
     ) -> None:
         self._features, self._targets, self._prior = features, targets.astype(np.float64), prior
-        self._regression = PairRegression(features)
+        self._regression = PairRegression(features, None, threads)
         self._noise = 1 / slopes
         self._covariances = linear_margins(self._targets, features).T / np.float32(prior)
         self._variances = np.full(len(slopes), 1 / prior)

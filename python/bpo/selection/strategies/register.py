@@ -30,7 +30,13 @@ _GRADIENTS: frozenset[Need] = frozenset({"gradients"})
 _HELDOUT: frozenset[Need] = _GRADIENTS | {"heldout"}
 _LOGPS: frozenset[Need] = _GRADIENTS | {"logps"}
 STRATEGIES: dict[str, Strategy] = {
-    "bpo": Strategy(depth.bpo, _GRADIENTS | {"clusters"}, keeps_every_prompt=True, weighs_usefulness=True),
+    "bpo": Strategy(
+        depth.bpo,
+        _GRADIENTS | {"clusters"},
+        keeps_every_prompt=True,
+        weighs_usefulness=True,
+        shares_rows=True,
+    ),
     "uniform": Strategy(depth.uniform, keeps_every_prompt=True),
     "random": Strategy(controls.random),
     "best_worst": Strategy(controls.best_worst, frozenset({"scores"})),
