@@ -268,7 +268,7 @@ fn fuse_negative(left: [f64; 4], right: [f64; 4], sum: [f64; 4]) -> [f64; 4] {
 
 /// Solves Ly = v for each column v of `block`, L being the lower triangle whose row i is the i-th number of each of `lower`.
 ///
-/// With intrinsics, because the compiler worked on single numbers, at six times the cost.
+/// With intrinsics, because the compiler worked on single numbers, at five times the cost.
 pub fn substitute(lower: &[Lanes; SIDE], block: &mut [Lanes; SIDE]) {
     let (lower, block) = (lower.as_ptr().cast(), block.as_mut_ptr().cast());
     // SAFETY: both have as many rows as columns; the level is one that this machine was detected to have.

@@ -59,12 +59,20 @@ dispatch! {
 }
 
 dispatch! {
-    /// `sum += scale * values`, where the sum is carried in float64.
-    pub fn add_scaled_to_float64(sum: &mut [f64], scale: f64, values: &[f32]) {
-        for (sum, value) in sum.iter_mut().zip(values) {
-            *sum += scale * f64::from(*value);
+    /// `sum += scales[t] * values[t]`, one term after the other, where the sum is carried in float64.
+    pub fn add_terms_to_float64<const TERMS: usize>(sum: &mut [f64], scales: [f64; TERMS], values: [&[f32]; TERMS]) {
+        let values = values.map(|values| &values[..sum.len()]);
+        for (index, sum) in sum.iter_mut().enumerate() {
+            for term in 0..TERMS {
+                *sum += scales[term] * f64::from(values[term][index]);
+            }
         }
     }
+}
+
+/// `sum += scale * values`, where the sum is carried in float64.
+pub fn add_scaled_to_float64(sum: &mut [f64], scale: f64, values: &[f32]) {
+    add_terms_to_float64(sum, [scale], [values]);
 }
 
 dispatch! {
