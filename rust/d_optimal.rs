@@ -304,11 +304,14 @@ fn solutions_of_chunk(points: &Points<2>, factor: &Triangle, pairs: &[usize]) ->
 
 /// Writes pairs in groups of 16, of `rows` rows each, of which the first are written.
 fn write(points: &Points<2>, pairs: &[usize], groups: &mut [Lanes], rows: usize) {
-    let mut values = vec![0.0; points.dim()];
+    let (mut row, mut values) = (vec![0.0; points.dim()], vec![0.0; points.dim()]);
     for (pairs, group) in pairs.chunks(SIDE).zip(groups.chunks_exact_mut(rows)) {
         for (lane, &pair) in pairs.iter().enumerate() {
-            points.write_alone(pair, &mut values);
-            for (row, &value) in group.iter_mut().zip(&values) {
+            if let Some(&next) = pairs.get(lane + 1) {
+                points.prefetch(points.tile_of(next), next);
+            }
+            let values = points.read_unscaled(points.tile_of(pair), pair, &mut row, &mut values);
+            for (row, &value) in group.iter_mut().zip(values) {
                 row.0[lane] = f64::from(value);
             }
         }

@@ -60,8 +60,8 @@ impl<const TERMS: usize> Points<'_, TERMS> {
         tasks.into_par_iter().with_max_len(1).map_init(start, visit).collect()
     }
 
-    /// Gives each block of tiles of this process a state, and shows it the block's tiles in order together with their
-    /// gathered rows. Returns the states in the order of the blocks.
+    /// Gives each block of tiles of this process a state, and shows it the block's tiles in order. Returns the states in the
+    /// order of the blocks.
     ///
     /// Blocks run in parallel; as neither the cuts nor the order within a block depend on the number of threads or of
     /// processes, neither does any result that is folded in block order.
@@ -69,9 +69,9 @@ impl<const TERMS: usize> Points<'_, TERMS> {
         &self,
         progress: &Progress,
         start: impl Fn() -> State + Sync,
-        visit: impl Fn(&mut State, &Tile, &[f32]) + Sync,
+        visit: impl Fn(&mut State, &Tile) + Sync,
     ) -> Result<Vec<State>> {
-        self.fill_blocks((), progress, start, |state, tile, gathered, ()| visit(state, tile, gathered))
+        self.fill_blocks((), progress, start, |state, tile, ()| visit(state, tile))
     }
 
     /// As [`Points::fold_blocks`], and shows a tile the entries of `data` that belong to its points. `data` begins with the
@@ -81,7 +81,7 @@ impl<const TERMS: usize> Points<'_, TERMS> {
         mut data: Data,
         progress: &Progress,
         start: impl Fn() -> State + Sync,
-        visit: impl Fn(&mut State, &Tile, &[f32], Data) + Sync,
+        visit: impl Fn(&mut State, &Tile, Data) + Sync,
     ) -> Result<Vec<State>> {
         self.room(0)?;
         let mut tasks = Vec::with_capacity(self.own.blocks.len());
@@ -92,11 +92,11 @@ impl<const TERMS: usize> Points<'_, TERMS> {
             data = rest;
         }
         let run = |(tiles, mut data): (Range<usize>, Data)| {
-            let (mut state, mut gathered) = (start(), Vec::new());
+            let mut state = start();
             for index in tiles {
                 let tile = &self.tiles[index];
                 let (own, rest) = data.cut(tile.points.len());
-                visit(&mut state, tile, self.gather_or_borrow(tile, None, &mut gathered), own);
+                visit(&mut state, tile, own);
                 data = rest;
                 self.forget(index..index + 1);
                 progress.advance(1)?;

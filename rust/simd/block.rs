@@ -91,7 +91,8 @@ struct Product {
 macro_rules! kernel {
     (
         $module:ident, $(features = $features:literal,)? lanes = $lanes:literal, load = $load:path, store = $store:path,
-        fill = $fill:path, fuse = $fuse:path, fuse_negative = $fuse_negative:path $(,)?
+        fill = $fill:path, multiply = $multiply:path, subtract = $subtract:path, fuse = $fuse:path,
+        fuse_negative = $fuse_negative:path $(,)?
     ) => {
         mod $module {
             use super::{Product, SIDE};
@@ -154,6 +155,32 @@ macro_rules! kernel {
                     }
                 }
             }
+
+            /// # Safety
+            /// Both have as many rows as columns, and the machine must have the instructions.
+            $(#[target_feature(enable = $features)])?
+            pub unsafe fn substitute(lower: *const f64, block: *mut f64) {
+                for column in (0..SIDE).step_by(2 * $lanes) {
+                    for row in 0..SIDE {
+                        // SAFETY: promised by the caller.
+                        unsafe {
+                            let values = block.add(row * SIDE + column);
+                            let inverse = $fill((*lower.add(row * SIDE + row)).recip());
+                            let solved = [0, $lanes].map(|lane| $multiply($load(values.add(lane)), inverse));
+                            $store(values, solved[0]);
+                            $store(values.add($lanes), solved[1]);
+                            for other in row + 1..SIDE {
+                                let rest = block.add(other * SIDE + column);
+                                let factor = $fill(*lower.add(row * SIDE + other));
+                                for vector in 0..2 {
+                                    let rest = rest.add(vector * $lanes);
+                                    $store(rest, $subtract($load(rest), $multiply(factor, solved[vector])));
+                                }
+                            }
+                        }
+                    }
+                }
+            }
         }
     };
 }
@@ -166,6 +193,8 @@ kernel! {
     load = std::arch::x86_64::_mm512_loadu_pd,
     store = std::arch::x86_64::_mm512_storeu_pd,
     fill = std::arch::x86_64::_mm512_set1_pd,
+    multiply = std::arch::x86_64::_mm512_mul_pd,
+    subtract = std::arch::x86_64::_mm512_sub_pd,
     fuse = std::arch::x86_64::_mm512_fmadd_pd,
     fuse_negative = std::arch::x86_64::_mm512_fnmadd_pd,
 }
@@ -178,6 +207,8 @@ kernel! {
     load = std::arch::x86_64::_mm256_loadu_pd,
     store = std::arch::x86_64::_mm256_storeu_pd,
     fill = std::arch::x86_64::_mm256_set1_pd,
+    multiply = std::arch::x86_64::_mm256_mul_pd,
+    subtract = std::arch::x86_64::_mm256_sub_pd,
     fuse = std::arch::x86_64::_mm256_fmadd_pd,
     fuse_negative = std::arch::x86_64::_mm256_fnmadd_pd,
 }
@@ -188,6 +219,8 @@ kernel! {
     load = super::load,
     store = super::store,
     fill = super::fill,
+    multiply = super::multiply,
+    subtract = super::subtract,
     fuse = super::fuse,
     fuse_negative = super::fuse_negative,
 }
@@ -214,6 +247,16 @@ fn fill(value: f64) -> [f64; 4] {
 }
 
 #[inline(always)]
+fn multiply(left: [f64; 4], right: [f64; 4]) -> [f64; 4] {
+    std::array::from_fn(|lane| left[lane] * right[lane])
+}
+
+#[inline(always)]
+fn subtract(left: [f64; 4], right: [f64; 4]) -> [f64; 4] {
+    std::array::from_fn(|lane| left[lane] - right[lane])
+}
+
+#[inline(always)]
 fn fuse(left: [f64; 4], right: [f64; 4], sum: [f64; 4]) -> [f64; 4] {
     std::array::from_fn(|lane| left[lane].mul_add(right[lane], sum[lane]))
 }
@@ -223,21 +266,19 @@ fn fuse_negative(left: [f64; 4], right: [f64; 4], sum: [f64; 4]) -> [f64; 4] {
     std::array::from_fn(|lane| (-left[lane]).mul_add(right[lane], sum[lane]))
 }
 
-super::dispatch! {
-    /// Solves Ly = v for each column v of `block`, L being the lower triangle whose row i is the i-th number of each of
-    /// `lower`.
-    pub fn substitute(lower: &[Lanes; 16], block: &mut [Lanes; 16]) {
-        for row in 0..SIDE {
-            let (solved, rest) = block.split_at_mut(row + 1);
-            let values = &mut solved[row].0;
-            let inverse = lower[row].0[row].recip();
-            values.iter_mut().for_each(|value| *value *= inverse);
-            for (other, rest) in rest.iter_mut().enumerate() {
-                let factor = lower[row].0[row + 1 + other];
-                for lane in 0..SIDE {
-                    rest.0[lane] -= factor * values[lane];
-                }
-            }
+/// Solves Ly = v for each column v of `block`, L being the lower triangle whose row i is the i-th number of each of `lower`.
+///
+/// With intrinsics, because the compiler worked on single numbers, at five times the cost.
+pub fn substitute(lower: &[Lanes; SIDE], block: &mut [Lanes; SIDE]) {
+    let (lower, block) = (lower.as_ptr().cast(), block.as_mut_ptr().cast());
+    // SAFETY: both have as many rows as columns; the level is one that this machine was detected to have.
+    unsafe {
+        match level() {
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512 | Level::Avx512Vnni => avx512::substitute(lower, block),
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx2 => avx2::substitute(lower, block),
+            _ => plain::substitute(lower, block),
         }
     }
 }

@@ -19,9 +19,9 @@ pub use element::{Element, Run};
 pub use neon::{NEON_ROWS, multiplies_bytes, multiply_bytes, multiply_pairs};
 pub use signs::spread_signs;
 pub use vector::{
-    add_scaled, add_scaled_float64, add_scaled_to_float64, combine, dot, largest_magnitude, lower_bounds, multiply,
-    not_above, pair_products, prefetch, round_to_bytes, scale, scale_sums, squared_distance, squared_distance_float64,
-    squared_norm_float64, squared_rest, subtract, subtract_bytes, to_float64,
+    add_scaled, add_scaled_float64, add_scaled_to_float64, add_terms_to_float64, combine, dot, largest_magnitude,
+    lower_bounds, multiply, not_above, pair_products, prefetch, round_to_bytes, scale, scale_sums, squared_distance,
+    squared_distance_float64, squared_norm_float64, squared_rest, subtract, subtract_bytes, to_float64,
 };
 
 use std::sync::atomic::{AtomicU8, Ordering};

@@ -11,6 +11,9 @@ use crate::simd;
 use crate::simd::dots::dots;
 use products::{Centroids, Products, TRUSTED_SQUARES, Target};
 
+/// Rows that are added to a sum at once.
+const ADDED: usize = 4;
+
 /// ‖z_p‖ of each pair.
 ///
 /// ‖a h_w + b h_l‖² = a²‖h_w‖² + 2ab⟨h_w, h_l⟩ + b²‖h_l‖², so a row is read once for all its pairs. Where the sum
@@ -36,16 +39,15 @@ pub fn pair_norms(points: &Points<2>, progress: &Progress) -> Result<Vec<f32>> {
     let own = points.own().points.clone();
     progress.start(points.own().tiles.len());
     let mut norms = build(points.count(), RESULTS, progress, |_| 0.0)?;
-    let start = || (Products::new(0), vec![0.0; points.dim()]);
-    points.fill_blocks(&mut norms[own.clone()], progress, start, |(products, values), tile, gathered, norms| {
-        products.compute(points, tile, gathered, None);
+    let start = || (Products::new(0), vec![0.0; points.dim()], vec![0.0; points.dim()]);
+    points.fill_blocks(&mut norms[own.clone()], progress, start, |(products, row, values), tile, norms| {
+        products.compute(points, tile, None);
         for (index, pair) in tile.points.clone().enumerate() {
             let expanded = products.expand(points, pair, index);
             norms[index] = if expanded.trusted() {
                 expanded.square.sqrt() as f32
             } else {
-                points.write(pair, gathered, values);
-                length(values)
+                length(points.read(tile, pair, row, values))
             };
         }
     })?;
@@ -113,16 +115,15 @@ pub fn score_pairs(
     let zeros = || build(points.count(), RESULTS, progress, |_| 0.0);
     let (mut centrality, mut distance, mut alignment) = (zeros()?, zeros()?, zeros()?);
     let scores = ((&mut centrality[own.clone()], &mut distance[own.clone()]), &mut alignment[own.clone()]);
-    let start = || (Products::new(centroids.squares.len()), vec![0.0; dim]);
-    points.fill_blocks(scores, progress, start, |(products, values), tile, gathered, scores| {
+    let start = || (Products::new(centroids.squares.len()), vec![0.0; dim], vec![0.0; dim]);
+    points.fill_blocks(scores, progress, start, |(products, row, values), tile, scores| {
         let ((centrality, distance), alignment) = scores;
-        products.compute(points, tile, gathered, Some(&target));
+        products.compute(points, tile, Some(&target));
         for (index, pair) in tile.points.clone().enumerate() {
             let cluster = labels[pair] as usize;
-            let scores = products.score(points, pair, index, centroids.squares[cluster]).unwrap_or_else(|| {
-                points.write(pair, gathered, values);
-                measure(values, centroids.row(cluster), &direction)
-            });
+            let scores = products
+                .score(points, pair, index, centroids.squares[cluster])
+                .unwrap_or_else(|| measure(points.read(tile, pair, row, values), centroids.row(cluster), &direction));
             centrality[index] = (scores[0] * centroids.inverse_norms[cluster]) as f32;
             (distance[index], alignment[index]) = (scores[1] as f32, scores[2] as f32);
         }
@@ -199,20 +200,28 @@ fn check(
 fn sum(points: &Points<2>, progress: &Progress) -> Result<Vec<f64>> {
     let dim = points.dim();
     room(BLOCKS.min(points.tiles().len()) * size_of::<f64>() * dim, TILES)?;
-    let start = || (vec![0.0; dim], Vec::new());
-    let blocks = points.fold_blocks(progress, start, |(sum, factors), tile, gathered| {
+    let start = || (vec![0.0; dim], Vec::new(), vec![vec![0.0; dim]; ADDED]);
+    let blocks = points.fold_blocks(progress, start, |(sum, factors, scratch), tile| {
+        let rows = points.rows_of(tile);
         factors.clear();
-        factors.resize(gathered.len() / dim, 0.0);
+        factors.resize(rows.len(), 0.0);
         for pair in tile.points.clone() {
             for (slot, coefficient) in points.slots(pair).into_iter().zip(points.coefficients(pair)) {
                 factors[slot] += f64::from(coefficient);
             }
         }
-        for (factor, row) in factors.iter().zip(gathered.chunks_exact(dim)) {
-            simd::add_scaled_to_float64(sum, *factor, row);
+        let (factors, rest) = factors.as_chunks::<ADDED>();
+        let (rows, rest_rows) = rows.as_chunks::<ADDED>();
+        for (factors, rows) in factors.iter().zip(rows) {
+            let mut scratch = scratch.iter_mut();
+            let terms = rows.map(|row| points.rows().row(row, scratch.next().expect("as many as rows")));
+            simd::add_terms_to_float64(sum, *factors, terms);
+        }
+        for (factor, &row) in rest.iter().zip(rest_rows) {
+            simd::add_scaled_to_float64(sum, *factor, points.rows().row(row, &mut scratch[0]));
         }
     })?;
-    let blocks: Vec<f64> = blocks.into_iter().flat_map(|(sum, _)| sum).collect();
+    let blocks: Vec<f64> = blocks.into_iter().flat_map(|(sum, ..)| sum).collect();
     let blocks = points.processes().gathered(&blocks)?.concat();
     Ok((0..dim).map(|index| blocks.chunks_exact(dim).map(|sum| sum[index]).sum()).collect())
 }

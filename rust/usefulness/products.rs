@@ -1,8 +1,9 @@
 //! The inner products that the scores of the pairs of a tile are made of, each computed once.
 
-use std::ops::RangeInclusive;
+use std::ops::{Range, RangeInclusive};
 
 use crate::error::Result;
+use crate::matrix::AlignedRows;
 use crate::memory::{CENTROIDS, TILES, reserved, room};
 use crate::points::{Points, Tile};
 use crate::simd;
@@ -22,23 +23,29 @@ const BATCH: usize = 4;
 
 /// What pairs are scored against.
 pub struct Target<'a> {
-    pub centroids: &'a Centroids<'a>,
+    pub centroids: &'a Centroids,
     pub labels: &'a [i32],
     pub direction: &'a [f32],
 }
 
-pub struct Centroids<'a> {
-    values: &'a [f32],
-    dim: usize,
+pub struct Centroids {
+    rows: AlignedRows,
     pub squares: Vec<f32>,
     pub inverse_norms: Vec<f64>,
 }
 
-impl<'a> Centroids<'a> {
+impl Centroids {
     /// # Errors
     /// If the memory cannot be had: that of [`Products`] of all threads is asked for here.
-    pub fn new(values: &'a [f32], dim: usize) -> Result<Self> {
+    pub fn new(values: &[f32], dim: usize) -> Result<Self> {
         let count = values.len() / dim;
+        room(size_of_val(values), CENTROIDS)?;
+        let mut rows = AlignedRows::default();
+        rows.resize(count, dim);
+        values
+            .chunks_exact(dim)
+            .enumerate()
+            .for_each(|(index, centroid)| rows.row_mut(index).copy_from_slice(centroid));
         let mut squares: Vec<f32> = reserved(count, CENTROIDS)?;
         squares.extend(values.chunks_exact(dim).map(|centroid| simd::dot(centroid, centroid)));
         let inverse = |(centroid, &square): (&[f32], &f32)| {
@@ -49,11 +56,11 @@ impl<'a> Centroids<'a> {
         let mut inverse_norms = reserved(count, CENTROIDS)?;
         inverse_norms.extend(values.chunks_exact(dim).zip(&squares).map(inverse));
         room((count * size_of::<Known>()).saturating_mul(rayon::current_num_threads()), TILES)?;
-        Ok(Self { values, dim, squares, inverse_norms })
+        Ok(Self { rows, squares, inverse_norms })
     }
 
-    pub fn row(&self, cluster: usize) -> &'a [f32] {
-        &self.values[cluster * self.dim..(cluster + 1) * self.dim]
+    pub fn row(&self, cluster: usize) -> &[f32] {
+        self.rows.row(cluster)
     }
 }
 
@@ -84,10 +91,17 @@ pub struct Products {
     /// Requests of the slots, one slot after the other, and where those of a slot end.
     requests: Vec<Request>,
     ends: Vec<usize>,
+    /// For each slot the last one that it shares a pair with, or an earlier one.
+    last_partners: Vec<usize>,
+    /// The rows of consecutive slots that no pair leaves, as those of a prompt, which meet in a first-level cache.
+    group: AlignedRows,
     /// For each cluster the last row that was multiplied with it, and the product's place among those of the row.
     memo: Vec<Known>,
     /// Rows looked at so far.
     rows: usize,
+    /// Of the last of them, and where among these each request finds its own.
+    products: Vec<f32>,
+    sources: Vec<u32>,
     /// Of each slot: ‖h‖² and ⟨h, u⟩.
     squares: Vec<f32>,
     alignments: Vec<f32>,
@@ -100,6 +114,10 @@ impl Products {
         Self {
             requests: Vec::new(),
             ends: Vec::new(),
+            last_partners: Vec::new(),
+            group: AlignedRows::default(),
+            products: Vec::new(),
+            sources: Vec::new(),
             memo: vec![(0, 0); clusters],
             rows: 0,
             squares: Vec::new(),
@@ -109,22 +127,50 @@ impl Products {
     }
 
     /// Computes what the pairs of a tile need.
-    pub fn compute(&mut self, points: &Points<2>, tile: &Tile, gathered: &[f32], target: Option<&Target>) {
-        let dim = points.dim();
-        let slots = gathered.len() / dim;
-        let row = |slot: usize| &gathered[slot * dim..(slot + 1) * dim];
-        self.request(points, tile, slots, target.map(|target| target.labels));
-        self.squares.resize(slots, 0.0);
-        self.alignments.resize(slots, 0.0);
+    pub fn compute(&mut self, points: &Points<2>, tile: &Tile, target: Option<&Target>) {
+        let rows = points.rows_of(tile);
+        self.request(points, tile, rows.len(), target.map(|target| target.labels));
+        self.squares.resize(rows.len(), 0.0);
+        self.alignments.resize(rows.len(), 0.0);
         self.pairs.resize(tile.points.len(), [0.0; 3]);
-        let (mut others, mut products, mut sources) = (Vec::new(), Vec::new(), Vec::new());
-        for slot in 0..slots {
+        // Rows of float32 are read where they lie: copying them took more than it saved.
+        let widened = points.rows().adjacent(rows[0], 1).is_none();
+        let mut first = 0;
+        while first < rows.len() {
+            let end = if widened { self.group_end(first) } else { rows.len() };
+            if widened {
+                self.group.resize(end - first, points.dim());
+                for (index, &row) in rows[first..end].iter().enumerate() {
+                    points.rows().copy_row(row, self.group.row_mut(index));
+                }
+            }
+            self.multiply(points, rows, first..end, target);
+            first = end;
+        }
+    }
+
+    /// The slot after those that the pairs of `first` lead to, and theirs in turn.
+    fn group_end(&self, first: usize) -> usize {
+        let (mut last, mut end) = (first, first);
+        while end <= last {
+            last = last.max(self.last_partners[end]);
+            end += 1;
+        }
+        end
+    }
+
+    /// Computes what the slots of a group need.
+    fn multiply(&mut self, points: &Points<2>, rows: &[usize], slots: Range<usize>, target: Option<&Target>) {
+        let (first, own) = (slots.start, points.rows());
+        let row = |slot: usize| own.adjacent(rows[slot], 1).unwrap_or_else(|| self.group.row(slot - first));
+        let mut others = Vec::new();
+        for slot in slots {
             let requests = &self.requests[if slot == 0 { 0 } else { self.ends[slot - 1] }..self.ends[slot]];
             self.rows += 1;
             others.clear();
             others.push(row(slot));
             others.extend(target.map(|target| target.direction));
-            sources.clear();
+            self.sources.clear();
             for request in requests {
                 let mut source = others.len() as u32;
                 match target {
@@ -139,15 +185,15 @@ impl Products {
                     }
                     _ => others.push(row(request.with as usize)),
                 }
-                sources.push(source);
+                self.sources.push(source);
             }
-            multiply(row(slot), &others, &mut products);
-            self.squares[slot] = products[0];
+            multiply(row(slot), &others, &mut self.products);
+            self.squares[slot] = self.products[0];
             if target.is_some() {
-                self.alignments[slot] = products[1];
+                self.alignments[slot] = self.products[1];
             }
-            for (request, &source) in requests.iter().zip(&sources) {
-                self.pairs[request.index as usize][request.place as usize] = products[source as usize];
+            for (request, &source) in requests.iter().zip(&self.sources) {
+                self.pairs[request.index as usize][request.place as usize] = self.products[source as usize];
             }
         }
     }
@@ -156,11 +202,15 @@ impl Products {
     fn request(&mut self, points: &Points<2>, tile: &Tile, slots: usize, labels: Option<&[i32]>) {
         self.ends.clear();
         self.ends.resize(slots + 1, 0);
+        self.last_partners.clear();
+        self.last_partners.resize(slots, 0);
         let each = if labels.is_some() { [2, 1] } else { [1, 0] };
         for pair in tile.points.clone() {
             let [chosen, rejected] = points.slots(pair);
             self.ends[chosen + 1] += each[0];
             self.ends[rejected + 1] += each[1];
+            let first = &mut self.last_partners[chosen.min(rejected)];
+            *first = chosen.max(rejected).max(*first);
         }
         for slot in 0..slots {
             self.ends[slot + 1] += self.ends[slot];

@@ -75,6 +75,11 @@ fn all_kernels(size: usize, seed: u64, first: usize) -> Vec<u64> {
     simd::combine(&mut combined, [0.3, -0.7], [&left, &right]);
     let mut float64_sums = vec![0.0f64; size];
     simd::add_scaled_to_float64(&mut float64_sums, 0.1, &combined);
+    let mut one_by_one = float64_sums.clone();
+    simd::add_scaled_to_float64(&mut one_by_one, 0.7, &left);
+    simd::add_scaled_to_float64(&mut one_by_one, -0.3, &right);
+    simd::add_terms_to_float64(&mut float64_sums, [0.7, -0.3], [&left, &right]);
+    assert_eq!(float64_sums, one_by_one);
     let mut products = [0.25f64; 25];
     let mut words = vec![[0; 4]; size];
     Stream::new(seed, Purpose::Gumbel, 3).fill(u64::from(u32::MAX) - 3, &mut words);

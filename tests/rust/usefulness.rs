@@ -6,6 +6,7 @@ use bpo::progress::Progress;
 use bpo::ranking::{Ranking, ranking_keys};
 use bpo::rng::{Purpose, Stream};
 use bpo::usefulness::{pair_norms, score_pairs};
+use half::f16;
 use proptest::prelude::*;
 
 fn values(count: usize, seed: u64) -> Vec<f32> {
@@ -105,6 +106,36 @@ proptest! {
         for pair in (0..pairs.len()).step_by(pairs.len() / 40 + 1) {
             prop_assert_eq!(together[pair], score(pair..pair + 1)[0], "pair {:?}", pairs[pair]);
         }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    /// Rows in half precision are widened a group at a time, others read where they lie.
+    #[test]
+    fn a_score_does_not_depend_on_how_rows_are_kept(
+        sizes in prop::collection::vec(1usize..12, 1..70),
+        dim in prop::sample::select(vec![1usize, 31, 100]),
+        all in any::<bool>(),
+        seed in 0u64..1000,
+    ) {
+        let row_count: usize = sizes.iter().sum();
+        let half: Vec<f16> = values(row_count * dim, seed).into_iter().map(f16::from_f32).collect();
+        let wide: Vec<f32> = half.iter().map(|value| value.to_f32()).collect();
+        let centroids = values(5 * dim, seed + 1);
+        let pairs = grouped_pairs(&sizes, all, seed);
+        let labels: Vec<i32> = (0..pairs.len() as i32).map(|pair| pair * pair % 5).collect();
+        let coefficients = vec![[0.7, -0.4]; pairs.len()];
+        let progress = Progress::default();
+        let [half, wide] = [Values::F16(&half), Values::F32(&wide)].map(|rows| {
+            let rows = Rows::new(rows, row_count, dim).unwrap();
+            let points = Points::from_pairs(rows, &pairs, &coefficients, &progress).unwrap();
+            let scores = score_pairs(&points, &centroids, &labels, None, &progress).unwrap();
+            let norms = pair_norms(&points, &progress).unwrap();
+            [norms, scores.centrality, scores.distance, scores.alignment, scores.direction]
+        });
+        prop_assert_eq!(half, wide);
     }
 }
 
