@@ -169,7 +169,7 @@ def matching() -> list[Case]:
         load = dataclasses.replace(LARGE, responses=n, pairs=n, budget=budget, config=bpo.SelectConfig(sketch_dim=dim))
 
         def run(features: PairGradients = features, n: int = n, budget: int = budget) -> object:
-            target = training_direction(features, prompts_of(n), 0).astype(np.float32)
+            target = training_direction(features, prompts_of(n), 0, threads=1).astype(np.float32)
             return _core.matching(*features, target, budget, prompts=prompts_of(n), threads=1)
 
         cases.append(Case(f"{n:,} pairs, d = {dim}, {budget:,} picks", (load.regressed, load.picked), run))

@@ -168,8 +168,7 @@ class SelectConfig:
             it keeps them in 8 bits from pass to pass, which is faster. ``None`` is what they need and 1 GiB. What a
             strategy of your own takes is not counted. Results do not depend on it.
         threads: Threads of the Rust core; ``None`` is all cores. Results do not depend on it.
-        process_timeout: Seconds after which processes of one job name one that does not come, brings nothing, or hangs
-            while pairs are chosen.
+        process_timeout: Seconds after which processes of one job name one that does not come, brings nothing or hangs.
         trust_remote_code: Whether code shipped with a model may run. Off unless asked for.
 
     Raises:

@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from bpo import _core
 from bpo.config import SelectConfig
 from bpo.data.read import read_candidates
 from bpo.pairs.clustering import cluster_pairs
 from bpo.pairs.left_out import left_out_margins
-from bpo.pairs.linear import N_FITS, VALIDATED_PAIRS
-from bpo.pairs.pair_gradients import PairGradients, pair_norms
-from bpo.pairs.size import ChoiceSize, default_n_clusters
+from bpo.pairs.linear import N_FITS, VALIDATED_PAIRS, training_direction
+from bpo.pairs.pair_gradients import PairGradients, pair_norms, unit_features
+from bpo.pairs.size import ChoiceSize, default_n_clusters, matching_steps
 from bpo.store.gradient_store import RECORD, row_bytes
 from bpo.system.packed import IN_MEMORY, scratch
 from bpo.world.shares import WORD_BYTES
@@ -68,9 +69,10 @@ class Load:
         tokens: Of all prompts and responses, each response with its prompt.
         text_bytes: Of all prompts and responses, as UTF-8.
         coordinates: Numbers of a gradient.
-        config: Uses ``sketch_dim``, ``sketch_dtype``, ``n_clusters``, ``max_iter``, ``threads`` and ``trust``.
+        config: Uses ``sketch_dim``, ``sketch_dtype``, ``n_clusters``, ``max_iter``, ``threads``, ``trust``, and what is
+            useful.
         budget: Pairs to choose.
-        strategy: What chooses: of ``"matching"`` the picks are a stage.
+        strategy: What chooses: of one that matches pairs to the direction of training, that is a stage.
     """
 
     prompts: int
@@ -89,14 +91,19 @@ class Load:
         return row_bytes(self.config.sketch_dtype, self.config.sketch_dim) + RECORD.itemsize
 
     @property
+    def matches(self) -> bool:
+        """Whether pairs are matched to the direction of training."""
+        return self.strategy == "matching" or (self.strategy == "bpo" and self.config.usefulness_terms is None)
+
+    @property
     def regressed(self) -> int:
-        """Numbers that the regressions of ``matching`` read in a step of each: those that choose λ, and of all."""
+        """Numbers that the regressions of a matching read in a step of each: those that choose λ, and of all."""
         return (N_FITS * min(self.pairs, VALIDATED_PAIRS) + self.pairs) * self.config.sketch_dim
 
     @property
     def picked(self) -> int:
-        """Numbers that the picks of ``matching`` read, a byte each."""
-        return self.budget * self.responses * self.config.sketch_dim
+        """Numbers that the steps of a matching read, a byte each."""
+        return matching_steps(self.budget) * self.responses * self.config.sketch_dim
 
     @property
     def audited(self) -> tuple[int, int, int]:
@@ -125,9 +132,8 @@ class Rates:
         sent: Sending between two processes; 0 where that is not known.
         memory: Bytes that a process has before there is data, the model included.
         audit: A product of rows, a product of the matrix, and a prompt that is left out (:attr:`Load.audited`).
-        regression: A number that the regressions of ``matching`` read, for all of their steps; 0, as is the next
-            one, for the doctor, which asks for no strategy.
-        pick: A number of a row that is read for a pick of ``matching``.
+        regression: A number that the regressions of a matching read, for all of their steps.
+        pick: A number of a row that is read for a step of a matching.
     """
 
     response: float
@@ -223,10 +229,11 @@ def _of_some(load: Load, rates: Rates, processes: int, choosing: int) -> list[St
     if load.config.trust == "audit":
         seconds = sum(count * rate for count, rate in zip(load.audited, rates.audit, strict=True))
         found.append(Stage("audit", "first", seconds, choosing, 0, others * CHOICE_BYTES * load.pairs))
-    if load.strategy == "matching":
+    if load.matches:
         seconds = (load.regressed * rates.regression + load.picked * rates.pick) / processes
-        # At each pick every process tells every other what its best pair is, and the sum of its rows.
-        told = load.budget * processes * others * (WORD_BYTES + 8 * (load.config.sketch_dim + 2))
+        # At each step every process tells every other what its best pairs are, and the sums of their rows.
+        words = matching_steps(load.budget) * WORD_BYTES
+        told = processes * others * (words + load.budget * 8 * (load.config.sketch_dim + 2))
         found.append(Stage("match", "all", seconds + told / processes * rates.sent, choosing, 0, told))
     return found
 
@@ -281,7 +288,24 @@ def measured(config: SelectConfig, token: float, memory: int) -> Rates:
         sent=0.0,
         memory=memory,
         audit=_audit_rates(gradients) if config.trust == "audit" else (0.0, 0.0, 0.0),
+        **_matching_rates(gradients, config),
     )
+
+
+def _matching_rates(gradients: PairGradients, config: SelectConfig) -> dict[str, float]:
+    """Rates of the regressions and of the steps of a matching."""
+    n = len(gradients.pairs)
+    prompts = np.arange(n) // 4
+    features = unit_features(gradients, pair_norms(gradients, config.threads), np.ones(n, dtype=bool))
+    load = Load(n // 4, n, n, 0, 0, 0, config, budget=32)
+    direction = training_direction(features, prompts, 0, None, config.threads).astype(np.float32)
+
+    def choose(budget: int) -> None:
+        _core.matching(*features, direction, budget, threads=config.threads)
+
+    fitted = least_seconds(functools.partial(training_direction, features, prompts, 0, None, config.threads), 1)
+    few, more = (least_seconds(functools.partial(choose, budget)) for budget in (1, 1 + load.budget))
+    return {"regression": fitted / load.regressed, "pick": max(more - few, 0.0) / load.picked}
 
 
 def _audit_rates(gradients: PairGradients) -> tuple[float, float, float]:

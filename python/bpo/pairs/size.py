@@ -152,3 +152,17 @@ def n_clusters(n_pairs: int, config: SelectConfig) -> int:
 def default_n_clusters(n_pairs: int) -> int:
     """Returns √(pairs), at most 256: about as many clusters as pairs in each *(ours)*."""
     return max(1, min(256, math.isqrt(n_pairs)))
+
+
+def matching_steps(n_picks: int) -> int:
+    """Returns how many steps a matching takes: one a pick at first, then a 64th of the picks at once, 256 at most.
+
+    Example:
+        >>> matching_steps(128), matching_steps(10_000), matching_steps(1_000_000)
+        (128, 427, 4301)
+    """
+    steps, picked = 0, 0
+    while picked < n_picks:
+        picked += min(max(1, picked // 64), 256)
+        steps += 1
+    return steps

@@ -506,7 +506,7 @@ def test_trained_policy_is_free_of_its_trainer(settings, tokenizer, tmp_path):
         ),
         (
             {"arms": [{"name": "bpo", "select": {"usefulness": {"centrality": 1.0}}}, "random"]},
-            r"arm 'bpo' with another select\.usefulness\.alignment: .* 1\.0 there and None here",
+            r"arm 'bpo' with another select\.usefulness\.centrality: .* None there and 1\.0 here",
         ),
         ({"dataset": scored_rows(11, 4)}, "another dataset"),
     ],

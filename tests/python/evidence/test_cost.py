@@ -10,7 +10,7 @@ import bpo
 from bpo.cli.main import main
 from bpo.data.tokens import tokenize_responses
 from bpo.evidence.cost import Load, Rates, data_bytes, measured, stages
-from bpo.pairs.size import ChoiceSize
+from bpo.pairs.size import ChoiceSize, matching_steps
 from bpo.report.wording import byte_size, duration
 from bpo.system.packed import Packed
 from bpo.world.telling import Parcel
@@ -106,9 +106,11 @@ def test_seconds_follow_the_formulas():
 
 
 def test_settings_that_take_more_have_stages_of_their_own():
-    """Audits by the first process, matching by all; the bytes of a pick are those that Shares sends."""
-    assert not {"audit", "match"} & set(by_name(LOAD))
-    config = dataclasses.replace(LOAD.config, trust="audit")
+    """Audits by the first process, matching by all; the bytes of a step are those that Shares sends."""
+    terms = dataclasses.replace(LOAD.config, usefulness={"centrality": 1.0})
+    assert not {"audit", "match"} & set(by_name(dataclasses.replace(LOAD, config=terms)))
+    assert "match" in by_name(LOAD)  # what is useful by default
+    config = dataclasses.replace(terms, trust="audit")
     load = dataclasses.replace(LOAD, config=config, strategy="matching")
     rates = dataclasses.replace(UNIT, audit=(1e-10, 1e-9, 1e-3), regression=1e-8, pick=1e-11)
     one, four = by_name(load, rates), by_name(load, rates, processes=4)
@@ -116,9 +118,11 @@ def test_settings_that_take_more_have_stages_of_their_own():
     audit = 4000 * 1024**2 * 1e-10 + 1024**3 * 1e-9 + 1000 * 1e-3
     assert one["audit"].seconds == four["audit"].seconds == pytest.approx(audit)
     assert four["audit"].network_bytes == 3 * 9 * 6000
-    read = (16 * 6000 + 6000) * 1024 * 1e-8 + 1000 * 4000 * 1024 * 1e-11
+    steps = matching_steps(1000)
+    assert 128 < steps < 1000
+    read = (16 * 6000 + 6000) * 1024 * 1e-8 + steps * 4000 * 1024 * 1e-11
     assert one["match"].seconds == pytest.approx(read)
-    assert four["match"].network_bytes == 1000 * 4 * 3 * (8 + 4096 + 8 * 1026)
+    assert four["match"].network_bytes == 4 * 3 * (steps * (8 + 4096) + 1000 * 8 * 1026)
     assert four["match"].seconds == pytest.approx(read / 4 + four["match"].network_bytes / 4 * 1e-9)
 
 
@@ -129,6 +133,7 @@ def test_this_machine_has_rates(monkeypatch, tmp_path):
     assert (
         all(0 < rate < 1e-2 for rate in (rates.response, rates.number, rates.pair, rates.byte)) and rates.product >= 0
     )
+    assert 0 < rates.regression < 1e-5 and 0 <= rates.pick < 1e-7
     assert list((tmp_path / "scratch").iterdir()) == []
     assert rates.audit == (0.0, 0.0, 0.0)
     audited = measured(bpo.SelectConfig(sketch_dim=64, trust="audit"), token=1.0, memory=5).audit
@@ -145,7 +150,7 @@ def test_the_doctor_tells_each_stage(model_path, tmp_path, capsys, monkeypatch):
     assert main([*given, "--world-size", "64", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["world_size"] == 64 and [stage["name"] for stage in said["stages"]] == [
-        "read", "extract", "gather", "cluster", "score", "choose", "tell", "save",
+        "read", "extract", "gather", "cluster", "score", "match", "choose", "tell", "save",
     ]  # fmt: skip
     assert said["stages"][1]["disk_bytes"] == said["store_bytes"]
     assert said["stages"][1]["seconds"] == pytest.approx(said["seconds"] / 64)
