@@ -154,26 +154,38 @@ def prompts_of(n: int) -> np.ndarray:
     return np.arange(n) // 4
 
 
-def matching() -> list[Case]:
-    """The regressions that lead the choice, and its picks: numbers that are read."""
+def regressing() -> list[Case]:
+    """The regressions that lead a matching: numbers that are read in all steps."""
+    cases = []
+    for n, dim in ((4096, 256), (8192, 256), (4096, 512), (16384, 256), (24576, 512)):
+        features = unit_gradients(n, dim)
+        load = dataclasses.replace(LARGE, pairs=n, config=bpo.SelectConfig(sketch_dim=dim))
+        run = functools.partial(training_direction, features, prompts_of(n), 0, None, 1)
+        cases.append(Case(f"{n:,} pairs, d = {dim}", (load.regressed,), run))
+    return cases
+
+
+def picking() -> list[Case]:
+    """The steps of a matching: numbers that are read."""
     cases = []
     for n, dim, budget in (
-        (4096, 256, 2000),
         (8192, 256, 500),
-        (4096, 512, 4000),
-        (16384, 256, 1000),
-        (24576, 512, 3000),
+        (8192, 512, 2000),
+        (16384, 256, 4000),
+        (32768, 256, 1000),
+        (32768, 512, 8000),
     ):
-        gradients = PairGradients(*points(n, dim))
-        features = unit_features(gradients, pair_norms(gradients, 1), np.ones(n, bool))
-        load = dataclasses.replace(LARGE, responses=n, pairs=n, budget=budget, config=bpo.SelectConfig(sketch_dim=dim))
-
-        def run(features: PairGradients = features, n: int = n, budget: int = budget) -> object:
-            target = training_direction(features, prompts_of(n), 0, threads=1).astype(np.float32)
-            return _core.matching(*features, target, budget, prompts=prompts_of(n), threads=1)
-
-        cases.append(Case(f"{n:,} pairs, d = {dim}, {budget:,} picks", (load.regressed, load.picked), run))
+        features = unit_gradients(n, dim)
+        load = dataclasses.replace(LARGE, responses=n, budget=budget, config=bpo.SelectConfig(sketch_dim=dim))
+        run = functools.partial(_core.matching, *features, features.rows[0], budget, threads=1)
+        cases.append(Case(f"{n:,} pairs, d = {dim}, {budget:,} picks", (load.picked,), run))
     return cases
+
+
+def unit_gradients(n: int, dim: int) -> PairGradients:
+    """Those of :func:`points`, at unit length."""
+    gradients = PairGradients(*points(n, dim))
+    return unit_features(gradients, pair_norms(gradients, 1), np.ones(n, bool))
 
 
 def auditing() -> list[Case]:
@@ -255,7 +267,8 @@ STAGES = {
     "extract": extraction,
     "cluster": clustering,
     "score": scoring,
-    "match": matching,
+    "match: fits": regressing,
+    "match: picks": picking,
     "audit": auditing,
     "choose": choosing,
     "tell": telling,
@@ -314,7 +327,19 @@ LARGE = cost.Load(
     config=bpo.SelectConfig(threads=2),
     budget=15 * 10**6,
 )
-H100 = cost.Rates(1.2e-5, 1 / 57_900, 0.0, 1.5e-10 / 2, 7e-10 / 2, 1e-5, 1 / 2e9, 1 / 1.25e9, 4 << 30)
+H100 = cost.Rates(
+    response=1.2e-5,
+    token=1 / 57_900,
+    coordinate=0.0,
+    product=1.5e-10 / 2,
+    number=7e-10 / 2,
+    pair=1e-5,
+    byte=1 / 2e9,
+    sent=1 / 1.25e9,
+    memory=4 << 30,
+    regression=1e-10 / 2,
+    pick=1.6e-10 / 2,
+)
 
 
 def extrapolate(processes: int) -> None:

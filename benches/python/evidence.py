@@ -34,6 +34,8 @@ def arm(name, strategy="bpo", breadth=None, **select):
 GROUPS = {
     "main": [
         "bpo",
+        arm("bpo, centrality + alignment", usefulness={**C, **A}),
+        "matching",
         arm("random pairs of each cluster", ranking="random"),
         arm("farthest", ranking="farthest"),
         arm("bpo on 30 prompts", breadth=30, min_depth=1),
@@ -47,9 +49,10 @@ GROUPS = {
         "d_optimal",
     ],
     "usefulness": [
+        arm("matching (default)"),
         arm("centrality", usefulness=C),
         arm("alignment", usefulness=A),
-        arm("centrality + alignment (default)", usefulness={**C, **A}),
+        arm("centrality + alignment", usefulness={**C, **A}),
         arm("centrality + score gap", usefulness={**C, **G}),
         arm("alignment + score gap", usefulness={**A, **G}),
         arm("all three", usefulness={**C, **A, **G}),
@@ -59,7 +62,8 @@ GROUPS = {
     "clusters": [arm(f"k = {k}", n_clusters=k) for k in (1, 5, 20, 50, 100, 200)],
     "rules": [
         arm("nearest, Euclidean, by size (default)"),
-        arm("softmax", ranking="softmax"),
+        arm("one pair a prompt", max_depth=1),
+        arm("softmax of centrality + alignment", ranking="softmax"),
         arm("cosine k-means", metric="cosine"),
         arm("clusters by informativeness", cluster_weighting="informativeness"),
         arm("clusters by centrality", cluster_weighting="centrality"),
@@ -212,7 +216,7 @@ def main():
                             heldout=test,
                             seeds=1,
                             budget=[60],
-                            arms=[*FEW, *OTHERS, *GROUPS["usefulness"][:3]],
+                            arms=[*FEW, *OTHERS, *GROUPS["usefulness"][1:4]],
                         )
                     )
                 joined = {

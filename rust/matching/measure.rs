@@ -174,20 +174,25 @@ impl<'a> Pairs<'a> {
     }
 
     /// The best pairs of all processes and their vectors, given those of this one and their cosines. Ties: the lower pair, which is
-    /// that of the lower process.
+    /// that of the lower process. First all tell what they have, then those whose pairs are the best how these look.
     fn of_all(&self, own: &[(usize, f64)], most: usize) -> Result<Vec<(usize, Vec<f64>)>> {
         let dim = self.target.len();
-        let mut said = Vec::with_capacity(own.len() * (dim + 2));
-        let mut vector = vec![0.0; dim];
-        for &(pair, cosine) in own {
-            self.write(pair, &mut vector);
-            said.extend([pair as f64, cosine]);
-            said.extend_from_slice(&vector);
-        }
+        let said: Vec<f64> = own.iter().flat_map(|&(pair, cosine)| [pair as f64, cosine]).collect();
         let said = self.points.processes().gathered(&said)?;
-        let mut best: Vec<&[f64]> = said.iter().flat_map(|said| said.chunks_exact(dim + 2)).collect();
-        best.sort_by(|left, right| right[1].total_cmp(&left[1]));
-        Ok(best.into_iter().take(most).map(|said| (said[0] as usize, said[2..].to_vec())).collect())
+        let of_process = said.iter().enumerate();
+        let mut best: Vec<(usize, &[f64])> =
+            of_process.flat_map(|(process, said)| said.chunks_exact(2).map(move |said| (process, said))).collect();
+        best.sort_by(|left, right| right.1[1].total_cmp(&left.1[1]));
+        best.truncate(most);
+        let best: Vec<(usize, usize)> = best.into_iter().map(|(process, said)| (process, said[0] as usize)).collect();
+        let mine = best.iter().filter(|(_, pair)| self.own.contains(pair)).count();
+        let mut vectors = vec![0.0; mine * dim];
+        let of_mine = best.iter().filter(|(_, pair)| self.own.contains(pair));
+        vectors.chunks_exact_mut(dim).zip(of_mine).for_each(|(vector, &(_, pair))| self.write(pair, vector));
+        let vectors = self.points.processes().gathered(&vectors)?;
+        let mut next: Vec<_> = vectors.iter().map(|vectors| vectors.chunks_exact(dim)).collect();
+        let vector = |(process, pair): (usize, usize)| next[process].next().map(|vector| (pair, vector.to_vec()));
+        Ok(best.into_iter().filter_map(vector).collect())
     }
 
     /// The pairs, given by their places among those of this process, that may be among the best as far as the others among them

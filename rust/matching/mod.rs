@@ -18,8 +18,8 @@
 //!
 //! For T steps over P pairs of n rows of dimension d it takes O(n d + P d + T (n d + P)) time, of which T n d is in bytes
 //! that are read and not in float64 arithmetic; and n d + 40 n + 41 P bytes, of which the first term may be limited.
-//! Where processes share the points, each does so with the rows of its own pairs; the best of each and their vectors are what
-//! they tell each other at each step.
+//! Where processes share the points, each does so with the rows of its own pairs; which are the best of each, and the vectors of the
+//! best of all, are what they tell each other at each step.
 
 mod allowance;
 mod measure;

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import os
 import tempfile
 import time
@@ -45,6 +46,8 @@ TABLE_BYTES = 140
 # Passes over the pairs, where data has clusters: at most SelectConfig.max_iter. Those after the first compare few pairs
 # with all centroids, so their number counts little.
 _PASSES = 30
+# Steps of a regression grow as the root of the pairs do, as long as it goes on to its end.
+_MOST_STEPS = 800
 # What processes that share the pairs tell each other of each: its nearest drawn pair in each round of the seeding, its
 # cluster and how far that is, its norm and scores.
 SHARED_BYTES = 5 * 12 + 12 + 16
@@ -96,9 +99,13 @@ class Load:
         return self.strategy == "matching" or (self.strategy == "bpo" and self.config.usefulness_terms is None)
 
     @property
-    def regressed(self) -> int:
-        """Numbers that the regressions of a matching read in a step of each: those that choose λ, and of all."""
-        return (N_FITS * min(self.pairs, VALIDATED_PAIRS) + self.pairs) * self.config.sketch_dim
+    def regressed(self) -> float:
+        """Numbers that the regressions of a matching read, in all steps: those that choose λ, and that of all pairs."""
+        read = sum(
+            fits * pairs * min(math.sqrt(pairs), _MOST_STEPS)
+            for fits, pairs in ((N_FITS, min(self.pairs, VALIDATED_PAIRS)), (1, self.pairs))
+        )
+        return read * self.config.sketch_dim
 
     @property
     def picked(self) -> int:
@@ -132,7 +139,7 @@ class Rates:
         sent: Sending between two processes; 0 where that is not known.
         memory: Bytes that a process has before there is data, the model included.
         audit: A product of rows, a product of the matrix, and a prompt that is left out (:attr:`Load.audited`).
-        regression: A number that the regressions of a matching read, for all of their steps.
+        regression: A number that the regressions of a matching read (:attr:`Load.regressed`).
         pick: A number of a row that is read for a step of a matching.
     """
 
@@ -231,9 +238,9 @@ def _of_some(load: Load, rates: Rates, processes: int, choosing: int) -> list[St
         found.append(Stage("audit", "first", seconds, choosing, 0, others * CHOICE_BYTES * load.pairs))
     if load.matches:
         seconds = (load.regressed * rates.regression + load.picked * rates.pick) / processes
-        # At each step every process tells every other what its best pairs are, and the sums of their rows.
-        words = matching_steps(load.budget) * WORD_BYTES
-        told = processes * others * (words + load.budget * 8 * (load.config.sketch_dim + 2))
+        # At each step every process tells every other which its best pairs are, and then the best of all are sent.
+        words = processes * (2 * matching_steps(load.budget) * WORD_BYTES + 16 * load.budget)
+        told = others * (words + 8 * load.config.sketch_dim * load.budget)
         found.append(Stage("match", "all", seconds + told / processes * rates.sent, choosing, 0, told))
     return found
 

@@ -173,7 +173,9 @@ def _affordable(prompts: npt.NDArray[np.int64], scored: ScoredPairs, request: Re
     """All prompts, or as many of them, drawn at random, as the work of all splits allows."""
     assert scored.features is not None
     n_pairs, dim = int(scored.eligible.sum()), scored.features.rows.shape[1]
-    for n_prompts in (len(prompts) * part // 32 for part in range(32, 0, -1)):
+    counts = [len(prompts) * part // 32 for part in range(32, 0, -1)]
+    counts += [counts[-1] >> halvings for halvings in range(1, counts[-1].bit_length())]
+    for n_prompts in counts:
         pairs = max(1, n_pairs * n_prompts // len(prompts))
         passes = 40.0  # of the fits on what was chosen
         if "clusters" in request.needs:

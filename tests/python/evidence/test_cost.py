@@ -120,9 +120,10 @@ def test_settings_that_take_more_have_stages_of_their_own():
     assert four["audit"].network_bytes == 3 * 9 * 6000
     steps = matching_steps(1000)
     assert 128 < steps < 1000
-    read = (16 * 6000 + 6000) * 1024 * 1e-8 + steps * 4000 * 1024 * 1e-11
+    read = (16 * 6000 + 6000) * 6000**0.5 * 1024 * 1e-8 + steps * 4000 * 1024 * 1e-11
     assert one["match"].seconds == pytest.approx(read)
-    assert four["match"].network_bytes == 4 * 3 * (steps * (8 + 4096) + 1000 * 8 * 1026)
+    words = 4 * (2 * steps * (8 + 4096) + 1000 * 16)
+    assert four["match"].network_bytes == 3 * (words + 1000 * 8 * 1024)
     assert four["match"].seconds == pytest.approx(read / 4 + four["match"].network_bytes / 4 * 1e-9)
 
 
