@@ -108,11 +108,15 @@ class Heartbeats:
                 return
 
     def _close(self) -> None:
-        """Closes the connections of the group, upon which whatever waits in it fails: gloo does where a wait ends."""
+        """Closes the connections of the group, upon which whatever waits in it fails: gloo does where a wait ends.
+
+        That needs one to wait for; those to processes that have ended already end no wait of another.
+        """
         import torch
 
-        other = (self._rank + 1) % len(self._names)
-        with contextlib.suppress(RuntimeError):
-            never = torch.distributed.irecv(torch.zeros(1), other, group=self._group, tag=_TAG)
-            if never is not None:
-                never.wait(datetime.timedelta(milliseconds=1))
+        for other in range(len(self._names)):
+            with contextlib.suppress(RuntimeError):
+                if other != self._rank:
+                    never = torch.distributed.irecv(torch.zeros(1), other, group=self._group, tag=_TAG)
+                    if never is not None:
+                        never.wait(datetime.timedelta(milliseconds=1))

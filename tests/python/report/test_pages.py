@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import warnings
 from pathlib import Path
 
@@ -88,7 +89,7 @@ def test_the_page_of_a_selection_says_how_it_is_and_shows_both_sides(selection, 
     assert f"{100 * worth['accuracy']:.1f} %" in text and "not recorded" in text
     # Kept and dropped pairs side by side, with reasons, and the whole texts of both.
     sides = [element["text"] for element in page.all("h4")]
-    assert any(side.startswith("Kept: 6") for side in sides)
+    assert any(re.match(r"Kept: \d", side) for side in sides)
     assert any("since others of its prompt came first" in side for side in sides)
     example = selection.evidence["texts"][0]
     assert any(example["responses"][0] in element["text"] for element in page.all("div"))
