@@ -82,8 +82,8 @@ pub struct Sharing<'a> {
 ///
 /// # Errors
 /// If shapes do not fit, the target is zero or not finite, a row is not finite, a cluster is negative or without weight, a weight
-/// is negative or not finite, every prompt is to get a pair and none is known or the budget is below their number, the memory cannot be had, or the computation
-/// was cancelled.
+/// is negative or not finite, every prompt is to get a pair and none is known or the budget is below their number, the memory
+/// cannot be had, or the computation was cancelled.
 pub fn matching(
     points: &Points<2>,
     target: &[f32],
