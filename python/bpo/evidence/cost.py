@@ -305,10 +305,9 @@ def _matching_rates(gradients: PairGradients, config: SelectConfig) -> dict[str,
     prompts = np.arange(n) // 4
     features = unit_features(gradients, pair_norms(gradients, config.threads), np.ones(n, dtype=bool))
     load = Load(n // 4, n, n, 0, 0, 0, config, budget=32)
-    direction = training_direction(features, prompts, 0, None, config.threads).astype(np.float32)
 
     def choose(budget: int) -> None:
-        _core.matching(*features, direction, budget, threads=config.threads)
+        _core.matching(*features, features.rows[0], budget, threads=config.threads)
 
     fitted = least_seconds(functools.partial(training_direction, features, prompts, 0, None, config.threads), 1)
     few, more = (least_seconds(functools.partial(choose, budget)) for budget in (1, 1 + load.budget))
