@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bpo.pairs.linear import PairRegression, training_direction
+from bpo.pairs.linear import PairRegression
+from bpo.selection.strategies.matching import direction_of_target
 from bpo.selection.strategies.taking import largest, middle
 
 if TYPE_CHECKING:
@@ -90,9 +91,7 @@ def _loss_differences(candidacy: Candidacy, index: npt.NDArray[np.int64]) -> npt
     before, trained = candidacy.margins[index], candidacy.heldout_margins[index]
     wanted = candidacy.target
     if wanted is not None:
-        direction = training_direction(
-            wanted, np.arange(len(wanted.pairs)), candidacy.seed, None, candidacy.config.threads
-        )
+        direction = direction_of_target(wanted, candidacy)
         trained = PairRegression(candidacy.features.take(index), None, candidacy.config.threads).margins(direction)
     difference: npt.NDArray[np.float64] = np.logaddexp(0, -before) - np.logaddexp(0, -before - trained)
     return difference

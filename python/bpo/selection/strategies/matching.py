@@ -14,6 +14,7 @@ from bpo.selection.strategies.taking import spread
 if TYPE_CHECKING:
     import numpy.typing as npt
 
+    from bpo.pairs.pair_gradients import PairGradients
     from bpo.selection.strategies.candidacy import Candidacy, Choice
 
 
@@ -53,8 +54,7 @@ def matched(
     if candidacy.target is None:
         direction = training_direction(features, prompts, candidacy.seed, candidacy.shares, config.threads)
     else:
-        wanted = candidacy.target
-        direction = training_direction(wanted, np.arange(len(wanted.pairs)), candidacy.seed, None, config.threads)
+        direction = direction_of_target(candidacy.target, candidacy)
     picks, _ = _core.matching(
         *features,
         (-direction).astype(np.float32),
@@ -74,3 +74,8 @@ def matched(
     keys[np.argsort(-agreement, kind="stable")] = -np.arange(len(index), dtype=np.float64)
     keys[picks] = -np.arange(len(picks), dtype=np.float64)
     return spread(candidacy, index, picks, keys)
+
+
+def direction_of_target(target: PairGradients, candidacy: Candidacy) -> npt.NDArray[np.float64]:
+    """Returns where training on a target's pairs leads, each of them a prompt of its own: (d,)."""
+    return training_direction(target, np.arange(len(target.pairs)), candidacy.seed, None, candidacy.config.threads)
